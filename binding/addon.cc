@@ -1,0 +1,94 @@
+// The addon's exports: devices, tensors, and one function for each line of ops.def.
+#include <napi.h>
+
+#include "binding/device.h"
+#include "binding/op.h"
+#include "binding/state.h"
+#include "binding/tensor.h"
+
+namespace p2r::binding {
+
+#define OP(family, function, Args) Napi::Value function(Call&);
+#include "ops/ops.def"
+#undef OP
+
+namespace {
+
+// The one place where C++ errors of operations become JavaScript's.
+template <Napi::Value (*parse)(Call&)>
+Napi::Value enter(const Napi::CallbackInfo& info) {
+  const char* function = static_cast<const char*>(info.Data());
+  std::string op;
+  try {
+    Call call(info, function);
+    op = call.op();
+    return parse(call);
+  } catch (...) {
+    throw convert(info.Env(), op);
+  }
+}
+
+Napi::Value open_device(const Napi::CallbackInfo& info) {
+  return State::of(info.Env()).device_class.New({info[0], info[1]});
+}
+
+Napi::Value devices(const Napi::CallbackInfo& info) {
+  Napi::Array out = Napi::Array::New(info.Env());
+  uint32_t n = 0;
+  out.Set(n++, describe(info.Env(), cpu_info()));
+  for (const DeviceInfo& d : cuda_infos()) out.Set(n++, describe(info.Env(), d));
+  return out;
+}
+
+Napi::Value cuda(const Napi::CallbackInfo& info) {
+  const CudaStatus status = cuda_status();
+  Napi::Object o = Napi::Object::New(info.Env());
+  o.Set("built", status.built);
+  o.Set("available", status.available);
+  o.Set("reason", status.reason);
+  return o;
+}
+
+// Until end(), calls carry the composite's name and share one fault.
+void begin_composite(const Napi::CallbackInfo& info) {
+  State::of(info.Env()).composites.push_back({info[0].ToString(), nullptr, nullptr});
+}
+void end_composite(const Napi::CallbackInfo& info) { State::of(info.Env()).composites.pop_back(); }
+
+// (folder, absolute, relative): calls on the CPU are written there as cases; '' ends it.
+void record(const Napi::CallbackInfo& info) {
+  Recording& r = State::of(info.Env()).record;
+  r.path = info[0].ToString();
+  r.absolute = info[1].IsNumber() ? info[1].ToNumber().DoubleValue() : 0;
+  r.relative = info[2].IsNumber() ? info[2].ToNumber().DoubleValue() : 0;
+}
+
+}  // namespace
+
+Napi::Object init(Napi::Env env, Napi::Object exports) {
+  env.SetInstanceData(new State(env));
+  State& state = State::of(env);
+  state.device_class = Napi::Persistent(DeviceHandle::Init(env));
+  state.tensor_class = Napi::Persistent(TensorHandle::Init(env));
+  exports.Set("initialize", Napi::Function::New(env, [](const Napi::CallbackInfo& info) {
+                State::of(info.Env()).error_class = Napi::Persistent(info[0].As<Napi::Function>());
+              }));
+  exports.Set("openDevice", Napi::Function::New(env, open_device));
+  exports.Set("devices", Napi::Function::New(env, devices));
+  exports.Set("cudaStatus", Napi::Function::New(env, cuda));
+  exports.Set("beginComposite", Napi::Function::New(env, begin_composite));
+  exports.Set("endComposite", Napi::Function::New(env, end_composite));
+  exports.Set("record", Napi::Function::New(env, record));
+  Napi::Object ops = Napi::Object::New(env);
+#define OP(family, function, Args)                                                        \
+  ops.Set(#function, Napi::Function::New(env, enter<&binding::function>, #function,       \
+                                         const_cast<char*>(#function)));
+#include "ops/ops.def"
+#undef OP
+  exports.Set("ops", ops);
+  return exports;
+}
+
+NODE_API_MODULE(p2r_kernels, init)
+
+}  // namespace p2r::binding

@@ -1,0 +1,184 @@
+#include "binding/device.h"
+
+#include "binding/tensor.h"
+
+namespace p2r::binding {
+
+namespace {
+
+void* name(const char* method) { return const_cast<char*>(method); }
+
+constexpr napi_type_tag kTag = {0x7032722d6b65726e, 0x656c732d64657669};
+
+// 'cpu', 'cuda', 'cuda:1', or '' for the first CUDA device, else the CPU.
+std::unique_ptr<Device> open_named(const std::string& id, const OpenOptions& options) {
+  if (id == "cpu") return open_cpu(options);
+  if (id.empty()) return cuda_status().available ? open_cuda(0) : open_cpu(options);
+  const bool cuda = id.rfind("cuda", 0) == 0;
+  const std::string index = cuda && id.size() > 5 && id[4] == ':' ? id.substr(5) : "";
+  const bool digits =
+      !index.empty() && index.size() < 4 && index.find_first_not_of("0123456789") == std::string::npos;
+  if (!cuda || (id != "cuda" && !digits))
+    throw Error(Code::device, "no device is called '" + id + "'; expected cpu, cuda or cuda:<index>");
+  const CudaStatus status = cuda_status();
+  if (!status.available) throw Error(Code::device, "'" + id + "' is not to be had: " + status.reason);
+  const int n = digits ? std::stoi(index) : 0;
+  const int count = static_cast<int>(cuda_infos().size());
+  if (n >= count)
+    throw Error(Code::device, "'" + id + "' is not there: this machine has " +
+                                  std::to_string(count) + " CUDA device" + (count == 1 ? "" : "s"));
+  return open_cuda(n);
+}
+
+OpenOptions parse_options(const Napi::Value& value) {
+  OpenOptions o;
+  if (!value.IsObject()) return o;
+  const Napi::Object object = value.As<Napi::Object>();
+  if (const Napi::Value v = object.Get("threads"); !v.IsUndefined()) {
+    const double n = v.IsNumber() ? v.As<Napi::Number>().DoubleValue() : 0;
+    if (!(n >= 1 && n <= 1024) || n != static_cast<int>(n))
+      throw Error(Code::value, "threads must be an integer from 1 to 1024");
+    o.threads = static_cast<int>(n);
+  }
+  if (const Napi::Value v = object.Get("simd"); !v.IsUndefined()) o.simd = v.ToString();
+  if (const Napi::Value v = object.Get("bf16"); v.IsBoolean()) o.bf16 = v.ToBoolean();
+  if (const Napi::Value v = object.Get("vnni"); v.IsBoolean()) o.vnni = v.ToBoolean();
+  return o;
+}
+
+}  // namespace
+
+Napi::Object describe(Napi::Env env, const DeviceInfo& info) {
+  Napi::Object o = Napi::Object::New(env);
+  o.Set("backend", info.backend);
+  o.Set("id", info.id);
+  o.Set("name", info.name);
+  o.Set("memoryBytes", static_cast<double>(info.memory_bytes));
+  if (info.threads) o.Set("threads", info.threads);
+  if (!info.simd.empty()) o.Set("simd", info.simd);
+  if (!info.capability.empty()) o.Set("computeCapability", info.capability);
+  return o;
+}
+
+Napi::Function DeviceHandle::Init(Napi::Env env) {
+  return DefineClass(env, "DeviceHandle",
+                     {InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Info>>("info", napi_default, name("info")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Tensor>>("tensor", napi_default, name("tensor")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Synchronize>>("synchronize", napi_default, name("synchronize")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Time>>("time", napi_default, name("time")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::MemoryUse>>("memory", napi_default, name("memory")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::ResetPeak>>("resetPeak", napi_default, name("resetPeak")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Dispose>>("dispose", napi_default, name("dispose")),
+                      InstanceAccessor<&DeviceHandle::GetDisposed>("disposed")});
+}
+
+DeviceHandle::DeviceHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<DeviceHandle>(info) {
+  napi_type_tag_object(info.Env(), info.This(), &kTag);
+  try {
+    device_ = std::make_shared<OpenDevice>(State::of(info.Env()).open);
+    device_->device = open_named(info[0].ToString(), parse_options(info[1]));
+  } catch (...) {
+    throw convert(info.Env(), "openDevice");
+  }
+}
+
+void DeviceHandle::Finalize(Napi::BasicEnv) {
+  device_.reset();  // tensors may outlive the device's handle: the last of them closes it
+}
+
+DeviceHandle* DeviceHandle::From(const Napi::Value& value) {
+  if (!value.IsObject()) return nullptr;
+  bool ours = false;
+  if (napi_check_object_type_tag(value.Env(), value, &kTag, &ours) != napi_ok || !ours)
+    return nullptr;
+  return Unwrap(value.As<Napi::Object>());
+}
+
+std::shared_ptr<OpenDevice> DeviceHandle::open() const {
+  if (!device_->device) throw Error(Code::disposed, "the device was disposed");
+  if (!device_->lost.empty()) throw Error(Code::cuda, device_->lost);
+  return device_;
+}
+
+Napi::Value DeviceHandle::Info(const Napi::CallbackInfo& info) {
+  return describe(info.Env(), open()->device->info());
+}
+
+Napi::Value DeviceHandle::Tensor(const Napi::CallbackInfo& info) {
+  std::shared_ptr<OpenDevice> device = open();
+  const Shape shape = parse_shape(info[1]);
+  const DType dtype = parse_dtype(info[2].ToString());
+  const size_t bytes = static_cast<size_t>(shape.size()) * size_of(dtype);
+  HostBytes source;
+  if (!info[0].IsNull()) source = host_bytes(info[0], dtype, shape.size());
+  auto storage = std::make_shared<Storage>(device, bytes);
+  if (info[0].IsNull())
+    device->device->zero(storage->data, bytes);
+  else
+    device->device->upload(storage->data, source.data, bytes);
+  return TensorHandle::Make(info.Env(), storage, dtype, shape);
+}
+
+Napi::Value DeviceHandle::Synchronize(const Napi::CallbackInfo& info) {
+  std::shared_ptr<OpenDevice> device = open();
+  auto deferred = std::make_shared<Napi::Promise::Deferred>(info.Env());
+  State::of(info.Env())
+      .when_done(device, [deferred, device](Napi::Env env, const std::string& lost) {
+        std::vector<std::shared_ptr<Fault>> first;
+        if (device->device) device->settle();
+        if (!device->raised.empty()) {
+          first.push_back(device->raised.front());
+          device->raised.erase(device->raised.begin());
+        }
+        try {
+          throw_faults(first, lost, env);
+          deferred->Resolve(env.Undefined());
+        } catch (const Napi::Error& e) {
+          deferred->Reject(e.Value());
+        }
+      });
+  return deferred->Promise();
+}
+
+Napi::Value DeviceHandle::Time(const Napi::CallbackInfo& info) {
+  std::shared_ptr<OpenDevice> device = open();
+  auto deferred = std::make_shared<Napi::Promise::Deferred>(info.Env());
+  const std::shared_ptr<void> from = device->device->mark();
+  info[0].As<Napi::Function>().Call({});
+  if (!device->device) throw Error(Code::disposed, "the device was disposed");
+  const std::shared_ptr<void> to = device->device->mark();
+  State::of(info.Env())
+      .when_done(device, [deferred, device, from, to](Napi::Env env, const std::string& lost) {
+        if (!lost.empty())
+          deferred->Reject(make_error(env, Code::cuda, "", lost).Value());
+        else
+          deferred->Resolve(Napi::Number::New(
+              env, device->device ? device->device->elapsed(from, to) : 0.0));
+      });
+  return deferred->Promise();
+}
+
+Napi::Value DeviceHandle::MemoryUse(const Napi::CallbackInfo& info) {
+  std::shared_ptr<OpenDevice> device = open();
+  Napi::Object o = Napi::Object::New(info.Env());
+  o.Set("liveBytes", static_cast<double>(device->device->live()));
+  o.Set("peakBytes", static_cast<double>(device->device->peak()));
+  o.Set("reservedBytes", static_cast<double>(device->device->reserved()));
+  return o;
+}
+
+Napi::Value DeviceHandle::ResetPeak(const Napi::CallbackInfo& info) {
+  open()->device->reset_peak();
+  return info.Env().Undefined();
+}
+
+Napi::Value DeviceHandle::Dispose(const Napi::CallbackInfo& info) {
+  device_->close();
+  return info.Env().Undefined();
+}
+
+Napi::Value DeviceHandle::GetDisposed(const Napi::CallbackInfo& info) {
+  return Napi::Boolean::New(info.Env(), !device_->device);
+}
+
+}  // namespace p2r::binding

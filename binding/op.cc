@@ -1,0 +1,312 @@
+#include "binding/op.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "binding/device.h"
+
+namespace p2r::binding {
+
+namespace {
+
+// snake_case of ops.def to the name under which lib/ exports the function.
+std::string exported_name(const std::string& function) {
+  std::string out;
+  bool upper = false;
+  for (char c : function) {
+    if (c == '_')
+      upper = true;
+    else {
+      out += upper ? static_cast<char>(std::toupper(c)) : c;
+      upper = false;
+    }
+  }
+  return out;
+}
+
+std::string describe_value(const Napi::Value& v) {
+  if (v.IsUndefined()) return "undefined";
+  if (v.IsNull()) return "null";
+  if (v.IsNumber() || v.IsBoolean()) return v.ToString().Utf8Value();
+  if (v.IsString()) return "'" + v.ToString().Utf8Value() + "'";
+  if (v.IsArray()) return "an array";
+  if (v.IsFunction()) return "a function";
+  return "an object";
+}
+
+std::string one_of(DTypes dtypes) {
+  std::string out;
+  for (DType t : dtypes) out += std::string(out.empty() ? "" : " or ") + to_string(t);
+  return out;
+}
+
+std::string shortest(double x) {
+  if (x == std::floor(x) && std::fabs(x) < 1e15) return std::to_string(static_cast<int64_t>(x));
+  std::string s = std::to_string(x);
+  return s;
+}
+
+}  // namespace
+
+std::string to_string(const Shape& shape) {
+  std::string out = "[";
+  for (int i = 0; i < shape.rank; ++i) out += (i ? ", " : "") + std::to_string(shape.dim[i]);
+  return out + "]";
+}
+
+Call::Call(const Napi::CallbackInfo& info, const char* function)
+    : info_(info), function_(function), op_(exported_name(function)) {
+  State& state = State::of(info.Env());
+  if (!state.composites.empty()) op_ = state.composites.back().name;
+}
+
+Call::~Call() {
+  // The call threw after its fault was made: nothing will raise it.
+  if (fault_ && fault_->sequence == UINT64_MAX) fault_->sequence = 0;
+}
+
+Napi::Value Call::next(const char* name) {
+  if (at_ >= info_.Length()) throw Error(Code::value, std::string(name) + " is missing");
+  return info_[at_++];
+}
+
+void Call::wrong(const char* name, const std::string& expected, const Napi::Value& got) {
+  throw Error(Code::value,
+              std::string(name) + " must be " + expected + ", got " + describe_value(got));
+}
+
+bool Call::given() {
+  if (at_ < info_.Length() && !info_[at_].IsUndefined() && !info_[at_].IsNull()) return true;
+  ++at_;
+  return false;
+}
+
+View Call::tensor(const char* name, const Napi::Value& value, DTypes dtypes, int rank,
+                  bool written) {
+  TensorHandle* handle = TensorHandle::From(value);
+  if (!handle) wrong(name, "a Tensor", value);
+  const View view = handle->view(name);
+  const std::shared_ptr<OpenDevice>& device = handle->storage()->device;
+  if (!device_) device_ = device;
+  check(device == device_, Code::device,
+        std::string(name) + " is a tensor of another device; move it with to()");
+  check(std::find(dtypes.begin(), dtypes.end(), view.dtype) != dtypes.end(), Code::dtype,
+        std::string(name) + " must be " + one_of(dtypes) + ", got " + p2r::to_string(view.dtype));
+  check(rank < 0 || view.shape.rank == rank, Code::shape,
+        std::string(name) + " must have " + std::to_string(rank) + " axes, got " +
+            to_string(view.shape));
+  (written ? written_ : read_).push_back(handle->storage().get());
+  if (written) read_.push_back(handle->storage().get());
+  return view;
+}
+
+In Call::in(const char* name, DTypes dtypes, int rank) {
+  return {tensor(name, next(name), dtypes, rank, false)};
+}
+In Call::maybe_in(const char* name, DTypes dtypes, int rank) {
+  return given() ? in(name, dtypes, rank) : In{};
+}
+InOut Call::inout(const char* name, DTypes dtypes, int rank) {
+  return {tensor(name, next(name), dtypes, rank, true)};
+}
+InOut Call::maybe_inout(const char* name, DTypes dtypes, int rank) {
+  return given() ? inout(name, dtypes, rank) : InOut{};
+}
+
+std::vector<In> Call::in_list(const char* name, DTypes dtypes, int rank) {
+  const Napi::Value value = next(name);
+  if (!value.IsArray()) wrong(name, "an array of Tensors", value);
+  const Napi::Array array = value.As<Napi::Array>();
+  std::vector<In> out;
+  for (uint32_t i = 0; i < array.Length(); ++i)
+    out.push_back({tensor(name, array.Get(i), dtypes, rank, false)});
+  return out;
+}
+std::vector<InOut> Call::inout_list(const char* name, DTypes dtypes, int rank) {
+  const Napi::Value value = next(name);
+  if (!value.IsArray()) wrong(name, "an array of Tensors", value);
+  const Napi::Array array = value.As<Napi::Array>();
+  std::vector<InOut> out;
+  for (uint32_t i = 0; i < array.Length(); ++i)
+    out.push_back({tensor(name, array.Get(i), dtypes, rank, true)});
+  return out;
+}
+
+void Call::on_device(const char* name) {
+  const Napi::Value value = next(name);
+  DeviceHandle* handle = DeviceHandle::From(value);
+  if (!handle) wrong(name, "a Device", value);
+  std::shared_ptr<OpenDevice> device = handle->open();
+  check(!device_ || device == device_, Code::device, std::string(name) + " is another device");
+  device_ = device;
+}
+
+double Call::number(const char* name, double low, double high) {
+  const Napi::Value value = next(name);
+  if (!value.IsNumber()) wrong(name, "a number", value);
+  const double x = value.As<Napi::Number>().DoubleValue();
+  if (!(x >= low && x <= high) || !std::isfinite(x)) {
+    std::string range = "a finite number";
+    if (std::isfinite(low) && std::isfinite(high))
+      range = "from " + shortest(low) + " to " + shortest(high);
+    else if (std::isfinite(low))
+      range = "a finite number of at least " + shortest(low);
+    wrong(name, range, value);
+  }
+  return x;
+}
+
+int64_t Call::integer(const char* name, int64_t low, int64_t high) {
+  const Napi::Value value = next(name);
+  if (!value.IsNumber()) wrong(name, "an integer", value);
+  const double x = value.As<Napi::Number>().DoubleValue();
+  if (!(x == std::floor(x)) || !(x >= static_cast<double>(low) && x <= static_cast<double>(high)))
+    wrong(name, "an integer from " + std::to_string(low) + " to " + std::to_string(high), value);
+  return static_cast<int64_t>(x);
+}
+
+bool Call::flag(const char* name) {
+  const Napi::Value value = next(name);
+  if (!value.IsBoolean()) wrong(name, "true or false", value);
+  return value.As<Napi::Boolean>().Value();
+}
+
+std::string Call::text(const char* name) {
+  const Napi::Value value = next(name);
+  if (!value.IsString()) wrong(name, "a string", value);
+  return value.As<Napi::String>().Utf8Value();
+}
+
+std::vector<double> Call::numbers(const char* name) {
+  const Napi::Value value = next(name);
+  if (!value.IsTypedArray() ||
+      value.As<Napi::TypedArray>().TypedArrayType() != napi_float64_array)
+    wrong(name, "a list of numbers", value);
+  const Napi::Float64Array array = value.As<Napi::Float64Array>();
+  return {array.Data(), array.Data() + array.ElementLength()};
+}
+
+Ints Call::ints(const char* name, int64_t low, int64_t high) {
+  const std::vector<double> values = numbers(name);
+  Ints out(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    const double x = values[i];
+    if (!(x == std::floor(x) && x >= static_cast<double>(low) && x <= static_cast<double>(high)))
+      throw Error(Code::value, std::string(name) + "[" + std::to_string(i) +
+                                   "] must be an integer from " + std::to_string(low) + " to " +
+                                   std::to_string(high) + ", got " + shortest(x));
+    out[i] = static_cast<int64_t>(x);
+  }
+  return out;
+}
+
+Ints Call::cu_seqlens(const char* name, int64_t total) {
+  const Ints c = ints(name, 0, INT32_MAX);
+  check(!c.empty() && c.front() == 0, Code::value, std::string(name) + " must start with 0");
+  for (size_t i = 1; i < c.size(); ++i)
+    check(c[i] >= c[i - 1], Code::value,
+          std::string(name) + " must not fall, but [" + std::to_string(i) + "] is " +
+              std::to_string(c[i]) + " after " + std::to_string(c[i - 1]));
+  check(c.back() == total, Code::value,
+        std::string(name) + " must end with the number of tokens, " + std::to_string(total) +
+            ", got " + std::to_string(c.back()));
+  return c;
+}
+
+void Call::same_shape(const char* name, const View& view, const Shape& expected) const {
+  check(view.shape == expected, Code::shape,
+        std::string(name) + " must have shape " + to_string(expected) + ", got " +
+            to_string(view.shape));
+}
+void Call::same_dtype(const char* name, const View& view, DType expected) const {
+  check(view.dtype == expected, Code::dtype,
+        std::string(name) + " must be " + p2r::to_string(expected) + ", got " +
+            p2r::to_string(view.dtype));
+}
+
+Out Call::result(DType dtype, const Shape& shape) {
+  Out out;
+  out.dtype = dtype;
+  out.shape = shape;
+  auto storage = std::make_shared<Storage>(device_, out.bytes());
+  out.data = storage->data;
+  written_.push_back(storage.get());
+  results_.push_back(TensorHandle::Make(env(), storage, dtype, shape));
+  held_.push_back(std::move(storage));
+  return out;
+}
+
+void Call::begin() {
+  if (!device_) throw Error(Code::value, "a tensor or a device is needed");
+  if (!device_->pending.empty()) device_->settle();
+}
+
+int32_t* Call::fault_flag(const char* text) {
+  State& state = State::of(env());
+  Composite* composite = state.composites.empty() ? nullptr : &state.composites.back();
+  if (composite && composite->fault && composite->device == device_.get()) {
+    fault_ = composite->fault;
+    return fault_->flag;
+  }
+  fault_ = device_->device->new_fault(op_, text);
+  fault_->sequence = UINT64_MAX;  // until the work is queued
+  device_->pending.push_back(fault_);
+  if (composite) {
+    composite->fault = fault_;
+    composite->device = device_.get();
+  }
+  return fault_->flag;
+}
+
+bool Call::recording() const { return !State::of(env()).record.path.empty(); }
+
+std::shared_ptr<Case> Call::record_before(std::vector<Field> fields) {
+  Recording& record = State::of(env()).record;
+  auto c = std::make_shared<Case>();
+  c->function = function_;
+  c->absolute = record.absolute;
+  c->relative = record.relative;
+  c->fields = std::move(fields);
+  device_->device->host([c] {
+    for (Field& f : c->fields)
+      if (f.view && f.kind != Field::Kind::out)
+        f.before.assign(f.view.as<char>(), f.view.as<char>() + f.view.bytes());
+  });
+  return c;
+}
+
+Napi::Value Call::finish(const std::shared_ptr<Case>& recorded) {
+  State& state = State::of(env());
+  if (recorded) {
+    const std::string path = state.record.path + "/" + std::to_string(state.record.count++) + "-" +
+                             function_ + ".case";
+    device_->device->host([recorded, path, fault = fault_] {
+      for (Field& f : recorded->fields)
+        if (f.view && f.kind != Field::Kind::in)
+          f.after.assign(f.view.as<char>(), f.view.as<char>() + f.view.bytes());
+      recorded->fault = fault && fault->raised();
+      write_case(path, *recorded);
+    });
+  }
+  if (fault_) fault_->sequence = device_->device->queued();
+
+  // Results depend on every fault that an argument depends on, and on this call's own.
+  std::vector<std::shared_ptr<Fault>> faults;
+  const uint64_t done = device_->device->completed();
+  auto include = [&](const std::shared_ptr<Fault>& f) {
+    const bool clean = f->sequence <= done && !f->raised();
+    if (!clean && std::find(faults.begin(), faults.end(), f) == faults.end()) faults.push_back(f);
+  };
+  for (Storage* s : read_)
+    for (const auto& f : s->faults) include(f);
+  if (fault_) include(fault_);
+  for (Storage* s : written_) s->faults = faults;
+
+  if (results_.empty()) return env().Undefined();
+  if (results_.size() == 1) return results_[0];
+  Napi::Array array = Napi::Array::New(env(), results_.size());
+  for (size_t i = 0; i < results_.size(); ++i) array.Set(static_cast<uint32_t>(i), results_[i]);
+  return array;
+}
+
+}  // namespace p2r::binding

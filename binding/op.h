@@ -1,0 +1,109 @@
+// One call of an operation: reads and checks its arguments in order, allocates its results and
+// puts it on the device's queue. binding/<family>.cc holds one function a line of ops.def:
+//
+//   Napi::Value gelu(Call& call) {
+//     GeluArgs a;
+//     a.x = call.in("x", kFloats);
+//     a.tanh = call.flag("approximate");
+//     a.out = call.result(a.x.dtype, a.x.shape);
+//     return call.run(&Kernels::gelu, a);
+//   }
+//
+// Every check comes before the first result, and the reads come in the order in which
+// lib/ops/<family>.ts passes the arguments. Arguments with a field `fault` name their fault in
+// `fault_text`.
+#pragma once
+#include <napi.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "binding/tensor.h"
+#include "ops/backend.h"
+#include "ops/fields.h"
+
+namespace p2r::binding {
+
+using DTypes = std::initializer_list<DType>;
+inline constexpr DTypes kFloats = {DType::f32, DType::f16, DType::bf16};
+inline constexpr DTypes kF32 = {DType::f32};
+inline constexpr DTypes kI32 = {DType::i32};
+inline constexpr DTypes kU8 = {DType::u8};
+inline constexpr DTypes kAny = {DType::f32, DType::f16, DType::bf16, DType::i32, DType::u8};
+
+std::string to_string(const Shape& shape);
+
+class Call {
+ public:
+  Call(const Napi::CallbackInfo& info, const char* function);
+  Call(const Call&) = delete;
+  ~Call();
+
+  const std::string& op() const { return op_; }
+  Napi::Env env() const { return info_.Env(); }
+
+  // Whether the next argument is there (neither undefined nor null); skips it when it is not.
+  bool given();
+
+  // Tensors of one of `dtypes`; rank -1: any. All of one call must live on one device.
+  In in(const char* name, DTypes dtypes, int rank = -1);
+  In maybe_in(const char* name, DTypes dtypes, int rank = -1);  // an empty view when not given
+  InOut inout(const char* name, DTypes dtypes, int rank = -1);
+  InOut maybe_inout(const char* name, DTypes dtypes, int rank = -1);
+  std::vector<In> in_list(const char* name, DTypes dtypes, int rank = -1);
+  std::vector<InOut> inout_list(const char* name, DTypes dtypes, int rank = -1);
+  // The device itself, for operations without tensor arguments.
+  void on_device(const char* name);
+
+  // Host data. Numbers must be finite and within [low, high].
+  double number(const char* name, double low, double high);
+  int64_t integer(const char* name, int64_t low, int64_t high);
+  bool flag(const char* name);
+  std::string text(const char* name);
+  Ints ints(const char* name, int64_t low, int64_t high);
+  std::vector<double> numbers(const char* name);
+  // 0 = c0 <= c1 <= ... <= cB = total.
+  Ints cu_seqlens(const char* name, int64_t total);
+
+  void check(bool ok, Code code, const std::string& message) const {
+    if (!ok) throw Error(code, message);
+  }
+  void same_shape(const char* name, const View& view, const Shape& expected) const;
+  void same_dtype(const char* name, const View& view, DType expected) const;
+
+  // A new tensor on the call's device, returned in the order of these calls.
+  Out result(DType dtype, const Shape& shape);
+
+  // Queues the operation. Returns undefined, the one result, or an array of them.
+  template <class Args>
+  Napi::Value run(void (*Kernels::*function)(const Args&, Device&), Args& args) {
+    begin();
+    if constexpr (requires { args.fault; }) args.fault = fault_flag(Args::fault_text);
+    std::shared_ptr<Case> recorded;
+    if (recording()) recorded = record_before(collect(args));
+    (device_->device->kernels().*function)(args, *device_->device);
+    return finish(recorded);
+  }
+
+ private:
+  Napi::Value next(const char* name);
+  [[noreturn]] void wrong(const char* name, const std::string& expected, const Napi::Value& got);
+  View tensor(const char* name, const Napi::Value& value, DTypes dtypes, int rank, bool written);
+  void begin();
+  int32_t* fault_flag(const char* text);
+  bool recording() const;
+  std::shared_ptr<Case> record_before(std::vector<Field> fields);
+  Napi::Value finish(const std::shared_ptr<Case>& recorded);
+
+  const Napi::CallbackInfo& info_;
+  std::string function_, op_;
+  size_t at_ = 0;
+  std::shared_ptr<OpenDevice> device_;
+  std::vector<Storage*> read_, written_;
+  std::vector<Napi::Object> results_;
+  std::vector<std::shared_ptr<Storage>> held_;  // results, until JavaScript holds them
+  std::shared_ptr<Fault> fault_;
+};
+
+}  // namespace p2r::binding

@@ -1,0 +1,94 @@
+#include "binding/state.h"
+
+namespace p2r::binding {
+
+void OpenDevice::settle() {
+  const uint64_t done = device->completed();
+  std::vector<std::shared_ptr<Fault>> later;
+  for (std::shared_ptr<Fault>& fault : pending) {
+    if (fault->sequence > done)
+      later.push_back(std::move(fault));
+    else if (fault->raised())
+      raised.push_back(std::move(fault));
+  }
+  pending = std::move(later);
+}
+
+OpenDevice::OpenDevice(std::shared_ptr<Registry> registry) : registry_(std::move(registry)) {
+  registry_->insert(this);
+}
+
+OpenDevice::~OpenDevice() {
+  close();
+  registry_->erase(this);
+}
+
+void OpenDevice::close() {
+  device.reset();
+  pending.clear();
+  raised.clear();
+}
+
+struct State::Done {
+  std::function<void(Napi::Env, const std::string&)> f;
+  std::string lost;
+};
+
+State::State(Napi::Env env)
+    : env_(env),
+      channel_(Channel::New(env, Napi::Function::New(env, [](const Napi::CallbackInfo&) {}),
+                            "p2r-kernels", 0, 1, static_cast<std::nullptr_t*>(nullptr))) {
+  channel_.Unref(env);
+  env.AddCleanupHook([this] { close_all(); });
+}
+
+void State::call_js(Napi::Env env, Napi::Function, std::nullptr_t*, Done* done) {
+  if (env == nullptr) return;  // ending; see when_done
+  std::unique_ptr<Done> owned(done);
+  State& state = State::of(env);
+  if (--state.waiting_ == 0) state.channel_.Unref(env);
+  Napi::HandleScope scope(env);
+  owned->f(env, owned->lost);
+}
+
+void State::when_done(const std::shared_ptr<OpenDevice>& device, OnDone f) {
+  if (waiting_++ == 0) channel_.Ref(env_);
+  device->device->notify([channel = channel_, f = std::move(f)](const std::string& lost) mutable {
+    // A call that the ending environment refuses keeps its JavaScript references for ever: they
+    // must not be touched from here.
+    channel.NonBlockingCall(new Done{std::move(f), lost});
+  });
+}
+
+void State::close_all() {
+  if (closed_) return;
+  closed_ = true;
+  for (OpenDevice* device : *open) device->close();
+  channel_.Release();
+}
+
+Napi::Error convert(Napi::Env env, const std::string& op) {
+  try {
+    throw;
+  } catch (const Napi::Error& e) {
+    return e;
+  } catch (const Error& e) {
+    return make_error(env, e.code, op, e.what());
+  } catch (const std::bad_alloc&) {
+    return make_error(env, Code::memory, op, "the host has no memory left");
+  } catch (const std::exception& e) {
+    return make_error(env, Code::native_, op, e.what());
+  }
+}
+
+Napi::Error make_error(Napi::Env env, Code code, const std::string& op,
+                       const std::string& message) {
+  Napi::Object options = Napi::Object::New(env);
+  if (!op.empty()) options.Set("op", op);
+  const std::string text = op.empty() ? message : "[" + op + "] " + message;
+  Napi::Object error = State::of(env).error_class.New(
+      {Napi::String::New(env, to_string(code)), Napi::String::New(env, text), options});
+  return Napi::Error(env, error);
+}
+
+}  // namespace p2r::binding

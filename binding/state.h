@@ -1,0 +1,84 @@
+// What belongs to one JavaScript environment (a worker thread has its own): class constructors, the
+// channel by which devices call back, and the devices to close when it ends. Nothing here is global.
+#pragma once
+#include <napi.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+#include "ops/backend.h"
+
+namespace p2r::binding {
+
+struct OpenDevice;
+using Registry = std::unordered_set<OpenDevice*>;
+
+// An opened device with what only the JavaScript side keeps about it.
+struct OpenDevice {
+  explicit OpenDevice(std::shared_ptr<Registry> registry);
+  ~OpenDevice();
+
+  std::unique_ptr<Device> device;  // null once disposed
+  std::vector<std::shared_ptr<Fault>> pending;  // not yet known to be clean, oldest first
+  std::vector<std::shared_ptr<Fault>> raised;   // for synchronize() to report, once each
+  std::string lost;                             // why the device is gone for good
+
+  // Sorts what the queue has finished into raised and forgotten.
+  void settle();
+  // Drains, stops and frees.
+  void close();
+
+ private:
+  std::shared_ptr<Registry> registry_;
+};
+
+// Several operations that are one for their caller: errors and faults carry its name.
+struct Composite {
+  std::string name;
+  std::shared_ptr<Fault> fault;
+  OpenDevice* device = nullptr;
+};
+
+// Where the next calls on the CPU are written down as cases for the kernel twin.
+struct Recording {
+  std::string path;  // a folder; empty: not recording
+  double absolute = 0, relative = 0;
+  int64_t count = 0;
+};
+
+class State {
+ public:
+  explicit State(Napi::Env env);
+  static State& of(Napi::Env env) { return *env.GetInstanceData<State>(); }
+
+  // Runs f on the JavaScript thread when all that is queued so far is done; keeps the process alive
+  // until then.
+  using OnDone = std::function<void(Napi::Env, const std::string& lost)>;
+  void when_done(const std::shared_ptr<OpenDevice>& device, OnDone f);
+  void close_all();
+
+  Napi::FunctionReference error_class, device_class, tensor_class;
+  std::shared_ptr<Registry> open = std::make_shared<Registry>();
+  std::vector<Composite> composites;
+  Recording record;
+
+ private:
+  struct Done;
+  static void call_js(Napi::Env env, Napi::Function, std::nullptr_t*, Done* done);
+  using Channel = Napi::TypedThreadSafeFunction<std::nullptr_t, Done, call_js>;
+  Napi::Env env_;
+  Channel channel_;
+  int waiting_ = 0;
+  bool closed_ = false;
+};
+
+// Methods of wrapped objects, with C++ errors made JavaScript's: InstanceMethod<guarded<...>>.
+Napi::Error convert(Napi::Env env, const std::string& op);  // the exception in flight
+
+// A P2RError as the public surface describes it.
+Napi::Error make_error(Napi::Env env, Code code, const std::string& op, const std::string& message);
+
+}  // namespace p2r::binding

@@ -1,0 +1,267 @@
+#include "binding/tensor.h"
+
+#include <future>
+
+#include "binding/device.h"
+#include "ops/half.h"
+
+namespace p2r::binding {
+
+namespace {
+
+void* name(const char* method) { return const_cast<char*>(method); }
+
+constexpr napi_type_tag kTag = {0x7032722d6b65726e, 0x656c732d74656e73};
+
+}  // namespace
+
+Storage::Storage(std::shared_ptr<OpenDevice> d, size_t n) : device(std::move(d)), bytes(n) {
+  // Never null: an empty tensor is still a tensor.
+  data = device->device->allocate(n ? n : 1);
+}
+
+Storage::~Storage() {
+  if (device->device) device->device->release(data);
+}
+
+Napi::Function TensorHandle::Init(Napi::Env env) {
+  return DefineClass(env, "TensorHandle",
+                     {InstanceMethod<&TensorHandle::guarded<&TensorHandle::Reshape>>("reshape", napi_default, name("reshape")),
+                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::Slice>>("slice", napi_default, name("slice")),
+                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::Read>>("read", napi_default, name("read")),
+                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::Write>>("write", napi_default, name("write")),
+                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::CopyFrom>>("copyFrom", napi_default, name("copyFrom")),
+                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::To>>("to", napi_default, name("to")),
+                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::Dispose>>("dispose", napi_default, name("dispose")),
+                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::Join>>("join", napi_default, name("join")),
+                      InstanceAccessor<&TensorHandle::GetShape>("shape"),
+                      InstanceAccessor<&TensorHandle::GetDType>("dtype"),
+                      InstanceAccessor<&TensorHandle::GetDisposed>("disposed")});
+}
+
+TensorHandle::TensorHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<TensorHandle>(info) {
+  napi_type_tag_object(info.Env(), info.This(), &kTag);
+}
+
+void TensorHandle::adopt(Napi::Env env, std::shared_ptr<Storage> storage, DType dtype,
+                         const Shape& shape, size_t offset) {
+  storage_ = std::move(storage);
+  dtype_ = dtype;
+  shape_ = shape;
+  offset_ = offset;
+  // Views share their storage, so each tells V8 of an equal share at most; the first one of all.
+  reported_ = storage_.use_count() <= 2 ? static_cast<int64_t>(storage_->bytes) : 0;
+  if (reported_) Napi::MemoryManagement::AdjustExternalMemory(env, reported_);
+}
+
+Napi::Object TensorHandle::Make(Napi::Env env, std::shared_ptr<Storage> storage, DType dtype,
+                                const Shape& shape, size_t offset) {
+  Napi::Object object = State::of(env).tensor_class.New({});
+  Unwrap(object)->adopt(env, std::move(storage), dtype, shape, offset);
+  return object;
+}
+
+TensorHandle* TensorHandle::From(const Napi::Value& value) {
+  if (!value.IsObject()) return nullptr;
+  bool ours = false;
+  if (napi_check_object_type_tag(value.Env(), value, &kTag, &ours) != napi_ok || !ours)
+    return nullptr;
+  return Unwrap(value.As<Napi::Object>());
+}
+
+void TensorHandle::drop(Napi::BasicEnv env) {
+  storage_.reset();
+  if (reported_) Napi::MemoryManagement::AdjustExternalMemory(env, -reported_);
+  reported_ = 0;
+}
+
+void TensorHandle::Finalize(Napi::BasicEnv env) { drop(env); }
+
+View TensorHandle::view(const char* what) const {
+  if (!storage_ || !storage_->device->device)
+    throw Error(Code::disposed, std::string(what) + " was disposed");
+  View v;
+  v.data = static_cast<char*>(storage_->data) + offset_;
+  v.dtype = dtype_;
+  v.shape = shape_;
+  return v;
+}
+
+Napi::Value TensorHandle::Reshape(const Napi::CallbackInfo& info) {
+  const View v = view("the tensor");
+  const Shape shape = parse_shape(info[0]);
+  if (shape.size() != v.size())
+    throw Error(Code::shape, "a tensor of " + std::to_string(v.size()) +
+                                 " elements cannot take a shape of " + std::to_string(shape.size()));
+  return Make(info.Env(), storage_, dtype_, shape, offset_);
+}
+
+Napi::Value TensorHandle::Slice(const Napi::CallbackInfo& info) {
+  const View v = view("the tensor");
+  if (v.shape.rank == 0) throw Error(Code::shape, "a scalar has no rows");
+  const double start = info[0].ToNumber(), end = info[1].ToNumber();
+  const double rows = static_cast<double>(v.shape[0]);
+  if (!(start >= 0 && start <= end && end <= rows) || start != static_cast<int64_t>(start) ||
+      end != static_cast<int64_t>(end))
+    throw Error(Code::value, "rows " + info[0].ToString().Utf8Value() + " to " +
+                                 info[1].ToString().Utf8Value() + " of " +
+                                 std::to_string(v.shape[0]) + " cannot be taken");
+  Shape shape = v.shape;
+  shape.dim[0] = static_cast<int64_t>(end - start);
+  const size_t row = v.shape[0] ? v.bytes() / v.shape[0] : 0;
+  return Make(info.Env(), storage_, dtype_, shape, offset_ + static_cast<size_t>(start) * row);
+}
+
+void throw_faults(const std::vector<std::shared_ptr<Fault>>& faults, const std::string& lost,
+                  Napi::Env env) {
+  if (!lost.empty()) throw make_error(env, Code::cuda, "", lost);
+  for (const auto& f : faults)
+    if (f->raised()) throw make_error(env, Code::value, f->op, f->text);
+}
+
+Napi::Value TensorHandle::Read(const Napi::CallbackInfo& info) {
+  const View v = view("the tensor");
+  Napi::Env env = info.Env();
+  std::shared_ptr<OpenDevice> device = storage_->device;
+  Napi::ArrayBuffer buffer = Napi::ArrayBuffer::New(env, v.bytes());
+  device->device->download(buffer.Data(), v.data, v.bytes());
+  auto deferred = std::make_shared<Napi::Promise::Deferred>(env);
+  auto held = std::make_shared<Napi::Reference<Napi::ArrayBuffer>>(
+      Napi::Persistent(buffer));
+  State::of(env).when_done(device, [deferred, held, device, faults = storage_->faults](
+                                       Napi::Env env, const std::string& lost) {
+    try {
+      throw_faults(faults, lost, env);
+      deferred->Resolve(held->Value());
+    } catch (const Napi::Error& e) {
+      deferred->Reject(e.Value());
+    }
+  });
+  return deferred->Promise();
+}
+
+Napi::Value TensorHandle::Write(const Napi::CallbackInfo& info) {
+  const View v = view("the tensor");
+  const HostBytes source = host_bytes(info[0], v.dtype, v.size());
+  storage_->device->device->upload(v.data, source.data, source.bytes);
+  if (v.bytes() == storage_->bytes) storage_->faults.clear();
+  return info.Env().Undefined();
+}
+
+Napi::Value TensorHandle::CopyFrom(const Napi::CallbackInfo& info) {
+  const View v = view("the tensor");
+  TensorHandle* other = From(info[0]);
+  if (!other) throw Error(Code::value, "copyFrom needs a Tensor");
+  const View source = other->view("the source");
+  if (other->storage_->device != storage_->device)
+    throw Error(Code::device, "the source is a tensor of another device; move it with to()");
+  if (source.dtype != v.dtype)
+    throw Error(Code::dtype, std::string("the source must be ") + p2r::to_string(v.dtype) +
+                                 ", got " + p2r::to_string(source.dtype));
+  if (!(source.shape == v.shape))
+    throw Error(Code::shape, "the source must have the tensor's shape");
+  if (source.data == v.data) return info.Env().Undefined();
+  storage_->device->device->copy(v.data, source.data, v.bytes());
+  if (v.bytes() == storage_->bytes) storage_->faults.clear();
+  for (const auto& f : other->storage_->faults) storage_->faults.push_back(f);
+  return info.Env().Undefined();
+}
+
+Napi::Value TensorHandle::To(const Napi::CallbackInfo& info) {
+  const View v = view("the tensor");
+  std::shared_ptr<OpenDevice> target = DeviceHandle::From(info[0])->open();
+  auto storage = std::make_shared<Storage>(target, v.bytes());
+  storage->faults = storage_->faults;
+  Device& source = *storage_->device->device;
+  if (target == storage_->device) {
+    source.copy(storage->data, v.data, v.bytes());
+  } else {
+    // Through host memory, ordered on both queues: the target's waits for the source's.
+    auto bytes = std::make_shared<std::vector<char>>(v.bytes());
+    auto arrived = std::make_shared<std::promise<void>>();
+    source.download(bytes->data(), v.data, v.bytes());
+    source.notify([arrived](const std::string&) { arrived->set_value(); });
+    target->device->upload_from(storage->data, v.bytes(),
+                                [bytes, f = arrived->get_future().share()]() -> const void* {
+                                  f.wait();
+                                  return bytes->data();
+                                });
+  }
+  return Make(info.Env(), storage, dtype_, shape_);
+}
+
+Napi::Value TensorHandle::Dispose(const Napi::CallbackInfo& info) {
+  drop(info.Env());
+  return info.Env().Undefined();
+}
+
+// Ties a composite's fault to a tensor that it returns.
+Napi::Value TensorHandle::Join(const Napi::CallbackInfo& info) {
+  for (Composite& c : State::of(info.Env()).composites)
+    if (c.fault && storage_) storage_->faults.push_back(c.fault);
+  return info.Env().Undefined();
+}
+
+Napi::Value TensorHandle::GetShape(const Napi::CallbackInfo& info) {
+  Napi::Array out = Napi::Array::New(info.Env(), shape_.rank);
+  for (int i = 0; i < shape_.rank; ++i)
+    out.Set(static_cast<uint32_t>(i), static_cast<double>(shape_.dim[i]));
+  return out;
+}
+Napi::Value TensorHandle::GetDType(const Napi::CallbackInfo& info) {
+  return Napi::String::New(info.Env(), p2r::to_string(dtype_));
+}
+Napi::Value TensorHandle::GetDisposed(const Napi::CallbackInfo& info) {
+  return Napi::Boolean::New(info.Env(), !storage_ || !storage_->device->device);
+}
+
+DType parse_dtype(const std::string& name) {
+  for (DType t : {DType::f32, DType::f16, DType::bf16, DType::i32, DType::u8})
+    if (name == p2r::to_string(t)) return t;
+  throw Error(Code::value, "dtype must be f32, f16, bf16, i32 or u8, got '" + name + "'");
+}
+
+Shape parse_shape(const Napi::Value& value) {
+  if (!value.IsArray()) throw Error(Code::value, "a shape must be an array of sizes");
+  const Napi::Array array = value.As<Napi::Array>();
+  if (array.Length() > kMaxRank)
+    throw Error(Code::shape, "a shape has at most " + std::to_string(kMaxRank) + " axes, got " +
+                                 std::to_string(array.Length()));
+  Shape shape;
+  double size = 1;
+  for (uint32_t i = 0; i < array.Length(); ++i) {
+    const Napi::Value v = array.Get(i);
+    const double d = v.IsNumber() ? v.As<Napi::Number>().DoubleValue() : -1;
+    if (!(d >= 0 && d <= 9007199254740991.0) || d != static_cast<double>(static_cast<int64_t>(d)))
+      throw Error(Code::shape, "the sizes of a shape must be integers of at least 0");
+    shape.dim[shape.rank++] = static_cast<int64_t>(d);
+    size *= d;
+  }
+  if (size > 9007199254740991.0 / 8) throw Error(Code::memory, "the shape is too large");
+  return shape;
+}
+
+HostBytes host_bytes(const Napi::Value& value, DType dtype, int64_t size) {
+  if (!value.IsTypedArray()) throw Error(Code::value, "host data must be a typed array");
+  const Napi::TypedArray array = value.As<Napi::TypedArray>();
+  if (static_cast<int64_t>(array.ElementLength()) != size)
+    throw Error(Code::shape, "host data must have " + std::to_string(size) + " elements, got " +
+                                 std::to_string(array.ElementLength()));
+  HostBytes out;
+  out.data = static_cast<const char*>(array.ArrayBuffer().Data()) + array.ByteOffset();
+  out.bytes = static_cast<size_t>(size) * size_of(dtype);
+  const bool half = dtype == DType::f16 || dtype == DType::bf16;
+  if (half && array.TypedArrayType() == napi_float32_array) {
+    const float* x = static_cast<const float*>(static_cast<const void*>(out.data));
+    out.converted.resize(size);
+    for (int64_t i = 0; i < size; ++i)
+      out.converted[i] = dtype == DType::f16 ? f16_of_f32(x[i]) : bf16_of_f32(x[i]);
+    out.data = out.converted.data();
+  } else if (array.ByteLength() != out.bytes) {
+    throw Error(Code::dtype, std::string("host data of another type than ") +
+                                 p2r::to_string(dtype));
+  }
+  return out;
+}
+
+}  // namespace p2r::binding

@@ -1,0 +1,86 @@
+// The native half of a Tensor: a handle on shared storage.
+#pragma once
+#include <napi.h>
+
+#include <memory>
+#include <vector>
+
+#include "binding/state.h"
+#include "ops/tensor.h"
+
+namespace p2r::binding {
+
+// Memory that views share. Freed with the last handle; queued work does not hold it, because a
+// device hands memory out again in the order of its queue.
+struct Storage {
+  Storage(std::shared_ptr<OpenDevice> device, size_t bytes);
+  ~Storage();
+  Storage(const Storage&) = delete;
+
+  std::shared_ptr<OpenDevice> device;
+  void* data = nullptr;
+  size_t bytes = 0;
+  std::vector<std::shared_ptr<Fault>> faults;  // that its contents may depend on
+};
+
+class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
+ public:
+  static Napi::Function Init(Napi::Env env);
+  static Napi::Object Make(Napi::Env env, std::shared_ptr<Storage> storage, DType dtype,
+                           const Shape& shape, size_t offset = 0);
+  // The handle behind a value, or null when it is something else.
+  static TensorHandle* From(const Napi::Value& value);
+
+  explicit TensorHandle(const Napi::CallbackInfo& info);
+  void Finalize(Napi::BasicEnv env) override;
+
+  View view(const char* what) const;  // throws Code::disposed
+  const std::shared_ptr<Storage>& storage() const { return storage_; }
+
+ private:
+  template <Napi::Value (TensorHandle::*method)(const Napi::CallbackInfo&)>
+  Napi::Value guarded(const Napi::CallbackInfo& info) {
+    try {
+      return (this->*method)(info);
+    } catch (...) {
+      throw convert(info.Env(), static_cast<const char*>(info.Data()));
+    }
+  }
+  void adopt(Napi::Env env, std::shared_ptr<Storage> storage, DType dtype, const Shape& shape,
+             size_t offset);
+  void drop(Napi::BasicEnv env);
+  Napi::Value Reshape(const Napi::CallbackInfo& info);
+  Napi::Value Slice(const Napi::CallbackInfo& info);
+  Napi::Value Read(const Napi::CallbackInfo& info);
+  Napi::Value Write(const Napi::CallbackInfo& info);
+  Napi::Value CopyFrom(const Napi::CallbackInfo& info);
+  Napi::Value To(const Napi::CallbackInfo& info);
+  Napi::Value Dispose(const Napi::CallbackInfo& info);
+  Napi::Value Join(const Napi::CallbackInfo& info);
+  Napi::Value GetShape(const Napi::CallbackInfo& info);
+  Napi::Value GetDType(const Napi::CallbackInfo& info);
+  Napi::Value GetDisposed(const Napi::CallbackInfo& info);
+
+  std::shared_ptr<Storage> storage_;
+  DType dtype_ = DType::f32;
+  Shape shape_;
+  size_t offset_ = 0;
+  int64_t reported_ = 0;  // bytes told to V8
+};
+
+Shape parse_shape(const Napi::Value& value);
+DType parse_dtype(const std::string& name);  // throws Code::value
+
+// A typed array as the bytes of a tensor: f32 rounds to f16 and bf16, all else is taken as it is.
+struct HostBytes {
+  const void* data = nullptr;
+  size_t bytes = 0;
+  std::vector<uint16_t> converted;
+};
+HostBytes host_bytes(const Napi::Value& value, DType dtype, int64_t size);
+
+// Throws the first raised fault, or why the device is gone.
+void throw_faults(const std::vector<std::shared_ptr<Fault>>& faults, const std::string& lost,
+                  Napi::Env env);
+
+}  // namespace p2r::binding

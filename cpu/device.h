@@ -1,0 +1,109 @@
+// The CPU as a device: one queue thread that runs work in order, and a pool of workers that the
+// work it runs is spread over. An operation's function runs on the caller's thread; it captures its
+// arguments by value and queues closures:
+//
+//   void gelu(const GeluArgs& a, Device& device) {
+//     CpuDevice& cpu = cpu_device(device);
+//     cpu.launch(a.x.size(), 4096, [a](int64_t begin, int64_t end, int thread) { ... });
+//   }
+//
+// Memory for a closure is taken before it is queued (Device::scratch), never inside it: blocks are
+// handed out in the order of the queue.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <unordered_set>
+#include <vector>
+
+#include "cpu/simd/simd.h"
+#include "ops/backend.h"
+
+namespace p2r::cpu {
+
+// Workers that split one loop at a time. Items are handed out in chunks to whoever is free, so the
+// result of an item must not depend on who computes it.
+class Threads {
+ public:
+  explicit Threads(int count);
+  ~Threads();
+  int count() const { return count_; }
+  // f(begin, end, thread) over chunks of `grain` items; returns when all are done.
+  using Body = std::function<void(int64_t begin, int64_t end, int thread)>;
+  void parallel(int64_t items, int64_t grain, const Body& f);
+
+ private:
+  void work(int thread);
+  void take_chunks(int thread);
+
+  const int count_;
+  std::vector<std::thread> workers_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> round_{0};
+  std::atomic<int> busy_{0};
+  std::atomic<bool> stop_{false};
+  std::atomic<int64_t> next_{0};
+  int64_t items_ = 0, grain_ = 1;
+  const Body* body_ = nullptr;
+};
+
+class CpuDevice final : public Device {
+ public:
+  explicit CpuDevice(const OpenOptions& options);
+  ~CpuDevice() override;
+
+  const DeviceInfo& info() const override { return info_; }
+  const Kernels& kernels() const override;
+  const Simd& simd() const { return *simd_; }
+  int threads() const { return threads_.count(); }
+
+  void submit(std::function<void()> work);
+  // Queues f over chunks of `grain` items.
+  void launch(int64_t items, int64_t grain, Threads::Body f);
+  // Inside queued work only.
+  void parallel(int64_t items, int64_t grain, const Threads::Body& f) {
+    threads_.parallel(items, grain, f);
+  }
+
+  void upload(void* destination, const void* source, size_t bytes) override;
+  void upload_from(void* destination, size_t bytes,
+                   std::function<const void*()> source) override;
+  void download(void* destination, const void* source, size_t bytes) override;
+  void copy(void* destination, const void* source, size_t bytes) override;
+  void zero(void* destination, size_t bytes) override;
+  void host(std::function<void()> f) override { submit(std::move(f)); }
+  void notify(Completion done) override;
+  std::shared_ptr<void> mark() override;
+  double elapsed(const std::shared_ptr<void>& from, const std::shared_ptr<void>& to) override;
+  std::shared_ptr<Fault> new_fault(std::string op, std::string text) override;
+  uint64_t completed() const override { return completed_.load(std::memory_order_acquire); }
+  uint64_t queued() const override { return queued_; }
+
+ protected:
+  void* raw_allocate(size_t bytes) override;
+  void raw_release(void* block) override;
+  void drain() override;
+
+ private:
+  void run();
+
+  DeviceInfo info_;
+  const Simd* simd_ = nullptr;
+  Threads threads_;
+  std::mutex mutex_;
+  std::condition_variable wake_, space_;
+  std::deque<std::function<void()>> queue_;
+  uint64_t queued_ = 0;
+  std::atomic<uint64_t> completed_{0};
+  bool stop_ = false;
+  std::thread thread_;
+};
+
+inline CpuDevice& cpu_device(Device& device) { return static_cast<CpuDevice&>(device); }
+
+}  // namespace p2r::cpu

@@ -1,0 +1,25 @@
+// The SIMD kernels of one instruction set, as a table of functions. The files beside this one are
+// compiled once for every set (CMakeLists.txt); which table is used is decided when a device is
+// opened.
+//
+// Those files must not instantiate inline code of the standard library: the linker keeps one copy
+// of an inline function, and it could be the one that needs AVX-512. They include only vec.h and
+// C headers, and work on plain pointers.
+#pragma once
+#include <cstdint>
+
+#include "ops/tensor.h"
+
+namespace p2r::cpu {
+
+struct Simd {
+  const char* name;
+#define KERNEL(result, name, parameters) result(*name) parameters;
+#include "cpu/simd/kernels.def"
+#undef KERNEL
+};
+
+// The tables that this build and this CPU have, best first; `count` is at least 1.
+const Simd* const* simd_tables(int* count);
+
+}  // namespace p2r::cpu

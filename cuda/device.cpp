@@ -1,0 +1,322 @@
+// The CUDA device: one stream, stream-ordered memory, pinned staging for transfers, and a thread that
+// waits for events on behalf of promises.
+#include <atomic>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "cuda/stream.h"
+
+namespace p2r::cuda {
+
+namespace {
+
+void check(cudaError_t e, const char* what) {
+  if (e != cudaSuccess) throw Error(Code::cuda, std::string(what) + ": " + cudaGetErrorString(e));
+}
+
+constexpr size_t kFaultWords = 4096;
+
+// Pinned host memory that a transfer has passed through, to be used again once its event is over.
+struct Staging {
+  void* data = nullptr;
+  size_t capacity = 0;
+  cudaEvent_t done = nullptr;
+};
+
+}  // namespace
+
+class CudaDevice final : public Device {
+ public:
+  explicit CudaDevice(int index) : index_(index) {
+    bind();
+    cudaDeviceProp p;
+    check(cudaGetDeviceProperties(&p, index), "cudaGetDeviceProperties");
+    info_.backend = "cuda";
+    info_.id = "cuda:" + std::to_string(index);
+    info_.name = p.name;
+    info_.memory_bytes = p.totalGlobalMem;
+    info_.capability = std::to_string(p.major) + "." + std::to_string(p.minor);
+    multiprocessors_ = p.multiProcessorCount;
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+    check(cudaHostAlloc(reinterpret_cast<void**>(&words_), kFaultWords * 4, cudaHostAllocMapped),
+          "cudaHostAlloc");
+    waiter_ = std::thread([this] { wait_for_events(); });
+  }
+
+  ~CudaDevice() override {
+    cudaSetDevice(index_);
+    cudaStreamSynchronize(stream_);
+    {
+      std::lock_guard lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_one();
+    waiter_.join();
+    release_everything();
+    for (Staging& s : staging_) {
+      cudaFreeHost(s.data);
+      cudaEventDestroy(s.done);
+    }
+    cudaFreeHost(words_);
+    cudaStreamDestroy(stream_);
+  }
+
+  const DeviceInfo& info() const override { return info_; }
+  const Kernels& kernels() const override;
+  cudaStream_t stream() {
+    bind();
+    ++queued_;
+    return stream_;
+  }
+  int multiprocessors() const { return multiprocessors_; }
+
+  void upload(void* destination, const void* source, size_t bytes) override {
+    if (!bytes) return;
+    Staging& s = stage(bytes);
+    std::memcpy(s.data, source, bytes);
+    send(destination, s, bytes);
+  }
+
+  void upload_from(void* destination, size_t bytes, std::function<const void*()> source) override {
+    if (!bytes) return;
+    Staging& s = stage(bytes);
+    host([data = s.data, bytes, source] { std::memcpy(data, source(), bytes); });
+    send(destination, s, bytes);
+  }
+
+  void download(void* destination, const void* source, size_t bytes) override {
+    if (!bytes) return;
+    // The destination is JavaScript's and pageable, so the copy would wait for the stream here;
+    // it passes through pinned memory and is completed by the waiter instead.
+    Staging& s = stage(bytes);
+    check(cudaMemcpyAsync(s.data, source, bytes, cudaMemcpyDeviceToHost, stream()), "copy to host");
+    host([destination, data = s.data, bytes] { std::memcpy(destination, data, bytes); });
+    check(cudaEventRecord(s.done, stream_), "cudaEventRecord");
+  }
+
+  void copy(void* destination, const void* source, size_t bytes) override {
+    check(cudaMemcpyAsync(destination, source, bytes, cudaMemcpyDeviceToDevice, stream()), "copy");
+  }
+  void zero(void* destination, size_t bytes) override {
+    check(cudaMemsetAsync(destination, 0, bytes, stream()), "memset");
+  }
+
+  void host(std::function<void()> f) override {
+    auto* owned = new std::function<void()>(std::move(f));
+    check(cudaLaunchHostFunc(
+              stream(),
+              [](void* p) {
+                std::unique_ptr<std::function<void()>> f(static_cast<std::function<void()>*>(p));
+                (*f)();
+              },
+              owned),
+          "cudaLaunchHostFunc");
+  }
+
+  void notify(Completion done) override {
+    cudaEvent_t event = new_event(cudaEventDisableTiming | cudaEventBlockingSync);
+    check(cudaEventRecord(event, stream()), "cudaEventRecord");
+    {
+      std::lock_guard lock(mutex_);
+      waiting_.push_back({event, queued_, std::move(done)});
+    }
+    wake_.notify_one();
+  }
+
+  std::shared_ptr<void> mark() override {
+    cudaEvent_t event = new_event(cudaEventDefault);
+    check(cudaEventRecord(event, stream()), "cudaEventRecord");
+    return {event, [](void* e) { cudaEventDestroy(static_cast<cudaEvent_t>(e)); }};
+  }
+
+  double elapsed(const std::shared_ptr<void>& from, const std::shared_ptr<void>& to) override {
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, static_cast<cudaEvent_t>(from.get()),
+                               static_cast<cudaEvent_t>(to.get())),
+          "cudaEventElapsedTime");
+    return ms;
+  }
+
+  std::shared_ptr<Fault> new_fault(std::string op, std::string text) override {
+    auto fault = std::make_shared<Fault>();
+    fault->op = std::move(op);
+    fault->text = std::move(text);
+    int32_t* word = nullptr;
+    {
+      std::lock_guard lock(mutex_);
+      if (free_words_.empty() && used_words_ < kFaultWords) free_words_.push_back(&words_[used_words_++]);
+      if (!free_words_.empty()) {
+        word = free_words_.back();
+        free_words_.pop_back();
+      }
+    }
+    if (!word) {  // thousands of calls in flight: let them finish
+      drain();
+      return new_fault(fault->op, fault->text);
+    }
+    *word = 0;
+    fault->flag = word;
+    fault->owner = {word, [this](void* w) {
+                      std::lock_guard lock(mutex_);
+                      free_words_.push_back(static_cast<int32_t*>(w));
+                    }};
+    return fault;
+  }
+
+  uint64_t completed() const override { return completed_.load(std::memory_order_acquire); }
+  uint64_t queued() const override { return queued_; }
+
+ protected:
+  void* raw_allocate(size_t bytes) override {
+    bind();
+    void* p = nullptr;
+    if (cudaMalloc(&p, bytes) != cudaSuccess) {
+      cudaGetLastError();  // out of memory is not sticky
+      return nullptr;
+    }
+    return p;
+  }
+  void raw_release(void* block) override {
+    bind();
+    cudaFree(block);
+  }
+  void drain() override {
+    bind();
+    check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+    completed_.store(queued_, std::memory_order_release);
+  }
+
+ private:
+  struct Waiting {
+    cudaEvent_t event;
+    uint64_t sequence;
+    Completion done;
+  };
+
+  void bind() const { cudaSetDevice(index_); }
+
+  static cudaEvent_t new_event(unsigned flags) {
+    cudaEvent_t event;
+    check(cudaEventCreateWithFlags(&event, flags), "cudaEventCreate");
+    return event;
+  }
+
+  Staging& stage(size_t bytes) {
+    bind();
+    for (Staging& s : staging_)
+      if (s.capacity >= bytes && s.capacity <= 4 * bytes + 4096 &&
+          cudaEventQuery(s.done) == cudaSuccess)
+        return s;
+    Staging s;
+    s.capacity = bytes < 4096 ? 4096 : bytes;
+    check(cudaHostAlloc(&s.data, s.capacity, cudaHostAllocDefault), "cudaHostAlloc");
+    s.done = new_event(cudaEventDisableTiming);
+    staging_.push_back(s);
+    return staging_.back();
+  }
+
+  void send(void* destination, Staging& s, size_t bytes) {
+    check(cudaMemcpyAsync(destination, s.data, bytes, cudaMemcpyHostToDevice, stream()),
+          "copy to device");
+    check(cudaEventRecord(s.done, stream_), "cudaEventRecord");
+  }
+
+  void wait_for_events() {
+    cudaSetDevice(index_);
+    for (;;) {
+      Waiting w;
+      {
+        std::unique_lock lock(mutex_);
+        wake_.wait(lock, [&] { return stop_ || !waiting_.empty(); });
+        if (waiting_.empty()) return;
+        w = std::move(waiting_.front());
+        waiting_.pop_front();
+      }
+      const cudaError_t e = cudaEventSynchronize(w.event);
+      cudaEventDestroy(w.event);
+      uint64_t before = completed_.load();
+      while (before < w.sequence && !completed_.compare_exchange_weak(before, w.sequence)) {
+      }
+      w.done(e == cudaSuccess ? "" : std::string("the CUDA device was lost: ") + cudaGetErrorString(e));
+    }
+  }
+
+  const int index_;
+  DeviceInfo info_;
+  int multiprocessors_ = 0;
+  cudaStream_t stream_ = nullptr;
+  int32_t* words_ = nullptr;
+  size_t used_words_ = 0;
+  std::vector<int32_t*> free_words_;
+  std::deque<Staging> staging_;
+  uint64_t queued_ = 0;
+  std::atomic<uint64_t> completed_{0};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<Waiting> waiting_;
+  bool stop_ = false;
+  std::thread waiter_;
+};
+
+#define OP(family, function, Args) void function(const Args&, Device&);
+#include "ops/ops.def"
+#undef OP
+
+const Kernels& CudaDevice::kernels() const {
+  static const Kernels table = {
+#define OP(family, function, Args) &function,
+#include "ops/ops.def"
+#undef OP
+  };
+  return table;
+}
+
+cudaStream_t stream_of(Device& device) { return static_cast<CudaDevice&>(device).stream(); }
+int multiprocessors(Device& device) { return static_cast<CudaDevice&>(device).multiprocessors(); }
+
+}  // namespace p2r::cuda
+
+namespace p2r {
+
+CudaStatus cuda_status() {
+  int driver = 0, count = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+    cudaGetLastError();
+    return {true, false, "CUDA is built in, but no NVIDIA driver was found."};
+  }
+  const cudaError_t e = cudaGetDeviceCount(&count);
+  cudaGetLastError();
+  if (e == cudaErrorInsufficientDriver)
+    return {true, false, "CUDA is built in, but the NVIDIA driver is older than CUDA 13 needs."};
+  if (e != cudaSuccess || count == 0)
+    return {true, false, "CUDA is built in and a driver was found, but no CUDA device."};
+  return {true, true, std::to_string(count) + " CUDA device" + (count == 1 ? "" : "s") + " found."};
+}
+
+std::vector<DeviceInfo> cuda_infos() {
+  std::vector<DeviceInfo> out;
+  if (!cuda_status().available) return out;
+  int count = 0;
+  cudaGetDeviceCount(&count);
+  for (int i = 0; i < count; ++i) {
+    cudaDeviceProp p;
+    if (cudaGetDeviceProperties(&p, i) != cudaSuccess) continue;
+    DeviceInfo info;
+    info.backend = "cuda";
+    info.id = "cuda:" + std::to_string(i);
+    info.name = p.name;
+    info.memory_bytes = p.totalGlobalMem;
+    info.capability = std::to_string(p.major) + "." + std::to_string(p.minor);
+    out.push_back(info);
+  }
+  return out;
+}
+
+std::unique_ptr<Device> open_cuda(int index) { return std::make_unique<cuda::CudaDevice>(index); }
+
+}  // namespace p2r

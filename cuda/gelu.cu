@@ -1,0 +1,65 @@
+// GELU: one grid-stride loop, one element a thread and step; bound by memory.
+#include "ops/gelu.h"
+
+#include "cuda/kernel.cuh"
+
+namespace p2r::cuda {
+
+namespace {
+
+constexpr int kBlock = 256;
+constexpr float kRsqrt2 = 0.70710678118654752f, kSqrt2OverPi = 0.79788456080286536f,
+                kCubic = 0.044715f, kRsqrt2Pi = 0.39894228040143268f;
+
+template <class T>
+__global__ void __launch_bounds__(kBlock) gelu_kernel(const T* x, T* out, int64_t n, bool tanh) {
+  for (int64_t i = blockIdx.x * int64_t{kBlock} + threadIdx.x; i < n;
+       i += int64_t{gridDim.x} * kBlock) {
+    const float v = to_float(x[i]);
+    const float cdf = tanh ? 0.5f * (1 + tanhf(kSqrt2OverPi * (v + kCubic * v * v * v)))
+                           : 0.5f * (1 + erff(v * kRsqrt2));
+    out[i] = from_float<T>(v * cdf);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kBlock)
+    gelu_backward_kernel(const T* d_out, const T* x, T* d_x, int64_t n, bool tanh) {
+  for (int64_t i = blockIdx.x * int64_t{kBlock} + threadIdx.x; i < n;
+       i += int64_t{gridDim.x} * kBlock) {
+    const float v = to_float(x[i]);
+    float slope;
+    if (tanh) {
+      const float t = tanhf(kSqrt2OverPi * (v + kCubic * v * v * v));
+      slope = 0.5f * (1 + t) +
+              0.5f * v * (1 - t * t) * kSqrt2OverPi * (1 + 3 * kCubic * v * v);
+    } else {
+      slope = 0.5f * (1 + erff(v * kRsqrt2)) + v * kRsqrt2Pi * expf(-0.5f * v * v);
+    }
+    d_x[i] = from_float<T>(to_float(d_out[i]) * slope);
+  }
+}
+
+}  // namespace
+
+void gelu(const GeluArgs& a, Device& device) {
+  const int64_t n = a.x.size();
+  if (!n) return;
+  with_float_type(a.x.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    launch(gelu_kernel<T>, blocks_for(n, kBlock), kBlock, 0, stream_of(device), a.x.as<const T>(),
+           a.out.as<T>(), n, a.tanh);
+  });
+}
+
+void gelu_backward(const GeluBackwardArgs& a, Device& device) {
+  const int64_t n = a.x.size();
+  if (!n) return;
+  with_float_type(a.x.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    launch(gelu_backward_kernel<T>, blocks_for(n, kBlock), kBlock, 0, stream_of(device),
+           a.d_out.as<const T>(), a.x.as<const T>(), a.d_x.as<T>(), n, a.tanh);
+  });
+}
+
+}  // namespace p2r::cuda

@@ -1,0 +1,129 @@
+import { P2RError, refuse } from './errors.js'
+import { type DeviceHandle, native } from './native.js'
+import {
+  defaultDType,
+  describeValue,
+  type DType,
+  type HostArray,
+  hostData,
+  type Tensor,
+  wrap,
+} from './tensor.js'
+
+export interface DeviceInfo {
+  backend: 'cpu' | 'cuda'
+  /** 'cpu', 'cuda:0', ... */
+  id: string
+  name: string
+  memoryBytes: number
+  /** CPU: worker threads and the instruction set chosen at run time ('avx512', 'avx2', 'neon', 'scalar'). */
+  threads?: number
+  simd?: string
+  /** CUDA: for example '9.0'. */
+  computeCapability?: string
+}
+
+export interface OpenOptions {
+  /** CPU: worker threads; from affinity and cgroup unless given. */
+  threads?: number
+  /** Forces a path that the CPU has, for tests and measurements. */
+  simd?: 'avx512' | 'avx2' | 'neon' | 'scalar'
+  features?: { bf16?: boolean; vnni?: boolean }
+}
+
+/** Every device that this process can open. The CPU is always first. */
+export function devices(): DeviceInfo[] {
+  return native().devices()
+}
+
+/** Why CUDA is or is not usable here: built in?, driver found?, devices found? */
+export function cudaStatus(): { built: boolean; available: boolean; reason: string } {
+  return native().cudaStatus()
+}
+
+/**
+ * Opens a device: 'cpu', 'cuda', 'cuda:1'. Without a name: the environment's P2R_DEVICE, else the
+ * first CUDA device, else the CPU. A named device that is not there throws ERR_DEVICE; it never
+ * falls back. Each call opens a queue and a memory pool of its own.
+ */
+export function openDevice(id?: string, options: OpenOptions = {}): Device {
+  if (id !== undefined && typeof id !== 'string')
+    refuse('ERR_VALUE', 'openDevice', `id must be a string, got ${describeValue(id)}`)
+  const { features, ...rest } = options
+  const handle = native().openDevice(id ?? process.env.P2R_DEVICE ?? '', { ...rest, ...features })
+  return new Device(construct, handle)
+}
+
+const construct = Symbol('construct')
+
+/** One device with its queue and memory: operations on its tensors run in order, behind the caller. */
+export class Device implements Disposable {
+  readonly info: DeviceInfo
+  /** @internal */
+  readonly handle: DeviceHandle
+
+  /** @internal Devices are opened by openDevice. */
+  constructor(key: typeof construct, handle: DeviceHandle) {
+    if (key !== construct) throw new P2RError('ERR_VALUE', 'Devices are opened by openDevice()')
+    this.info = Object.freeze(handle.info())
+    Object.defineProperty(this, 'handle', { value: handle })
+    this.handle = handle
+  }
+
+  /**
+   * Copies host data in. A Float32Array given for 'f16'/'bf16' is rounded to nearest even; a
+   * Uint16Array is taken as raw bits. Without a dtype: f32 for Float32Array, Float64Array and
+   * number[], i32 for Int32Array, u8 for the byte arrays; a Uint16Array needs one.
+   */
+  tensor<D extends DType = 'f32'>(
+    data: HostArray,
+    shape: readonly number[],
+    dtype?: D,
+  ): Tensor<D> {
+    const type = dtype ?? defaultDType(data)
+    checkDType(type, 'tensor')
+    return wrap(this, this.handle.tensor(hostData(data, type, 'tensor'), shape, type))
+  }
+
+  zeros<D extends DType = 'f32'>(shape: readonly number[], dtype?: D): Tensor<D> {
+    const type = dtype ?? 'f32'
+    checkDType(type, 'zeros')
+    return wrap(this, this.handle.tensor(null, shape, type))
+  }
+
+  /** Waits for all queued work; throws each fault of it once. */
+  synchronize(): Promise<void> {
+    return this.handle.synchronize()
+  }
+
+  /** Milliseconds that the work queued by f takes on the device: events on CUDA, queue time on the CPU. */
+  time(f: () => void): Promise<number> {
+    return this.handle.time(f)
+  }
+
+  /**
+   * Bytes of live tensors; the highest sum of tensors and kernels' scratch (every thread's included)
+   * since resetPeak; bytes held by the allocator.
+   */
+  memory(): { liveBytes: number; peakBytes: number; reservedBytes: number } {
+    return this.handle.memory()
+  }
+
+  resetPeak(): void {
+    this.handle.resetPeak()
+  }
+
+  /** Drains the queue and disposes the device's tensors. */
+  dispose(): void {
+    this.handle.dispose()
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+}
+
+function checkDType(dtype: unknown, op: string): void {
+  if (!['f32', 'f16', 'bf16', 'i32', 'u8'].includes(dtype as string))
+    refuse('ERR_VALUE', op, `dtype must be f32, f16, bf16, i32 or u8, got ${describeValue(dtype)}`)
+}

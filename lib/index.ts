@@ -1,0 +1,5 @@
+export { Device, type DeviceInfo, type OpenOptions, cudaStatus, devices, openDevice } from './device.js'
+export { P2RError, type ErrorCode } from './errors.js'
+export { scope, scopeAsync } from './scope.js'
+export type { DType, Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'
+export * from './ops/gelu.js'

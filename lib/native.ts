@@ -1,0 +1,73 @@
+import { fileURLToPath } from 'node:url'
+import bindings from 'bindings'
+import { P2RError } from './errors.js'
+
+/** A tensor's native half; see binding/tensor.h. */
+export interface TensorHandle {
+  readonly shape: number[]
+  readonly dtype: string
+  readonly disposed: boolean
+  reshape(shape: readonly number[]): TensorHandle
+  slice(start: number, end: number): TensorHandle
+  read(): Promise<ArrayBuffer>
+  write(data: NodeJS.TypedArray): void
+  copyFrom(other: TensorHandle): void
+  to(device: DeviceHandle): TensorHandle
+  join(): void
+  dispose(): void
+}
+
+/** A device's native half; see binding/device.h. */
+export interface DeviceHandle {
+  readonly disposed: boolean
+  info(): NativeInfo
+  tensor(data: NodeJS.TypedArray | null, shape: readonly number[], dtype: string): TensorHandle
+  synchronize(): Promise<void>
+  time(f: () => void): Promise<number>
+  memory(): { liveBytes: number; peakBytes: number; reservedBytes: number }
+  resetPeak(): void
+  dispose(): void
+}
+
+export interface NativeInfo {
+  backend: 'cpu' | 'cuda'
+  id: string
+  name: string
+  memoryBytes: number
+  threads?: number
+  simd?: string
+  computeCapability?: string
+}
+
+export interface Native {
+  initialize(errorClass: typeof P2RError): void
+  openDevice(id: string, options: object): DeviceHandle
+  devices(): NativeInfo[]
+  cudaStatus(): { built: boolean; available: boolean; reason: string }
+  beginComposite(name: string): void
+  endComposite(): void
+  /** Writes the following CPU calls into a folder as cases for the kernel twin; '' ends it. */
+  record(folder: string, absolute?: number, relative?: number): void
+  /** The operations by their names in ops.def; lib/ops gives each its types. */
+  ops: Record<string, (...args: unknown[]) => unknown>
+}
+
+let loaded: Native | undefined
+
+/** The addon, loaded at the first device call so that importing the package never throws. */
+export function native(): Native {
+  if (loaded) return loaded
+  try {
+    const root = fileURLToPath(new URL('../..', import.meta.url))
+    loaded = bindings({ bindings: 'p2r_kernels', module_root: root }) as Native
+  } catch (cause) {
+    throw new P2RError(
+      'ERR_NATIVE',
+      'The native addon of p2r-kernels could not be loaded. Build it with `npm run build` in the ' +
+        'package (a C++20 compiler and CMake or make are needed), or reinstall the package.',
+      { cause },
+    )
+  }
+  loaded.initialize(P2RError)
+  return loaded
+}

@@ -1,0 +1,59 @@
+import { AsyncLocalStorage } from 'node:async_hooks'
+
+interface Disposes {
+  dispose(): void
+}
+
+const scopes = new AsyncLocalStorage<Set<Disposes>>()
+
+/** Registers what the current scope, if any, disposes at its end. */
+export function track(tensor: Disposes): void {
+  scopes.getStore()?.add(tensor)
+}
+
+function release(made: Set<Disposes>, result: unknown): void {
+  const outer = scopes.getStore()
+  const seen = new Set<unknown>()
+  const keep = (value: unknown): void => {
+    if (typeof value !== 'object' || value === null || seen.has(value)) return
+    seen.add(value)
+    if (made.delete(value as Disposes)) outer?.add(value as Disposes)
+    if (ArrayBuffer.isView(value)) return
+    const inner = value instanceof Map || value instanceof Set ? [...value] : Object.values(value)
+    for (const v of inner) keep(v)
+    const held = (value as { [holds]?: () => Iterable<unknown> })[holds]
+    if (held) for (const v of held.call(value)) keep(v)
+  }
+  keep(result)
+  for (const tensor of made) tensor.dispose()
+}
+
+/** What an object with private fields answers to a scope that asks which tensors it holds. */
+export const holds: unique symbol = Symbol('holds')
+
+/**
+ * Runs f and disposes every tensor made in it, on any device, that its result does not hold. The
+ * result is searched through arrays, maps, sets and the enumerable properties of objects.
+ */
+export function scope<R>(f: () => R): R {
+  const made = new Set<Disposes>()
+  let result: R | undefined
+  try {
+    result = scopes.run(made, f)
+    return result
+  } finally {
+    release(made, result)
+  }
+}
+
+/** As `scope`, for a function that waits: tensors made in it across its awaits. */
+export async function scopeAsync<R>(f: () => Promise<R>): Promise<R> {
+  const made = new Set<Disposes>()
+  let result: R | undefined
+  try {
+    result = await scopes.run(made, f)
+    return result
+  } finally {
+    release(made, result)
+  }
+}

@@ -1,0 +1,201 @@
+import type { Device } from './device.js'
+import { P2RError, refuse } from './errors.js'
+import { native, type TensorHandle } from './native.js'
+import { track } from './scope.js'
+
+export type DType = 'f32' | 'f16' | 'bf16' | 'i32' | 'u8'
+export type HostArray =
+  | Float32Array
+  | Uint16Array
+  | Int32Array
+  | Uint8Array
+  | Uint8ClampedArray
+  | Float64Array
+  | readonly number[]
+export type HostOf<D extends DType> = D extends 'f32'
+  ? Float32Array
+  : D extends 'i32'
+    ? Int32Array
+    : D extends 'u8'
+      ? Uint8Array
+      : Uint16Array
+/** Host integers: an array, Int32Array, Uint32Array, ... */
+export type Ints = ArrayLike<number>
+/** Several tensors at once, disposed together. */
+export type Held<R> = R & { dispose(): void } & Disposable
+
+const hostTypes = {
+  f32: Float32Array,
+  f16: Uint16Array,
+  bf16: Uint16Array,
+  i32: Int32Array,
+  u8: Uint8Array,
+} as const
+
+const construct = Symbol('construct')
+
+/**
+ * Contiguous, row-major numbers on one device. Made by `device.tensor`, `device.zeros` and the
+ * operations. Storage is shared by views (`reshape`, `slice`) and freed with its last handle.
+ */
+export class Tensor<D extends DType = DType> implements Disposable {
+  readonly device: Device
+  readonly shape: readonly number[]
+  readonly dtype: D
+  readonly size: number
+  readonly byteLength: number
+  readonly #handle: TensorHandle
+
+  /** @internal Tensors are made by devices and operations. */
+  constructor(key: typeof construct, device: Device, handle: TensorHandle) {
+    if (key !== construct) throw new P2RError('ERR_VALUE', 'Tensors are made by device.tensor()')
+    this.device = device
+    this.shape = Object.freeze(handle.shape)
+    this.dtype = handle.dtype as D
+    this.size = this.shape.reduce((n, d) => n * d, 1)
+    this.byteLength = this.size * hostTypes[this.dtype].BYTES_PER_ELEMENT
+    this.#handle = handle
+    track(this)
+  }
+
+  /** A copy of the data on the host; f16 and bf16 come as raw bits in a Uint16Array. */
+  async read(): Promise<HostOf<D>> {
+    const bytes = await this.#handle.read()
+    return new hostTypes[this.dtype](bytes) as HostOf<D>
+  }
+
+  /** As `read`, converted to f32. */
+  async toFloat32(): Promise<Float32Array> {
+    if (this.dtype === 'f32') return (await this.read()) as Float32Array
+    const wide = this.cast('f32')
+    try {
+      return await wide.read()
+    } finally {
+      wide.dispose()
+    }
+  }
+
+  /** A view of the same storage with another shape of the same size. */
+  reshape(shape: readonly number[]): Tensor<D> {
+    return wrap(this.device, this.#handle.reshape(shape))
+  }
+
+  /** A view of the rows start..end of the first axis. */
+  slice(start: number, end: number = this.shape[0] ?? 0): Tensor<D> {
+    return wrap(this.device, this.#handle.slice(start, end))
+  }
+
+  /** A converted copy: to nearest even for the float types; to i32 and u8 by truncation, saturating. */
+  cast<E extends DType>(dtype: E): Tensor<E> {
+    if (!(dtype in hostTypes)) refuse('ERR_VALUE', 'cast', `unknown dtype '${String(dtype)}'`)
+    return wrap(this.device, native().ops.cast!(this.#handle, dtype) as TensorHandle)
+  }
+
+  /** Overwrites the data, in the order of the queue. Types as for `device.tensor`. */
+  write(data: HostArray): void {
+    this.#handle.write(hostData(data, this.dtype, 'write'))
+  }
+
+  /** Overwrites the data with that of a tensor of the same shape, type and device. */
+  copyFrom(other: Tensor<D>): void {
+    this.#handle.copyFrom(handleOf(other, 'other', 'copyFrom'))
+  }
+
+  /** A copy on another device, ordered on both queues. */
+  to(device: Device): Tensor<D> {
+    return wrap(device, this.#handle.to(device.handle))
+  }
+
+  /** Gives the storage back; a second call does nothing. Shape and dtype stay readable. */
+  dispose(): void {
+    this.#handle.dispose()
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+
+  /** @internal */
+  static handle(tensor: Tensor): TensorHandle {
+    return tensor.#handle
+  }
+  /** @internal */
+  static is(value: unknown): value is Tensor {
+    return typeof value === 'object' && value !== null && #handle in value
+  }
+}
+
+/** @internal A native handle as a tensor of `device`. */
+export function wrap<D extends DType>(device: Device, handle: unknown): Tensor<D> {
+  return new Tensor<D>(construct, device, handle as TensorHandle)
+}
+
+/** @internal The native handle of an argument; anything but a tensor is ERR_VALUE. */
+export function handleOf(value: unknown, name: string, op: string): TensorHandle {
+  if (!Tensor.is(value))
+    refuse('ERR_VALUE', op, `${name} must be a Tensor, got ${describeValue(value)}`)
+  return Tensor.handle(value)
+}
+
+/** @internal As handleOf, null for an argument that was not given. */
+export function maybeHandle(value: unknown, name: string, op: string): TensorHandle | null {
+  return value === undefined || value === null ? null : handleOf(value, name, op)
+}
+
+/** @internal Host integers as the addon takes them; it checks each value. */
+export function hostInts(value: unknown, name: string, op: string): Float64Array {
+  const list = value as ArrayLike<number> | null | undefined
+  if (typeof list !== 'object' || list === null || typeof list.length !== 'number')
+    refuse('ERR_VALUE', op, `${name} must be a list of integers, got ${describeValue(value)}`)
+  return Float64Array.from(list, Number)
+}
+
+export function describeValue(value: unknown): string {
+  if (value === null || value === undefined) return String(value)
+  if (typeof value === 'string') return `'${value}'`
+  if (Array.isArray(value)) return 'an array'
+  if (typeof value === 'object') return `a ${value.constructor?.name ?? 'plain object'}`
+  return String(value)
+}
+
+/** @internal Tensors with one dispose for all of them. */
+export function held<R extends object>(parts: R): Held<R> {
+  const dispose = (): void => {
+    for (const part of Object.values(parts).flat()) if (Tensor.is(part)) part.dispose()
+  }
+  Object.defineProperty(parts, 'dispose', { value: dispose })
+  Object.defineProperty(parts, Symbol.dispose, { value: dispose })
+  return parts as Held<R>
+}
+
+const halves = new Set<DType>(['f16', 'bf16'])
+
+/** @internal Host data as the typed array that the addon takes for dtype. */
+export function hostData(data: HostArray, dtype: DType, op: string): NodeJS.TypedArray {
+  const type = hostTypes[dtype]
+  if (data instanceof type) return data
+  if (data instanceof Uint8ClampedArray && dtype === 'u8')
+    return new Uint8Array(data.buffer, data.byteOffset, data.length)
+  if (!Array.isArray(data) && !ArrayBuffer.isView(data))
+    refuse('ERR_VALUE', op, `data must be a typed array or numbers, got ${describeValue(data)}`)
+  const numbers = data as ArrayLike<number>
+  if (Array.isArray(data))
+    for (let i = 0; i < numbers.length; i++)
+      if (typeof numbers[i] !== 'number')
+        refuse('ERR_VALUE', op, `data[${i}] must be a number, got ${describeValue(numbers[i])}`)
+  if (dtype === 'f32' || halves.has(dtype)) return Float32Array.from(numbers)
+  const out = type.from(numbers)
+  for (let i = 0; i < out.length; i++)
+    if (out[i] !== numbers[i])
+      refuse('ERR_VALUE', op, `data[${i}] = ${numbers[i]} is not a value of ${dtype}`)
+  return out
+}
+
+/** @internal The type that data has when none is given. */
+export function defaultDType(data: HostArray): DType {
+  if (data instanceof Int32Array) return 'i32'
+  if (data instanceof Uint8Array || data instanceof Uint8ClampedArray) return 'u8'
+  if (data instanceof Uint16Array)
+    refuse('ERR_DTYPE', 'tensor', "a Uint16Array needs a dtype: 'f16' or 'bf16' for raw bits")
+  return 'f32'
+}

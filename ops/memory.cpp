@@ -1,0 +1,70 @@
+#include "ops/memory.h"
+
+#include <string>
+
+#include "ops/error.h"
+
+namespace p2r {
+
+namespace {
+// Classes four to the octave: at most a fifth of a block is wasted, and a loop whose shapes vary a
+// little still finds its blocks again.
+size_t round_up(size_t bytes) {
+  constexpr size_t kSmallest = 512;
+  if (bytes <= kSmallest) return kSmallest;
+  size_t step = kSmallest / 4;
+  while (step * 8 < bytes) step *= 2;
+  return (bytes + step - 1) / step * step;
+}
+}  // namespace
+
+void* Memory::allocate(size_t bytes) {
+  const size_t capacity = round_up(bytes);
+  void* data = nullptr;
+  if (auto it = free_.lower_bound(capacity);
+      it != free_.end() && it->first <= capacity + capacity / 4) {
+    data = it->second;
+    free_.erase(it);
+  } else {
+    data = raw_allocate(capacity);
+    if (!data) {
+      trim();
+      data = raw_allocate(capacity);
+    }
+    if (!data)
+      throw Error(Code::memory, "no room for " + std::to_string(bytes) + " bytes: " +
+                                    std::to_string(live_) + " are in use");
+    blocks_[data].capacity = capacity;
+    reserved_ += capacity;
+  }
+  blocks_[data].asked = bytes;
+  live_ += bytes;
+  if (live_ > peak_) peak_ = live_;
+  return data;
+}
+
+void Memory::release(void* data) {
+  Block& block = blocks_.at(data);
+  live_ -= block.asked;
+  block.asked = 0;
+  free_.emplace(block.capacity, data);
+}
+
+void Memory::trim() {
+  drain();
+  for (auto [capacity, data] : free_) {
+    raw_release(data);
+    blocks_.erase(data);
+    reserved_ -= capacity;
+  }
+  free_.clear();
+}
+
+void Memory::release_everything() {
+  for (auto& [data, block] : blocks_) raw_release(data);
+  blocks_.clear();
+  free_.clear();
+  live_ = reserved_ = 0;
+}
+
+}  // namespace p2r
