@@ -135,7 +135,10 @@ void each_row(const TensorMap& m, const int* coord, F f) {
 void issue_load(std::unique_ptr<BulkLoad> load) {
   Block& b = *block;
   // A target that is read before its barrier says so must not look right by luck.
-  if (b.opt.poison) memset(b.arena + load->dst, 0xFF, load->bytes);
+  if (b.opt.poison) {
+    memset(b.arena + load->dst, 0xFF, load->bytes);
+    async_wrote(load->dst, load->bytes);
+  }
   watch::release(&load->issued);
   if (b.at_once())
     land_load(*load);

@@ -49,7 +49,7 @@ struct Where {
   int line;
 };
 #define SIMT_HERE \
-  ::simt::Where at = ::simt::Where { __builtin_FILE(), __builtin_LINE() }
+  ::simt::Where at = { __builtin_FILE(), __builtin_LINE() }
 
 // A kernel broke a rule of the machine: misuse, deadlock, out of bounds.
 struct Error : std::runtime_error {

@@ -1,0 +1,2 @@
+#include "test/twin/harness.h"
+int main() {}
