@@ -211,7 +211,11 @@ void time_attention() {
 
 int main(int argc, char** argv) {
   verbose = argc > 1 && std::string(argv[1]) == "-v";
-  time_attention();
+  harness::outcome([] {
+    time_attention();
+    fflush(stdout);
+    return true;
+  });
   must_pass("log_sum_exp", run_log_sum_exp<0>);
   must_pass("attention", [] { return run_attention<64, false, 0>(2, 70, 129); });
   must_pass("attention, causal", [] { return run_attention<64, true, 0>(1, 100, 77); });
