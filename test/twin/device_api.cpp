@@ -9,6 +9,15 @@
 
 extern "C" {
 
+cudaError_t cudaMalloc(void** p, size_t bytes) {
+  *p = aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return *p || !bytes ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+cudaError_t cudaFree(void* p) {
+  free(p);
+  return cudaSuccess;
+}
+
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   if (bytes && !p) return cudaErrorInvalidValue;
   memset(p, value, bytes);

@@ -48,8 +48,7 @@ struct Where {
   const char* file;
   int line;
 };
-#define SIMT_HERE \
-  ::simt::Where at = { __builtin_FILE(), __builtin_LINE() }
+#define SIMT_HERE ::simt::Where at = {__builtin_FILE(), __builtin_LINE()}
 
 // A kernel broke a rule of the machine: misuse, deadlock, out of bounds.
 struct Error : std::runtime_error {
