@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(128) wgmma(uint32_t* out) {
   for (int i = 0; i < N / 2; ++i) out[t * (N / 2) + i] = __float_as_uint(d[i]);
 }
 
-__global__ void __launch_bounds__(256) register_moves(uint32_t* out) {
+__global__ void __launch_bounds__(256, 1) register_moves(uint32_t* out) {
   if (threadIdx.x < 128) {
     ptx::reg_dealloc<40>();
     out[threadIdx.x] = 1;
