@@ -310,7 +310,12 @@ void retire(void** all, uint32_t) {
       watch::release(&w.async_done);
     }
     for (PendingWgmma& p : group.ops) {
-      if (p.a) --p.a->in_flight;
+      if (p.a) {
+        if (!untouched(*p.a))
+          fail("wgmma: A registers were written before the wgmma that reads them was waited for",
+               p.at);
+        --p.a->in_flight;
+      }
       if (--p.d->in_flight) continue;
       if (!untouched(*p.d))
         fail("wgmma: accumulator registers were written before the wgmma was waited for", p.at);

@@ -441,6 +441,8 @@ int main() {
          [] { return run(wgmma_misuse<Misuse::unwaited>, 128, out); });
   expect("wgmma, accumulator written", "were written before",
          [] { return run(wgmma_misuse<Misuse::accumulator_changed>, 128, out); });
+  expect("wgmma, A written", "A registers were written before",
+         [] { return run(wgmma_misuse<Misuse::a_changed>, 128, out); });
   expect("wgmma, no proxy fence", "no fence_proxy_async",
          [] { return run(wgmma_misuse<Misuse::no_proxy_fence>, 128, out); });
   expect("intrinsics", ok, [] { return run(intrinsics, 1, out) && out[0] == 1; });
