@@ -19,46 +19,51 @@ constexpr int kPixels = W / 4;
 typedef uint8_t vb __attribute__((vector_size(W)));
 typedef int32_t v4 __attribute__((vector_size(16)));
 
-// kPixels RGB pixels, four lanes each.
+// kPixels RGB pixels, four lanes each; each of kPixels weights in four lanes; the sum of the
+// pixels. By intrinsics, since the compiler takes such shuffles apart.
+#if defined(__AVX512F__)
+inline vi widen(const uint8_t* p) {
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+}
 inline vi pixels(const uint8_t* p) {
-  const vb raw = load<vb>(p);
-#if defined(__AVX512F__)
-  const vb spread =
-      __builtin_shufflevector(raw, raw, 0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
-#elif defined(__AVX2__)
-  const vb spread = __builtin_shufflevector(raw, raw, 0, 1, 2, 2, 3, 4, 5, 5);
-#else
-  const vb spread = raw;
-#endif
-  return __builtin_convertvector(spread, vi);
+  const __m128i spread = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
+  return (vi)_mm512_cvtepu8_epi32(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)p), spread));
 }
-
-// Each of kPixels weights in four lanes.
 inline vi weights_of(const int32_t* w) {
-#if defined(__AVX512F__)
-  const v4 k = load<v4>(w);
-  return __builtin_shufflevector(k, k, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-#elif defined(__AVX2__)
-  typedef int32_t v2 __attribute__((vector_size(8)));
-  const v2 k = load<v2>(w);
-  return __builtin_shufflevector(k, k, 0, 0, 0, 0, 1, 1, 1, 1);
-#else
-  return w[0] - vi{};
-#endif
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return (vi)_mm512_permutexvar_epi32(lanes,
+                                      _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)w)));
 }
-
 inline v4 add_pixels(vi a) {
-#if defined(__AVX512F__)
-  const vi b =
-      a + __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  return __builtin_shufflevector(b, b, 0, 1, 2, 3) + __builtin_shufflevector(b, b, 4, 5, 6, 7);
-#elif defined(__AVX2__)
-  return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-#else
-  return a;
-#endif
+  const __m256i b = _mm256_add_epi32(_mm512_castsi512_si256((__m512i)a),
+                                     _mm512_extracti64x4_epi64((__m512i)a, 1));
+  return (v4)_mm_add_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
 }
+#elif defined(__AVX2__)
+inline vi widen(const uint8_t* p) {
+  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+}
+inline vi pixels(const uint8_t* p) {
+  const __m128i spread = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  return (vi)_mm256_cvtepu8_epi32(_mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)p), spread));
+}
+inline vi weights_of(const int32_t* w) {
+  const __m256i lanes = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  return (vi)_mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_loadl_epi64((const __m128i*)w)),
+                                         lanes);
+}
+inline v4 add_pixels(vi a) {
+  return (v4)_mm_add_epi32(_mm256_castsi256_si128((__m256i)a),
+                           _mm256_extracti128_si256((__m256i)a, 1));
+}
+#else
+inline vi widen(const uint8_t* p) { return __builtin_convertvector(load<vb>(p), vi); }
+inline vi pixels(const uint8_t* p) { return widen(p); }
+inline vi weights_of(const int32_t* w) { return w[0] - vi{}; }
+inline v4 add_pixels(vi a) { return a; }
+#endif
 
+// A sum to bytes.
 template <class V>
 inline V clamp8(V sum) {
   V v = sum >> kBits;
@@ -89,10 +94,10 @@ void resample_column(const uint8_t* const* rows, uint8_t* out, int64_t n, const 
     for (int64_t t = 0; t < taps; ++t) {
       const uint8_t* p = rows[t] + i;
       const vi w = weights[t] - vi{};
-      s0 += w * __builtin_convertvector(load<vb>(p), vi);
-      s1 += w * __builtin_convertvector(load<vb>(p + W), vi);
-      s2 += w * __builtin_convertvector(load<vb>(p + 2 * W), vi);
-      s3 += w * __builtin_convertvector(load<vb>(p + 3 * W), vi);
+      s0 += w * widen(p);
+      s1 += w * widen(p + W);
+      s2 += w * widen(p + 2 * W);
+      s3 += w * widen(p + 3 * W);
     }
     store(out + i, __builtin_convertvector(clamp8(s0), vb));
     store(out + i + W, __builtin_convertvector(clamp8(s1), vb));
