@@ -6,9 +6,9 @@ import { choice, P2RError, refuse } from './errors.js'
 import { describeValue, handleOf, type Tensor } from './tensor.js'
 
 // Loaded when first used, so that a program without images never loads libvips.
-async function codec(op: string): Promise<typeof import('sharp')> {
+async function codec(op: string): Promise<typeof import('sharp').default> {
   try {
-    return (await import('sharp')).default as unknown as typeof import('sharp')
+    return (await import('sharp')).default
   } catch (cause) {
     refuse('ERR_NATIVE', op, 'sharp, which decodes and encodes images, could not be loaded', {
       cause,
@@ -76,7 +76,7 @@ async function decode(
   const name = typeof source === 'string' ? `'${source}'` : 'the data'
   const bytes =
     typeof source === 'string'
-      ? await readFile(source, { signal: signal ?? null }).catch((cause) =>
+      ? await readFile(source, signal ? { signal } : {}).catch((cause) =>
           refuse('ERR_IO', op, `${name} could not be read: ${cause.message}`, { cause }),
         )
       : source
@@ -172,11 +172,7 @@ export async function saveImage(image: Tensor, path: string): Promise<void> {
     refuse('ERR_VALUE', op, `path must be a string, got ${describeValue(path)}`)
   const format = extensions[extname(path).toLowerCase()]
   if (!format)
-    refuse(
-      'ERR_VALUE',
-      op,
-      `path must end in ${Object.keys(extensions).join(', ')}, got '${path}'`,
-    )
+    refuse('ERR_VALUE', op, `path must end in ${Object.keys(extensions).join(', ')}, got '${path}'`)
   const bytes = await encode(image, format, undefined, op)
   await writeFile(path, bytes).catch((cause) =>
     refuse('ERR_IO', op, `'${path}' could not be written: ${cause.message}`, { cause }),
@@ -198,7 +194,11 @@ export async function encodeImage(
   const format = choice(options.format ?? 'png', ['png', 'jpeg', 'webp'], 'format', op)
   const { quality } = options
   if (quality !== undefined && !(Number.isInteger(quality) && quality >= 1 && quality <= 100))
-    refuse('ERR_VALUE', op, `quality must be an integer from 1 to 100, got ${describeValue(quality)}`)
+    refuse(
+      'ERR_VALUE',
+      op,
+      `quality must be an integer from 1 to 100, got ${describeValue(quality)}`,
+    )
   return new Uint8Array(await encode(image, format, quality, op))
 }
 
@@ -230,6 +230,8 @@ async function encode(
   try {
     return await encoders[format]!().toBuffer()
   } catch (cause) {
-    refuse('ERR_VALUE', op, `the image could not be encoded: ${(cause as Error).message}`, { cause })
+    refuse('ERR_VALUE', op, `the image could not be encoded: ${(cause as Error).message}`, {
+      cause,
+    })
   }
 }

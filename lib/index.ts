@@ -7,6 +7,7 @@ export {
   openDevice,
 } from './device.js'
 export { type ErrorCode, P2RError } from './errors.js'
+export { encodeImage, loadImage, saveImage } from './image.js'
 export {
   cropResample,
   type Filter,
@@ -17,5 +18,7 @@ export {
 } from './ops/crop_resample.js'
 export { type Color, drawBoxes, type PixelBox } from './ops/draw_boxes.js'
 export * from './ops/gelu.js'
+export { type EvidenceBox, parseBoxes } from './p2r/boxes.js'
+export { collectEvidence, type Evidence, type EvidenceSizes } from './p2r/evidence.js'
 export { scope, scopeAsync } from './scope.js'
 export type { DType, Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'
