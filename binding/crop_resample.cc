@@ -55,6 +55,7 @@ Ints regions_of(Call& call, size_t images) {
 template <class Args>
 void read_source(Call& call, Args& a) {
   a.images = call.in_list("images", kU8, 3);
+  call.check(!a.images.empty(), Code::value, "images must hold at least one Tensor");
   for (const In& image : a.images) check_image(call, "image", image);
   a.regions = regions_of(call, a.images.size());
   a.filter = filter_of(call);
