@@ -12,7 +12,7 @@ export interface TensorHandle {
   read(): Promise<ArrayBuffer>
   write(data: NodeJS.TypedArray): void
   copyFrom(other: TensorHandle): void
-  to(device: DeviceHandle): TensorHandle
+  to(device: DeviceHandle | undefined): TensorHandle
   join(): void
   dispose(): void
 }
@@ -21,7 +21,8 @@ export interface TensorHandle {
 export interface DeviceHandle {
   readonly disposed: boolean
   info(): NativeInfo
-  tensor(data: NodeJS.TypedArray | null, shape: readonly number[], dtype: string): TensorHandle
+  tensor(data: NodeJS.TypedArray, shape: readonly number[], dtype: string): TensorHandle
+  zeros(shape: readonly number[], dtype: string): TensorHandle
   synchronize(): Promise<void>
   time(f: () => void): Promise<number>
   memory(): { liveBytes: number; peakBytes: number; reservedBytes: number }

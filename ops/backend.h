@@ -33,8 +33,8 @@ struct Kernels {
 struct Fault {
   std::string op, text;
   int32_t* flag = nullptr;
-  uint64_t sequence = 0;  // of the work that may set it
-  bool reported = false;  // by synchronize()
+  const void* queue = nullptr;  // of the work that may set it,
+  uint64_t sequence = 0;        // and that work's number on it
   std::shared_ptr<void> owner;
   bool raised() const { return *static_cast<volatile int32_t*>(flag) != 0; }
 };
