@@ -64,7 +64,8 @@ Call::~Call() {
   if (finished_) return;
   // The call threw: nothing will raise its fault, and no one will dispose its results.
   if (fault_ && fault_->sequence == UINT64_MAX) fault_->sequence = 0;
-  for (const Napi::Object& result : results_) TensorHandle::From(result)->drop(env());
+  for (const Napi::Object& result : results_)
+    if (TensorHandle* handle = TensorHandle::From(result)) handle->drop(env());
 }
 
 Napi::Value Call::next(const char* name) {

@@ -49,7 +49,11 @@ void State::call_js(Napi::Env env, Napi::Function, std::nullptr_t*, Done* done) 
   State& state = State::of(env);
   if (--state.waiting_ == 0) state.channel_.Unref(env);
   Napi::HandleScope scope(env);
-  owned->f(env, owned->lost);
+  try {
+    owned->f(env, owned->lost);
+  } catch (const Napi::Error&) {
+    // A worker that is being terminated runs no more JavaScript: there is no one left to tell.
+  }
 }
 
 void State::when_done(const std::shared_ptr<OpenDevice>& device, OnDone f) {

@@ -1,6 +1,6 @@
 import type { Device } from './device.js'
 import { P2RError, refuse } from './errors.js'
-import { native, type TensorHandle } from './native.js'
+import { native, type TensorHandle, type TypedArray } from './native.js'
 import { track, untrack } from './scope.js'
 
 export type DType = 'f32' | 'f16' | 'bf16' | 'i32' | 'u8'
@@ -172,7 +172,7 @@ export function held<R extends object>(parts: R): Held<R> {
 const halves = new Set<DType>(['f16', 'bf16'])
 
 /** @internal Host data as the typed array that the addon takes for dtype. */
-export function hostData(data: HostArray, dtype: DType, op: string): NodeJS.TypedArray {
+export function hostData(data: HostArray, dtype: DType, op: string): TypedArray {
   const type = hostTypes[dtype]
   if (data instanceof type) return data
   if (data instanceof Uint8ClampedArray && dtype === 'u8')
