@@ -16,12 +16,14 @@ std::unique_ptr<Device> open_named(const std::string& id, const OpenOptions& opt
   if (id.empty()) return cuda_status().available ? open_cuda(0) : open_cpu(options);
   const bool cuda = id.rfind("cuda", 0) == 0;
   const std::string index = cuda && id.size() > 5 && id[4] == ':' ? id.substr(5) : "";
-  const bool digits =
-      !index.empty() && index.size() < 4 && index.find_first_not_of("0123456789") == std::string::npos;
+  const bool digits = !index.empty() && index.size() < 4 &&
+                      index.find_first_not_of("0123456789") == std::string::npos;
   if (!cuda || (id != "cuda" && !digits))
-    throw Error(Code::device, "no device is called '" + id + "'; expected cpu, cuda or cuda:<index>");
+    throw Error(Code::device,
+                "no device is called '" + id + "'; expected cpu, cuda or cuda:<index>");
   const CudaStatus status = cuda_status();
-  if (!status.available) throw Error(Code::device, "'" + id + "' is not to be had: " + status.reason);
+  if (!status.available)
+    throw Error(Code::device, "'" + id + "' is not to be had: " + status.reason);
   const int n = digits ? std::stoi(index) : 0;
   const int count = static_cast<int>(cuda_infos().size());
   if (n >= count)
@@ -73,14 +75,22 @@ Napi::Object describe(Napi::Env env, const DeviceInfo& info) {
 
 Napi::Function DeviceHandle::Init(Napi::Env env) {
   return DefineClass(env, "DeviceHandle",
-                     {InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Info>>("info", napi_default, name("info")),
-                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Tensor>>("tensor", napi_default, name("tensor")),
-                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Zeros>>("zeros", napi_default, name("zeros")),
-                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Synchronize>>("synchronize", napi_default, name("synchronize")),
-                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Time>>("time", napi_default, name("time")),
-                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::MemoryUse>>("memory", napi_default, name("memory")),
-                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::ResetPeak>>("resetPeak", napi_default, name("resetPeak")),
-                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Dispose>>("dispose", napi_default, name("dispose")),
+                     {InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Info>>(
+                          "info", napi_default, name("info")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Tensor>>(
+                          "tensor", napi_default, name("tensor")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Zeros>>(
+                          "zeros", napi_default, name("zeros")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Synchronize>>(
+                          "synchronize", napi_default, name("synchronize")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Time>>(
+                          "time", napi_default, name("time")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::MemoryUse>>(
+                          "memory", napi_default, name("memory")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::ResetPeak>>(
+                          "resetPeak", napi_default, name("resetPeak")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Dispose>>(
+                          "dispose", napi_default, name("dispose")),
                       InstanceAccessor<&DeviceHandle::GetDisposed>("disposed")});
 }
 
@@ -170,8 +180,8 @@ Napi::Value DeviceHandle::Time(const Napi::CallbackInfo& info) {
         if (!lost.empty())
           deferred->Reject(make_error(env, Code::cuda, "time", lost).Value());
         else
-          deferred->Resolve(Napi::Number::New(
-              env, device->device ? device->device->elapsed(from, to) : 0.0));
+          deferred->Resolve(
+              Napi::Number::New(env, device->device ? device->device->elapsed(from, to) : 0.0));
       });
   return deferred->Promise();
 }

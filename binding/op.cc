@@ -182,8 +182,7 @@ std::string Call::text(const char* name) {
 
 std::vector<double> Call::numbers(const char* name) {
   const Napi::Value value = next(name);
-  if (!value.IsTypedArray() ||
-      value.As<Napi::TypedArray>().TypedArrayType() != napi_float64_array)
+  if (!value.IsTypedArray() || value.As<Napi::TypedArray>().TypedArrayType() != napi_float64_array)
     wrong(name, "a list of numbers", value);
   const Napi::Float64Array array = value.As<Napi::Float64Array>();
   return {array.Data(), array.Data() + array.ElementLength()};
@@ -281,8 +280,8 @@ std::shared_ptr<Case> Call::record_before(std::vector<Field> fields) {
 Napi::Value Call::finish(const std::shared_ptr<Case>& recorded) {
   State& state = State::of(env());
   if (recorded) {
-    const std::string path = state.record.path + "/" + std::to_string(state.record.count++) + "-" +
-                             function_ + ".case";
+    const std::string path =
+        state.record.path + "/" + std::to_string(state.record.count++) + "-" + function_ + ".case";
     device_->device->host([recorded, path, fault = fault_] {
       for (Field& f : recorded->fields)
         if (f.view && f.kind != Field::Kind::in)

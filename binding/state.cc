@@ -61,11 +61,12 @@ void State::when_done(const std::shared_ptr<OpenDevice>& device, OnDone f) {
     if (!lost.empty()) device->lost = lost;
     f(env, lost);
   };
-  device->device->notify([channel = channel_, f = std::move(done)](const std::string& lost) mutable {
-    // A call that the ending environment refuses keeps its JavaScript references for ever: they
-    // must not be touched from here.
-    channel.NonBlockingCall(new Done{std::move(f), lost});
-  });
+  device->device->notify(
+      [channel = channel_, f = std::move(done)](const std::string& lost) mutable {
+        // A call that the ending environment refuses keeps its JavaScript references for ever: they
+        // must not be touched from here.
+        channel.NonBlockingCall(new Done{std::move(f), lost});
+      });
   if (waiting_++ == 0) channel_.Ref(env_);
 }
 

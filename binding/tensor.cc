@@ -25,18 +25,26 @@ Storage::~Storage() {
 }
 
 Napi::Function TensorHandle::Init(Napi::Env env) {
-  return DefineClass(env, "TensorHandle",
-                     {InstanceMethod<&TensorHandle::guarded<&TensorHandle::Reshape>>("reshape", napi_default, name("reshape")),
-                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::Slice>>("slice", napi_default, name("slice")),
-                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::Read>>("read", napi_default, name("read")),
-                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::Write>>("write", napi_default, name("write")),
-                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::CopyFrom>>("copyFrom", napi_default, name("copyFrom")),
-                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::To>>("to", napi_default, name("to")),
-                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::Dispose>>("dispose", napi_default, name("dispose")),
-                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::Join>>("join", napi_default, name("join")),
-                      InstanceAccessor<&TensorHandle::GetShape>("shape"),
-                      InstanceAccessor<&TensorHandle::GetDType>("dtype"),
-                      InstanceAccessor<&TensorHandle::GetDisposed>("disposed")});
+  return DefineClass(
+      env, "TensorHandle",
+      {InstanceMethod<&TensorHandle::guarded<&TensorHandle::Reshape>>("reshape", napi_default,
+                                                                      name("reshape")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::Slice>>("slice", napi_default,
+                                                                    name("slice")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::Read>>("read", napi_default,
+                                                                   name("read")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::Write>>("write", napi_default,
+                                                                    name("write")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::CopyFrom>>("copyFrom", napi_default,
+                                                                       name("copyFrom")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::To>>("to", napi_default, name("to")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::Dispose>>("dispose", napi_default,
+                                                                      name("dispose")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::Join>>("join", napi_default,
+                                                                   name("join")),
+       InstanceAccessor<&TensorHandle::GetShape>("shape"),
+       InstanceAccessor<&TensorHandle::GetDType>("dtype"),
+       InstanceAccessor<&TensorHandle::GetDisposed>("disposed")});
 }
 
 TensorHandle::TensorHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<TensorHandle>(info) {
@@ -94,7 +102,8 @@ Napi::Value TensorHandle::Reshape(const Napi::CallbackInfo& info) {
   const Shape shape = parse_shape(info[0]);
   if (shape.size() != v.size())
     throw Error(Code::shape, "a tensor of " + std::to_string(v.size()) +
-                                 " elements cannot take a shape of " + std::to_string(shape.size()));
+                                 " elements cannot take a shape of " +
+                                 std::to_string(shape.size()));
   return Make(info.Env(), storage_, dtype_, shape, offset_);
 }
 
@@ -130,8 +139,7 @@ Napi::Value TensorHandle::Read(const Napi::CallbackInfo& info) {
   Napi::ArrayBuffer buffer = Napi::ArrayBuffer::New(env, v.bytes());
   device->device->download(buffer.Data(), v.data, v.bytes());
   auto deferred = std::make_shared<Napi::Promise::Deferred>(env);
-  auto held = std::make_shared<Napi::Reference<Napi::ArrayBuffer>>(
-      Napi::Persistent(buffer));
+  auto held = std::make_shared<Napi::Reference<Napi::ArrayBuffer>>(Napi::Persistent(buffer));
   State::of(env).when_done(device, [deferred, held, device, faults = storage_->faults](
                                        Napi::Env env, const std::string& lost) {
     try {
@@ -279,8 +287,8 @@ HostBytes host_bytes(const Napi::Value& value, DType dtype, int64_t size) {
       out.converted[i] = dtype == DType::f16 ? f16_of_f32(x[i]) : bf16_of_f32(x[i]);
     out.data = out.converted.data();
   } else if (array.ByteLength() != out.bytes) {
-    throw Error(Code::dtype, std::string("host data of another type than ") +
-                                 p2r::to_string(dtype));
+    throw Error(Code::dtype,
+                std::string("host data of another type than ") + p2r::to_string(dtype));
   }
   return out;
 }

@@ -1,7 +1,6 @@
 // GELU: one grid-stride loop, one element a thread and step; bound by memory.
-#include "ops/gelu.h"
-
 #include "cuda/kernel.cuh"
+#include "ops/gelu.h"
 
 namespace p2r::cuda {
 
@@ -31,8 +30,7 @@ __global__ void __launch_bounds__(kBlock)
     float slope;
     if (tanh) {
       const float t = tanhf(kSqrt2OverPi * (v + kCubic * v * v * v));
-      slope = 0.5f * (1 + t) +
-              0.5f * v * (1 - t * t) * kSqrt2OverPi * (1 + 3 * kCubic * v * v);
+      slope = 0.5f * (1 + t) + 0.5f * v * (1 - t * t) * kSqrt2OverPi * (1 + 3 * kCubic * v * v);
     } else {
       slope = 0.5f * (1 + erff(v * kRsqrt2)) + v * kRsqrt2Pi * expf(-0.5f * v * v);
     }

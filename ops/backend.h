@@ -42,14 +42,14 @@ struct Fault {
 struct DeviceInfo {
   std::string backend, id, name;
   uint64_t memory_bytes = 0;
-  int threads = 0;          // CPU
-  std::string simd;         // CPU
-  std::string capability;   // CUDA, "9.0"
+  int threads = 0;         // CPU
+  std::string simd;        // CPU
+  std::string capability;  // CUDA, "9.0"
 };
 
 struct OpenOptions {
-  int threads = 0;        // 0: from affinity and cgroup
-  std::string simd;       // "": the best
+  int threads = 0;           // 0: from affinity and cgroup
+  std::string simd;          // "": the best
   int bf16 = -1, vnni = -1;  // -1: what the CPU has
 };
 

@@ -1,6 +1,6 @@
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
-import { cudaStatus, type Device, devices, gelu, openDevice } from 'p2r-kernels'
+import { cudaStatus, type Device, devices, gelu, openDevice, type Tensor } from 'p2r-kernels'
 import { afterEach, expect, test, vi } from 'vitest'
 import { cpuPaths, expectRefusal, onEveryBackend } from './harness.js'
 
@@ -90,7 +90,7 @@ onEveryBackend('device', (b) => {
   test('dispose drains the queue, settles what is awaited and disposes the tensors', async () => {
     const device = open()
     const x = device.tensor(new Float32Array(1 << 16).fill(1), [1 << 16])
-    let y = x
+    let y: Tensor = x
     for (let i = 0; i < 50; i++) y = gelu({ x: y })
     const awaited = [x.read(), y.toFloat32(), device.synchronize(), device.time(() => gelu({ x }))]
     device.dispose()

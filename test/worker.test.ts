@@ -1,5 +1,5 @@
 import { Worker } from 'node:worker_threads'
-import { gelu, openDevice } from 'p2r-kernels'
+import { gelu, openDevice, type Tensor } from 'p2r-kernels'
 import { expect, test } from 'vitest'
 
 const library = new URL('../dist/lib/index.js', import.meta.url).href
@@ -32,7 +32,7 @@ test('two workers and the main thread use devices at once, and end by themselves
   using device = openDevice('cpu', { threads: 2 })
   const mine: number[] = []
   for (const v of [1, 2]) {
-    let x = device.tensor(new Float32Array(50_000).fill(v), [50_000])
+    let x: Tensor = device.tensor(new Float32Array(50_000).fill(v), [50_000])
     for (let i = 0; i < 50; i++) x = gelu({ x })
     mine.push((await x.read())[49_999]!)
   }
