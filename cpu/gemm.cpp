@@ -24,7 +24,7 @@ constexpr int64_t kTileM = 96;    // whole panels for every register tile; A's b
 constexpr int64_t kTileN = 512;   // C's tile, 192 KiB, lies in L2 beside A's block
 constexpr int64_t kPackedB = int64_t{2} << 20;  // floats: 8 MiB, a share of L3
 constexpr int64_t kLongK = 4096;                // packed B's depth: at least 512 columns of it fit
-constexpr int64_t kSlicedC = 128 * 1024;        // entries: at most this counts as small
+constexpr int64_t kSlicedC = 64 * 1024;         // entries: at most this counts as small
 constexpr int64_t kSliceK = 512;
 constexpr int64_t kMostSlices = 64;
 // Multiply-adds worth a task of their own, some 5 us; packing an entry costs about as much as 12.
