@@ -8,5 +8,6 @@ export {
 } from './device.js'
 export { type ErrorCode, P2RError } from './errors.js'
 export * from './ops/gelu.js'
+export * from './ops/linear.js'
 export { scope, scopeAsync } from './scope.js'
 export type { DType, Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'
