@@ -88,13 +88,16 @@ View Call::tensor(const char* name, const Napi::Value& value, DTypes dtypes, int
   const View view = handle->view(name);
   const std::shared_ptr<OpenDevice>& device = handle->storage()->device;
   if (!device_) device_ = device;
-  check(device == device_, Code::device,
-        std::string(name) + " is a tensor of another device; move it with to()");
-  check(std::find(dtypes.begin(), dtypes.end(), view.dtype) != dtypes.end(), Code::dtype,
-        std::string(name) + " must be " + one_of(dtypes) + ", got " + p2r::to_string(view.dtype));
-  check(rank < 0 || view.shape.rank == rank, Code::shape,
-        std::string(name) + " must have " + std::to_string(rank) + " axes, got " +
-            to_string(view.shape));
+  // Messages are made only for what fails: a training step passes a hundred tensors.
+  if (device != device_)
+    throw Error(Code::device,
+                std::string(name) + " is a tensor of another device; move it with to()");
+  if (std::find(dtypes.begin(), dtypes.end(), view.dtype) == dtypes.end())
+    throw Error(Code::dtype, std::string(name) + " must be " + one_of(dtypes) + ", got " +
+                                 p2r::to_string(view.dtype));
+  if (rank >= 0 && view.shape.rank != rank)
+    throw Error(Code::shape, std::string(name) + " must have " + std::to_string(rank) +
+                                 " axes, got " + to_string(view.shape));
   (written ? written_ : read_).push_back(handle->storage().get());
   if (written) read_.push_back(handle->storage().get());
   return view;
@@ -179,8 +182,7 @@ std::string Call::text(const char* name) {
 
 std::vector<double> Call::numbers(const char* name) {
   const Napi::Value value = next(name);
-  if (!value.IsTypedArray() ||
-      value.As<Napi::TypedArray>().TypedArrayType() != napi_float64_array)
+  if (!value.IsTypedArray() || value.As<Napi::TypedArray>().TypedArrayType() != napi_float64_array)
     wrong(name, "a list of numbers", value);
   const Napi::Float64Array array = value.As<Napi::Float64Array>();
   return {array.Data(), array.Data() + array.ElementLength()};
@@ -277,8 +279,8 @@ std::shared_ptr<Case> Call::record_before(std::vector<Field> fields) {
 Napi::Value Call::finish(const std::shared_ptr<Case>& recorded) {
   State& state = State::of(env());
   if (recorded) {
-    const std::string path = state.record.path + "/" + std::to_string(state.record.count++) + "-" +
-                             function_ + ".case";
+    const std::string path =
+        state.record.path + "/" + std::to_string(state.record.count++) + "-" + function_ + ".case";
     device_->device->host([recorded, path, fault = fault_] {
       for (Field& f : recorded->fields)
         if (f.view && f.kind != Field::Kind::in)
