@@ -63,10 +63,12 @@ Napi::Value adam_w(Call& call) {
                  std::to_string(a.moments.size()));
   for (size_t i = 0; i < n; ++i) {
     const View &p = a.params[i], &g = a.grads[i];
-    const std::string grad = entry("grads", i);
-    if (g.dtype != DType::f32) call.same_dtype(grad.c_str(), g, p.dtype);
-    call.same_shape(grad.c_str(), g, p.shape);
-    call.same_shape(entry("moments", i).c_str(), a.moments[i], {2, p.size()});
+    const Shape moments = {2, p.size()};
+    if (g.dtype != DType::f32 && g.dtype != p.dtype)
+      call.same_dtype(entry("grads", i).c_str(), g, p.dtype);
+    if (!(g.shape == p.shape)) call.same_shape(entry("grads", i).c_str(), g, p.shape);
+    if (!(a.moments[i].shape == moments))
+      call.same_shape(entry("moments", i).c_str(), a.moments[i], moments);
   }
   std::vector<Range> ranges;
   append(ranges, a.params);

@@ -74,6 +74,7 @@ void gather_rows(const GatherRowsArgs& a, Device& device) {
 }
 
 void gather_rows_backward(const GatherRowsBackwardArgs& a, Device& device) {
+  if (!a.d_x.size()) return;
   Inverse inverse = invert(a.index, a.d_x.shape[0]);
   sum_segments(cpu_device(device), a.d_out, std::move(inverse.offsets), std::move(inverse.list),
                false, a.d_x);

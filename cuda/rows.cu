@@ -140,6 +140,7 @@ void gather_rows(const GatherRowsArgs& a, Device& device) {
 }
 
 void gather_rows_backward(const GatherRowsBackwardArgs& a, Device& device) {
+  if (!a.d_x.size()) return;
   const Inverse inverse = invert(a.index, a.d_x.shape[0]);
   sum_segments(a.d_out, inverse.offsets, inverse.list, false, a.d_x, device);
 }

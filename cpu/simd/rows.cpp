@@ -9,7 +9,8 @@ void from_f32(DType to, const float* x, void* y, int64_t n);
 
 namespace {
 
-constexpr int64_t kColumns = 64, kRun = 64, kBlock = 512;
+constexpr int64_t kColumns = 64, kBlock = 512;
+constexpr int64_t kRun = 64;  // kSumRun of ops/rows.h
 
 void add_f32(const float* x, const float* y, float* out, int64_t n) {
   int64_t i = 0;
