@@ -34,11 +34,8 @@ function rectangle(
 onEveryBackend('drawBoxes', (b) => {
   test('draws as Pillow does', async () => {
     for (const c of cases.filter((c: { op: string }) => c.op === 'rectangle')) {
-      let image = b.device.tensor(files.bytes(`image/${c.input.file}`), [
-        c.input.height,
-        c.input.width,
-        3,
-      ])
+      const { height, width, file } = c.input
+      let image = b.device.tensor(files.bytes(`image/${file}`), [height, width, 3], 'u8')
       for (const r of c.rects)
         image = recorded(b, `drawBoxes ${c.id}`, exact, () =>
           drawBoxes({ image, boxes: [r.xy], colors: [r.color], width: r.width }),
