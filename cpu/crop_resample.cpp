@@ -151,24 +151,29 @@ void launch_job(CpuDevice& cpu, std::shared_ptr<const Job> job, Emit emit) {
              });
 }
 
-// Spreads a row of pixels over the patches of its row of patches.
-template <class T>
-void patch_row(const T* table, const uint8_t* row, T* out, int64_t columns, int64_t patch,
-               int64_t temporal, int64_t merge, int64_t y) {
-  const int64_t py = y / patch, block = merge * merge;
-  const int64_t depth = 3 * temporal * patch * patch, plane = patch * patch;
-  T* line = out + (y % patch) * patch;
-  for (int64_t px = 0; px < columns; ++px) {
-    const int64_t index =
-        ((py / merge) * (columns / merge) + px / merge) * block + (py % merge) * merge + px % merge;
-    for (int c = 0; c < 3; ++c) {
-      const T* values = table + c * 256;
-      const uint8_t* p = row + px * patch * 3 + c;
-      T* to = line + index * depth + c * temporal * plane;
-      for (int64_t x = 0; x < patch; ++x) to[x] = values[p[x * 3]];
-      if (temporal == 2) std::memcpy(to + plane, to, patch * sizeof(T));
+struct Layout {
+  int64_t patch, temporal, merge;
+};
+
+// Spreads a row of pixels over the patches of its row of patches. kPatch: the patch size where it
+// is known, so that a line of a patch is a few instructions, else 0.
+template <int kPatch, class T>
+void patch_row(const T* table, const uint8_t* row, T* out, int64_t columns, const Layout& layout,
+               int64_t y) {
+  const int64_t patch = kPatch ? kPatch : layout.patch, temporal = layout.temporal;
+  const int64_t merge = layout.merge, py = y / patch, plane = patch * patch;
+  const int64_t depth = 3 * temporal * plane;
+  T* line = out + ((py / merge) * (columns / merge) * merge + py % merge) * merge * depth +
+            (y % patch) * patch;
+  for (int64_t left = 0; left < columns; left += merge, line += merge * merge * depth)
+    for (int64_t px = 0; px < merge; ++px, row += patch * 3) {
+      T* to = line + px * depth;
+      for (int c = 0; c < 3; ++c, to += temporal * plane) {
+        const T* values = table + c * 256;
+        for (int64_t x = 0; x < patch; ++x) to[x] = values[row[x * 3 + c]];
+        if (temporal == 2) std::memcpy(to + plane, to, patch * sizeof(T));
+      }
     }
-  }
 }
 
 }  // namespace
@@ -194,20 +199,31 @@ void pixel_values(const PixelValuesArgs& a, Device& device) {
     start.push_back(elements);
     elements += r.height * r.width * 3 * a.temporal;
   }
-  auto queue = [&]<class T>(T*) {
-    launch_job(
-        cpu, job,
-        [out = a.out.as<T>(), start = std::move(start),
-         table = pixel_table(a.mean, a.std, a.out.dtype), patch = a.patch, temporal = a.temporal,
-         merge = a.merge](const Job& job, int64_t region, int64_t y, const uint8_t* row) {
-          patch_row(reinterpret_cast<const T*>(table.data()), row, out + start[region],
-                    job.plan.regions[region].width / patch, patch, temporal, merge, y);
-        });
+  auto queue = [&]<int kPatch, class T>(std::integral_constant<int, kPatch>, T*) {
+    launch_job(cpu, job,
+               [out = a.out.as<T>(), start = std::move(start),
+                table = pixel_table(a.mean, a.std, a.out.dtype),
+                layout = Layout{a.patch, a.temporal, a.merge}](const Job& job, int64_t region,
+                                                               int64_t y, const uint8_t* row) {
+                 patch_row<kPatch>(reinterpret_cast<const T*>(table.data()), row,
+                                   out + start[region],
+                                   job.plan.regions[region].width / layout.patch, layout, y);
+               });
   };
-  if (a.out.dtype == DType::f32)
-    queue(static_cast<uint32_t*>(nullptr));
+  auto queue_type = [&](auto patch) {
+    if (a.out.dtype == DType::f32)
+      queue(patch, static_cast<uint32_t*>(nullptr));
+    else
+      queue(patch, static_cast<uint16_t*>(nullptr));
+  };
+  if (a.patch == 8)
+    queue_type(std::integral_constant<int, 8>());
+  else if (a.patch == 14)
+    queue_type(std::integral_constant<int, 14>());
+  else if (a.patch == 16)
+    queue_type(std::integral_constant<int, 16>());
   else
-    queue(static_cast<uint16_t*>(nullptr));
+    queue_type(std::integral_constant<int, 0>());
 }
 
 }  // namespace p2r::cpu
