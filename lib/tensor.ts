@@ -148,7 +148,10 @@ export function hostInts(value: unknown, name: string, op: string): Float64Array
   const list = value as ArrayLike<number> | null | undefined
   if (typeof list !== 'object' || list === null || typeof list.length !== 'number')
     refuse('ERR_VALUE', op, `${name} must be a list of integers, got ${describeValue(value)}`)
-  return Float64Array.from(list, Number)
+  // A plain loop: Float64Array.from with a function takes some 70 ns an element.
+  const out = new Float64Array(list.length)
+  for (let i = 0; i < out.length; i++) out[i] = Number(list[i])
+  return out
 }
 
 export function describeValue(value: unknown): string {
