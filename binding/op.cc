@@ -28,7 +28,7 @@ std::string describe_value(const Napi::Value& v) {
   if (v.IsUndefined()) return "undefined";
   if (v.IsNull()) return "null";
   if (v.IsNumber() || v.IsBoolean()) return v.ToString().Utf8Value();
-  if (v.IsString()) return "'" + v.ToString().Utf8Value() + "'";
+  if (v.IsString()) return std::string("'").append(v.ToString()).append("'");
   if (v.IsArray()) return "an array";
   if (v.IsFunction()) return "a function";
   return "an object";
@@ -61,8 +61,11 @@ Call::Call(const Napi::CallbackInfo& info, const char* function)
 }
 
 Call::~Call() {
-  // The call threw after its fault was made: nothing will raise it.
+  if (finished_) return;
+  // The call threw: nothing will raise its fault, and no one will dispose its results.
   if (fault_ && fault_->sequence == UINT64_MAX) fault_->sequence = 0;
+  for (const Napi::Object& result : results_)
+    if (TensorHandle* handle = TensorHandle::From(result)) handle->drop(env());
 }
 
 Napi::Value Call::next(const char* name) {
@@ -251,6 +254,7 @@ int32_t* Call::fault_flag(const char* text) {
     return fault_->flag;
   }
   fault_ = device_->device->new_fault(op_, text);
+  fault_->queue = device_.get();
   fault_->sequence = UINT64_MAX;  // until the work is queued
   device_->pending.push_back(fault_);
   if (composite) {
@@ -295,13 +299,14 @@ Napi::Value Call::finish(const std::shared_ptr<Case>& recorded) {
   std::vector<std::shared_ptr<Fault>> faults;
   const uint64_t done = device_->device->completed();
   auto include = [&](const std::shared_ptr<Fault>& f) {
-    const bool clean = f->sequence <= done && !f->raised();
+    const bool clean = f->queue == device_.get() && f->sequence <= done && !f->raised();
     if (!clean && std::find(faults.begin(), faults.end(), f) == faults.end()) faults.push_back(f);
   };
   for (Storage* s : read_)
     for (const auto& f : s->faults) include(f);
   if (fault_) include(fault_);
   for (Storage* s : written_) s->faults = faults;
+  finished_ = true;
 
   if (results_.empty()) return env().Undefined();
   if (results_.size() == 1) return results_[0];

@@ -99,6 +99,7 @@ class Call {
   const Napi::CallbackInfo& info_;
   std::string function_, op_;
   size_t at_ = 0;
+  bool finished_ = false;
   std::shared_ptr<OpenDevice> device_;
   std::vector<Storage*> read_, written_;
   std::vector<Napi::Object> results_;
