@@ -1,5 +1,22 @@
-export { Device, type DeviceInfo, type OpenOptions, cudaStatus, devices, openDevice } from './device.js'
-export { P2RError, type ErrorCode } from './errors.js'
+export {
+  cudaStatus,
+  Device,
+  type DeviceInfo,
+  devices,
+  type OpenOptions,
+  openDevice,
+} from './device.js'
+export { type ErrorCode, P2RError } from './errors.js'
+export type { Grid } from './grid.js'
+export {
+  type AttentionInput,
+  attention,
+  attentionBackward,
+  attentionMass,
+  kernels,
+  windowLayout,
+} from './ops/attention.js'
+export * from './ops/gelu.js'
+export { applyRotary, visionRotary } from './ops/rotary.js'
 export { scope, scopeAsync } from './scope.js'
 export type { DType, Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'
-export * from './ops/gelu.js'
