@@ -11,7 +11,6 @@ struct Pair {
 };
 
 // c, s and d, t: cosine and sine for the lower and the upper half.
-
 inline Pair rotate(vf x, vf y, vf c, vf s, vf d, vf t, bool inverse) {
   if (inverse) return {c * x + t * y, d * y - s * x};
   return {c * x - s * y, d * y + t * x};

@@ -61,8 +61,25 @@ inline void store_first(float* p, vf v, int n) {
 inline vf loadf(const float* p) { return load<vf>(p); }
 inline vf set1(float x) { return x - vf{}; }
 
-inline vf vmax(vf a, vf b) { return a > b ? a : b; }
-inline vf vmin(vf a, vf b) { return a < b ? a : b; }
+// Where one of the two is a NaN, b.
+inline vf vmax(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline vf vmin(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 inline vu bits(vf x) { return (vu)x; }
 inline vf from_bits(vu x) { return (vf)x; }
 
@@ -119,7 +136,7 @@ inline vh to_f16(vf x) {
 #endif
 }
 
-// e to the x, to some 1.5 ulp: x = n ln 2 + r with ln 2 in two parts (Cody and Waite, 1980), a
+// e to the x, within 1 ulp: x = n ln 2 + r with ln 2 in two parts (Cody and Waite, 1980), a
 // polynomial in r, and 2^n in two steps, so that results fade through the subnormals to an exact 0.
 inline vf vexp(vf x) {
   const vf within = vmin(set1(89.0f), vmax(set1(-104.0f), x));  // both pass on a NaN
@@ -141,7 +158,7 @@ inline vf vexp(vf x) {
 #endif
 }
 
-// The natural logarithm, to some 1.5 ulp: x = m 2^e with m around 1 and a polynomial in m - 1
+// The natural logarithm, within 1 ulp: x = m 2^e with m around 1 and a polynomial in m - 1
 // (coefficients of both: Moshier, Cephes, 1989). -inf for 0, NaN below.
 inline vf vlog(vf x) {
   const vi tiny = x < 0x1p-126f;
