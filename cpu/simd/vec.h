@@ -37,6 +37,27 @@ template <class V, class T>
 inline void store(T* p, V v) {
   memcpy(p, &v, sizeof v);
 }
+// The first n elements, zeros behind them; and of a vector's first n elements, no more.
+template <class V, class T>
+inline V load_first(const T* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (V)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+  else
+    return (V)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+#else
+  V v = {};
+  memcpy(&v, p, n * sizeof(T));
+  return v;
+#endif
+}
+inline void store_first(float* p, vf v, int n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#else
+  memcpy(p, &v, n * 4);
+#endif
+}
 inline vf loadf(const float* p) { return load<vf>(p); }
 inline vf set1(float x) { return x - vf{}; }
 
@@ -57,6 +78,34 @@ inline float max_of(vf v) {
   return m;
 }
 
+// e^x within 2 ulp, subnormal results included; 0 for -inf, inf and NaN as they should be.
+// x = n ln 2 + r with |r| <= ln 2 / 2 (Cody and Waite), e^r by its Taylor series of degree 7, times 2^n.
+inline vf vexp(vf x) {
+  // Beyond these e^x rounds to 0 and inf. A comparison with NaN is false and keeps it.
+  x = x > 89.0f ? set1(89.0f) : x;
+  x = x < -104.0f ? set1(-104.0f) : x;
+  const float magic = 0x1.8p23f;  // adding it rounds to an integer, held in the low bits
+  const vf shifted = x * 0x1.715476p+0f + magic;
+  const vf n = shifted - magic;
+  vf r = x - n * 0x1.62ep-1f;  // the upper bits of ln 2: the product is exact
+  r = r - n * 0x1.0bfbe8p-15f;
+  vf p = set1(0x1.a01a02p-13f);
+  p = p * r + 0x1.6c16c2p-10f;
+  p = p * r + 0x1.111112p-7f;
+  p = p * r + 0x1.555556p-5f;
+  p = p * r + 0x1.555556p-3f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  // 2^n in two factors, since n may lie beyond an exponent's range.
+  const vi whole = (vi)shifted - (vi)set1(magic), half = whole >> 1;
+  return p * (vf)((half + 127) << 23) * (vf)((whole - half + 127) << 23);
+#endif
+}
+
 // bf16 is the upper half of an f32; rounding to nearest even, NaN kept a NaN.
 inline vf from_bf16(vh h) { return from_bits(__builtin_convertvector(h, vu) << 16); }
 inline vh to_bf16(vf x) {
@@ -64,6 +113,38 @@ inline vh to_bf16(vf x) {
   const vu rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   const vu quiet = (u >> 16) | 0x40u;
   return __builtin_convertvector((vu)((x == x) ? (vi)rounded : (vi)quiet), vh);
+}
+
+inline vf from_f16(vh h) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps((__m128i)h);
+#else
+  const vu u = __builtin_convertvector(h, vu);
+  const vu sign = (u & 0x8000u) << 16, rest = u & 0x7FFFu;
+  const vf small = __builtin_convertvector((vi)rest, vf) * 0x1p-24f;
+  const vu normal = (rest << 13) + (112u << 23);
+  const vu special = (rest << 13) | 0x7F800000u;
+  const vu magnitude = rest < 0x400u ? bits(small) : rest >= 0x7C00u ? special : normal;
+  return from_bits(sign | magnitude);
+#endif
+}
+inline vh to_f16(vf x) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vu u = bits(x), sign = (u >> 16) & 0x8000u, rest = u & 0x7FFFFFFFu;
+  const vu tiny = bits(from_bits(rest) + 0.5f) - 0x3F000000u;
+  const vu normal = (rest - 0x38000000u + 0xFFFu + ((rest >> 13) & 1u)) >> 13;
+  const vu nan = 0x7E00u | ((rest >> 13) & 0x3FFu);
+  vu h = rest < 0x38800000u ? tiny : normal;
+  h = rest >= 0x477FF000u ? vu{} + 0x7C00u : h;
+  h = rest > 0x7F800000u ? nan : h;
+  return __builtin_convertvector(sign | h, vh);
+#endif
 }
 
 }  // namespace p2r::cpu::P2R_ISA
