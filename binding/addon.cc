@@ -55,12 +55,14 @@ void begin_composite(const Napi::CallbackInfo& info) {
 }
 void end_composite(const Napi::CallbackInfo& info) { State::of(info.Env()).composites.pop_back(); }
 
-// (folder, absolute, relative): calls on the CPU are written there as cases; '' ends it.
+// (folder, absolute, relative, ofLargest): calls on the CPU are written there as cases; '' ends it.
 void record(const Napi::CallbackInfo& info) {
+  const auto number = [&](size_t i) {
+    return info[i].IsNumber() ? info[i].As<Napi::Number>().DoubleValue() : 0.0;
+  };
   Recording& r = State::of(info.Env()).record;
   r.path = info[0].ToString();
-  r.absolute = info[1].IsNumber() ? info[1].ToNumber().DoubleValue() : 0;
-  r.relative = info[2].IsNumber() ? info[2].ToNumber().DoubleValue() : 0;
+  r.bound = {number(1), number(2), number(3)};
 }
 
 }  // namespace

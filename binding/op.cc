@@ -264,8 +264,7 @@ std::shared_ptr<Case> Call::record_before(std::vector<Field> fields) {
   Recording& record = State::of(env()).record;
   auto c = std::make_shared<Case>();
   c->function = function_;
-  c->absolute = record.absolute;
-  c->relative = record.relative;
+  c->bound = record.bound;
   c->fields = std::move(fields);
   device_->device->host([c] {
     for (Field& f : c->fields)

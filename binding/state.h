@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "ops/backend.h"
+#include "ops/fields.h"
 
 namespace p2r::binding {
 
@@ -45,7 +46,7 @@ struct Composite {
 // Where the next calls on the CPU are written down as cases for the kernel twin.
 struct Recording {
   std::string path;  // a folder; empty: not recording
-  double absolute = 0, relative = 0;
+  Bound bound;
   int64_t count = 0;
 };
 

@@ -26,7 +26,8 @@
 namespace p2r::cpu {
 
 // Workers that split one loop at a time. Items are handed out in chunks to whoever is free, so the
-// result of an item must not depend on who computes it.
+// result of an item must not depend on who computes it. Nobody waits for a worker that is still
+// asleep: a loop is over when its items are done and those who joined it have left.
 class Threads {
  public:
   explicit Threads(int count);
@@ -44,8 +45,9 @@ class Threads {
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> round_{0};
-  std::atomic<int> busy_{0};
+  // Twice the number of loops begun, plus one while one is open to be joined: in the upper half;
+  // the workers inside it: in the lower half.
+  std::atomic<uint64_t> gate_{0};
   std::atomic<bool> stop_{false};
   std::atomic<int64_t> next_{0};
   int64_t items_ = 0, grain_ = 1;

@@ -7,14 +7,19 @@
 namespace p2r::cpu {
 
 namespace {
+
 // A worker that sleeps takes some ten microseconds to come back, longer than many small loops take.
 constexpr int kSpins = 2000;
+constexpr uint64_t kLoop = uint64_t{1} << 32;  // one step of the gate's upper half
+
+inline bool open(uint64_t gate) { return gate / kLoop % 2 == 1; }
 
 inline void relax() {
 #if defined(__x86_64__)
   _mm_pause();
 #endif
 }
+
 }  // namespace
 
 Threads::Threads(int count) : count_(count) {
@@ -25,7 +30,6 @@ Threads::~Threads() {
   {
     std::lock_guard lock(mutex_);
     stop_ = true;
-    round_.fetch_add(1);
   }
   wake_.notify_all();
   for (std::thread& t : workers_) t.join();
@@ -50,28 +54,38 @@ void Threads::parallel(int64_t items, int64_t grain, const Body& f) {
   grain_ = grain;
   body_ = &f;
   next_.store(0, std::memory_order_relaxed);
-  busy_.store(count_ - 1, std::memory_order_relaxed);
   {
-    std::lock_guard lock(mutex_);
-    round_.fetch_add(1, std::memory_order_release);
+    std::lock_guard lock(mutex_);  // or a worker about to sleep would miss it
+    gate_.fetch_add(kLoop, std::memory_order_release);
   }
   wake_.notify_all();
   take_chunks(0);
-  while (busy_.load(std::memory_order_acquire)) relax();
+  gate_.fetch_add(kLoop, std::memory_order_acq_rel);  // closed: who has not joined stays out
+  while (gate_.load(std::memory_order_acquire) % kLoop) relax();
 }
 
 void Threads::work(int thread) {
-  uint64_t seen = 0;
+  uint64_t joined = 0;  // the loop last taken part in
+  const auto nothing_new = [&](uint64_t gate) { return !open(gate) || gate / kLoop == joined; };
   for (;;) {
-    for (int i = 0; i < kSpins && round_.load(std::memory_order_acquire) == seen; ++i) relax();
-    if (round_.load(std::memory_order_acquire) == seen) {
-      std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
+    uint64_t gate = gate_.load(std::memory_order_acquire);
+    for (int i = 0; i < kSpins && nothing_new(gate) && !stop_; ++i) {
+      relax();
+      gate = gate_.load(std::memory_order_acquire);
     }
-    seen = round_.load(std::memory_order_acquire);
+    if (nothing_new(gate)) {
+      std::unique_lock lock(mutex_);
+      wake_.wait(lock, [&] { return stop_ || !nothing_new(gate_.load(std::memory_order_acquire)); });
+    }
     if (stop_) return;
+    gate = gate_.load(std::memory_order_acquire);
+    while (!nothing_new(gate) &&
+           !gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) {
+    }
+    if (nothing_new(gate)) continue;  // it closed first
+    joined = gate / kLoop;
     take_chunks(thread);
-    busy_.fetch_sub(1, std::memory_order_release);
+    gate_.fetch_sub(1, std::memory_order_release);
   }
 }
 

@@ -47,7 +47,7 @@ export interface Native {
   beginComposite(name: string): void
   endComposite(): void
   /** Writes the following CPU calls into a folder as cases for the kernel twin; '' ends it. */
-  record(folder: string, absolute?: number, relative?: number): void
+  record(folder: string, absolute?: number, relative?: number, ofLargest?: number): void
   /** The operations by their names in ops.def; lib/ops gives each its types. */
   ops: Record<string, (...args: unknown[]) => unknown>
 }

@@ -48,6 +48,7 @@ void transfer(Stream& s, Field& f) {
   f.view.data = present ? f.view.data : nullptr;
   s.one(f.view.dtype);
   s.one(f.view.shape);
+  s.one(f.address);
   s.many(f.ints);
   s.many(f.numbers);
   s.many(f.before);
@@ -62,8 +63,7 @@ void write_case(const std::string& path, const Case& c) {
   Writer w{std::ofstream(path, std::ios::binary)};
   w.one(kMagic);
   w.many(c.function);
-  w.one(c.absolute);
-  w.one(c.relative);
+  w.one(c.bound);
   w.one(c.fault);
   w.one(static_cast<uint64_t>(c.fields.size()));
   for (Field f : c.fields) transfer(w, f);
@@ -80,8 +80,7 @@ Case read_case(const std::string& path) {
   Case c;
   uint64_t n = 0;
   r.many(c.function);
-  r.one(c.absolute);
-  r.one(c.relative);
+  r.one(c.bound);
   r.one(c.fault);
   r.one(n);
   if (!r.file) throw Error(Code::format, path + " ends early");

@@ -15,6 +15,7 @@ struct Field {
   enum class Kind : uint8_t { in, out, inout, number, ints, numbers };
   Kind kind = Kind::number;
   View view;         // in, out, inout
+  uint64_t address = 0;  // where it was when recorded: equal ones are one tensor
   double number = 0;  // number, flag or enum
   Ints ints;
   std::vector<double> numbers;
@@ -38,6 +39,7 @@ void collect_one(const T& value, std::vector<Field>& out) {
   if constexpr (is_tensor<T>) {
     f.kind = kind_of(value);
     f.view = value;
+    f.address = reinterpret_cast<uint64_t>(value.data);
   } else if constexpr (std::is_same_v<T, Ints>) {
     f.kind = Field::Kind::ints;
     f.ints = value;
@@ -89,11 +91,16 @@ void restore(Args& args, const std::vector<Field>& fields) {
   std::apply([&](auto&... each) { (detail::restore_one(each, fields, at), ...); }, args.fields());
 }
 
-// A case on disk, little-endian: magic, operation, bounds (absolute, relative to the largest
-// expected entry of a tensor), whether a fault is expected, fields.
+// How far a result may be from the expected entry e of a tensor whose largest entry is m:
+// absolute + relative |e| + of_largest |m|.
+struct Bound {
+  double absolute = 0, relative = 0, of_largest = 0;
+};
+
+// A call with what it was given and what came of it, and its form on disk (little-endian).
 struct Case {
   std::string function;
-  double absolute = 0, relative = 0;
+  Bound bound;
   bool fault = false;
   std::vector<Field> fields;
 };

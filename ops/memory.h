@@ -16,8 +16,8 @@ class Memory {
   virtual ~Memory() = default;
 
   // Throws Code::memory when, after the cache was emptied, the device still has no room.
-  void* allocate(size_t bytes);
-  void release(void* block);
+  virtual void* allocate(size_t bytes);
+  virtual void release(void* block);
   // Gives every cached block back to the system, once the queue is drained.
   void trim();
 

@@ -59,20 +59,19 @@ const caseFolder = fileURLToPath(new URL('../build/twin/cases', import.meta.url)
 
 /**
  * Runs f, and on the best CPU path also writes its calls down as cases for the kernel twin, which
- * must reproduce the CPU's results within the given bounds: `absolute` plus `relative` times the
- * largest entry of the tensor. Bounds for the twin are twice those of the test, since both sides may
- * err. Only for calls that are small enough: some 1e6 multiply-adds.
+ * must reproduce the CPU's results within twice the bound (both sides may err), which means what it
+ * means for expectClose. Only for calls that are small enough: some 1e6 multiply-adds.
  */
 export function recorded<R>(
   backend: Backend,
   name: string,
-  bound: { absolute?: number; relative?: number },
+  bound: { absolute?: number; relative?: number; ofLargest?: number },
   f: () => R,
 ): R {
   if (backend.name !== `cpu ${cpuPaths[0]}`) return f()
   const folder = `${caseFolder}/${name.replaceAll(/[^\w.-]+/g, '-')}`
   mkdirSync(folder, { recursive: true })
-  native().record(folder, bound.absolute ?? 0, bound.relative ?? 0)
+  native().record(folder, bound.absolute, bound.relative, bound.ofLargest)
   try {
     return f()
   } finally {
@@ -133,7 +132,7 @@ function toF16(x: number): number {
   return Math.sign(x) * (r * ulp > 65504 ? Infinity : r * ulp)
 }
 
-/** Every entry within absolute + relative * |expected|, or relative to the largest entry. */
+/** Every entry within absolute + relative * |expected| + ofLargest * the largest |expected|. */
 export function expectClose(
   actual: ArrayLike<number>,
   expected: ArrayLike<number>,
