@@ -29,21 +29,19 @@ Napi::Value group_advantages(Call& call) {
   const int64_t n = a.rewards.shape[0], kinds = rank == 2 ? a.rewards.shape[1] : 1;
   a.groups = groups_of(call, n);
   a.estimator = static_cast<Estimator>(call.integer("estimator", 0, 5));
-  call.check(rank == 1 || a.estimator == Estimator::gdpo, Code::shape,
-             "rewards must be [B] unless the estimator is 'gdpo', got " +
-                 to_string(a.rewards.shape));
+  call.check(
+      rank == 1 || a.estimator == Estimator::gdpo, Code::shape,
+      "rewards must be [B] unless the estimator is 'gdpo', got " + to_string(a.rewards.shape));
   a.epsilon = call.number("epsilon", 0, INFINITY);
   a.singleton_zero = call.flag("singleton");
   const bool weighted = call.given();
   if (weighted) {
     a.weights = call.numbers("weights");
-    call.check(a.estimator == Estimator::gdpo, Code::value,
-               "weights are of the estimator 'gdpo'");
+    call.check(a.estimator == Estimator::gdpo, Code::value, "weights are of the estimator 'gdpo'");
     call.check(static_cast<int64_t>(a.weights.size()) == kinds, Code::shape,
                "weights must have one number a kind of reward, " + std::to_string(kinds) +
                    ", got " + std::to_string(a.weights.size()));
-    for (double w : a.weights)
-      call.check(std::isfinite(w), Code::value, "weights must be finite");
+    for (double w : a.weights) call.check(std::isfinite(w), Code::value, "weights must be finite");
   } else {
     a.weights.assign(static_cast<size_t>(kinds), 1.0);
   }
@@ -58,8 +56,8 @@ Napi::Value group_advantages(Call& call) {
     a.mask = call.in("mask", kU8, 1);
     a.cu_seqlens = call.cu_seqlens("cuSeqlens", a.mask.shape[0]);
     call.check(static_cast<int64_t>(a.cu_seqlens.size()) == n + 1, Code::shape,
-               "cuSeqlens must bound as many sequences as there are rewards, " +
-                   std::to_string(n) + ", got " + std::to_string(a.cu_seqlens.size() - 1));
+               "cuSeqlens must bound as many sequences as there are rewards, " + std::to_string(n) +
+                   ", got " + std::to_string(a.cu_seqlens.size() - 1));
   }
   call.check(!needs_lengths(a.estimator) || counted || static_cast<int64_t>(a.lengths.size()) == n,
              Code::value, "this estimator weighs by tokens and needs lengths");

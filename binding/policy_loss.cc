@@ -31,11 +31,10 @@ Napi::Value policy_loss(Call& call) {
   const int64_t given = a.advantages.shape[0];
   if (call.given()) {
     a.per_token = call.flag("advantagesPer");
-    call.check(given == (a.per_token ? tokens : sequences), Code::shape,
-               "advantages must have one value a " +
-                   std::string(a.per_token ? "token, " : "sequence, ") +
-                   std::to_string(a.per_token ? tokens : sequences) + ", got " +
-                   std::to_string(given));
+    call.check(
+        given == (a.per_token ? tokens : sequences), Code::shape,
+        "advantages must have one value a " + std::string(a.per_token ? "token, " : "sequence, ") +
+            std::to_string(a.per_token ? tokens : sequences) + ", got " + std::to_string(given));
   } else {
     call.check(given == sequences || given == tokens, Code::shape,
                "advantages must have one value a sequence, " + std::to_string(sequences) +

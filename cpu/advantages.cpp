@@ -75,8 +75,7 @@ void whiten(const double* lengths, double* values, int64_t n) {
     total += lengths[i] * values[i];
   }
   const double mean = total / (tokens + 1e-8);
-  for (int64_t i = 0; i < n; ++i)
-    squares += lengths[i] * (values[i] - mean) * (values[i] - mean);
+  for (int64_t i = 0; i < n; ++i) squares += lengths[i] * (values[i] - mean) * (values[i] - mean);
   const double variance = squares / (tokens + 1e-8) * tokens / (tokens - 1);
   for (int64_t i = 0; i < n; ++i)
     values[i] = tokens > 1 ? (values[i] - mean) / std::sqrt(variance + 1e-8) : 0;

@@ -1,6 +1,6 @@
 // Log-probabilities: every row is cut into slices of kSlice columns, whatever N and the number of
-// threads are. A first loop sums slices, a second merges each row's slices in their order, so one row
-// alone keeps all threads busy and gets the bits it would get in any batch.
+// threads are. A first loop sums slices, a second merges each row's slices in their order, so one
+// row alone keeps all threads busy and gets the bits it would get in any batch.
 #include "ops/log_probs.h"
 
 #include <algorithm>
@@ -154,9 +154,9 @@ void token_log_probs_shard(const TokenLogProbsShardArgs& a, Device& device) {
       float target_logit = 0;
       if (target != kSkippedTarget) {
         row = merge_slices(partials + 3 * i * slices, slices, inverse);
-        target_logit = static_cast<float>(
-            local < 0 || local >= columns ? -kInfinity
-                                          : element(a.logits, i * columns + local) * inverse);
+        target_logit = static_cast<float>(local < 0 || local >= columns
+                                              ? -kInfinity
+                                              : element(a.logits, i * columns + local) * inverse);
       }
       float stats[2];
       write_stats(row, inverse, stats);
@@ -209,47 +209,47 @@ void token_log_probs_backward(const TokenLogProbsBackwardArgs& a, Device& device
   CpuDevice& cpu = cpu_device(device);
   const int64_t rows = a.logits.shape[0], columns = a.logits.shape[1];
   const int64_t slices = slices_of(columns), items = rows * slices;
-  cpu.launch(
-      items, grain_for(items, cpu.threads()),
-      [=, &simd = cpu.simd()](int64_t begin, int64_t end, int) {
-        const double inverse = 1 / a.temperature;
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t row = i / slices, first = i % slices * kSlice;
-          const int64_t size = std::min(kSlice, columns - first), offset = row * columns + first;
-          char* out = const_cast<char*>(at(a.d_logits, offset));
-          const int32_t target = a.targets.as<int32_t>()[row];
-          const double g = a.d_log_probs.as<float>()[row] * inverse;
-          const double h = a.d_entropy ? a.d_entropy.as<float>()[row] * inverse : 0;
-          const int64_t label = target - a.vocab_offset;
-          if (target != kSkippedTarget && (target < 0 || (!a.shard && label >= columns))) {
-            for (int64_t j = 0; j < size; ++j) set_element(a.d_logits, offset + j, kNan);
-            *a.fault = 1;
-            continue;
-          }
-          if (target == kSkippedTarget || (g == 0 && h == 0)) {
-            std::fill(out, out + size * int64_t(size_of(a.d_logits.dtype)), char{0});
-            continue;
-          }
-          const float* stats = a.stats.as<float>() + 2 * row;
-          const double entropy = h != 0 ? a.entropy.as<float>()[row] : 0;
-          SoftmaxRow r;
-          r.inverse = static_cast<float>(inverse);
-          r.inverse_low = static_cast<float>(inverse - r.inverse);
-          r.maximum = stats[0];
-          r.log_sum = stats[1];
-          r.scale_p = static_cast<float>(-g - h * entropy);
-          r.scale_h = static_cast<float>(-h);
-          const bool here = label >= first && label < first + size;
-          const double x = here ? element(a.logits, row * columns + label) : 0;
-          simd.softmax_slopes(a.logits.dtype, at(a.logits, offset), out, size, &r);
-          if (here) {  // g (1 - p), without the cancellation near p = 1
-            const double log_p = (x * inverse - stats[0]) - stats[1], p = std::exp(log_p);
-            const double spread = p == 0 ? 0 : h * p * (log_p + entropy);
-            set_element(a.d_logits, row * columns + label,
-                        static_cast<float>(-g * std::expm1(log_p) - spread));
-          }
-        }
-      });
+  cpu.launch(items, grain_for(items, cpu.threads()),
+             [=, &simd = cpu.simd()](int64_t begin, int64_t end, int) {
+               const double inverse = 1 / a.temperature;
+               for (int64_t i = begin; i < end; ++i) {
+                 const int64_t row = i / slices, first = i % slices * kSlice;
+                 const int64_t size = std::min(kSlice, columns - first),
+                               offset = row * columns + first;
+                 char* out = const_cast<char*>(at(a.d_logits, offset));
+                 const int32_t target = a.targets.as<int32_t>()[row];
+                 const double g = a.d_log_probs.as<float>()[row] * inverse;
+                 const double h = a.d_entropy ? a.d_entropy.as<float>()[row] * inverse : 0;
+                 const int64_t label = target - a.vocab_offset;
+                 if (target != kSkippedTarget && (target < 0 || (!a.shard && label >= columns))) {
+                   for (int64_t j = 0; j < size; ++j) set_element(a.d_logits, offset + j, kNan);
+                   *a.fault = 1;
+                   continue;
+                 }
+                 if (target == kSkippedTarget || (g == 0 && h == 0)) {
+                   std::fill(out, out + size * int64_t(size_of(a.d_logits.dtype)), char{0});
+                   continue;
+                 }
+                 const float* stats = a.stats.as<float>() + 2 * row;
+                 const double entropy = h != 0 ? a.entropy.as<float>()[row] : 0;
+                 SoftmaxRow r;
+                 r.inverse = static_cast<float>(inverse);
+                 r.inverse_low = static_cast<float>(inverse - r.inverse);
+                 r.maximum = stats[0];
+                 r.log_sum = stats[1];
+                 r.scale_p = static_cast<float>(-g - h * entropy);
+                 r.scale_h = static_cast<float>(-h);
+                 const bool here = label >= first && label < first + size;
+                 const double x = here ? element(a.logits, row * columns + label) : 0;
+                 simd.softmax_slopes(a.logits.dtype, at(a.logits, offset), out, size, &r);
+                 if (here) {  // g (1 - p), without the cancellation near p = 1
+                   const double log_p = (x * inverse - stats[0]) - stats[1], p = std::exp(log_p);
+                   const double spread = p == 0 ? 0 : h * p * (log_p + entropy);
+                   set_element(a.d_logits, row * columns + label,
+                               static_cast<float>(-g * std::expm1(log_p) - spread));
+                 }
+               }
+             });
 }
 
 }  // namespace p2r::cpu

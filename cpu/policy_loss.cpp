@@ -1,6 +1,6 @@
 // Three loops: count the kept tokens of every run (the gradient needs the divisors), sum them up in
-// order, then compute loss terms and gradients run by run and add the runs' sums in order. A single long
-// sequence is spread over all threads as well as many short ones.
+// order, then compute loss terms and gradients run by run and add the runs' sums in order. A single
+// long sequence is spread over all threads as well as many short ones.
 #include "ops/policy_loss.h"
 
 #include <algorithm>
@@ -77,8 +77,7 @@ void policy_loss(const PolicyLossArgs& a, Device& device) {
       rows += a.count_empty || of[s].kept > 0;
     }
     const auto weight = [&](Aggregation how, double kept) {
-      const bool given =
-          a.normalizer > 0 && counts_tokens(how) == counts_tokens(a.aggregation);
+      const bool given = a.normalizer > 0 && counts_tokens(how) == counts_tokens(a.aggregation);
       return loss_weight(how, kept, given ? a.normalizer : tokens, given ? a.normalizer : rows,
                          a.loss_scale);
     };

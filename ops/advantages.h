@@ -13,16 +13,16 @@
 // (N + 1e-8) · N / (N - 1), (a - mean) / √(var + 1e-8); with fewer than two tokens there is nothing
 // to learn and all is 0. Longer sequences weigh more.
 //
-// A group whose rewards are all equal (max == min) has a relative part of exactly 0. A group of one:
-// mean 0, std 1 (verl), or a relative part of 0 with singleton_zero (TRL).
+// A group whose rewards are all equal (max == min) has a relative part of exactly 0. A group of
+// one: mean 0, std 1 (verl), or a relative part of 0 with singleton_zero (TRL).
 //
 // rewards f32 [B] ([B, K] for gdpo); groups: any ids in any order; advantages f32 [B]. Means and
 // variances are two-pass, f64, in the order of the batch. A reward that is not finite faults; its
 // group (with whitening: the batch) is NaN. Lengths are host data, or counted from mask u8 [T] and
 // cu_seqlens.
 //
-// informative: u8 [B], 1 where the group's rewards differ (max > min) or n == 1 (DAPO's filter, Yu et
-// al. 2025); 0 in a group with a reward that is not finite, which faults.
+// informative: u8 [B], 1 where the group's rewards differ (max > min) or n == 1 (DAPO's filter, Yu
+// et al. 2025); 0 in a group with a reward that is not finite, which faults.
 #pragma once
 #include <algorithm>
 #include <tuple>

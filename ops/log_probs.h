@@ -5,8 +5,8 @@
 //
 // logits [N, V] f32 | f16 | bf16; targets i32 [N]; log_probs, entropy, g = d_log_probs,
 // h = d_entropy f32 [N]; stats f32 [N, 2] = (m, log s). m is rounded to f32 first and s taken
-// relative to the rounded m, so that m + log s is right to the last digit of log s; the two are kept
-// apart because their sum loses digits at large logits.
+// relative to the rounded m, so that m + log s is right to the last digit of log s; the two are
+// kept apart because their sum loses digits at large logits.
 //
 // Each logit is read once. The sums run in an order that depends on the column alone (fixed slices
 // of a row, merged in order), never on N, the row's index or the number of threads: the same row
@@ -15,15 +15,15 @@
 //
 // Rows: target -100 is skipped: not read, log_probs = entropy = 0, stats = (0, 0), dlogits 0. A
 // target outside 0..V-1 faults and gives NaN. A row with NaN or +inf, or of -inf alone, has no
-// softmax: NaN, without a fault, since it is the model's doing and not the caller's. Columns of -inf
-// add 0 to every sum; a target there gives -inf and a finite gradient. A row whose g and h are both 0
-// gets dlogits 0 and is not read.
+// softmax: NaN, without a fault, since it is the model's doing and not the caller's. Columns of
+// -inf add 0 to every sum; a target there gives -inf and a finite gradient. A row whose g and h are
+// both 0 gets dlogits 0 and is not read.
 //
 // Shards: columns offset .. offset+V'-1 of a vocabulary. target_logit = x_y, or -inf where another
 // shard holds it; moment = Σ e^(x-m) (x-m). A shard of no columns, or of -inf alone: (-inf, -inf),
-// -inf, 0. A skipped row: (-inf, -inf), 0, 0, which is how the merge knows it. A shard cannot know where the
-// vocabulary ends: only negative targets fault, and one that no shard holds merges to -inf. The merge
-// is in f64, in the order given. Backward over a shard takes the merged stats.
+// -inf, 0. A skipped row: (-inf, -inf), 0, 0, which is how the merge knows it. A shard cannot know
+// where the vocabulary ends: only negative targets fault, and one that no shard holds merges to
+// -inf. The merge is in f64, in the order given. Backward over a shard takes the merged stats.
 //
 // d_logits may be logits.
 #pragma once

@@ -25,19 +25,20 @@
 //   token_mean           Σ / N                  seq_mean_token_sum        Σ_i Σ_t / S
 //   seq_mean_token_mean  Σ_i (Σ_t / L_i) / S    seq_mean_token_sum_norm   Σ_i Σ_t / S / loss_scale
 //
-// L_i kept tokens, N their sum, S the sequences with L_i > 0 (count_empty: all of them). normalizer > 0
-// replaces N or S of agg, and of agg' where that counts the same thing. Nothing kept: every result 0.
+// L_i kept tokens, N their sum, S the sequences with L_i > 0 (count_empty: all of them). normalizer
+// > 0 replaces N or S of agg, and of agg' where that counts the same thing. Nothing kept: every
+// result 0.
 //
 // log_probs, old, ref, entropy, importance_weights, d_log_probs, d_entropy f32 [T], packed by
 // cu_seqlens; advantages f32 [B] or [T]; mask u8 [T]; loss f32 [1]; metrics f32 [10]: loss, policy
-// loss, kl, entropy (the last three as aggregated), then means over kept tokens of [clipping changed the loss],
-// [the dual clip did], -d, r; and the kept tokens as a pair, 65536 a + b. What the mask drops is
-// selected away, never multiplied, so NaN there stays there. A mask value other than 0 and 1 faults,
-// and makes the loss and its token's gradient NaN.
+// loss, kl, entropy (the last three as aggregated), then means over kept tokens of [clipping
+// changed the loss], [the dual clip did], -d, r; and the kept tokens as a pair, 65536 a + b. What
+// the mask drops is selected away, never multiplied, so NaN there stays there. A mask value other
+// than 0 and 1 faults, and makes the loss and its token's gradient NaN.
 //
-// A token's terms are f32; sums over tokens are f64 (f32 in runs of some hundred tokens on the CPU),
-// in fixed order: runs of kLossRun tokens within each sequence, then the runs in order. Weights are
-// rounded to f32 when they multiply a gradient.
+// A token's terms are f32; sums over tokens are f64 (f32 in runs of some hundred tokens on the
+// CPU), in fixed order: runs of kLossRun tokens within each sequence, then the runs in order.
+// Weights are rounded to f32 when they multiply a gradient.
 #pragma once
 #include <tuple>
 #include <vector>
@@ -100,8 +101,8 @@ inline LossRuns loss_runs(const Ints& cu_seqlens) {
     out.starts.push_back(static_cast<int64_t>(out.runs.size()));
     for (int64_t t = cu_seqlens[i]; t < cu_seqlens[i + 1]; t += kLossRun) {
       const int64_t left = cu_seqlens[i + 1] - t;
-      out.runs.push_back({t, static_cast<int32_t>(left < kLossRun ? left : kLossRun),
-                          static_cast<int32_t>(i)});
+      out.runs.push_back(
+          {t, static_cast<int32_t>(left < kLossRun ? left : kLossRun), static_cast<int32_t>(i)});
     }
   }
   out.starts.push_back(static_cast<int64_t>(out.runs.size()));
@@ -110,7 +111,7 @@ inline LossRuns loss_runs(const Ints& cu_seqlens) {
 
 // What each kept token of a sequence weighs. kept: L_i; tokens, rows: N and S.
 constexpr double loss_weight(Aggregation how, double kept, double tokens, double rows,
-                          double loss_scale) {
+                             double loss_scale) {
   if (!(kept > 0)) return 0;
   switch (how) {
     case Aggregation::token_mean:

@@ -1,8 +1,8 @@
 // Softmax statistics of a slice of a row, and its gradient.
 //
-// A block of logits is read twice, the second time from the first-level cache: once for its maximum,
-// once for its sums, so that the running sums are rescaled once a block and not once a vector. While a
-// block is summed, the next one is fetched.
+// A block of logits is read twice, the second time from the first-level cache: once for its
+// maximum, once for its sums, so that the running sums are rescaled once a block and not once a
+// vector. While a block is summed, the next one is fetched.
 #include <math.h>
 
 #include "cpu/simd/rows.h"

@@ -89,11 +89,9 @@ void policy_run(const PolicyRun* pointer, double* sums) {
       const vf step = run.old_log_probs ? log_p - load_floats(run.old_log_probs + i, n) : none;
       const vf d = clamp(step, -20, 20);
       const bool sequence = run.objective == kGspo;
-      const vi inside = sequence ? (run.sequence_inside ? keep : keep & 0)
-                                 : (step >= -20.0f) & (step <= 20.0f);
-      const vf ratio = sequence            ? set1(run.sequence_ratio)
-                       : run.old_log_probs ? vexp(d)
-                                           : one;
+      const vi inside =
+          sequence ? (run.sequence_inside ? keep : keep & 0) : (step >= -20.0f) & (step <= 20.0f);
+      const vf ratio = sequence ? set1(run.sequence_ratio) : run.old_log_probs ? vexp(d) : one;
 
       Term policy = {none, none};
       vi clipped = keep & 0, lower = keep & 0;

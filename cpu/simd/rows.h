@@ -17,15 +17,15 @@ struct PolicyRun {
   const uint8_t* mask;
   float *d_log_probs, *d_entropy;
   int64_t n;
-  int objective, kl;             // Objective, Kl
-  float advantage;               // where advantages is null
-  float low, high;               // the clipped ratio's bounds
-  float dual_clip;               // inf: none
+  int objective, kl;  // Objective, Kl
+  float advantage;    // where advantages is null
+  float low, high;    // the clipped ratio's bounds
+  float dual_clip;    // inf: none
   float tau_positive, tau_negative;
-  float kl_clamp;                // inf: none
-  float sequence_ratio;          // gspo's
-  bool sequence_inside;          // whether gspo's mean log-ratio lay within its bounds
-  float policy_weight;           // of a token's gradient
+  float kl_clamp;                   // inf: none
+  float sequence_ratio;             // gspo's
+  bool sequence_inside;             // whether gspo's mean log-ratio lay within its bounds
+  float policy_weight;              // of a token's gradient
   float kl_weight, entropy_weight;  // with their coefficients; entropy's negative
 };
 
