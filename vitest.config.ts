@@ -1,16 +1,45 @@
+import { rmSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { defineConfig } from 'vitest/config'
 
+const at = (path: string): string => fileURLToPath(new URL(path, import.meta.url))
+
 // Tests use the built package, as its users do.
-export default defineConfig({
-  resolve: {
-    alias: { 'p2r-kernels': fileURLToPath(new URL('./dist/lib/index.js', import.meta.url)) },
-  },
+const shared = {
+  resolve: { alias: { 'p2r-kernels': at('./dist/lib/index.js') } },
   test: {
-    include: ['test/**/*.test.ts'],
     pool: 'forks',
     maxWorkers: 2,
     testTimeout: 60_000,
     server: { deps: { external: [/\/dist\//] } },
+  },
+} as const
+
+rmSync(at('./build/twin/cases'), { recursive: true, force: true })
+
+export default defineConfig({
+  test: {
+    projects: [
+      {
+        ...shared,
+        test: {
+          ...shared.test,
+          name: 'package',
+          include: ['test/*.test.ts'],
+          exclude: ['test/twin.test.ts'],
+          sequence: { groupOrder: 0 },
+        },
+      },
+      // Last: it runs the cases that the operations' tests recorded.
+      {
+        ...shared,
+        test: {
+          ...shared.test,
+          name: 'twin',
+          include: ['test/twin.test.ts'],
+          sequence: { groupOrder: 1 },
+        },
+      },
+    ],
   },
 })

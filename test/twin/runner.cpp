@@ -14,12 +14,10 @@
 #include <string>
 #include <vector>
 
-#include "ops/backend.h"
+#include "cuda/kernel.cuh"
+#include "operations.h"  // made by CMake: every header of ops/
 #include "ops/fields.h"
 #include "ops/half.h"
-#include "test/twin/simt.h"
-// The arguments of every operation.
-#include "test/twin/operations.h"
 
 namespace p2r {
 
@@ -145,12 +143,13 @@ std::string run(Case& c, void (*Kernels::*function)(const Args&, Device&)) {
 }
 
 std::string run_case(const std::string& path) {
-  Case c = read_case(path);
+  Case recorded = read_case(path);
+  const std::string name = recorded.function;
 #define OP(family, function, Args) \
-  if (c.function == #function) return run<Args>(c, &Kernels::function);
+  if (name == #function) return run<Args>(recorded, &Kernels::function);
 #include "ops/ops.def"
 #undef OP
-  return "there is no operation " + c.function;
+  return "there is no operation " + name;
 }
 
 }  // namespace
