@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kBlock) relate_kernel(Relate a) {
     const auto reward = [&](int i) {
       return static_cast<double>(a.groups.rewards[members[i] * a.kinds + k]);
     };
-    double base = s.mean, scale = a.weights[k];
+    double base = s.mean, divisor = 1;
     bool silent = !s.mixed;
     if (!s.finite) {
       base = NAN;
@@ -110,13 +110,13 @@ __global__ void __launch_bounds__(kBlock) relate_kernel(Relate a) {
     } else if (n == 1) {
       base = 0;
       silent = a.singleton_zero;
-      if (scaled) scale /= 1 + a.epsilon;
+      if (scaled) divisor = 1 + a.epsilon;
     } else if (scaled) {
       double squares = 0;
       for (int i = lane; i < n; i += 32) squares += (reward(i) - base) * (reward(i) - base);
-      scale /= sqrt(warp_sum(squares) / (n - 1)) + a.epsilon;
+      divisor = sqrt(warp_sum(squares) / (n - 1)) + a.epsilon;
     } else if (a.estimator == Estimator::rloo) {
-      scale *= static_cast<double>(n) / (n - 1);
+      divisor = static_cast<double>(n - 1) / n;
     } else if (a.estimator == Estimator::opo) {
       double tokens = 0, weighted = 0;
       for (int i = lane; i < n; i += 32) {
@@ -127,8 +127,9 @@ __global__ void __launch_bounds__(kBlock) relate_kernel(Relate a) {
       weighted = warp_sum(weighted);
       if (tokens > 0) base = weighted / tokens;
     }
-    if (!silent)
-      for (int i = lane; i < n; i += 32) a.out[members[i]] += (reward(i) - base) * scale;
+    if (silent) continue;
+    const double weight = a.weights[k];
+    for (int i = lane; i < n; i += 32) a.out[members[i]] += weight * ((reward(i) - base) / divisor);
   }
 }
 

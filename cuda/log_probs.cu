@@ -4,6 +4,8 @@
 // sums which column depends on the column alone, so a row gives the same bits in any batch; an
 // unaligned row (V odd) loads element by element in the same order. The gradient is one pass of the
 // same shape.
+#include <cfloat>
+
 #include "cuda/kernel.cuh"
 #include "ops/log_probs.h"
 
@@ -291,7 +293,9 @@ __global__ void __launch_bounds__(kTileBlock)
           const double log_p = (x[i] * a.inverse - maximum) - log_sum, p = exp(log_p);
           x[i] = static_cast<float>(-g * expm1(log_p) - (p == 0 ? 0 : h * p * (log_p + entropy)));
         } else {
-          const float log_p = fmaf(x[i], inverse, -maximum) + fmaf(x[i], inverse_low, -log_sum);
+          // The low part of the product is of a finite x: -inf times 0 is not 0.
+          const float low = fmaf(fmaxf(x[i], -FLT_MAX), inverse_low, -log_sum);
+          const float log_p = fmaf(x[i], inverse, -maximum) + low;
           x[i] = ptx::ex2(log_p * kLog2e) * (scale_p + scale_h * fmaxf(log_p, -128.0f));
         }
       }

@@ -3,6 +3,7 @@
 // A block of logits is read twice, the second time from the first-level cache: once for its
 // maximum, once for its sums, so that the running sums are rescaled once a block and not once a
 // vector. While a block is summed, the next one is fetched.
+#include <float.h>
 #include <math.h>
 
 #include "cpu/simd/rows.h"
@@ -96,7 +97,9 @@ void sums(const typename E::T* z, int64_t n, float inverse, float* out) {
 template <class E>
 void slopes(const typename E::T* z, typename E::T* dz, int64_t n, const SoftmaxRow& row) {
   const auto slope = [&](vf x) {
-    const vf log_p = (x * row.inverse - row.maximum) + (x * row.inverse_low - row.log_sum);
+    // The low part of the product is of a finite x: -inf times 0 is not 0.
+    const vf low = vmax(x, set1(-FLT_MAX)) * row.inverse_low;
+    const vf log_p = (x * row.inverse - row.maximum) + (low - row.log_sum);
     return vexp(log_p) * (row.scale_p + row.scale_h * vmax(log_p, set1(-128.0f)));
   };
   int64_t i = 0;
