@@ -12,7 +12,7 @@
 //   sapo   -A (4/τ) σ(τ (r - 1)), τ by the sign of A (2025)        -A 4 σ (1 - σ) r, 0 past ±20
 //   gpg    -A logp                                                 -A
 //
-// gspo's gradient is that of GSPO-token: it equals the derivative where A is constant over the
+// gspo's gradient is that of GSPO-token: it equals the derivative where A w is constant over the
 // sequence. KL of a token, x = ref - logp, and its gradient:
 //
 //   k1 -x: 1    abs |x|: sign(-x)    k2 x²/2: -x    k3 e^x - x - 1: 1 - e^x (Schulman 2020)
