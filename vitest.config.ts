@@ -8,12 +8,12 @@ const at = (path: string): string => fileURLToPath(new URL(path, import.meta.url
 const shared = {
   resolve: { alias: { 'p2r-kernels': at('./dist/lib/index.js') } },
   test: {
-    pool: 'forks',
+    pool: 'forks' as const,
     maxWorkers: 2,
     testTimeout: 60_000,
     server: { deps: { external: [/\/dist\//] } },
   },
-} as const
+}
 
 rmSync(at('./build/twin/cases'), { recursive: true, force: true })
 

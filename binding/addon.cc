@@ -82,8 +82,8 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("endComposite", Napi::Function::New(env, end_composite));
   exports.Set("record", Napi::Function::New(env, record));
   Napi::Object ops = Napi::Object::New(env);
-#define OP(family, function, Args)                                                        \
-  ops.Set(#function, Napi::Function::New(env, enter<&binding::function>, #function,       \
+#define OP(family, function, Args)                                                  \
+  ops.Set(#function, Napi::Function::New(env, enter<&binding::function>, #function, \
                                          const_cast<char*>(#function)));
 #include "ops/ops.def"
 #undef OP

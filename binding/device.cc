@@ -16,12 +16,14 @@ std::unique_ptr<Device> open_named(const std::string& id, const OpenOptions& opt
   if (id.empty()) return cuda_status().available ? open_cuda(0) : open_cpu(options);
   const bool cuda = id.rfind("cuda", 0) == 0;
   const std::string index = cuda && id.size() > 5 && id[4] == ':' ? id.substr(5) : "";
-  const bool digits =
-      !index.empty() && index.size() < 4 && index.find_first_not_of("0123456789") == std::string::npos;
+  const bool digits = !index.empty() && index.size() < 4 &&
+                      index.find_first_not_of("0123456789") == std::string::npos;
   if (!cuda || (id != "cuda" && !digits))
-    throw Error(Code::device, "no device is called '" + id + "'; expected cpu, cuda or cuda:<index>");
+    throw Error(Code::device,
+                "no device is called '" + id + "'; expected cpu, cuda or cuda:<index>");
   const CudaStatus status = cuda_status();
-  if (!status.available) throw Error(Code::device, "'" + id + "' is not to be had: " + status.reason);
+  if (!status.available)
+    throw Error(Code::device, "'" + id + "' is not to be had: " + status.reason);
   const int n = digits ? std::stoi(index) : 0;
   const int count = static_cast<int>(cuda_infos().size());
   if (n >= count)
@@ -40,9 +42,20 @@ OpenOptions parse_options(const Napi::Value& value) {
       throw Error(Code::value, "threads must be an integer from 1 to 1024");
     o.threads = static_cast<int>(n);
   }
-  if (const Napi::Value v = object.Get("simd"); !v.IsUndefined()) o.simd = v.ToString();
-  if (const Napi::Value v = object.Get("bf16"); v.IsBoolean()) o.bf16 = v.ToBoolean();
-  if (const Napi::Value v = object.Get("vnni"); v.IsBoolean()) o.vnni = v.ToBoolean();
+  if (const Napi::Value v = object.Get("simd"); !v.IsUndefined()) {
+    const std::string name = v.IsString() ? v.ToString().Utf8Value() : "";
+    if (name != "avx512" && name != "avx2" && name != "neon" && name != "scalar")
+      throw Error(Code::value, "simd must be avx512, avx2, neon or scalar");
+    o.simd = name;
+  }
+  auto feature = [&](const char* name) {
+    const Napi::Value v = object.Get(name);
+    if (!v.IsUndefined() && !v.IsBoolean())
+      throw Error(Code::value, std::string("features.") + name + " must be true or false");
+    return v.IsUndefined() ? -1 : v.ToBoolean() ? 1 : 0;
+  };
+  o.bf16 = feature("bf16");
+  o.vnni = feature("vnni");
   return o;
 }
 
@@ -62,13 +75,22 @@ Napi::Object describe(Napi::Env env, const DeviceInfo& info) {
 
 Napi::Function DeviceHandle::Init(Napi::Env env) {
   return DefineClass(env, "DeviceHandle",
-                     {InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Info>>("info", napi_default, name("info")),
-                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Tensor>>("tensor", napi_default, name("tensor")),
-                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Synchronize>>("synchronize", napi_default, name("synchronize")),
-                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Time>>("time", napi_default, name("time")),
-                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::MemoryUse>>("memory", napi_default, name("memory")),
-                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::ResetPeak>>("resetPeak", napi_default, name("resetPeak")),
-                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Dispose>>("dispose", napi_default, name("dispose")),
+                     {InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Info>>(
+                          "info", napi_default, name("info")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Tensor>>(
+                          "tensor", napi_default, name("tensor")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Zeros>>(
+                          "zeros", napi_default, name("zeros")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Synchronize>>(
+                          "synchronize", napi_default, name("synchronize")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Time>>(
+                          "time", napi_default, name("time")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::MemoryUse>>(
+                          "memory", napi_default, name("memory")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::ResetPeak>>(
+                          "resetPeak", napi_default, name("resetPeak")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Dispose>>(
+                          "dispose", napi_default, name("dispose")),
                       InstanceAccessor<&DeviceHandle::GetDisposed>("disposed")});
 }
 
@@ -108,14 +130,19 @@ Napi::Value DeviceHandle::Tensor(const Napi::CallbackInfo& info) {
   std::shared_ptr<OpenDevice> device = open();
   const Shape shape = parse_shape(info[1]);
   const DType dtype = parse_dtype(info[2].ToString());
+  const HostBytes source = host_bytes(info[0], dtype, shape.size());
+  auto storage = std::make_shared<Storage>(device, source.bytes);
+  device->device->upload(storage->data, source.data, source.bytes);
+  return TensorHandle::Make(info.Env(), storage, dtype, shape);
+}
+
+Napi::Value DeviceHandle::Zeros(const Napi::CallbackInfo& info) {
+  std::shared_ptr<OpenDevice> device = open();
+  const Shape shape = parse_shape(info[0]);
+  const DType dtype = parse_dtype(info[1].ToString());
   const size_t bytes = static_cast<size_t>(shape.size()) * size_of(dtype);
-  HostBytes source;
-  if (!info[0].IsNull()) source = host_bytes(info[0], dtype, shape.size());
   auto storage = std::make_shared<Storage>(device, bytes);
-  if (info[0].IsNull())
-    device->device->zero(storage->data, bytes);
-  else
-    device->device->upload(storage->data, source.data, bytes);
+  device->device->zero(storage->data, bytes);
   return TensorHandle::Make(info.Env(), storage, dtype, shape);
 }
 
@@ -131,7 +158,7 @@ Napi::Value DeviceHandle::Synchronize(const Napi::CallbackInfo& info) {
           device->raised.erase(device->raised.begin());
         }
         try {
-          throw_faults(first, lost, env);
+          throw_faults(first, lost, env, "synchronize");
           deferred->Resolve(env.Undefined());
         } catch (const Napi::Error& e) {
           deferred->Reject(e.Value());
@@ -142,6 +169,7 @@ Napi::Value DeviceHandle::Synchronize(const Napi::CallbackInfo& info) {
 
 Napi::Value DeviceHandle::Time(const Napi::CallbackInfo& info) {
   std::shared_ptr<OpenDevice> device = open();
+  if (!info[0].IsFunction()) throw Error(Code::value, "f must be a function");
   auto deferred = std::make_shared<Napi::Promise::Deferred>(info.Env());
   const std::shared_ptr<void> from = device->device->mark();
   info[0].As<Napi::Function>().Call({});
@@ -150,10 +178,10 @@ Napi::Value DeviceHandle::Time(const Napi::CallbackInfo& info) {
   State::of(info.Env())
       .when_done(device, [deferred, device, from, to](Napi::Env env, const std::string& lost) {
         if (!lost.empty())
-          deferred->Reject(make_error(env, Code::cuda, "", lost).Value());
+          deferred->Reject(make_error(env, Code::cuda, "time", lost).Value());
         else
-          deferred->Resolve(Napi::Number::New(
-              env, device->device ? device->device->elapsed(from, to) : 0.0));
+          deferred->Resolve(
+              Napi::Number::New(env, device->device ? device->device->elapsed(from, to) : 0.0));
       });
   return deferred->Promise();
 }

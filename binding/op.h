@@ -63,8 +63,8 @@ class Call {
   std::string text(const char* name);
   Ints ints(const char* name, int64_t low, int64_t high);
   std::vector<double> numbers(const char* name);
-  // 0 = c0 <= c1 <= ... <= cB = total.
-  Ints cu_seqlens(const char* name, int64_t total);
+  // 0 = c0 <= c1 <= ... <= cB = total; -1: of any total.
+  Ints cu_seqlens(const char* name, int64_t total = -1);
 
   void check(bool ok, Code code, const std::string& message) const {
     if (!ok) throw Error(code, message);
@@ -99,6 +99,7 @@ class Call {
   const Napi::CallbackInfo& info_;
   std::string function_, op_;
   size_t at_ = 0;
+  bool finished_ = false;
   std::shared_ptr<OpenDevice> device_;
   std::vector<Storage*> read_, written_;
   std::vector<Napi::Object> results_;

@@ -24,9 +24,10 @@ OpenDevice::~OpenDevice() {
 }
 
 void OpenDevice::close() {
-  device.reset();
+  device.reset();  // drains: promises not yet settled still learn of faults
+  for (std::shared_ptr<Fault>& fault : pending)
+    if (fault->raised()) raised.push_back(std::move(fault));
   pending.clear();
-  raised.clear();
 }
 
 struct State::Done {
@@ -48,16 +49,25 @@ void State::call_js(Napi::Env env, Napi::Function, std::nullptr_t*, Done* done) 
   State& state = State::of(env);
   if (--state.waiting_ == 0) state.channel_.Unref(env);
   Napi::HandleScope scope(env);
-  owned->f(env, owned->lost);
+  try {
+    owned->f(env, owned->lost);
+  } catch (const Napi::Error&) {
+    // A worker that is being terminated runs no more JavaScript: there is no one left to tell.
+  }
 }
 
 void State::when_done(const std::shared_ptr<OpenDevice>& device, OnDone f) {
+  OnDone done = [device, f = std::move(f)](Napi::Env env, const std::string& lost) {
+    if (!lost.empty()) device->lost = lost;
+    f(env, lost);
+  };
+  device->device->notify(
+      [channel = channel_, f = std::move(done)](const std::string& lost) mutable {
+        // A call that the ending environment refuses keeps its JavaScript references for ever: they
+        // must not be touched from here.
+        channel.NonBlockingCall(new Done{std::move(f), lost});
+      });
   if (waiting_++ == 0) channel_.Ref(env_);
-  device->device->notify([channel = channel_, f = std::move(f)](const std::string& lost) mutable {
-    // A call that the ending environment refuses keeps its JavaScript references for ever: they
-    // must not be touched from here.
-    channel.NonBlockingCall(new Done{std::move(f), lost});
-  });
 }
 
 void State::close_all() {

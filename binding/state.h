@@ -1,5 +1,6 @@
 // What belongs to one JavaScript environment (a worker thread has its own): class constructors, the
-// channel by which devices call back, and the devices to close when it ends. Nothing here is global.
+// channel by which devices call back, and the devices to close when it ends. Nothing here is
+// global.
 #pragma once
 #include <napi.h>
 
@@ -22,7 +23,7 @@ struct OpenDevice {
   explicit OpenDevice(std::shared_ptr<Registry> registry);
   ~OpenDevice();
 
-  std::unique_ptr<Device> device;  // null once disposed
+  std::unique_ptr<Device> device;               // null once disposed
   std::vector<std::shared_ptr<Fault>> pending;  // not yet known to be clean, oldest first
   std::vector<std::shared_ptr<Fault>> raised;   // for synchronize() to report, once each
   std::string lost;                             // why the device is gone for good

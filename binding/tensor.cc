@@ -1,5 +1,6 @@
 #include "binding/tensor.h"
 
+#include <algorithm>
 #include <future>
 
 #include "binding/device.h"
@@ -16,8 +17,7 @@ constexpr napi_type_tag kTag = {0x7032722d6b65726e, 0x656c732d74656e73};
 }  // namespace
 
 Storage::Storage(std::shared_ptr<OpenDevice> d, size_t n) : device(std::move(d)), bytes(n) {
-  // Never null: an empty tensor is still a tensor.
-  data = device->device->allocate(n ? n : 1);
+  data = device->device->allocate(n);
 }
 
 Storage::~Storage() {
@@ -25,18 +25,26 @@ Storage::~Storage() {
 }
 
 Napi::Function TensorHandle::Init(Napi::Env env) {
-  return DefineClass(env, "TensorHandle",
-                     {InstanceMethod<&TensorHandle::guarded<&TensorHandle::Reshape>>("reshape", napi_default, name("reshape")),
-                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::Slice>>("slice", napi_default, name("slice")),
-                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::Read>>("read", napi_default, name("read")),
-                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::Write>>("write", napi_default, name("write")),
-                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::CopyFrom>>("copyFrom", napi_default, name("copyFrom")),
-                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::To>>("to", napi_default, name("to")),
-                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::Dispose>>("dispose", napi_default, name("dispose")),
-                      InstanceMethod<&TensorHandle::guarded<&TensorHandle::Join>>("join", napi_default, name("join")),
-                      InstanceAccessor<&TensorHandle::GetShape>("shape"),
-                      InstanceAccessor<&TensorHandle::GetDType>("dtype"),
-                      InstanceAccessor<&TensorHandle::GetDisposed>("disposed")});
+  return DefineClass(
+      env, "TensorHandle",
+      {InstanceMethod<&TensorHandle::guarded<&TensorHandle::Reshape>>("reshape", napi_default,
+                                                                      name("reshape")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::Slice>>("slice", napi_default,
+                                                                    name("slice")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::Read>>("read", napi_default,
+                                                                   name("read")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::Write>>("write", napi_default,
+                                                                    name("write")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::CopyFrom>>("copyFrom", napi_default,
+                                                                       name("copyFrom")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::To>>("to", napi_default, name("to")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::Dispose>>("dispose", napi_default,
+                                                                      name("dispose")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::Join>>("join", napi_default,
+                                                                   name("join")),
+       InstanceAccessor<&TensorHandle::GetShape>("shape"),
+       InstanceAccessor<&TensorHandle::GetDType>("dtype"),
+       InstanceAccessor<&TensorHandle::GetDisposed>("disposed")});
 }
 
 TensorHandle::TensorHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<TensorHandle>(info) {
@@ -49,9 +57,9 @@ void TensorHandle::adopt(Napi::Env env, std::shared_ptr<Storage> storage, DType 
   dtype_ = dtype;
   shape_ = shape;
   offset_ = offset;
-  // Views share their storage, so each tells V8 of an equal share at most; the first one of all.
-  reported_ = storage_.use_count() <= 2 ? static_cast<int64_t>(storage_->bytes) : 0;
-  if (reported_) Napi::MemoryManagement::AdjustExternalMemory(env, reported_);
+  // Views share their storage: V8 hears of it with the first handle and the last.
+  if (storage_->handles++ == 0)
+    Napi::MemoryManagement::AdjustExternalMemory(env, static_cast<int64_t>(storage_->bytes));
 }
 
 Napi::Object TensorHandle::Make(Napi::Env env, std::shared_ptr<Storage> storage, DType dtype,
@@ -70,9 +78,10 @@ TensorHandle* TensorHandle::From(const Napi::Value& value) {
 }
 
 void TensorHandle::drop(Napi::BasicEnv env) {
+  if (!storage_) return;
+  if (--storage_->handles == 0)
+    Napi::MemoryManagement::AdjustExternalMemory(env, -static_cast<int64_t>(storage_->bytes));
   storage_.reset();
-  if (reported_) Napi::MemoryManagement::AdjustExternalMemory(env, -reported_);
-  reported_ = 0;
 }
 
 void TensorHandle::Finalize(Napi::BasicEnv env) { drop(env); }
@@ -80,6 +89,7 @@ void TensorHandle::Finalize(Napi::BasicEnv env) { drop(env); }
 View TensorHandle::view(const char* what) const {
   if (!storage_ || !storage_->device->device)
     throw Error(Code::disposed, std::string(what) + " was disposed");
+  if (!storage_->device->lost.empty()) throw Error(Code::cuda, storage_->device->lost);
   View v;
   v.data = static_cast<char*>(storage_->data) + offset_;
   v.dtype = dtype_;
@@ -92,13 +102,16 @@ Napi::Value TensorHandle::Reshape(const Napi::CallbackInfo& info) {
   const Shape shape = parse_shape(info[0]);
   if (shape.size() != v.size())
     throw Error(Code::shape, "a tensor of " + std::to_string(v.size()) +
-                                 " elements cannot take a shape of " + std::to_string(shape.size()));
+                                 " elements cannot take a shape of " +
+                                 std::to_string(shape.size()));
   return Make(info.Env(), storage_, dtype_, shape, offset_);
 }
 
 Napi::Value TensorHandle::Slice(const Napi::CallbackInfo& info) {
   const View v = view("the tensor");
   if (v.shape.rank == 0) throw Error(Code::shape, "a scalar has no rows");
+  if (!info[0].IsNumber() || !info[1].IsNumber())
+    throw Error(Code::value, "start and end must be numbers of rows");
   const double start = info[0].ToNumber(), end = info[1].ToNumber();
   const double rows = static_cast<double>(v.shape[0]);
   if (!(start >= 0 && start <= end && end <= rows) || start != static_cast<int64_t>(start) ||
@@ -113,8 +126,8 @@ Napi::Value TensorHandle::Slice(const Napi::CallbackInfo& info) {
 }
 
 void throw_faults(const std::vector<std::shared_ptr<Fault>>& faults, const std::string& lost,
-                  Napi::Env env) {
-  if (!lost.empty()) throw make_error(env, Code::cuda, "", lost);
+                  Napi::Env env, const char* op) {
+  if (!lost.empty()) throw make_error(env, Code::cuda, op, lost);
   for (const auto& f : faults)
     if (f->raised()) throw make_error(env, Code::value, f->op, f->text);
 }
@@ -126,12 +139,11 @@ Napi::Value TensorHandle::Read(const Napi::CallbackInfo& info) {
   Napi::ArrayBuffer buffer = Napi::ArrayBuffer::New(env, v.bytes());
   device->device->download(buffer.Data(), v.data, v.bytes());
   auto deferred = std::make_shared<Napi::Promise::Deferred>(env);
-  auto held = std::make_shared<Napi::Reference<Napi::ArrayBuffer>>(
-      Napi::Persistent(buffer));
+  auto held = std::make_shared<Napi::Reference<Napi::ArrayBuffer>>(Napi::Persistent(buffer));
   State::of(env).when_done(device, [deferred, held, device, faults = storage_->faults](
                                        Napi::Env env, const std::string& lost) {
     try {
-      throw_faults(faults, lost, env);
+      throw_faults(faults, lost, env, "read");
       deferred->Resolve(held->Value());
     } catch (const Napi::Error& e) {
       deferred->Reject(e.Value());
@@ -161,15 +173,29 @@ Napi::Value TensorHandle::CopyFrom(const Napi::CallbackInfo& info) {
   if (!(source.shape == v.shape))
     throw Error(Code::shape, "the source must have the tensor's shape");
   if (source.data == v.data) return info.Env().Undefined();
-  storage_->device->device->copy(v.data, source.data, v.bytes());
+  Device& device = *storage_->device->device;
+  const char* a = v.as<char>();
+  const char* b = source.as<char>();
+  if (other->storage_ == storage_ && a < b + v.bytes() && b < a + v.bytes()) {
+    const Scratch between = device.scratch(v.bytes());
+    device.copy(between.as<char>(), source.data, v.bytes());
+    device.copy(v.data, between.as<char>(), v.bytes());
+  } else {
+    device.copy(v.data, source.data, v.bytes());
+  }
+  if (other->storage_ == storage_) return info.Env().Undefined();
   if (v.bytes() == storage_->bytes) storage_->faults.clear();
-  for (const auto& f : other->storage_->faults) storage_->faults.push_back(f);
+  std::vector<std::shared_ptr<Fault>>& faults = storage_->faults;
+  for (const auto& f : other->storage_->faults)
+    if (std::find(faults.begin(), faults.end(), f) == faults.end()) faults.push_back(f);
   return info.Env().Undefined();
 }
 
 Napi::Value TensorHandle::To(const Napi::CallbackInfo& info) {
   const View v = view("the tensor");
-  std::shared_ptr<OpenDevice> target = DeviceHandle::From(info[0])->open();
+  DeviceHandle* handle = DeviceHandle::From(info[0]);
+  if (!handle) throw Error(Code::value, "to needs a Device");
+  std::shared_ptr<OpenDevice> target = handle->open();
   auto storage = std::make_shared<Storage>(target, v.bytes());
   storage->faults = storage_->faults;
   Device& source = *storage_->device->device;
@@ -248,7 +274,10 @@ HostBytes host_bytes(const Napi::Value& value, DType dtype, int64_t size) {
     throw Error(Code::shape, "host data must have " + std::to_string(size) + " elements, got " +
                                  std::to_string(array.ElementLength()));
   HostBytes out;
-  out.data = static_cast<const char*>(array.ArrayBuffer().Data()) + array.ByteOffset();
+  // Not by way of array.ArrayBuffer(), which knows no SharedArrayBuffer.
+  void* data = nullptr;
+  napi_get_typedarray_info(value.Env(), value, nullptr, nullptr, &data, nullptr, nullptr);
+  out.data = data;
   out.bytes = static_cast<size_t>(size) * size_of(dtype);
   const bool half = dtype == DType::f16 || dtype == DType::bf16;
   if (half && array.TypedArrayType() == napi_float32_array) {
@@ -258,8 +287,8 @@ HostBytes host_bytes(const Napi::Value& value, DType dtype, int64_t size) {
       out.converted[i] = dtype == DType::f16 ? f16_of_f32(x[i]) : bf16_of_f32(x[i]);
     out.data = out.converted.data();
   } else if (array.ByteLength() != out.bytes) {
-    throw Error(Code::dtype, std::string("host data of another type than ") +
-                                 p2r::to_string(dtype));
+    throw Error(Code::dtype,
+                std::string("host data of another type than ") + p2r::to_string(dtype));
   }
   return out;
 }

@@ -20,6 +20,7 @@ struct Storage {
   std::shared_ptr<OpenDevice> device;
   void* data = nullptr;
   size_t bytes = 0;
+  int handles = 0;                             // JavaScript's, this one and its views
   std::vector<std::shared_ptr<Fault>> faults;  // that its contents may depend on
 };
 
@@ -36,6 +37,7 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
 
   View view(const char* what) const;  // throws Code::disposed
   const std::shared_ptr<Storage>& storage() const { return storage_; }
+  void drop(Napi::BasicEnv env);
 
  private:
   template <Napi::Value (TensorHandle::*method)(const Napi::CallbackInfo&)>
@@ -48,7 +50,6 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
   }
   void adopt(Napi::Env env, std::shared_ptr<Storage> storage, DType dtype, const Shape& shape,
              size_t offset);
-  void drop(Napi::BasicEnv env);
   Napi::Value Reshape(const Napi::CallbackInfo& info);
   Napi::Value Slice(const Napi::CallbackInfo& info);
   Napi::Value Read(const Napi::CallbackInfo& info);
@@ -65,7 +66,6 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
   DType dtype_ = DType::f32;
   Shape shape_;
   size_t offset_ = 0;
-  int64_t reported_ = 0;  // bytes told to V8
 };
 
 Shape parse_shape(const Napi::Value& value);
@@ -81,6 +81,6 @@ HostBytes host_bytes(const Napi::Value& value, DType dtype, int64_t size);
 
 // Throws the first raised fault, or why the device is gone.
 void throw_faults(const std::vector<std::shared_ptr<Fault>>& faults, const std::string& lost,
-                  Napi::Env env);
+                  Napi::Env env, const char* op);
 
 }  // namespace p2r::binding

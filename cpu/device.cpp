@@ -126,8 +126,7 @@ void CpuDevice::upload(void* destination, const void* source, size_t bytes) {
   submit([=] { std::memcpy(destination, staged.get(), bytes); });
 }
 
-void CpuDevice::upload_from(void* destination, size_t bytes,
-                            std::function<const void*()> source) {
+void CpuDevice::upload_from(void* destination, size_t bytes, std::function<const void*()> source) {
   submit([=] { std::memcpy(destination, source(), bytes); });
 }
 

@@ -73,8 +73,7 @@ class CpuDevice final : public Device {
   }
 
   void upload(void* destination, const void* source, size_t bytes) override;
-  void upload_from(void* destination, size_t bytes,
-                   std::function<const void*()> source) override;
+  void upload_from(void* destination, size_t bytes, std::function<const void*()> source) override;
   void download(void* destination, const void* source, size_t bytes) override;
   void copy(void* destination, const void* source, size_t bytes) override;
   void zero(void* destination, size_t bytes) override;

@@ -75,7 +75,8 @@ void Threads::work(int thread) {
     }
     if (nothing_new(gate)) {
       std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return stop_ || !nothing_new(gate_.load(std::memory_order_acquire)); });
+      wake_.wait(lock,
+                 [&] { return stop_ || !nothing_new(gate_.load(std::memory_order_acquire)); });
     }
     if (stop_) return;
     gate = gate_.load(std::memory_order_acquire);

@@ -1,7 +1,6 @@
 // Casts: one grid-stride loop over the elements, through f32 except between the integer types.
-#include "ops/cast.h"
-
 #include "cuda/kernel.cuh"
+#include "ops/cast.h"
 
 namespace p2r::cuda {
 

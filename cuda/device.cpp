@@ -1,5 +1,5 @@
-// The CUDA device: one stream, stream-ordered memory, pinned staging for transfers, and a thread that
-// waits for events on behalf of promises.
+// The CUDA device: one stream, stream-ordered memory, pinned staging for transfers, and a thread
+// that waits for events on behalf of promises.
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
@@ -149,7 +149,8 @@ class CudaDevice final : public Device {
     int32_t* word = nullptr;
     {
       std::lock_guard lock(mutex_);
-      if (free_words_.empty() && used_words_ < kFaultWords) free_words_.push_back(&words_[used_words_++]);
+      if (free_words_.empty() && used_words_ < kFaultWords)
+        free_words_.push_back(&words_[used_words_++]);
       if (!free_words_.empty()) {
         word = free_words_.back();
         free_words_.pop_back();
@@ -242,7 +243,8 @@ class CudaDevice final : public Device {
       uint64_t before = completed_.load();
       while (before < w.sequence && !completed_.compare_exchange_weak(before, w.sequence)) {
       }
-      w.done(e == cudaSuccess ? "" : std::string("the CUDA device was lost: ") + cudaGetErrorString(e));
+      w.done(e == cudaSuccess ? ""
+                              : std::string("the CUDA device was lost: ") + cudaGetErrorString(e));
     }
   }
 

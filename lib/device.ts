@@ -1,9 +1,9 @@
 import { P2RError, refuse } from './errors.js'
 import { type DeviceHandle, native } from './native.js'
 import {
+  type DType,
   defaultDType,
   describeValue,
-  type DType,
   type HostArray,
   hostData,
   type Tensor,
@@ -49,9 +49,16 @@ export function cudaStatus(): { built: boolean; available: boolean; reason: stri
 export function openDevice(id?: string, options: OpenOptions = {}): Device {
   if (id !== undefined && typeof id !== 'string')
     refuse('ERR_VALUE', 'openDevice', `id must be a string, got ${describeValue(id)}`)
-  const { features, ...rest } = options
+  const { features, ...rest } = plainObject(options, 'options')
+  plainObject(features ?? {}, 'features')
   const handle = native().openDevice(id ?? process.env.P2R_DEVICE ?? '', { ...rest, ...features })
   return new Device(construct, handle)
+}
+
+function plainObject<T>(value: T, name: string): T {
+  if (typeof value !== 'object' || value === null)
+    refuse('ERR_VALUE', 'openDevice', `${name} must be an object, got ${describeValue(value)}`)
+  return value
 }
 
 const construct = Symbol('construct')
@@ -60,14 +67,13 @@ const construct = Symbol('construct')
 export class Device implements Disposable {
   readonly info: DeviceInfo
   /** @internal */
-  readonly handle: DeviceHandle
+  declare readonly handle: DeviceHandle
 
   /** @internal Devices are opened by openDevice. */
   constructor(key: typeof construct, handle: DeviceHandle) {
     if (key !== construct) throw new P2RError('ERR_VALUE', 'Devices are opened by openDevice()')
     this.info = Object.freeze(handle.info())
     Object.defineProperty(this, 'handle', { value: handle })
-    this.handle = handle
   }
 
   /**
@@ -75,11 +81,7 @@ export class Device implements Disposable {
    * Uint16Array is taken as raw bits. Without a dtype: f32 for Float32Array, Float64Array and
    * number[], i32 for Int32Array, u8 for the byte arrays; a Uint16Array needs one.
    */
-  tensor<D extends DType = 'f32'>(
-    data: HostArray,
-    shape: readonly number[],
-    dtype?: D,
-  ): Tensor<D> {
+  tensor<D extends DType = 'f32'>(data: HostArray, shape: readonly number[], dtype?: D): Tensor<D> {
     const type = dtype ?? defaultDType(data)
     checkDType(type, 'tensor')
     return wrap(this, this.handle.tensor(hostData(data, type, 'tensor'), shape, type))
@@ -88,16 +90,16 @@ export class Device implements Disposable {
   zeros<D extends DType = 'f32'>(shape: readonly number[], dtype?: D): Tensor<D> {
     const type = dtype ?? 'f32'
     checkDType(type, 'zeros')
-    return wrap(this, this.handle.tensor(null, shape, type))
+    return wrap(this, this.handle.zeros(shape, type))
   }
 
   /** Waits for all queued work; throws each fault of it once. */
-  synchronize(): Promise<void> {
+  async synchronize(): Promise<void> {
     return this.handle.synchronize()
   }
 
   /** Milliseconds that the work queued by f takes on the device: events on CUDA, queue time on the CPU. */
-  time(f: () => void): Promise<number> {
+  async time(f: () => void): Promise<number> {
     return this.handle.time(f)
   }
 
@@ -120,6 +122,11 @@ export class Device implements Disposable {
 
   [Symbol.dispose](): void {
     this.dispose()
+  }
+
+  /** @internal */
+  static is(value: unknown): value is Device {
+    return value instanceof Device
   }
 }
 

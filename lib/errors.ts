@@ -48,6 +48,10 @@ export function choice<T extends string>(
   op: string,
 ): T {
   if (!names.includes(value))
-    refuse('ERR_VALUE', op, `${what} must be ${names.map((n) => `'${n}'`).join(' or ')}, got ${String(value)}`)
+    refuse(
+      'ERR_VALUE',
+      op,
+      `${what} must be ${names.map((n) => `'${n}'`).join(' or ')}, got ${String(value)}`,
+    )
   return value
 }

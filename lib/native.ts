@@ -2,6 +2,9 @@ import { fileURLToPath } from 'node:url'
 import bindings from 'bindings'
 import { P2RError } from './errors.js'
 
+/** What the addon takes as host data. */
+export type TypedArray = Float32Array | Float64Array | Uint16Array | Int32Array | Uint8Array
+
 /** A tensor's native half; see binding/tensor.h. */
 export interface TensorHandle {
   readonly shape: number[]
@@ -10,9 +13,9 @@ export interface TensorHandle {
   reshape(shape: readonly number[]): TensorHandle
   slice(start: number, end: number): TensorHandle
   read(): Promise<ArrayBuffer>
-  write(data: NodeJS.TypedArray): void
+  write(data: TypedArray): void
   copyFrom(other: TensorHandle): void
-  to(device: DeviceHandle): TensorHandle
+  to(device: DeviceHandle | undefined): TensorHandle
   join(): void
   dispose(): void
 }
@@ -21,7 +24,8 @@ export interface TensorHandle {
 export interface DeviceHandle {
   readonly disposed: boolean
   info(): NativeInfo
-  tensor(data: NodeJS.TypedArray | null, shape: readonly number[], dtype: string): TensorHandle
+  tensor(data: TypedArray, shape: readonly number[], dtype: string): TensorHandle
+  zeros(shape: readonly number[], dtype: string): TensorHandle
   synchronize(): Promise<void>
   time(f: () => void): Promise<number>
   memory(): { liveBytes: number; peakBytes: number; reservedBytes: number }

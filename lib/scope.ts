@@ -5,10 +5,22 @@ interface Disposes {
 }
 
 const scopes = new AsyncLocalStorage<Set<Disposes>>()
+const owners = new WeakMap<Disposes, Set<Disposes>>()
 
 /** Registers what the current scope, if any, disposes at its end. */
 export function track(tensor: Disposes): void {
-  scopes.getStore()?.add(tensor)
+  own(tensor, scopes.getStore())
+}
+
+/** Forgets what was disposed, so that a scope around a long loop stays small. */
+export function untrack(tensor: Disposes): void {
+  owners.get(tensor)?.delete(tensor)
+}
+
+function own(tensor: Disposes, scope: Set<Disposes> | undefined): void {
+  if (!scope) return
+  scope.add(tensor)
+  owners.set(tensor, scope)
 }
 
 function release(made: Set<Disposes>, result: unknown): void {
@@ -17,7 +29,7 @@ function release(made: Set<Disposes>, result: unknown): void {
   const keep = (value: unknown): void => {
     if (typeof value !== 'object' || value === null || seen.has(value)) return
     seen.add(value)
-    if (made.delete(value as Disposes)) outer?.add(value as Disposes)
+    if (made.delete(value as Disposes)) own(value as Disposes, outer)
     if (ArrayBuffer.isView(value)) return
     const inner = value instanceof Map || value instanceof Set ? [...value] : Object.values(value)
     for (const v of inner) keep(v)

@@ -33,8 +33,8 @@ struct Kernels {
 struct Fault {
   std::string op, text;
   int32_t* flag = nullptr;
-  uint64_t sequence = 0;  // of the work that may set it
-  bool reported = false;  // by synchronize()
+  const void* queue = nullptr;  // of the work that may set it,
+  uint64_t sequence = 0;        // and that work's number on it
   std::shared_ptr<void> owner;
   bool raised() const { return *static_cast<volatile int32_t*>(flag) != 0; }
 };
@@ -42,14 +42,14 @@ struct Fault {
 struct DeviceInfo {
   std::string backend, id, name;
   uint64_t memory_bytes = 0;
-  int threads = 0;          // CPU
-  std::string simd;         // CPU
-  std::string capability;   // CUDA, "9.0"
+  int threads = 0;         // CPU
+  std::string simd;        // CPU
+  std::string capability;  // CUDA, "9.0"
 };
 
 struct OpenOptions {
-  int threads = 0;        // 0: from affinity and cgroup
-  std::string simd;       // "": the best
+  int threads = 0;           // 0: from affinity and cgroup
+  std::string simd;          // "": the best
   int bf16 = -1, vnni = -1;  // -1: what the CPU has
 };
 

@@ -1,6 +1,6 @@
-// out[i] = x[i] in another type, any shape. Between float types to nearest even; from a float type to
-// i32 and u8 by truncation towards zero, saturating, NaN to 0; from integers exactly where the type
-// can hold the value, else to nearest even (through f32).
+// out[i] = x[i] in another type, any shape. Between float types to nearest even; from a float type
+// to i32 and u8 by truncation towards zero, saturating, NaN to 0; from integers exactly where the
+// type can hold the value, else to nearest even (through f32).
 #pragma once
 #include <tuple>
 

@@ -5,12 +5,24 @@
 
 namespace p2r {
 
-enum class Code { shape, dtype, value, device, memory, cuda, disposed, native_, policy, format, io };
+enum class Code {
+  shape,
+  dtype,
+  value,
+  device,
+  memory,
+  cuda,
+  disposed,
+  native_,
+  policy,
+  format,
+  io
+};
 
 inline const char* to_string(Code code) {
-  constexpr const char* names[] = {"ERR_SHAPE",    "ERR_DTYPE",  "ERR_VALUE",  "ERR_DEVICE",
-                                   "ERR_MEMORY",   "ERR_CUDA",   "ERR_DISPOSED", "ERR_NATIVE",
-                                   "ERR_POLICY",   "ERR_FORMAT", "ERR_IO"};
+  constexpr const char* names[] = {"ERR_SHAPE",  "ERR_DTYPE",  "ERR_VALUE",    "ERR_DEVICE",
+                                   "ERR_MEMORY", "ERR_CUDA",   "ERR_DISPOSED", "ERR_NATIVE",
+                                   "ERR_POLICY", "ERR_FORMAT", "ERR_IO"};
   return names[static_cast<int>(code)];
 }
 

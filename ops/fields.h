@@ -14,9 +14,9 @@ namespace p2r {
 struct Field {
   enum class Kind : uint8_t { in, out, inout, number, ints, numbers };
   Kind kind = Kind::number;
-  View view;         // in, out, inout
+  View view;             // in, out, inout
   uint64_t address = 0;  // where it was when recorded: equal ones are one tensor
-  double number = 0;  // number, flag or enum
+  double number = 0;     // number, flag or enum
   Ints ints;
   std::vector<double> numbers;
   std::vector<char> before, after;  // a tensor's bytes around the call

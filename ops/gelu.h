@@ -5,6 +5,7 @@
 //   dx = dy · y'(x)
 //
 // x, y, dy, dx: any shape, f32 | f16 | bf16, computed in f32 and rounded once. out may be x.
+// At -infinity y is -0 and y' 0, their limits; NaN stays NaN.
 #pragma once
 #include <tuple>
 

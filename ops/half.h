@@ -36,7 +36,8 @@ inline float f32_of_f16(uint16_t h) {
 }
 inline uint16_t f16_of_f32(float x) {
   const uint32_t u = bits_of_f32(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7FFFFFFF;
-  if (magnitude > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00 | (magnitude >> 13 & 0x3FF));
+  if (magnitude > 0x7F800000)
+    return static_cast<uint16_t>(sign | 0x7E00 | (magnitude >> 13 & 0x3FF));
   if (magnitude >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);  // rounds to infinity
   if (magnitude < 0x38800000) {  // subnormal: adding 0.5 lets the adder round at 2^-24
     const float aligned = f32_of_bits(magnitude) + 0.5f;

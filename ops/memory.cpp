@@ -32,8 +32,8 @@ void* Memory::allocate(size_t bytes) {
       data = raw_allocate(capacity);
     }
     if (!data)
-      throw Error(Code::memory, "no room for " + std::to_string(bytes) + " bytes: " +
-                                    std::to_string(live_) + " are in use");
+      throw Error(Code::memory, "no room for " + std::to_string(bytes) +
+                                    " bytes: " + std::to_string(live_) + " are in use");
     blocks_[data].capacity = capacity;
     reserved_ += capacity;
   }

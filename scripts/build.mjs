@@ -4,7 +4,15 @@
 //   node scripts/build.mjs [--cuda=auto|on|off] [--strict]
 import { spawnSync } from 'node:child_process'
 import { createHash } from 'node:crypto'
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import {
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  realpathSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs'
 import { createRequire } from 'node:module'
 import { availableParallelism } from 'node:os'
 import { dirname, join } from 'node:path'
@@ -78,9 +86,12 @@ function buildAddon() {
   } else {
     if (options.cuda === 'on') fail('--cuda=on needs CMake and nvcc')
     console.log('build: no CMake here, so node-gyp builds a CPU-only addon.')
+    // Node's own headers, where they lie beside it, instead of a download.
+    const home = dirname(dirname(realpathSync(process.execPath)))
+    const local = existsSync(join(home, 'include/node/node_api.h')) ? [`--nodedir=${home}`] : []
     run(
       process.execPath,
-      [bin('node-gyp', 'bin/node-gyp.js'), 'rebuild', `--jobs=${jobs}`],
+      [bin('node-gyp', 'bin/node-gyp.js'), 'rebuild', `--jobs=${jobs}`, ...local],
       'the addon could not be built; a C++20 compiler and make are needed',
     )
   }

@@ -45,6 +45,7 @@ onEveryBackend('gelu', (b) => {
       const bound = { absolute: 2e-6, relative: 4e-6 + roundoff[dtype] }
       const data = rounded(new Random(1).normals(5003, 2), dtype)
       data.set([0, -0, 10, -10, 30, -30, 1e-20, -1e-8], 0)
+      data.set([1e4, -1e4, 3e4, -3e4], 5000 - 4)
 
       test(`${approximate} ${dtype}`, async () => {
         using x = b.device.tensor(data, [5003], dtype)
@@ -72,7 +73,15 @@ onEveryBackend('gelu', (b) => {
 
   test('keeps NaN and takes nothing', async () => {
     using x = b.device.tensor([NaN, Infinity, -Infinity], [3])
-    expect(Array.from(await gelu({ x }).read())).toEqual([NaN, Infinity, expect.anything()])
+    for (const approximate of ['none', 'tanh'] as const) {
+      expect(Array.from(await gelu({ x, approximate }).read())).toEqual([NaN, Infinity, -0])
+      const dOut = b.device.tensor([1, 1, 1], [3])
+      expect(Array.from(await geluBackward({ dOut, x, approximate }).read(), Math.abs)).toEqual([
+        NaN,
+        1,
+        0,
+      ])
+    }
     expect(gelu({ x: b.device.zeros([0, 4]) }).shape).toEqual([0, 4])
   })
 

@@ -211,4 +211,3 @@ export function expectRefusal(f: () => unknown, code: string, op: string, messag
   expect(thrown, 'nothing was thrown').toMatchObject({ name: 'P2RError', code, op })
   if (message) expect((thrown as Error).message).toMatch(message)
 }
-

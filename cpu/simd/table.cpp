@@ -11,7 +11,8 @@ namespace p2r::cpu::P2R_ISA {
 extern const Simd table;
 #define P2R_STRING_(x) #x
 #define P2R_STRING(x) P2R_STRING_(x)
-const Simd table = {P2R_STRING(P2R_ISA),
+const Simd table = {
+    P2R_STRING(P2R_ISA),
 #define KERNEL(result, name, parameters) &name,
 #include "cpu/simd/kernels.def"
 #undef KERNEL

@@ -1,0 +1,79 @@
+#include "ops/rows.h"
+
+#include "binding/op.h"
+
+namespace p2r::binding {
+
+namespace {
+
+// x's shape with another number of rows.
+Shape with_rows(Shape shape, int64_t rows) {
+  shape.dim[0] = rows;
+  return shape;
+}
+
+void at_least_one_axis(const Call& call, const char* name, const View& x) {
+  call.check(x.shape.rank >= 1, Code::shape,
+             std::string(name) + " must have at least 1 axis, got []");
+}
+
+}  // namespace
+
+Napi::Value add(Call& call) {
+  AddArgs a;
+  a.x = call.in("x", kFloats);
+  a.y = call.in("y", kFloats);
+  call.same_dtype("y", a.y, a.x.dtype);
+  const Shape &x = a.x.shape, &y = a.y.shape;
+  bool ends = y.rank <= x.rank;
+  for (int i = 1; ends && i <= y.rank; ++i) ends = y[-i] == x[-i];
+  call.check(ends, Code::shape,
+             "y must have x's shape " + to_string(x) + " or the end of it, got " + to_string(y));
+  a.out = call.result(a.x.dtype, x);
+  return call.run(&Kernels::add, a);
+}
+
+Napi::Value gather_rows(Call& call) {
+  GatherRowsArgs a;
+  a.x = call.in("x", kAny);
+  at_least_one_axis(call, "x", a.x);
+  a.index = call.ints("index", 0, a.x.shape[0] - 1);
+  a.out = call.result(a.x.dtype, with_rows(a.x.shape, static_cast<int64_t>(a.index.size())));
+  return call.run(&Kernels::gather_rows, a);
+}
+
+Napi::Value gather_rows_backward(Call& call) {
+  GatherRowsBackwardArgs a;
+  a.d_out = call.in("dOut", kFloats);
+  at_least_one_axis(call, "dOut", a.d_out);
+  const int64_t rows = call.integer("rows", 0, INT32_MAX);
+  a.index = call.ints("index", 0, rows - 1);
+  call.check(a.d_out.shape[0] == static_cast<int64_t>(a.index.size()), Code::shape,
+             "dOut must have a row for each of the " + std::to_string(a.index.size()) +
+                 " indices, got " + to_string(a.d_out.shape));
+  a.d_x = call.result(a.d_out.dtype, with_rows(a.d_out.shape, rows));
+  return call.run(&Kernels::gather_rows_backward, a);
+}
+
+Napi::Value mean_pool(Call& call) {
+  MeanPoolArgs a;
+  a.x = call.in("x", kFloats, 2);
+  a.cu_seqlens = call.cu_seqlens("cuSeqlens", a.x.shape[0]);
+  a.out =
+      call.result(a.x.dtype, with_rows(a.x.shape, static_cast<int64_t>(a.cu_seqlens.size()) - 1));
+  return call.run(&Kernels::mean_pool, a);
+}
+
+Napi::Value mean_pool_backward(Call& call) {
+  MeanPoolBackwardArgs a;
+  a.d_out = call.in("dOut", kFloats, 2);
+  // The last entry is the number of tokens, which no tensor of this call has.
+  a.cu_seqlens = call.cu_seqlens("cuSeqlens");
+  call.check(a.d_out.shape[0] == static_cast<int64_t>(a.cu_seqlens.size()) - 1, Code::shape,
+             "dOut must have a row for each of the " + std::to_string(a.cu_seqlens.size() - 1) +
+                 " sequences, got " + to_string(a.d_out.shape));
+  a.d_x = call.result(a.d_out.dtype, with_rows(a.d_out.shape, a.cu_seqlens.back()));
+  return call.run(&Kernels::mean_pool_backward, a);
+}
+
+}  // namespace p2r::binding

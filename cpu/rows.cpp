@@ -1,0 +1,112 @@
+#include "ops/rows.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/device.h"
+
+namespace p2r::cpu {
+
+namespace {
+
+constexpr int64_t kGrain = 32768;  // elements that are worth a thread
+constexpr int64_t kColumns = 64;   // of one call of Simd::sum_rows
+
+char* at(const View& v, int64_t i) {
+  return v.as<char>() + i * static_cast<int64_t>(size_of(v.dtype));
+}
+
+int64_t grain_of(int64_t elements) { return std::max<int64_t>(1, kGrain / (elements + 1)); }
+
+// out[s] = the sum of the rows of segment s (offsets[s] to offsets[s + 1], through `list` unless it
+// is empty), divided by their number for a mean.
+void sum_segments(CpuDevice& cpu, const View& x, Ints offsets, Ints list, bool mean,
+                  const View& out) {
+  const int64_t segments = out.shape[0], c = row_size(out.shape),
+                blocks = (c + kColumns - 1) / kColumns;
+  const int64_t rows = offsets.back();
+  const int64_t tasks = segments * blocks;
+  const int64_t grain = tasks > 0 ? grain_of(rows * c / tasks) : 1;
+  cpu.launch(tasks, grain,
+             [=, offsets = std::move(offsets), list = std::move(list), &simd = cpu.simd()](
+                 int64_t begin, int64_t end, int) {
+               float sums[kColumns];
+               for (int64_t i = begin; i < end; ++i) {
+                 const int64_t s = i / blocks, column = i % blocks * kColumns;
+                 const int64_t columns = std::min(kColumns, c - column);
+                 const int64_t first = offsets[s], n = offsets[s + 1] - first;
+                 const char* base = at(x, column);
+                 const int64_t pitch = c * static_cast<int64_t>(size_of(x.dtype));
+                 if (list.empty())
+                   simd.sum_rows(x.dtype, base + first * pitch, pitch, nullptr, n, columns, sums);
+                 else
+                   simd.sum_rows(x.dtype, base, pitch, list.data() + first, n, columns, sums);
+                 if (mean && n)
+                   for (int64_t k = 0; k < columns; ++k) sums[k] /= static_cast<float>(n);
+                 simd.from_f32(out.dtype, sums, at(out, s * c + column), columns);
+               }
+             });
+}
+
+}  // namespace
+
+void add(const AddArgs& a, Device& device) {
+  CpuDevice& cpu = cpu_device(device);
+  const int64_t n = a.x.size(), period = a.y.size();
+  cpu.launch(n, kGrain, [a, period, &simd = cpu.simd()](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end;) {
+      const int64_t from = i % period, part = std::min(end - i, period - from);
+      simd.add(a.x.dtype, at(a.x, i), at(a.y, from), at(a.out, i), part);
+      i += part;
+    }
+  });
+}
+
+void gather_rows(const GatherRowsArgs& a, Device& device) {
+  CpuDevice& cpu = cpu_device(device);
+  const int64_t n = a.out.shape[0], c = row_size(a.out.shape);
+  if (!c) return;
+  cpu.launch(n, grain_of(c), [a, c](int64_t begin, int64_t end, int) {
+    const size_t bytes = static_cast<size_t>(c) * size_of(a.x.dtype);
+    for (int64_t i = begin; i < end; ++i)
+      std::memcpy(at(a.out, i * c), at(a.x, a.index[static_cast<size_t>(i)] * c), bytes);
+  });
+}
+
+void gather_rows_backward(const GatherRowsBackwardArgs& a, Device& device) {
+  if (!a.d_x.size()) return;
+  Inverse inverse = invert(a.index, a.d_x.shape[0]);
+  sum_segments(cpu_device(device), a.d_out, std::move(inverse.offsets), std::move(inverse.list),
+               false, a.d_x);
+}
+
+void mean_pool(const MeanPoolArgs& a, Device& device) {
+  sum_segments(cpu_device(device), a.x, a.cu_seqlens, {}, true, a.out);
+}
+
+void mean_pool_backward(const MeanPoolBackwardArgs& a, Device& device) {
+  CpuDevice& cpu = cpu_device(device);
+  const int64_t rows = a.d_x.shape[0], c = a.d_x.shape[1];
+  if (!c) return;
+  cpu.launch(rows, grain_of(c), [a, c, &simd = cpu.simd()](int64_t begin, int64_t end, int) {
+    const DType dtype = a.d_x.dtype;
+    const size_t bytes = static_cast<size_t>(c) * size_of(dtype);
+    const auto after = std::upper_bound(a.cu_seqlens.begin(), a.cu_seqlens.end(), begin);
+    for (int64_t b = after - a.cu_seqlens.begin() - 1, t = begin; t < end; ++b) {
+      const int64_t first = a.cu_seqlens[b], last = a.cu_seqlens[b + 1];
+      if (t >= last) continue;
+      // One row is divided, the others are its copies.
+      for (int64_t i = 0; i < c; i += kColumns) {
+        const int64_t columns = std::min(kColumns, c - i);
+        float row[kColumns];
+        simd.to_f32(dtype, at(a.d_out, b * c + i), row, columns);
+        for (int64_t k = 0; k < columns; ++k) row[k] /= static_cast<float>(last - first);
+        simd.from_f32(dtype, row, at(a.d_x, t * c + i), columns);
+      }
+      const char* row = at(a.d_x, t * c);
+      for (++t; t < std::min(last, end); ++t) std::memcpy(at(a.d_x, t * c), row, bytes);
+    }
+  });
+}
+
+}  // namespace p2r::cpu

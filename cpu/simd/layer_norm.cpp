@@ -1,0 +1,123 @@
+// Layer normalisation, a row at a time: the row stays in the first-level cache between its passes.
+#include "cpu/simd/simd.h"
+#include "cpu/simd/vec.h"
+
+namespace p2r::cpu::P2R_ISA {
+
+void to_f32(DType from, const void* x, float* y, int64_t n);
+void from_f32(DType to, const float* x, void* y, int64_t n);
+
+namespace {
+
+// The row as f32: itself, or widened into the buffer.
+inline const float* row_f32(DType dtype, const void* x, int64_t at, int64_t c, float* buffer) {
+  if (dtype == DType::f32) return static_cast<const float*>(x) + at;
+  to_f32(dtype, static_cast<const uint16_t*>(x) + at, buffer, c);
+  return buffer;
+}
+inline float* result_f32(DType dtype, void* y, int64_t at, float* buffer) {
+  return dtype == DType::f32 ? static_cast<float*>(y) + at : buffer;
+}
+inline void put_row(DType dtype, const float* row, void* y, int64_t at, int64_t c) {
+  if (dtype != DType::f32) from_f32(dtype, row, static_cast<uint16_t*>(y) + at, c);
+}
+
+// Two accumulators hide the latency of the additions.
+inline float sum_of(const float* x, int64_t c) {
+  vf s = {}, t = {};
+  int64_t i = 0;
+  for (; i + 2 * W <= c; i += 2 * W) {
+    s += loadf(x + i);
+    t += loadf(x + i + W);
+  }
+  if (i + W <= c) {
+    s += loadf(x + i);
+    i += W;
+  }
+  float rest = 0;
+  for (; i < c; ++i) rest += x[i];
+  return sum(s + t) + rest;
+}
+
+// Sums of x - mean and of its square.
+inline void deviations(const float* x, int64_t c, float mean, float* first, float* second) {
+  vf s = {}, t = {};
+  int64_t i = 0;
+  for (; i + W <= c; i += W) {
+    const vf d = loadf(x + i) - mean;
+    s += d;
+    t += d * d;
+  }
+  float rest = 0, squares = 0;
+  for (; i < c; ++i) {
+    const float d = x[i] - mean;
+    rest += d;
+    squares += d * d;
+  }
+  *first = sum(s) + rest;
+  *second = sum(t) + squares;
+}
+
+}  // namespace
+
+void layer_norm(DType dtype, const void* x, const float* weight, const float* bias, float eps,
+                void* y, float* stats, float* buffer, int64_t rows, int64_t c) {
+  const float share = c ? 1.0f / static_cast<float>(c) : 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* in = row_f32(dtype, x, r * c, c, buffer);
+    const float guess = sum_of(in, c) * share;
+    float first, second;
+    deviations(in, c, guess, &first, &second);
+    const float correction = first * share;
+    const float mean = guess + correction;
+    const float variance = second * share - correction * correction;
+    const float rstd = 1 / __builtin_sqrtf((variance < 0 ? 0 : variance) + eps);
+    stats[2 * r] = mean;
+    stats[2 * r + 1] = rstd;
+    float* out = result_f32(dtype, y, r * c, buffer);
+    int64_t i = 0;
+    for (; i + W <= c; i += W)
+      store(out + i, (loadf(in + i) - mean) * rstd * loadf(weight + i) + loadf(bias + i));
+    for (; i < c; ++i) out[i] = (in[i] - mean) * rstd * weight[i] + bias[i];
+    put_row(dtype, out, y, r * c, c);
+  }
+}
+
+void layer_norm_backward(DType dtype, const void* d_out, const void* x, const float* weight,
+                         const float* stats, void* d_x, float* d_weight, float* d_bias,
+                         float* buffer, int64_t rows, int64_t c) {
+  const float share = c ? 1.0f / static_cast<float>(c) : 0;
+  float* second = buffer ? buffer + c : nullptr;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* in = row_f32(dtype, x, r * c, c, buffer);
+    const float* d = row_f32(dtype, d_out, r * c, c, second);
+    const float mean = stats[2 * r], rstd = stats[2 * r + 1];
+    vf s = {}, t = {};
+    int64_t i = 0;
+    for (; i + W <= c; i += W) {
+      const vf dv = loadf(d + i), hat = (loadf(in + i) - mean) * rstd, g = dv * loadf(weight + i);
+      s += g;
+      t += g * hat;
+      store(d_weight + i, loadf(d_weight + i) + dv * hat);
+      store(d_bias + i, loadf(d_bias + i) + dv);
+    }
+    float rest = 0, along = 0;
+    for (; i < c; ++i) {
+      const float hat = (in[i] - mean) * rstd, g = d[i] * weight[i];
+      rest += g;
+      along += g * hat;
+      d_weight[i] += d[i] * hat;
+      d_bias[i] += d[i];
+    }
+    const float level = (sum(s) + rest) * share, tilt = (sum(t) + along) * share;
+    float* out = result_f32(dtype, d_x, r * c, buffer);
+    for (i = 0; i + W <= c; i += W) {
+      const vf hat = (loadf(in + i) - mean) * rstd;
+      store(out + i, rstd * (loadf(d + i) * loadf(weight + i) - level - hat * tilt));
+    }
+    for (; i < c; ++i) out[i] = rstd * (d[i] * weight[i] - level - (in[i] - mean) * rstd * tilt);
+    put_row(dtype, out, d_x, r * c, c);
+  }
+}
+
+}  // namespace p2r::cpu::P2R_ISA

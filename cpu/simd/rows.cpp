@@ -1,0 +1,62 @@
+// Sums of rows.
+#include "cpu/simd/simd.h"
+#include "cpu/simd/vec.h"
+
+namespace p2r::cpu::P2R_ISA {
+
+void to_f32(DType from, const void* x, float* y, int64_t n);
+void from_f32(DType to, const float* x, void* y, int64_t n);
+
+namespace {
+
+constexpr int64_t kColumns = 64, kBlock = 512;
+constexpr int64_t kRun = 64;  // kSumRun of ops/rows.h
+
+void add_f32(const float* x, const float* y, float* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, loadf(x + i) + loadf(y + i));
+  for (; i < n; ++i) out[i] = x[i] + y[i];
+}
+
+}  // namespace
+
+void add(DType dtype, const void* x, const void* y, void* out, int64_t n) {
+  if (dtype == DType::f32) {
+    add_f32(static_cast<const float*>(x), static_cast<const float*>(y), static_cast<float*>(out),
+            n);
+    return;
+  }
+  float a[kBlock], b[kBlock];
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t part = n - i < kBlock ? n - i : kBlock;
+    to_f32(dtype, static_cast<const uint16_t*>(x) + i, a, part);
+    to_f32(dtype, static_cast<const uint16_t*>(y) + i, b, part);
+    add_f32(a, b, a, part);
+    from_f32(dtype, a, static_cast<uint16_t*>(out) + i, part);
+  }
+}
+
+void sum_rows(DType dtype, const char* rows, int64_t pitch, const int64_t* list, int64_t n,
+              int64_t columns, float* out) {
+  float total[kColumns] = {}, buffer[kColumns];
+  for (int64_t first = 0; first < n; first += kRun) {
+    const int64_t last = n - first < kRun ? n : first + kRun;
+    float run[kColumns] = {};
+    for (int64_t k = first; k < last; ++k) {
+      const char* at = rows + (list ? list[k] : k) * pitch;
+      const float* row = buffer;
+      if (dtype == DType::f32)
+        row = reinterpret_cast<const float*>(at);
+      else
+        to_f32(dtype, at, buffer, columns);
+      if (columns == kColumns)
+        for (int64_t i = 0; i < kColumns; ++i) run[i] += row[i];
+      else
+        for (int64_t i = 0; i < columns; ++i) run[i] += row[i];
+    }
+    for (int64_t i = 0; i < kColumns; ++i) total[i] += run[i];
+  }
+  memcpy(out, total, columns * sizeof(float));
+}
+
+}  // namespace p2r::cpu::P2R_ISA

@@ -1,0 +1,245 @@
+import { setFlagsFromString } from 'node:v8'
+import { runInNewContext } from 'node:vm'
+import { cudaStatus, type Device, devices, gelu, openDevice, type Tensor } from 'p2r-kernels'
+import { afterEach, expect, test, vi } from 'vitest'
+import { cpuPaths, expectRefusal, onEveryBackend } from './harness.js'
+
+setFlagsFromString('--expose-gc')
+const collectGarbage = runInNewContext('gc') as () => void
+const turn = () => new Promise((resolve) => setImmediate(resolve))
+
+afterEach(() => vi.unstubAllEnvs())
+
+test('the CPU is the first device, CUDA devices follow', () => {
+  const [cpu, ...rest] = devices()
+  expect(cpu).toMatchObject({ backend: 'cpu', id: 'cpu', simd: cpuPaths[0] })
+  expect(cpu!.name).not.toBe('')
+  expect(cpu!.memoryBytes).toBeGreaterThan(2 ** 20)
+  expect(cpu!.threads).toBeGreaterThan(0)
+  expect(rest.map((d) => d.id)).toEqual(rest.map((_, i) => `cuda:${i}`))
+  expect(rest.length > 0).toBe(cudaStatus().available)
+})
+
+test('cudaStatus gives its reason in a sentence', () => {
+  const status = cudaStatus()
+  expect(status.reason).toMatch(/^[A-Z0-9].*\.$/)
+  if (status.available) expect(status.built).toBe(true)
+})
+
+test('a device is opened by its name and never another instead', () => {
+  using cpu = openDevice('cpu')
+  expect(cpu.info.id).toBe('cpu')
+  expect(Object.isFrozen(cpu.info)).toBe(true)
+  for (const id of ['gpu', 'cpu:0', 'CPU', 'cuda:', 'cuda:x', 'cuda:-1', 'cuda0', ' cpu'])
+    expectRefusal(() => openDevice(id), 'ERR_DEVICE', 'openDevice', new RegExp(`'${id}'`))
+  expectRefusal(() => openDevice('cuda:999'), 'ERR_DEVICE', 'openDevice')
+  if (!cudaStatus().available)
+    expectRefusal(() => openDevice('cuda'), 'ERR_DEVICE', 'openDevice', /'cuda' is not to be had/)
+  expectRefusal(() => openDevice(1 as never), 'ERR_VALUE', 'openDevice', /must be a string/)
+  expectRefusal(() => openDevice(null as never), 'ERR_VALUE', 'openDevice', /must be a string/)
+})
+
+test('without a name: P2R_DEVICE, else the first CUDA device, else the CPU', () => {
+  vi.stubEnv('P2R_DEVICE', 'cpu')
+  using named = openDevice()
+  expect(named.info.id).toBe('cpu')
+  vi.stubEnv('P2R_DEVICE', 'cuda:999')
+  expectRefusal(() => openDevice(), 'ERR_DEVICE', 'openDevice')
+  using given = openDevice('cpu')
+  expect(given.info.id).toBe('cpu')
+  vi.stubEnv('P2R_DEVICE', undefined)
+  using free = openDevice()
+  expect(free.info.backend).toBe(cudaStatus().available ? 'cuda' : 'cpu')
+})
+
+test('threads and simd force what the CPU has, and are refused when wrong', () => {
+  for (const simd of cpuPaths) {
+    using device = openDevice('cpu', { threads: 3, simd })
+    expect(device.info).toMatchObject({ threads: 3, simd })
+  }
+  for (const threads of [0, -1, 1.5, NaN, Infinity, 1025, '2'])
+    expectRefusal(
+      () => openDevice('cpu', { threads: threads as never }),
+      'ERR_VALUE',
+      'openDevice',
+      /threads/,
+    )
+  for (const simd of ['sse', '', 'AVX2', 2])
+    expectRefusal(
+      () => openDevice('cpu', { simd: simd as never }),
+      'ERR_VALUE',
+      'openDevice',
+      /simd/,
+    )
+  for (const simd of ['avx512', 'avx2', 'neon', 'scalar'] as const)
+    if (!cpuPaths.includes(simd))
+      expectRefusal(() => openDevice('cpu', { simd }), 'ERR_DEVICE', 'openDevice', /which has/)
+  expectRefusal(() => openDevice('cpu', null as never), 'ERR_VALUE', 'openDevice', /options/)
+  expectRefusal(() => openDevice('cpu', { features: 1 as never }), 'ERR_VALUE', 'openDevice')
+  expectRefusal(
+    () => openDevice('cpu', { features: { bf16: 1 as never } }),
+    'ERR_VALUE',
+    'openDevice',
+    /features.bf16/,
+  )
+})
+
+onEveryBackend('device', (b) => {
+  const open = () => openDevice(b.device.info.id, cpuOptions(b.device))
+
+  test('dispose drains the queue, settles what is awaited and disposes the tensors', async () => {
+    const device = open()
+    const x = device.tensor(new Float32Array(1 << 16).fill(1), [1 << 16])
+    let y: Tensor = x
+    for (let i = 0; i < 50; i++) y = gelu({ x: y })
+    const awaited = [x.read(), y.toFloat32(), device.synchronize(), device.time(() => gelu({ x }))]
+    device.dispose()
+    const [first, last, , ms] = await Promise.all(awaited)
+    expect((first as Float32Array)[0]).toBe(1)
+    expect((last as Float32Array)[0]).toBeGreaterThan(0)
+    expect(ms).toBeTypeOf('number')
+    expect(x.shape).toEqual([1 << 16])
+    expect(y.dtype).toBe('f32')
+    await expect(x.read()).rejects.toMatchObject({ code: 'ERR_DISPOSED', op: 'read' })
+    expectRefusal(() => gelu({ x }), 'ERR_DISPOSED', 'gelu')
+    expectRefusal(() => device.zeros([1]), 'ERR_DISPOSED', 'zeros')
+    expectRefusal(() => device.tensor([1], [1]), 'ERR_DISPOSED', 'tensor')
+    expectRefusal(() => device.memory(), 'ERR_DISPOSED', 'memory')
+    expectRefusal(() => device.resetPeak(), 'ERR_DISPOSED', 'resetPeak')
+    await expect(device.synchronize()).rejects.toMatchObject({
+      code: 'ERR_DISPOSED',
+      op: 'synchronize',
+    })
+    await expect(device.time(() => {})).rejects.toMatchObject({ code: 'ERR_DISPOSED', op: 'time' })
+    x.dispose()
+    device.dispose()
+    device[Symbol.dispose]()
+    expect(device.info.backend).toBe(b.device.info.backend)
+  })
+
+  test('each device is a queue and pool of its own', () => {
+    using one = open()
+    using other = open()
+    const x = one.zeros([100])
+    expect(other.memory().liveBytes).toBe(0)
+    const y = other.zeros([100])
+    expectRefusal(() => x.copyFrom(y), 'ERR_DEVICE', 'copyFrom')
+  })
+
+  test('time gives milliseconds, waits for the work and passes on what f throws', async () => {
+    using device = open()
+    const x = device.zeros([1 << 20])
+    const ms = await device.time(() => {
+      for (let i = 0; i < 4; i++) gelu({ x }).dispose()
+    })
+    expect(ms).toBeGreaterThan(0)
+    expect(await device.time(() => {})).toBeGreaterThanOrEqual(0)
+    const own = new Error('mine')
+    await expect(
+      device.time(() => {
+        throw own
+      }),
+    ).rejects.toBe(own)
+    await expect(device.time(1 as never)).rejects.toMatchObject({ code: 'ERR_VALUE', op: 'time' })
+    await expect(device.time(() => device.dispose())).rejects.toMatchObject({
+      code: 'ERR_DISPOSED',
+    })
+  })
+
+  test('liveBytes counts each byte of live tensors once, peakBytes remembers', () => {
+    using device = open()
+    expect(device.memory()).toMatchObject({ liveBytes: 0, peakBytes: 0 })
+    const x = device.zeros([1000])
+    const y = device.zeros([333], 'u8')
+    const empty = device.zeros([0, 7])
+    expect(device.memory().liveBytes).toBe(4333)
+    const view = x.reshape([10, 100]).slice(2, 4)
+    expect(device.memory().liveBytes).toBe(4333)
+    x.dispose()
+    x.dispose()
+    expect(device.memory().liveBytes).toBe(4333)
+    y.dispose()
+    empty.dispose()
+    expect(device.memory()).toMatchObject({ liveBytes: 4000, peakBytes: 4333 })
+    device.resetPeak()
+    expect(device.memory().peakBytes).toBe(4000)
+    expect(device.memory().reservedBytes).toBeGreaterThanOrEqual(4000)
+    expect(view.shape).toEqual([2, 100])
+  })
+
+  test('a loop of any length stays flat', async () => {
+    using device = open()
+    const x = device.tensor(new Float32Array(5000), [5000])
+    const step = () => {
+      using y = gelu({ x })
+      using z = y.reshape([50, 100])
+      gelu({ x: z }).dispose()
+    }
+    step()
+    const before = device.memory()
+    for (let i = 0; i < 20_000; i++) step()
+    expect(device.memory()).toEqual(before)
+    await device.synchronize()
+  })
+
+  test('what is not disposed is collected', async () => {
+    using device = open()
+    const x = device.zeros([1 << 18])
+    const reserved = () => device.memory().reservedBytes
+    for (let i = 0; i < 200; i++) {
+      gelu({ x }).reshape([512, 512])
+      if (i % 10 === 9) {
+        collectGarbage()
+        await turn()
+      }
+    }
+    collectGarbage()
+    for (let i = 0; i < 20 && device.memory().liveBytes > 2 ** 20; i++) {
+      await turn()
+      collectGarbage()
+    }
+    expect(device.memory().liveBytes).toBe(2 ** 20)
+    expect(reserved()).toBeLessThan(200 * 2 ** 20)
+  })
+
+  test('V8 hears of the memory and collects without being asked', async () => {
+    using device = open()
+    let peak = 0
+    for (let i = 0; i < 300; i++) {
+      device.zeros([1 << 21]).reshape([1 << 10, 1 << 11])
+      peak = Math.max(peak, device.memory().liveBytes)
+      await turn()
+    }
+    // 2400 MiB were made; V8 looks for garbage every some 64 MiB of external memory.
+    expect(peak).toBeLessThan(1200 * 2 ** 20)
+  })
+
+  test('what no memory can hold is ERR_MEMORY, and the device goes on', async () => {
+    using device = open()
+    const live = device.memory().liveBytes
+    for (const shape of [[2 ** 44], [2 ** 50], [2 ** 30, 2 ** 30, 2 ** 30]])
+      expectRefusal(() => device.zeros(shape), 'ERR_MEMORY', 'zeros')
+    expect(device.memory().liveBytes).toBe(live)
+    using x = device.tensor([1, 2, 3], [3])
+    expect(Array.from(await x.read())).toEqual([1, 2, 3])
+  })
+})
+
+function cpuOptions(device: Device): Parameters<typeof openDevice>[1] {
+  return device.info.simd ? { simd: device.info.simd as 'scalar' } : {}
+}
+
+test('tensors keep their device alive', async () => {
+  const x = (() => openDevice('cpu').tensor([1, 2], [2]))()
+  collectGarbage()
+  await turn()
+  collectGarbage()
+  expect(Array.from(await x.read())).toEqual([1, 2])
+})
+
+test('devices and tensors are made by their makers only', () => {
+  using device = openDevice('cpu')
+  const made = (x: object) => x.constructor as new () => unknown
+  expect(() => new (made(device))()).toThrow(/openDevice/)
+  expect(() => new (made(device.zeros([1])))()).toThrow(/device.tensor/)
+})

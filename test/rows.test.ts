@@ -1,0 +1,212 @@
+import {
+  add,
+  gatherRows,
+  gatherRowsBackward,
+  meanPool,
+  meanPoolBackward,
+  openDevice,
+} from 'p2r-kernels'
+import { describe, expect, test } from 'vitest'
+import {
+  cpuPaths,
+  expectClose,
+  expectRefusal,
+  floats,
+  onEveryBackend,
+  Random,
+  recorded,
+  rounded,
+  roundoff,
+} from './harness.js'
+
+const u = roundoff.f32
+
+onEveryBackend('rows', (b) => {
+  for (const dtype of floats) {
+    const random = new Random(3)
+    const [T, C] = [301, 77]
+    const x = rounded(random.normals(T * C), dtype)
+
+    test(`add ${dtype}`, async () => {
+      // One sum, rounded to f32 and then to the type.
+      const bound = { relative: u + roundoff[dtype], absolute: 1e-30 }
+      const tx = b.device.tensor(x, [7, 43, C], dtype)
+      for (const shape of [[7, 43, C], [43, C], [C], []]) {
+        const n = shape.reduce((s, d) => s * d, 1)
+        const y = rounded(random.normals(n), dtype)
+        const ty = b.device.tensor(y, shape, dtype)
+        using out = recorded(b, `add ${dtype} ${shape.length}`, bound, () => add({ x: tx, y: ty }))
+        expect([out.shape, out.dtype]).toEqual([tx.shape, dtype])
+        const expected = Float64Array.from(x, (v, i) => v + y[i % n]!)
+        expectClose(await out.toFloat32(), expected, bound)
+      }
+    })
+
+    const index = Array.from({ length: 500 }, () => random.int(0, 40) * random.int(0, 5))
+    test(`gatherRowsBackward ${dtype}`, async () => {
+      const d = rounded(random.normals(500 * C), dtype)
+      const expected = new Float64Array(T * C)
+      const size = new Float64Array(T * C)
+      index.forEach((r, i) => {
+        for (let c = 0; c < C; c++) {
+          expected[r * C + c]! += d[i * C + c]!
+          size[r * C + c]! += Math.abs(d[i * C + c]!)
+        }
+      })
+      // At most 20 additions in a row of what is summed, up to 200 normals: their sizes add up to 200.
+      const bound = { absolute: 20 * u * 200, relative: roundoff[dtype] + u }
+      const dOut = b.device.tensor(d, [500, C], dtype)
+      using dX = recorded(b, `gatherRowsBackward ${dtype}`, bound, () =>
+        gatherRowsBackward({ dOut, index, rows: T }),
+      )
+      expect([dX.shape, dX.dtype]).toEqual([[T, C], dtype])
+      expectClose(await dX.toFloat32(), expected, bound)
+    })
+
+    test(`meanPool ${dtype}`, async () => {
+      const cuSeqlens = [0, 0, 1, 100, 100, 300, T]
+      const expected = new Float64Array(6 * C)
+      for (let s = 0; s < 6; s++)
+        for (let t = cuSeqlens[s]!; t < cuSeqlens[s + 1]!; t++)
+          for (let c = 0; c < C; c++)
+            expected[s * C + c]! += x[t * C + c]! / (cuSeqlens[s + 1]! - cuSeqlens[s]!)
+      // As many additions as a run and the runs have, of means of |x| of about 1.
+      const bound = { absolute: 80 * u, relative: roundoff[dtype] + 2 * u }
+      using out = recorded(b, `meanPool ${dtype}`, bound, () =>
+        meanPool({ x: b.device.tensor(x, [T, C], dtype), cuSeqlens }),
+      )
+      expect([out.shape, out.dtype]).toEqual([[6, C], dtype])
+      expectClose(await out.toFloat32(), expected, bound)
+
+      const d = rounded(random.normals(6 * C), dtype)
+      const gradient = new Float64Array(T * C)
+      for (let s = 0; s < 6; s++)
+        for (let t = cuSeqlens[s]!; t < cuSeqlens[s + 1]!; t++)
+          for (let c = 0; c < C; c++)
+            gradient[t * C + c] = d[s * C + c]! / (cuSeqlens[s + 1]! - cuSeqlens[s]!)
+      // One division and one rounding; the quotients of f16 can be below its normal numbers.
+      const one = { absolute: 2 ** -25, relative: roundoff[dtype] + u }
+      using dX = recorded(b, `meanPoolBackward ${dtype}`, one, () =>
+        meanPoolBackward({ dOut: b.device.tensor(d, [6, C], dtype), cuSeqlens }),
+      )
+      expectClose(await dX.toFloat32(), gradient, one)
+    })
+  }
+
+  test('a long mean keeps its digits', async () => {
+    const T = 100_000
+    const data = Float32Array.from({ length: T }, (_, i) => 1 + (i % 7))
+    const x = b.device.tensor(data, [T, 1])
+    const mean = data.reduce((s, v) => s + v, 0) / T
+    // Runs of 64 on the CPU, threads' shares in runs on CUDA: nowhere near the 1e-3 of a plain f32 sum.
+    expectClose(await meanPool({ x, cuSeqlens: [0, T] }).read(), [mean], { relative: 1600 * u })
+  })
+
+  test('gatherRows copies bit for bit', async () => {
+    const index = [4, 0, 4, 2, 2, 2, 1]
+    for (const dtype of ['f32', 'f16', 'bf16', 'i32', 'u8'] as const)
+      for (const shape of [[5], [5, 3], [5, 16], [5, 2, 8]]) {
+        const size = shape.reduce((n, d) => n * d, 1)
+        const width = size / 5
+        const host = { f32: Float32Array, f16: Uint16Array, bf16: Uint16Array, i32: Int32Array }
+        const data = (dtype === 'u8' ? Uint8Array : host[dtype]).from(
+          { length: size + width },
+          (_, i) => i,
+        )
+        const all = b.device.tensor(data, [6, ...shape.slice(1)], dtype)
+        // A view that starts one row in, which moves its alignment.
+        const x = all.slice(1)
+        const bound = {}
+        const out = recorded(b, `gatherRows ${dtype} ${width}`, bound, () =>
+          gatherRows({ x, index }),
+        )
+        expect([out.shape, out.dtype]).toEqual([[7, ...shape.slice(1)], dtype])
+        const expected = index.flatMap((r) => [...data.subarray((r + 1) * width, (r + 2) * width)])
+        expect([...(await out.read())]).toEqual(expected)
+      }
+    const special = b.device.tensor(Uint16Array.of(0x7e01, 0xfc00, 0x0001), [3, 1], 'f16')
+    expect([...(await gatherRows({ x: special, index: Int32Array.of(2, 0, 1) }).read())]).toEqual([
+      1, 0x7e01, 0xfc00,
+    ])
+  })
+
+  test('gatherRowsBackward is the transpose of gatherRows', async () => {
+    // <gather(x), d> = <x, gatherBackward(d)>, exactly for small whole numbers.
+    const random = new Random(9)
+    const whole = (n: number) => Float32Array.from({ length: n }, () => random.int(-9, 9))
+    const index = Array.from({ length: 64 }, () => random.int(0, 9))
+    const [x, d] = [whole(10 * 5), whole(64 * 5)]
+    const y = await gatherRows({ x: b.device.tensor(x, [10, 5]), index }).read()
+    const g = gatherRowsBackward({ dOut: b.device.tensor(d, [64, 5]), index, rows: 10 })
+    const dot = (p: Float32Array, q: Float32Array) => p.reduce((s, v, i) => s + v * q[i]!, 0)
+    expect(dot(y, d)).toBe(dot(x, await g.read()))
+  })
+
+  test('takes nothing', async () => {
+    const none = b.device.zeros([0, 4])
+    expect(add({ x: none, y: b.device.zeros([4]) }).shape).toEqual([0, 4])
+    expect(add({ x: b.device.zeros([3, 0]), y: b.device.zeros([0]) }).shape).toEqual([3, 0])
+    expect(gatherRows({ x: none, index: [] }).shape).toEqual([0, 4])
+    expect(gatherRows({ x: b.device.zeros([3, 0]), index: [2] }).shape).toEqual([1, 0])
+    const zeros = gatherRowsBackward({ dOut: none, index: [], rows: 2 })
+    expect([...(await zeros.read())]).toEqual([0, 0, 0, 0, 0, 0, 0, 0])
+    expect(gatherRowsBackward({ dOut: none, index: [], rows: 0 }).shape).toEqual([0, 4])
+    expect(meanPool({ x: none, cuSeqlens: [0] }).shape).toEqual([0, 4])
+    expect([...(await meanPool({ x: none, cuSeqlens: [0, 0] }).read())]).toEqual([0, 0, 0, 0])
+    expect(meanPoolBackward({ dOut: none, cuSeqlens: [0] }).shape).toEqual([0, 4])
+  })
+
+  test('refuses what does not fit', () => {
+    const x = b.device.zeros([4, 3])
+    expectRefusal(() => add({ x, y: b.device.zeros([4]) }), 'ERR_SHAPE', 'add', /got \[4\]/)
+    expectRefusal(() => add({ x, y: b.device.zeros([1, 4, 3]) }), 'ERR_SHAPE', 'add')
+    expectRefusal(() => add({ x, y: b.device.zeros([3], 'f16') }), 'ERR_DTYPE', 'add')
+    expectRefusal(() => add({ x, y: 1 as never }), 'ERR_VALUE', 'add', /y must be a Tensor/)
+    const at = (index: unknown) => () => gatherRows({ x, index: index as number[] })
+    expectRefusal(at([0, 4]), 'ERR_VALUE', 'gatherRows', /index\[1\] .* from 0 to 3, got 4/)
+    expectRefusal(at([-1]), 'ERR_VALUE', 'gatherRows')
+    expectRefusal(at([0.5]), 'ERR_VALUE', 'gatherRows')
+    expectRefusal(at([NaN]), 'ERR_VALUE', 'gatherRows')
+    expectRefusal(at('012'), 'ERR_VALUE', 'gatherRows', /list of integers/)
+    expectRefusal(() => gatherRows({ x: b.device.zeros([]), index: [] }), 'ERR_SHAPE', 'gatherRows')
+    const back = (a: object) => () =>
+      gatherRowsBackward({ dOut: x, index: [0, 0, 0, 1], rows: 2, ...a })
+    expectRefusal(back({ rows: 1 }), 'ERR_VALUE', 'gatherRowsBackward', /index\[3\]/)
+    expectRefusal(back({ rows: -1 }), 'ERR_VALUE', 'gatherRowsBackward')
+    expectRefusal(back({ index: [0] }), 'ERR_SHAPE', 'gatherRowsBackward')
+    expectRefusal(back({ dOut: b.device.zeros([4], 'i32') }), 'ERR_DTYPE', 'gatherRowsBackward')
+    const pool = (cuSeqlens: unknown) => () => meanPool({ x, cuSeqlens: cuSeqlens as number[] })
+    expectRefusal(pool([0, 3]), 'ERR_VALUE', 'meanPool', /number of tokens, 4, got 3/)
+    expectRefusal(pool([0, 3, 2, 4]), 'ERR_VALUE', 'meanPool')
+    expectRefusal(pool([1, 4]), 'ERR_VALUE', 'meanPool')
+    expectRefusal(pool([]), 'ERR_VALUE', 'meanPool')
+    expectRefusal(
+      () => meanPool({ x: b.device.zeros([4]), cuSeqlens: [0, 4] }),
+      'ERR_SHAPE',
+      'meanPool',
+    )
+    const unpool = (cuSeqlens: number[]) => () => meanPoolBackward({ dOut: x, cuSeqlens })
+    expectRefusal(unpool([0, 3]), 'ERR_SHAPE', 'meanPoolBackward', /each of the 1 sequences/)
+    expectRefusal(unpool([0, 1, 0, 1, 2]), 'ERR_VALUE', 'meanPoolBackward')
+  })
+})
+
+describe('rows', () => {
+  for (const simd of cpuPaths)
+    test(`sums do not depend on the thread count (${simd})`, async () => {
+      const random = new Random(10)
+      const data = random.normals(5000 * 130)
+      const index = Array.from({ length: 5000 }, () => random.int(0, 19))
+      const results: string[] = []
+      for (const threads of [1, 2, 5]) {
+        using device = openDevice('cpu', { simd, threads })
+        const x = device.tensor(data, [5000, 130])
+        const sums = await gatherRowsBackward({ dOut: x, index, rows: 20 }).read()
+        const mean = await meanPool({ x, cuSeqlens: [0, 2500, 5000] }).read()
+        results.push(
+          Buffer.concat([Buffer.from(sums.buffer), Buffer.from(mean.buffer)]).toString('hex'),
+        )
+      }
+      expect(new Set(results).size).toBe(1)
+    })
+})
