@@ -31,6 +31,22 @@ export {
 } from './ops/crop_resample.js'
 export { type Color, drawBoxes, type PixelBox } from './ops/draw_boxes.js'
 export * from './ops/gelu.js'
+export {
+  type AdvantageEstimator,
+  type GroupAdvantages,
+  groupAdvantages,
+  informativeGroups,
+} from './ops/advantages.js'
+export * from './ops/log_probs.js'
+export {
+  type LossAggregation,
+  type LossMetrics,
+  type PolicyLossInput,
+  type PolicyLossOptions,
+  policyLoss,
+  trlDefaults,
+} from './ops/policy_loss.js'
+export { type GrpoBatch, type GrpoModel, type GrpoStep, grpoStep } from './p2r/grpo.js'
 export * from './ops/layer_norm.js'
 export * from './ops/linear.js'
 export * from './ops/optimizer.js'
