@@ -20,6 +20,7 @@
 import { DIGIT_SIDE, type Digits } from './digits.js'
 import { Rng } from './rng.js'
 
+/** Sides are powers of two: whatever wraps around them is masked. */
 export const CANVAS = 1024
 /** Side of a cell, in pixels, and of the lattice, in cells. */
 export const CELL = 32
@@ -90,9 +91,10 @@ export interface Scene {
   rollY: number
   mirrored: boolean
   strokes: readonly Stroke[]
-  fragments: readonly Sprite[]
+  /** The fragments and the needles. */
+  sprites: readonly Sprite[]
   /** In the order of COLOURS. */
-  needles: readonly { sprite: Sprite; cell: number; label: number }[]
+  needles: readonly { cell: number; label: number }[]
 }
 
 export interface Question {
@@ -171,7 +173,7 @@ export class Canvases {
     const out = new Uint8Array(3 * width * (window.y1 - window.y0))
     let at = 0
     for (let y = window.y0; y < window.y1; y++) {
-      const row = ((y + scene.rollY) % CANVAS) * CANVAS
+      const row = ((y + scene.rollY) & (CANVAS - 1)) * CANVAS
       for (let x = window.x0; x < window.x1; x++, at += 3) {
         const grey = background.pixels[row + sourceX(scene, x)] as number
         const object = this.#layer[y * CANVAS + x] as number
@@ -188,12 +190,14 @@ export class Canvases {
   #renderOverview(scene: Scene): Overview {
     const background = this.#backgrounds[scene.background] as Background
     const sums = new Int32Array(3 * OVERVIEW * OVERVIEW)
+    const [rollX, rollY] = [scene.rollX / BLOCK, scene.rollY / BLOCK]
     let at = 0
     for (let y = 0; y < OVERVIEW; y++) {
-      const row = ((y + scene.rollY / BLOCK) % OVERVIEW) * OVERVIEW
+      const row = ((y + rollY) & (OVERVIEW - 1)) * OVERVIEW
       for (let x = 0; x < OVERVIEW; x++, at += 3) {
         // A mirrored block holds the same pixels as its source, so its sum is the same.
-        const sum = background.blocks[row + Math.floor(sourceX(scene, x * BLOCK) / BLOCK)] as number
+        const column = ((scene.mirrored ? OVERVIEW - 1 - x : x) + rollX) & (OVERVIEW - 1)
+        const sum = background.blocks[row + column] as number
         sums[at] = sum
         sums[at + 1] = sum
         sums[at + 2] = sum
@@ -202,10 +206,11 @@ export class Canvases {
     const touched = this.#paint(scene, { x0: 0, y0: 0, x1: CANVAS, y1: CANVAS })
     for (let i = 0; i < touched; i++) {
       const pixel = this.#touched[i] as number
-      const x = pixel % CANVAS
-      const y = Math.floor(pixel / CANVAS)
       const object = this.#layer[pixel] as number
-      const row = ((y + scene.rollY) % CANVAS) * CANVAS
+      this.#layer[pixel] = 0
+      const x = pixel & (CANVAS - 1)
+      const y = (pixel - x) / CANVAS
+      const row = ((y + scene.rollY) & (CANVAS - 1)) * CANVAS
       const grey = background.pixels[row + sourceX(scene, x)] as number
       if ((object & 255) <= grey) continue
       const block = 3 * (Math.floor(y / BLOCK) * OVERVIEW + Math.floor(x / BLOCK))
@@ -214,8 +219,8 @@ export class Canvases {
         sums[block + channel] = before + (RGB[3 * object + channel] as number) - grey
       }
     }
-    this.#wipe(touched)
-    return { pixels: means(sums, OVERVIEW, 1), thumbnail: means(sums, OVERVIEW, CELL / BLOCK) }
+    const cells = sumSquares(sums, OVERVIEW, CELL / BLOCK)
+    return { pixels: means(sums, BLOCK ** 2), thumbnail: means(cells, CELL ** 2) }
   }
 
   /** Paints the objects that meet the window onto the layer; returns how many pixels it touched. */
@@ -239,8 +244,7 @@ export class Canvases {
         }
       }
     }
-    const sprites = [...scene.fragments, ...scene.needles.map((needle) => needle.sprite)]
-    for (const sprite of sprites) {
+    for (const sprite of scene.sprites) {
       if (!meet(sprite, window)) continue
       for (let y = sprite.y0; y < sprite.y1; y++) {
         const row = (sprite.digit * DIGIT_SIDE + sprite.top + y - sprite.y0) * DIGIT_SIDE
@@ -260,30 +264,34 @@ export class Canvases {
 
 /** Where column x of a scene comes from in its background. */
 function sourceX(scene: Scene, x: number): number {
-  return ((scene.mirrored ? CANVAS - 1 - x : x) + scene.rollX) % CANVAS
+  return ((scene.mirrored ? CANVAS - 1 - x : x) + scene.rollX) & (CANVAS - 1)
 }
 
 function meet(a: Extent, b: Extent): boolean {
   return a.x0 < b.x1 && b.x0 < a.x1 && a.y0 < b.y1 && b.y0 < a.y1
 }
 
-/** Rounded means over squares of `side` blocks. */
-function means(sums: Int32Array, width: number, side: number): Uint8Array {
+/** Sums over squares of `side` blocks, per channel. */
+function sumSquares(sums: Int32Array, width: number, side: number): Int32Array {
   const size = width / side
-  const pixels = (side * BLOCK) ** 2
-  const out = new Uint8Array(3 * size * size)
-  for (let i = 0; i < out.length; i++) {
-    const channel = i % 3
-    const x = Math.floor(i / 3) % size
-    const y = Math.floor(i / (3 * size))
-    let sum = 0
-    for (let dy = 0; dy < side; dy++) {
-      for (let dx = 0; dx < side; dx++) {
-        sum += sums[3 * ((y * side + dy) * width + x * side + dx) + channel] as number
+  const out = new Int32Array(3 * size * size)
+  let at = 0
+  for (let y = 0; y < width; y++) {
+    const row = Math.floor(y / side) * size
+    for (let x = 0; x < width; x++) {
+      const square = 3 * (row + Math.floor(x / side))
+      for (let channel = 0; channel < 3; channel++, at++) {
+        out[square + channel] = (out[square + channel] as number) + (sums[at] as number)
       }
     }
-    out[i] = Math.round(sum / pixels)
   }
+  return out
+}
+
+/** Sums of `pixels` bytes as bytes: the means, ties upwards. */
+function means(sums: Int32Array, pixels: number): Uint8Array {
+  const out = new Uint8Array(sums.length)
+  for (let i = 0; i < sums.length; i++) out[i] = Math.floor((sums[i] as number) / pixels + 0.5)
   return out
 }
 
@@ -295,7 +303,7 @@ function makeScene(digits: Digits, rng: Rng): Scene {
     mirrored: rng.unit() < 0.5,
   }
   const strokes = Array.from({ length: STROKES }, () => makeStroke(rng))
-  const fragments = Array.from({ length: FRAGMENTS }, () => {
+  const sprites: Sprite[] = Array.from({ length: FRAGMENTS }, () => {
     const side = 8 + rng.below(4)
     const x = rng.below(CANVAS - side)
     const y = rng.below(CANVAS - side)
@@ -314,10 +322,10 @@ function makeScene(digits: Digits, rng: Rng): Scene {
     const digit = rng.below(digits.count)
     const x = (cell % LATTICE) * CELL + rng.below(CELL - DIGIT_SIDE + 1)
     const y = Math.floor(cell / LATTICE) * CELL + rng.below(CELL - DIGIT_SIDE + 1)
-    const sprite = { ...square(x, y, DIGIT_SIDE), digit, left: 0, top: 0, tint: colour + 1 }
-    return { sprite, cell, label: digits.labels[digit] as number }
+    sprites.push({ ...square(x, y, DIGIT_SIDE), digit, left: 0, top: 0, tint: colour + 1 })
+    return { cell, label: digits.labels[digit] as number }
   })
-  return { ...scene, strokes, fragments, needles }
+  return { ...scene, strokes, sprites, needles }
 }
 
 function square(x: number, y: number, side: number): Extent {
