@@ -55,7 +55,7 @@ export function evidenceOf(
 }
 
 /** Square RGB images one below the other, in one upload. */
-function stack(device: Device, images: readonly Uint8Array[], side: number): Tensor {
+export function stack(device: Device, images: readonly Uint8Array[], side: number): Tensor {
   const size = 3 * side * side
   const all = new Uint8Array(images.length * size)
   for (const [i, image] of images.entries()) all.set(image, i * size)
