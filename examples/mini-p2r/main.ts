@@ -181,7 +181,7 @@ async function trainSystem(
   const trainer = new Trainer(system, canvases.train, run.seed)
   const { warmStart, policy } = schedule(steps)
   for (const phase of warmStart) {
-    run.phases.push(await followPhase(trainer, phase, signal, () => undefined))
+    await followPhase(trainer, phase, run.phases, signal, () => undefined)
   }
   run.backbone = scoresOf(await answerAll(system, canvases.asked, canvases.asked.count, signal))
 
@@ -195,44 +195,50 @@ async function trainSystem(
   let accuracy = await mark()
   const every = Math.max(CURVE.apart, Math.round(steps / CURVE.points))
   for (const phase of policy) {
-    const summary = await followPhase(trainer, phase, signal, async () => {
+    await followPhase(trainer, phase, run.phases, signal, async () => {
       update++
       if (update % every === 0 || update === steps) accuracy = await mark()
       return accuracy
     })
-    run.phases.push(summary)
   }
 }
 
-/** Runs one phase under a progress bar; `afterStep` gives the accuracy to show, if any. */
+/**
+ * Runs one phase under a progress bar and adds it to `done`, an interrupted one by the updates that
+ * it made. `afterStep` gives the latest accuracy on validation questions, if there is any yet.
+ */
 async function followPhase(
   trainer: Trainer,
   phase: Phase,
+  done: PhaseSummary[],
   signal: AbortSignal,
   afterStep: () => Promise<number> | undefined,
-): Promise<PhaseSummary> {
+): Promise<void> {
   const round = phase.round > 0 ? ` ${phase.round}/${SETTINGS.rounds}` : ''
   const title = `${phase.kind}${round}, ${phase.role}`
   const format = `${title.padEnd(24)} {bar} {value}/{total} {shown}`
-  const bar = new SingleBar({ format, barsize: 24, hideCursor: true })
+  // The bar's own answer to Ctrl-C would come before ours.
+  const bar = new SingleBar({ format, barsize: 24, hideCursor: true, gracefulExit: false })
   const started = performance.now()
   const averages = new Averages()
+  let updates = 0
   let shown = ''
   bar.start(phase.updates, 0, { shown })
   try {
     for await (const step of trainer.run(phase)) {
+      updates = step.step
       averages.add(step)
       shown = describe(averages, await afterStep())
-      bar.update(step.step, { shown })
+      bar.update(updates, { shown })
       signal.throwIfAborted()
     }
   } finally {
     bar.stop()
+    const seconds = (performance.now() - started) / 1000
+    done.push({ ...phase, updates, seconds, ...averages.values })
+    // Bars are drawn on terminals alone; elsewhere a line tells how the phase ended.
+    if (!process.stderr.isTTY) console.log(`${title.padEnd(24)} ${updates} updates ${shown}`)
   }
-  const seconds = (performance.now() - started) / 1000
-  // Bars are drawn on terminals alone; elsewhere a line tells how the phase ended.
-  if (!process.stderr.isTTY) console.log(`${title.padEnd(24)} ${phase.updates} updates ${shown}`)
-  return { ...phase, seconds, ...averages.values }
 }
 
 /** Running means, in which a step's weight falls to a third after twenty more. */
