@@ -1,6 +1,7 @@
 #include "binding/device.h"
 
 #include "binding/tensor.h"
+#include "ops/kernels.h"
 
 namespace p2r::binding {
 
@@ -87,6 +88,8 @@ Napi::Function DeviceHandle::Init(Napi::Env env) {
                           "time", napi_default, name("time")),
                       InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::MemoryUse>>(
                           "memory", napi_default, name("memory")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::KernelNames>>(
+                          "kernels", napi_default, name("kernels")),
                       InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::ResetPeak>>(
                           "resetPeak", napi_default, name("resetPeak")),
                       InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Dispose>>(
@@ -193,6 +196,15 @@ Napi::Value DeviceHandle::MemoryUse(const Napi::CallbackInfo& info) {
   o.Set("peakBytes", static_cast<double>(device->device->peak()));
   o.Set("reservedBytes", static_cast<double>(device->device->reserved()));
   return o;
+}
+
+Napi::Value DeviceHandle::KernelNames(const Napi::CallbackInfo& info) {
+  const std::string op = info[0].ToString();
+  const std::vector<std::string> names = kernel_names(op, open()->device->info());
+  if (names.empty()) throw Error(Code::value, "'" + op + "' has no choice of kernels");
+  Napi::Array out = Napi::Array::New(info.Env(), names.size());
+  for (size_t i = 0; i < names.size(); ++i) out.Set(static_cast<uint32_t>(i), names[i]);
+  return out;
 }
 
 Napi::Value DeviceHandle::ResetPeak(const Napi::CallbackInfo& info) {

@@ -33,6 +33,7 @@ class DeviceHandle : public Napi::ObjectWrap<DeviceHandle> {
   Napi::Value Synchronize(const Napi::CallbackInfo& info);
   Napi::Value Time(const Napi::CallbackInfo& info);
   Napi::Value MemoryUse(const Napi::CallbackInfo& info);
+  Napi::Value KernelNames(const Napi::CallbackInfo& info);  // (op)
   Napi::Value ResetPeak(const Napi::CallbackInfo& info);
   Napi::Value Dispose(const Napi::CallbackInfo& info);
   Napi::Value GetDisposed(const Napi::CallbackInfo& info);

@@ -42,6 +42,8 @@ class Call {
 
   const std::string& op() const { return op_; }
   Napi::Env env() const { return info_.Env(); }
+  // The device of the tensors read so far.
+  const Device& device() const { return *device_->device; }
 
   // Whether the next argument is there (neither undefined nor null); skips it when it is not.
   bool given();

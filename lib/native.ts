@@ -29,6 +29,8 @@ export interface DeviceHandle {
   synchronize(): Promise<void>
   time(f: () => void): Promise<number>
   memory(): { liveBytes: number; peakBytes: number; reservedBytes: number }
+  /** The kernels an operation can choose from; ERR_VALUE for one without such a choice. */
+  kernels(op: string): string[]
   resetPeak(): void
   dispose(): void
 }

@@ -61,8 +61,25 @@ inline void store_first(float* p, vf v, int n) {
 inline vf loadf(const float* p) { return load<vf>(p); }
 inline vf set1(float x) { return x - vf{}; }
 
-inline vf vmax(vf a, vf b) { return a > b ? a : b; }
-inline vf vmin(vf a, vf b) { return a < b ? a : b; }
+// Where one of the two is a NaN, b.
+inline vf vmax(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline vf vmin(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 inline vu bits(vf x) { return (vu)x; }
 inline vf from_bits(vu x) { return (vf)x; }
 
@@ -117,6 +134,51 @@ inline vh to_f16(vf x) {
   h = rest > 0x7F800000u ? nan : h;
   return __builtin_convertvector(sign | h, vh);
 #endif
+}
+
+// e to the x, within 1 ulp: x = n ln 2 + r with ln 2 in two parts (Cody and Waite, 1980), a
+// polynomial in r, and 2^n in two steps, so that results fade through the subnormals to an exact 0.
+inline vf vexp(vf x) {
+  const vf within = vmin(set1(89.0f), vmax(set1(-104.0f), x));  // both pass on a NaN
+  const float kShift = 0x1.8p23f;  // adding it rounds to an integer, in the low bits
+  const vf shifted = within * 1.44269504f + kShift;
+  const vf n = shifted - kShift;
+  const vf r = (within - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const vf y = (p * (r * r) + r) + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+  const vi e = (vi)shifted - 0x4B400000, half = e >> 1;
+  return y * (vf)((half + 127) << 23) * (vf)((e - half + 127) << 23);
+#endif
+}
+
+// The natural logarithm, within 1 ulp: x = m 2^e with m around 1 and a polynomial in m - 1
+// (coefficients of both: Moshier, Cephes, 1989). -inf for 0, NaN below.
+inline vf vlog(vf x) {
+  const vi tiny = x < 0x1p-126f;
+  const vf normal = tiny ? x * 0x1p23f : x;
+  const vi u = (vi)normal, e = (u - 0x3F3504F3) >> 23;
+  const vf f = (vf)(u - (e << 23)) - 1.0f, square = f * f;
+  const vf exponent = __builtin_convertvector(tiny ? e - 23 : e, vf);
+  vf p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  vf y = p * f * square - exponent * 2.12194440e-4f - square * 0.5f;
+  y = (f + y) + exponent * 0.693359375f;
+  y = x < __builtin_inff() ? y : x;  // +inf and NaN
+  y = x > 0.0f ? y : x == 0.0f ? set1(-__builtin_inff()) : set1(__builtin_nanf(""));
+  return y;
 }
 
 }  // namespace p2r::cpu::P2R_ISA

@@ -1,0 +1,51 @@
+#include "ops/rotary.h"
+
+#include "binding/op.h"
+
+namespace p2r::binding {
+
+Napi::Value vision_rotary(Call& call) {
+  VisionRotaryArgs a;
+  call.on_device("device");
+  a.grid_thw = call.ints("gridThw", 0, INT32_MAX);
+  const int64_t head_dim = call.integer("headDim", 0, INT32_MAX);
+  a.theta = call.number("theta", 0, HUGE_VAL);
+  a.merge = call.integer("mergeSize", 1, INT32_MAX);
+  call.check(head_dim >= 8 && head_dim <= 128 && head_dim % 8 == 0, Code::shape,
+             "headDim must be a multiple of 8 from 8 to 128, got " + std::to_string(head_dim));
+  call.check(a.theta > 0, Code::value, "theta must be greater than 0, got 0");
+  call.check(a.grid_thw.size() % 3 == 0, Code::value, "gridThw must hold t, h, w of each grid");
+  int64_t tokens = 0;
+  for (size_t g = 0; g < a.grid_thw.size(); g += 3) {
+    const int64_t t = a.grid_thw[g], h = a.grid_thw[g + 1], w = a.grid_thw[g + 2];
+    const std::string name = "gridThw[" + std::to_string(g / 3) + "]";
+    call.check(h % a.merge == 0 && w % a.merge == 0, Code::value,
+               name + " must have h and w that mergeSize " + std::to_string(a.merge) +
+                   " divides, got " + std::to_string(h) + " x " + std::to_string(w));
+    const int64_t frame = h * w;  // below 2^62
+    call.check(frame == 0 || t <= (INT32_MAX - tokens) / frame, Code::shape,
+               name + " brings the tokens over 2147483647");
+    tokens += t * frame;
+  }
+  a.cos = call.result(DType::f32, {tokens, head_dim});
+  a.sin = call.result(DType::f32, {tokens, head_dim});
+  return call.run(&Kernels::vision_rotary, a);
+}
+
+Napi::Value apply_rotary(Call& call) {
+  ApplyRotaryArgs a;
+  a.x = call.in("x", kFloats, 3);
+  a.cos = call.in("cos", kF32, 2);
+  a.sin = call.in("sin", kF32, 2);
+  a.inverse = call.flag("inverse");
+  const int64_t d = a.x.shape[2];
+  call.check(d >= 8 && d <= 128 && d % 8 == 0, Code::shape,
+             "x must have a head dimension that is a multiple of 8 from 8 to 128, got " +
+                 to_string(a.x.shape));
+  call.same_shape("cos", a.cos, {a.x.shape[0], d});
+  call.same_shape("sin", a.sin, {a.x.shape[0], d});
+  a.out = call.result(a.x.dtype, a.x.shape);
+  return call.run(&Kernels::apply_rotary, a);
+}
+
+}  // namespace p2r::binding

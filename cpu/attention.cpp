@@ -1,0 +1,434 @@
+// Attention in tiles that stay in the cache, on the panels of the matrix product
+// (cpu/simd/gemm.cpp).
+//
+// Forward, for a sequence, a head and up to kQueries queries:
+//   for each block of keys
+//     for each panel of NR queries      S^T = K Q^T        [keys][NR]: queries in lanes
+//       P^T = exp(S^T - max)            in place; max, sum brought up to date
+//       O^T = O^T decay + V^T P^T       [D][NR]; P^T is the packed panel as it lies
+//   O = (O^T / sum)^T
+//
+// Backward, for queries and keys of a sequence and a head:
+//   for each block of queries
+//     for each panel of NR keys         S = Q K^T, dP = dO V^T   [queries][NR]: keys in lanes
+//       P = exp(S - lse), dS            in place
+//       dV^T += dO^T P, dK^T += Q^T dS  [D][NR]; P and dS are the packed panels as they lie
+//       dQ += dS K                      dS packed once more
+// A sequence short enough for its sums to stay in the cache is one task a head. A longer one is cut
+// twice, along the keys for dK and dV and along the queries for dQ: seven products for five, but no
+// sum crosses tasks. Which way is taken depends on the length alone.
+#include "ops/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "cpu/device.h"
+
+namespace p2r::cpu {
+
+namespace {
+
+constexpr int64_t kQueries = 256;    // forward: a task's queries, whose outputs stay in L2
+constexpr int64_t kKeys = 192;       // forward: keys of a block; a panel of P^T fills half of L1
+constexpr int64_t kQueryBlock = 96;  // backward: queries of a block
+constexpr int64_t kKeyChunk = 256;   // backward of a long sequence, and mass: a task's keys
+constexpr int64_t kWhole = 1024;     // backward: the longest sequence that is one task
+constexpr int64_t kMaxDim = 128, kMaxPanel = 64;
+constexpr double kTaskWork = 2e6;  // multiply-adds worth handing to a thread
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// A range of tokens of one sequence.
+struct Span {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// A task: some queries against some keys of a sequence, for each head.
+struct Task {
+  Span queries, keys;
+  double work() const { return static_cast<double>(queries.size()) * keys.size(); }
+};
+
+enum class Cut { queries, keys };
+
+// One task for each stretch of `step` tokens along one side. Long ones first, so that no thread is
+// left with a long one at the end.
+std::vector<Task> cut_up(const Ints& cu_seqlens, Cut side, int64_t step) {
+  std::vector<Task> tasks;
+  for (size_t s = 1; s < cu_seqlens.size(); ++s) {
+    const Span whole{cu_seqlens[s - 1], cu_seqlens[s]};
+    for (int64_t at = whole.begin; at < whole.end; at += step) {
+      const Span part{at, std::min(at + step, whole.end)};
+      tasks.push_back(side == Cut::queries ? Task{part, whole} : Task{whole, part});
+    }
+  }
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const Task& a, const Task& b) { return a.work() > b.work(); });
+  return tasks;
+}
+
+// What all tasks of a call share.
+struct Call {
+  const Simd* simd;
+  AttentionLayout in;
+  const float *cos, *sin;  // null: no rotary
+  float scale;
+  int mr, nr, width;
+
+  Call(const CpuDevice& cpu, const AttentionLayout& layout, const View& cos_table,
+       const View& sin_table, double s)
+      : simd(&cpu.simd()),
+        in(layout),
+        cos(cos_table.as<float>()),
+        sin(sin_table.as<float>()),
+        scale(static_cast<float>(s)),
+        width(cpu.simd().vector_width()) {
+    simd->gemm_tile_size(&mr, &nr);
+  }
+
+  int64_t size() const { return static_cast<int64_t>(size_of(in.dtype)); }
+  int64_t lanes(int64_t n) const { return std::min<int64_t>(round_up(n, width), nr); }
+  int64_t panels(int64_t n) const { return (n + nr - 1) / nr; }
+};
+
+// One head of some tokens of a tensor, where the packing can read it.
+struct Rows {
+  const void* data;
+  int64_t stride;
+};
+
+Rows rows_of(const Call& c, const char* x, int64_t row, int64_t head, Span span) {
+  return {x + (span.begin * row + head * c.in.head_dim) * c.size(), row};
+}
+
+// As rows_of, turned by the rotary tables and rounded to its type in `room`, if there are tables.
+Rows rotated(const Call& c, const char* x, int64_t head, Span span, float* room) {
+  const Rows rows = rows_of(c, x, c.in.row, head, span);
+  if (!c.cos) return rows;
+  const int64_t d = c.in.head_dim;
+  char* out = reinterpret_cast<char*>(room);
+  for (int64_t t = 0; t < span.size(); ++t) {
+    float row[kMaxDim];
+    const int64_t at = (span.begin + t) * d;
+    c.simd->to_f32(c.in.dtype, static_cast<const char*>(rows.data) + t * rows.stride * c.size(),
+                   row, d);
+    c.simd->rotate_half(row, c.cos + at, c.sin + at, d / 2, false, row);
+    c.simd->from_f32(c.in.dtype, row, out + t * d * c.size(), d);
+  }
+  return {room, d};
+}
+
+// A part of a thread's scratch, taken piece by piece; with null it only adds up the sizes.
+class Room {
+ public:
+  explicit Room(float* at) : at_(at) {}
+  float* take(int64_t floats) {
+    float* taken = at_ ? at_ + used_ : nullptr;
+    used_ += round_up(floats, 16);
+    return taken;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  float* at_;
+  int64_t used_ = 0;
+};
+
+// Writes x^T, [D][nr] with a token a lane, as rows of a tensor.
+void store_columns(const Call& c, const float* x, int64_t tokens, float* room, char* out,
+                   int64_t row, const float* cos, const float* sin) {
+  const int64_t d = c.in.head_dim;
+  c.simd->pack_b(DType::f32, x, 1, c.nr, tokens, d, room);  // panels [tokens][nr] of D
+  for (int64_t t = 0; t < tokens; ++t) {
+    float line[kMaxDim + kMaxPanel];
+    for (int64_t i = 0; i < d; i += c.nr) std::copy_n(room + i * tokens + t * c.nr, c.nr, line + i);
+    if (cos) c.simd->rotate_half(line, cos + t * d, sin + t * d, d / 2, true, line);
+    c.simd->from_f32(c.in.dtype, line, out + t * row * c.size(), d);
+  }
+}
+
+struct Forward {
+  float *staged, *q, *k, *v, *s, *o, *max, *sum, *decay, *lse;
+  Forward(const Call& c, Room& room) {
+    const int64_t d = c.in.head_dim, queries = round_up(kQueries, c.nr);
+    staged = room.take(kQueries * d);
+    q = room.take(queries * d);
+    k = room.take(round_up(kKeys, c.mr) * d);
+    v = room.take(round_up(d, c.mr) * kKeys);
+    s = room.take(std::max(kKeys * c.nr, round_up(d, c.nr) * c.nr));
+    o = room.take(queries * d);
+    max = room.take(queries);
+    sum = room.take(queries);
+    decay = room.take(c.nr);
+    lse = room.take(c.nr);
+  }
+};
+
+void forward(const Call& c, const Forward& w, const Task& task, int64_t head, char* out,
+             float* lse) {
+  const Simd& simd = *c.simd;
+  const int64_t d = c.in.head_dim, queries = task.queries.size(), panels = c.panels(queries);
+  const Rows q = rotated(c, c.in.q, head, task.queries, w.staged);
+  simd.pack_b(c.in.dtype, q.data, 1, q.stride, d, queries, w.q);
+  std::fill_n(w.max, panels * c.nr, -HUGE_VALF);
+  std::fill_n(w.sum, panels * c.nr, 0.0f);
+
+  for (int64_t at = task.keys.begin; at < task.keys.end; at += kKeys) {
+    const Span block{at, std::min(at + kKeys, task.keys.end)};
+    const bool first = at == task.keys.begin;
+    const Rows k = rotated(c, c.in.k, head, block, w.staged);
+    simd.pack_a(c.in.dtype, k.data, k.stride, 1, block.size(), d, w.k);
+    const Rows v = rows_of(c, c.in.v, c.in.row, head, block);
+    simd.pack_a(c.in.dtype, v.data, 1, v.stride, d, block.size(), w.v);
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t lanes = c.lanes(queries - p * c.nr);
+      float* o = w.o + p * c.nr * d;
+      simd.gemm_panels(block.size(), lanes, d, w.k, w.q + p * c.nr * d, w.s, c.nr, false);
+      const bool moved = simd.softmax_step(block.size(), c.nr, lanes, c.scale, w.s,
+                                           w.max + p * c.nr, w.sum + p * c.nr, w.decay);
+      if (moved && !first) simd.scale_columns(d, c.nr, lanes, w.decay, o);
+      simd.gemm_panels(d, lanes, block.size(), w.v, w.s, o, c.nr, !first);
+    }
+  }
+
+  const int64_t row = c.in.heads * d;
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t count = std::min<int64_t>(queries - p * c.nr, c.nr), lanes = c.lanes(count);
+    const int64_t token = task.queries.begin + p * c.nr;
+    simd.softmax_finish(lanes, w.max + p * c.nr, w.sum + p * c.nr, w.lse, w.decay);
+    simd.scale_columns(d, c.nr, lanes, w.decay, w.o + p * c.nr * d);
+    std::copy_n(w.lse, count, lse + head * c.in.tokens + token);
+    store_columns(c, w.o + p * c.nr * d, count, w.s, out + (token * row + head * d) * c.size(), row,
+                  nullptr, nullptr);
+  }
+}
+
+// What a backward pass is to sum up.
+enum Wanted { kDq = 1, kDkDv = 2 };
+
+struct Backward {
+  float *staged, *q, *q_t, *d_out, *d_out_t, *delta, *s, *d_s, *packed, *d_q;
+  float *k, *v, *k_rows, *d_k, *d_v;  // for each panel of keys
+  int64_t panel, panel_rows;          // their sizes
+  Backward(const Call& c, Room& room, int wanted, int64_t keys) {
+    const int64_t d = c.in.head_dim, rows = round_up(kQueryBlock, c.mr);
+    staged = room.take(std::max<int64_t>(kQueryBlock, c.nr) * d);
+    q = room.take(rows * d);
+    q_t = room.take(round_up(d, c.mr) * kQueryBlock);
+    d_out = room.take(rows * d);
+    d_out_t = room.take(round_up(d, c.mr) * kQueryBlock);
+    delta = room.take(kQueryBlock);
+    s = room.take(std::max(rows * c.nr, round_up(d, c.nr) * c.nr));
+    d_s = room.take(rows * c.nr);
+    packed = room.take(rows * c.nr);
+    d_q = room.take(rows * d);
+    panel = c.nr * d;
+    panel_rows = c.nr * round_up(d, c.nr);
+    const int64_t slots = wanted & kDkDv ? c.panels(keys) : 1;
+    k = room.take(slots * panel);
+    v = room.take(slots * panel);
+    k_rows = room.take(wanted & kDq ? slots * panel_rows : 0);
+    d_k = room.take(wanted & kDkDv ? slots * panel : 0);
+    d_v = room.take(wanted & kDkDv ? slots * panel : 0);
+  }
+};
+
+struct Answer {
+  const char *d_out, *out;
+  const float* lse;
+  AttentionLayout grad;
+};
+
+void backward(const Call& c, const Backward& w, int wanted, const Task& task, int64_t head,
+              const Answer& a) {
+  const Simd& simd = *c.simd;
+  const DType type = c.in.dtype;
+  const int64_t d = c.in.head_dim, row = c.in.heads * d, keys = task.keys.size();
+  const int64_t panels = c.panels(keys);
+
+  for (int64_t at = task.queries.begin; at < task.queries.end; at += kQueryBlock) {
+    const Span block{at, std::min(at + kQueryBlock, task.queries.end)};
+    const int64_t n = block.size();
+    const bool first = at == task.queries.begin;
+    const float* lse = a.lse + head * c.in.tokens + block.begin;
+    const Rows q = rotated(c, c.in.q, head, block, w.staged);
+    const Rows d_out = rows_of(c, a.d_out, row, head, block);
+    const Rows out = rows_of(c, a.out, row, head, block);
+    simd.pack_a(type, q.data, q.stride, 1, n, d, w.q);
+    simd.pack_a(type, d_out.data, row, 1, n, d, w.d_out);
+    if (wanted & kDkDv) {
+      simd.pack_a(type, q.data, 1, q.stride, d, n, w.q_t);
+      simd.pack_a(type, d_out.data, 1, row, d, n, w.d_out_t);
+    }
+    for (int64_t t = 0; t < n; ++t) {
+      float x[kMaxDim], y[kMaxDim];
+      simd.to_f32(type, static_cast<const char*>(d_out.data) + t * row * c.size(), x, d);
+      simd.to_f32(type, static_cast<const char*>(out.data) + t * row * c.size(), y, d);
+      w.delta[t] = simd.dot(x, y, d);
+    }
+
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t slot = wanted & kDkDv ? p : 0;
+      const int64_t key = task.keys.begin + p * c.nr;
+      const Span span{key, std::min<int64_t>(key + c.nr, task.keys.end)};
+      const int64_t lanes = c.lanes(span.size());
+      float *k = w.k + slot * w.panel, *v = w.v + slot * w.panel;
+      if (first) {
+        const Rows k_in = rotated(c, c.in.k, head, span, w.staged);
+        const Rows v_in = rows_of(c, c.in.v, c.in.row, head, span);
+        simd.pack_b(type, k_in.data, 1, k_in.stride, d, span.size(), k);
+        simd.pack_b(type, v_in.data, 1, v_in.stride, d, span.size(), v);
+        if (wanted & kDq)
+          simd.pack_b(type, k_in.data, k_in.stride, 1, span.size(), d,
+                      w.k_rows + slot * w.panel_rows);
+      }
+      simd.gemm_panels(n, lanes, d, w.q, k, w.s, c.nr, false);
+      simd.gemm_panels(n, lanes, d, w.d_out, v, w.d_s, c.nr, false);
+      simd.softmax_backward(n, c.nr, lanes, c.scale, lse, w.delta, w.s, w.d_s);
+      if (wanted & kDkDv) {
+        simd.gemm_panels(d, lanes, n, w.d_out_t, w.s, w.d_v + p * w.panel, c.nr, !first);
+        simd.gemm_panels(d, lanes, n, w.q_t, w.d_s, w.d_k + p * w.panel, c.nr, !first);
+      }
+      if (wanted & kDq) {
+        simd.pack_a(DType::f32, w.d_s, c.nr, 1, n, span.size(), w.packed);
+        simd.gemm_panels(n, d, span.size(), w.packed, w.k_rows + slot * w.panel_rows, w.d_q, d,
+                         p > 0);
+      }
+    }
+
+    if (wanted & kDq)
+      for (int64_t t = 0; t < n; ++t) {
+        float* line = w.d_q + t * d;
+        const int64_t token = block.begin + t;
+        if (c.cos) simd.rotate_half(line, c.cos + token * d, c.sin + token * d, d / 2, true, line);
+        simd.from_f32(type, line, a.grad.q + (token * a.grad.row + head * d) * c.size(), d);
+      }
+  }
+
+  if (wanted & kDkDv)
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t key = task.keys.begin + p * c.nr;
+      const int64_t count = std::min<int64_t>(c.nr, task.keys.end - key);
+      const int64_t to = (key * a.grad.row + head * d) * c.size();
+      const int64_t turn = key * d;
+      store_columns(c, w.d_k + p * w.panel, count, w.s, a.grad.k + to, a.grad.row,
+                    c.cos ? c.cos + turn : nullptr, c.cos ? c.sin + turn : nullptr);
+      store_columns(c, w.d_v + p * w.panel, count, w.s, a.grad.v + to, a.grad.row, nullptr,
+                    nullptr);
+    }
+}
+
+struct Mass {
+  float *staged, *q, *k, *s, *mass;
+  Mass(const Call& c, Room& room) {
+    const int64_t d = c.in.head_dim, rows = round_up(kQueryBlock, c.mr);
+    staged = room.take(kKeyChunk * d);
+    q = room.take(rows * d);
+    k = room.take(round_up(kKeyChunk, c.nr) * d);
+    s = room.take(rows * c.nr);
+    mass = room.take(round_up(kKeyChunk, c.nr));
+  }
+};
+
+void mass(const Call& c, const Mass& w, const Task& task, int64_t head, const float* lse,
+          float* out) {
+  const Simd& simd = *c.simd;
+  const int64_t d = c.in.head_dim, keys = task.keys.size(), panels = c.panels(keys);
+  const Rows k = rotated(c, c.in.k, head, task.keys, w.staged);
+  simd.pack_b(c.in.dtype, k.data, 1, k.stride, d, keys, w.k);
+  std::fill_n(w.mass, panels * c.nr, 0.0f);
+  for (int64_t at = task.queries.begin; at < task.queries.end; at += kQueryBlock) {
+    const Span block{at, std::min(at + kQueryBlock, task.queries.end)};
+    const Rows q = rotated(c, c.in.q, head, block, w.staged);
+    simd.pack_a(c.in.dtype, q.data, q.stride, 1, block.size(), d, w.q);
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t lanes = c.lanes(keys - p * c.nr);
+      simd.gemm_panels(block.size(), lanes, d, w.q, w.k + p * c.nr * d, w.s, c.nr, false);
+      simd.softmax_mass(block.size(), c.nr, lanes, c.scale, lse + head * c.in.tokens + block.begin,
+                        w.s, w.mass + p * c.nr);
+    }
+  }
+  std::copy_n(w.mass, keys, out + head * c.in.tokens + task.keys.begin);
+}
+
+// Queues f(task, head, memory) for every task and head, with `floats` of memory a thread.
+template <class F>
+void each_task(CpuDevice& cpu, const Call& c, std::vector<Task> tasks, int64_t floats, F f) {
+  const int64_t items = static_cast<int64_t>(tasks.size()) * c.in.heads;
+  if (!items) return;
+  double work = 0;
+  for (const Task& t : tasks) work += t.work() * 2 * c.in.head_dim;
+  const double average = work / static_cast<double>(tasks.size());
+  const int64_t most = std::max<int64_t>(1, items / (4 * cpu.threads()));
+  const int64_t grain = std::clamp<int64_t>(static_cast<int64_t>(kTaskWork / average), 1, most);
+  const Scratch scratch = cpu.scratch(floats * sizeof(float) * cpu.threads());
+  float* memory = scratch.as<float>();
+  cpu.launch(
+      items, grain,
+      [=, heads = c.in.heads, tasks = std::move(tasks)](int64_t begin, int64_t end, int thread) {
+        for (int64_t i = begin; i < end; ++i)
+          f(tasks[i / heads], i % heads, memory + thread * floats);
+      });
+}
+
+template <class Layout, class... Arguments>
+int64_t floats_of(const Call& c, Arguments... arguments) {
+  Room room(nullptr);
+  Layout(c, room, arguments...);
+  return room.used();
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& a, Device& device) {
+  CpuDevice& cpu = cpu_device(device);
+  const Call c(cpu, attention_layout(a.q, a.k, a.v, a.qkv), a.cos, a.sin, a.scale);
+  each_task(cpu, c, cut_up(a.cu_seqlens, Cut::queries, kQueries), floats_of<Forward>(c),
+            [c, out = a.out.as<char>(), lse = a.lse.as<float>()](const Task& task, int64_t head,
+                                                                 float* memory) {
+              Room room(memory);
+              forward(c, Forward(c, room), task, head, out, lse);
+            });
+}
+
+void attention_backward(const AttentionBackwardArgs& a, Device& device) {
+  CpuDevice& cpu = cpu_device(device);
+  const Call c(cpu, attention_layout(a.q, a.k, a.v, a.qkv), a.cos, a.sin, a.scale);
+  const Answer answer{a.d_out.as<char>(), a.out.as<char>(), a.lse.as<float>(),
+                      attention_layout(a.d_q, a.d_k, a.d_v, a.d_qkv)};
+  const auto pass = [&](int wanted, std::vector<Task> tasks, int64_t keys) {
+    each_task(cpu, c, std::move(tasks), floats_of<Backward>(c, wanted, keys),
+              [=](const Task& task, int64_t head, float* memory) {
+                Room room(memory);
+                backward(c, Backward(c, room, wanted, keys), wanted, task, head, answer);
+              });
+  };
+  // Each sequence goes one way.
+  std::vector<Task> one, by_keys, by_queries;
+  for (const Task& t : cut_up(a.cu_seqlens, Cut::queries, INT64_MAX / 2))
+    if (t.keys.size() <= kWhole) one.push_back(t);
+  for (const Task& t : cut_up(a.cu_seqlens, Cut::keys, kKeyChunk))
+    if (t.queries.size() > kWhole) by_keys.push_back(t);
+  for (const Task& t : cut_up(a.cu_seqlens, Cut::queries, kQueryBlock))
+    if (t.keys.size() > kWhole) by_queries.push_back(t);
+  int64_t longest = 0;
+  for (const Task& t : one) longest = std::max(longest, t.keys.size());
+  pass(kDq | kDkDv, std::move(one), longest);
+  pass(kDkDv, std::move(by_keys), kKeyChunk);
+  pass(kDq, std::move(by_queries), 0);
+}
+
+void attention_mass(const AttentionMassArgs& a, Device& device) {
+  CpuDevice& cpu = cpu_device(device);
+  const Call c(cpu, attention_layout(a.q, a.k, View(), a.qkv), a.cos, a.sin, a.scale);
+  each_task(cpu, c, cut_up(a.cu_seqlens, Cut::keys, kKeyChunk), floats_of<Mass>(c),
+            [c, lse = a.lse.as<float>(), out = a.mass.as<float>()](const Task& task, int64_t head,
+                                                                   float* memory) {
+              Room room(memory);
+              mass(c, Mass(c, room), task, head, lse, out);
+            });
+}
+
+}  // namespace p2r::cpu

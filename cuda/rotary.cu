@@ -1,0 +1,108 @@
+// Rotary embedding: one entry a thread and step, both bound by memory. The partner of an entry is
+// half a row away, in the same cache lines.
+#include "cuda/rotary.cuh"
+#include "ops/rotary.h"
+
+namespace p2r::cuda {
+
+namespace {
+
+constexpr int kBlock = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kBlock)
+    rotate_kernel(const T* x, int64_t x_row, const float* cos, const float* sin, T* out,
+                  int64_t tokens, int64_t width, int d, bool inverse) {
+  for (int64_t i = blockIdx.x * int64_t{kBlock} + threadIdx.x; i < tokens * width;
+       i += int64_t{gridDim.x} * kBlock) {
+    const int64_t token = i / width, at = i % width;
+    const int c = static_cast<int>(at % d);
+    const T* row = x + token * x_row + (at - c);
+    const auto entry = [row](int j) { return to_float(row[j]); };
+    out[i] = from_float<T>(rotate_half(entry, cos + token * d, sin + token * d, c, d / 2, inverse));
+  }
+}
+
+// A grid of patches: its first token, the tokens of a frame, patches a row.
+struct GridOfPatches {
+  int64_t first, frame;
+  int32_t width;
+};
+
+__global__ void __launch_bounds__(kBlock)
+    vision_rotary_kernel(const GridOfPatches* grids, int count, const float* frequencies, int merge,
+                         int d, int64_t tokens, float* cos, float* sin) {
+  for (int64_t i = blockIdx.x * int64_t{kBlock} + threadIdx.x; i < tokens * d;
+       i += int64_t{gridDim.x} * kBlock) {
+    const int64_t token = i / d;
+    const int c = static_cast<int>(i % d) % (d / 2);
+    int low = 0, high = count - 1;  // the last grid that starts at or before the token
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (grids[middle].first <= token)
+        low = middle;
+      else
+        high = middle - 1;
+    }
+    const int64_t place = (token - grids[low].first) % grids[low].frame;
+    const int64_t block = place / (merge * merge), blocks = grids[low].width / merge;
+    const int inside = static_cast<int>(place % (merge * merge));
+    const bool is_row = c < d / 4;
+    const int64_t position =
+        is_row ? block / blocks * merge + inside / merge : block % blocks * merge + inside % merge;
+    const float angle = static_cast<float>(position) * frequencies[is_row ? c : c - d / 4];
+    cos[i] = cosf(angle);
+    sin[i] = sinf(angle);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void rotate_rows(const T* x, int64_t x_row, const float* cos, const float* sin, T* out,
+                 int64_t tokens, int64_t heads, int64_t d, bool inverse, Device& device) {
+  const int64_t n = tokens * heads * d;
+  if (!n) return;
+  launch(rotate_kernel<T>, blocks_for(n, kBlock), kBlock, 0, stream_of(device), x, x_row, cos, sin,
+         out, tokens, heads * d, static_cast<int>(d), inverse);
+}
+template void rotate_rows(const float*, int64_t, const float*, const float*, float*, int64_t,
+                          int64_t, int64_t, bool, Device&);
+template void rotate_rows(const __half*, int64_t, const float*, const float*, __half*, int64_t,
+                          int64_t, int64_t, bool, Device&);
+template void rotate_rows(const __nv_bfloat16*, int64_t, const float*, const float*, __nv_bfloat16*,
+                          int64_t, int64_t, int64_t, bool, Device&);
+
+void apply_rotary(const ApplyRotaryArgs& a, Device& device) {
+  with_float_type(a.x.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    rotate_rows<T>(a.x.as<const T>(), a.x.shape[1] * a.x.shape[2], a.cos.as<const float>(),
+                   a.sin.as<const float>(), a.out.as<T>(), a.x.shape[0], a.x.shape[1], a.x.shape[2],
+                   a.inverse, device);
+  });
+}
+
+void vision_rotary(const VisionRotaryArgs& a, Device& device) {
+  const int64_t tokens = a.cos.shape[0], d = a.cos.shape[1];
+  if (!tokens) return;
+  std::vector<GridOfPatches> grids;
+  int64_t first = 0;
+  for (size_t g = 0; g < a.grid_thw.size(); g += 3) {
+    const int64_t t = a.grid_thw[g], frame = a.grid_thw[g + 1] * a.grid_thw[g + 2];
+    if (t * frame == 0) continue;
+    grids.push_back({first, frame, static_cast<int32_t>(a.grid_thw[g + 2])});
+    first += t * frame;
+  }
+  const std::vector<float> frequencies = rotary_frequencies(a.theta, d);
+  const Scratch grid_memory = device.scratch(grids.size() * sizeof grids[0]);
+  const Scratch frequency_memory = device.scratch(frequencies.size() * sizeof(float));
+  device.upload(grid_memory.as<void>(), grids.data(), grids.size() * sizeof grids[0]);
+  device.upload(frequency_memory.as<void>(), frequencies.data(),
+                frequencies.size() * sizeof(float));
+  launch(vision_rotary_kernel, blocks_for(tokens * d, kBlock), kBlock, 0, stream_of(device),
+         grid_memory.as<const GridOfPatches>(), static_cast<int>(grids.size()),
+         frequency_memory.as<const float>(), static_cast<int>(a.merge), static_cast<int>(d), tokens,
+         a.cos.as<float>(), a.sin.as<float>());
+}
+
+}  // namespace p2r::cuda

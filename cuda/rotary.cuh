@@ -1,0 +1,22 @@
+// The rotation itself, for whoever turns rows on their way (cuda/rotary.cu, cuda/attention*.cu).
+#pragma once
+#include "cuda/kernel.cuh"
+
+namespace p2r::cuda {
+
+// Entry c of a turned row; x(i) gives the row's entries, cos and sin are its rows of the tables.
+template <class Row>
+__device__ __forceinline__ float rotate_half(const Row& x, const float* cos, const float* sin,
+                                             int c, int half, bool inverse) {
+  if (inverse)
+    return c < half ? cos[c] * x(c) + sin[c + half] * x(c + half)
+                    : cos[c] * x(c) - sin[c - half] * x(c - half);
+  return c < half ? cos[c] * x(c) - sin[c] * x(c + half) : cos[c] * x(c) + sin[c] * x(c - half);
+}
+
+// Turns x, whose tokens lie x_row elements apart, into out [tokens, heads, d].
+template <class T>
+void rotate_rows(const T* x, int64_t x_row, const float* cos, const float* sin, T* out,
+                 int64_t tokens, int64_t heads, int64_t d, bool inverse, Device& device);
+
+}  // namespace p2r::cuda

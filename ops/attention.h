@@ -1,0 +1,98 @@
+// Softmax attention over packed sequences, all keys of a sequence visible to all of its queries,
+// without ever holding a T x T matrix (Dao et al., FlashAttention, 2022; the running maximum and
+// sum are Milakov and Gimelshein's, 2018). For each sequence and head:
+//
+//   S = scale Q K^T        P = softmax(S), row by row
+//   out = P V              lse = ln sum_keys exp(S)
+//   mass[key] = sum_queries P
+//
+// and for a gradient dOut of out, with delta = rowsum(dOut * out):
+//
+//   dV = P^T dOut          dS = P * (dOut V^T - delta)
+//   dQ = scale dS K        dK = scale dS^T Q
+//
+// q, k, v, out and their gradients are [T, H, D], f32 | f16 | bf16, D a multiple of 8 from 8 to
+// 128, T below 2^31; or q, k, v come as one qkv [T, 3, H, D], read in place, and their gradients go
+// as one d_qkv. lse and mass are [H, T] f32. cu_seqlens: 0 = c_0 <= ... <= c_B = T; an empty
+// sequence owns no rows. out may not overlap the inputs.
+//
+// rotary tables cos and sin [T, D] f32 (packed input only): q and k are rotated and rounded to
+// their type first, exactly as by apply_rotary; d_qkv is rotated back before its one rounding.
+//
+// Everything between inputs and outputs is f32. Sums run in an order fixed by the lengths alone, so
+// results do not depend on the number of threads and repeat bit for bit.
+//
+// Values that are not finite stay within their sequence and head. A logit of -inf weighs nothing; a
+// query that has no other logit has lse -inf and a row of NaN; a logit of NaN or +inf makes out and
+// lse of its query NaN. The backward and the mass take lse as the forward gave it; where it is not
+// finite, that query's gradient and its whole sequence's dK, dV and mass of that head are NaN.
+#pragma once
+#include <tuple>
+
+#include "ops/tensor.h"
+
+namespace p2r {
+
+// `kernel` is an index into kernel_names("attention", device): 0 is the backend's own choice.
+// Either qkv is given (with cos and sin or without), or q, k and v.
+struct AttentionArgs {
+  In q, k, v, qkv, cos, sin;
+  Ints cu_seqlens;
+  double scale = 1;
+  int64_t kernel = 0;
+  Out out, lse;
+  auto fields() { return std::tie(q, k, v, qkv, cos, sin, cu_seqlens, scale, kernel, out, lse); }
+};
+
+// Either d_qkv is given, or d_q, d_k and d_v, as in the input. Without `deterministic` a kernel may
+// add in an order that changes from run to run, in a workspace of up to 4 T H D bytes.
+struct AttentionBackwardArgs {
+  In d_out, q, k, v, qkv, cos, sin, out, lse;
+  Ints cu_seqlens;
+  double scale = 1;
+  bool deterministic = true;
+  int64_t kernel = 0;
+  Out d_q, d_k, d_v, d_qkv;
+  auto fields() {
+    return std::tie(d_out, q, k, v, qkv, cos, sin, out, lse, cu_seqlens, scale, deterministic,
+                    kernel, d_q, d_k, d_v, d_qkv);
+  }
+};
+
+struct AttentionMassArgs {
+  In q, k, qkv, cos, sin, lse;
+  Ints cu_seqlens;
+  double scale = 1;
+  Out mass;
+  auto fields() { return std::tie(q, k, qkv, cos, sin, lse, cu_seqlens, scale, mass); }
+};
+
+// Where q, k and v (or their gradients) lie: three tensors, or slices of a packed one. Head h of
+// token t starts `t * row + h * head_dim` elements behind the pointer.
+struct AttentionLayout {
+  char *q = nullptr, *k = nullptr, *v = nullptr;
+  DType dtype = DType::f32;
+  int64_t tokens = 0, heads = 0, head_dim = 0, row = 0;
+};
+
+inline AttentionLayout attention_layout(const View& q, const View& k, const View& v,
+                                        const View& qkv) {
+  const View& x = qkv ? qkv : q;
+  AttentionLayout l;
+  l.dtype = x.dtype;
+  l.tokens = x.shape[0];
+  l.heads = x.shape[-2];
+  l.head_dim = x.shape[-1];
+  const int64_t inner = l.heads * l.head_dim;
+  l.row = qkv ? 3 * inner : inner;
+  const auto part = [&](const View& own, int64_t i) {
+    return qkv ? qkv.as<char>() + i * inner * static_cast<int64_t>(size_of(x.dtype))
+               : own.as<char>();
+  };
+  l.q = part(q, 0);
+  l.k = part(k, 1);
+  l.v = part(v, 2);
+  return l;
+}
+
+}  // namespace p2r

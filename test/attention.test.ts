@@ -1,0 +1,623 @@
+import {
+  applyRotary,
+  attention,
+  attentionBackward,
+  attentionMass,
+  type Grid,
+  kernels,
+  openDevice,
+  type Tensor,
+  windowLayout,
+} from 'p2r-kernels'
+import { describe, expect, test } from 'vitest'
+import { golden } from './golden.js'
+import {
+  type Backend,
+  expectClose,
+  expectGradient,
+  expectRefusal,
+  type Float,
+  floats,
+  onEveryBackend,
+  Random,
+  recorded,
+  relativeL2,
+  rounded,
+  roundoff,
+} from './harness.js'
+
+interface Inputs {
+  q: ArrayLike<number>
+  k: ArrayLike<number>
+  v: ArrayLike<number>
+  cu: ArrayLike<number>
+  heads: number
+  d: number
+  scale: number
+}
+
+// Everything about one attention from its definition, in float64, a query at a time.
+function oracle({ q, k, v, cu, heads, d, scale }: Inputs, dOut: ArrayLike<number> = []) {
+  const tokens = cu[cu.length - 1]!
+  const of = (n: number) => new Float64Array(n)
+  const [out, dq, dk, dv] = [of(q.length), of(q.length), of(q.length), of(q.length)]
+  const [lse, mass] = [of(heads * tokens), of(heads * tokens)]
+  const dot = (x: ArrayLike<number>, i: number, y: ArrayLike<number>, j: number) => {
+    let sum = 0
+    for (let c = 0; c < d; c++) sum += x[i + c]! * y[j + c]!
+    return sum
+  }
+  for (let s = 1; s < cu.length; s++)
+    for (let h = 0; h < heads; h++) {
+      const keys = Array.from({ length: cu[s]! - cu[s - 1]! }, (_, i) => cu[s - 1]! + i)
+      for (const query of keys) {
+        const row = (query * heads + h) * d
+        const logits = keys.map((key) => scale * dot(q, row, k, (key * heads + h) * d))
+        const top = logits.reduce((m, x) => Math.max(m, x), -Infinity)
+        const sum = logits.reduce((total, x) => total + Math.exp(x - top), 0)
+        lse[h * tokens + query] = top + Math.log(sum)
+        const p = logits.map((x) => Math.exp(x - top) / sum)
+        keys.forEach((key, i) => {
+          mass[h * tokens + key]! += p[i]!
+          for (let c = 0; c < d; c++) out[row + c]! += p[i]! * v[(key * heads + h) * d + c]!
+        })
+        if (dOut.length === 0) continue
+        const delta = dot(dOut, row, out, row)
+        keys.forEach((key, i) => {
+          const at = (key * heads + h) * d
+          const ds = p[i]! * (dot(dOut, row, v, at) - delta) * scale
+          for (let c = 0; c < d; c++) {
+            dv[at + c]! += p[i]! * dOut[row + c]!
+            dk[at + c]! += ds * q[row + c]!
+            dq[row + c]! += ds * k[at + c]!
+          }
+        })
+      }
+    }
+  return { out, lse, mass, dq, dk, dv }
+}
+
+function lengthsToCu(lengths: readonly number[]): number[] {
+  let end = 0
+  return [0, ...lengths.map((n) => (end += n))]
+}
+
+interface Case {
+  d: number
+  heads: number
+  lengths: number[]
+  scale?: number
+}
+const cases: Case[] = [
+  { d: 8, heads: 1, lengths: [1] },
+  { d: 16, heads: 3, lengths: [5, 64, 0, 1, 33] },
+  { d: 64, heads: 2, lengths: [65, 1, 64] },
+  { d: 72, heads: 1, lengths: [0, 7, 97, 0], scale: -0.2 },
+  { d: 80, heads: 2, lengths: [16, 24] },
+  { d: 128, heads: 1, lengths: [40, 90] },
+]
+const title = (c: Case) => `D ${c.d}, ${c.heads} heads of ${c.lengths}${c.scale ? ', scaled' : ''}`
+
+function random(c: Case, dtype: Float, seed = 1) {
+  const cu = lengthsToCu(c.lengths)
+  const n = cu.at(-1)! * c.heads * c.d
+  const r = new Random(seed)
+  const make = () => rounded(r.normals(n), dtype)
+  const [q, k, v, dOut] = [make(), make(), make(), make()]
+  const scale = c.scale ?? 1 / Math.sqrt(c.d)
+  return { q, k, v, dOut, cu, heads: c.heads, d: c.d, scale }
+}
+type Data = ReturnType<typeof random>
+
+function upload(b: Backend, x: Data, dtype: Float) {
+  const shape = [x.cu.at(-1)!, x.heads, x.d]
+  const put = (values: Float32Array) => b.device.tensor(values, shape, dtype)
+  return { q: put(x.q), k: put(x.k), v: put(x.v), dOut: put(x.dOut) }
+}
+
+// [T, H, D] three times to [T, 3, H, D].
+function pack(q: Float32Array, k: Float32Array, v: Float32Array, inner: number): Float32Array {
+  const out = new Float32Array(3 * q.length)
+  for (let t = 0; t * inner < q.length; t++)
+    [q, k, v].forEach((x, i) => {
+      out.set(x.subarray(t * inner, (t + 1) * inner), (3 * t + i) * inner)
+    })
+  return out
+}
+
+function rotaryTables(b: Backend, tokens: number, d: number) {
+  const angles = new Random(9).normals((tokens * d) / 2, 3)
+  const table = (f: (x: number) => number) =>
+    b.device.tensor(
+      Float32Array.from({ length: tokens * d }, (_, i) =>
+        f(angles[Math.floor(i / d) * (d / 2) + (i % (d / 2))]!),
+      ),
+      [tokens, d],
+    )
+  return { cos: table(Math.cos), sin: table(Math.sin) }
+}
+
+// A logit is a sum of D products of normal numbers, scaled to about 1 and reaching some 6: in f32 it
+// is off by a few ulps of that, some 1e-6, and so is the weight it makes, relatively. The outputs
+// are averages of values up to 4 and their gradients sums of some ten such terms; then comes the
+// rounding to the type.
+const forwardBound = (dtype: Float) => ({ absolute: 1e-5, relative: roundoff[dtype] * 1.01 })
+// The gradient's delta holds the rounding of `out` to the type, of D entries of up to 4, through the
+// whole of a row of weights.
+const backwardBound = (dtype: Float) => ({
+  absolute: 2e-5 + (dtype === 'f32' ? 0 : 2 * roundoff[dtype]),
+  relative: roundoff[dtype] * 1.01,
+})
+
+onEveryBackend('attention', (b) => {
+  for (const c of cases)
+    for (const dtype of floats)
+      test(`${title(c)}, ${dtype}`, async () => {
+        const x = random(c, dtype)
+        const expected = oracle(x, x.dOut)
+        const { q, k, v, dOut } = upload(b, x, dtype)
+        const name = `${title(c)} ${dtype}`
+        const given = {
+          q,
+          k,
+          v,
+          cuSeqlens: x.cu,
+          ...(c.scale === undefined ? {} : { scale: c.scale }),
+        }
+        const { out, lse } = recorded(b, `attention ${name}`, forwardBound(dtype), () =>
+          attention(given),
+        )
+        expect(out.shape).toEqual(q.shape)
+        expect(out.dtype).toBe(dtype)
+        expect(lse.shape).toEqual([x.heads, x.cu.at(-1)!])
+        expectClose(await out.toFloat32(), expected.out, forwardBound(dtype))
+        expectClose(await lse.read(), expected.lse, { absolute: 1e-5 })
+
+        const mass = recorded(b, `attention mass ${name}`, forwardBound(dtype), () =>
+          attentionMass({ ...given, lse }),
+        )
+        expectClose(await mass.read(), expected.mass, { absolute: 1e-5, relative: 1e-5 })
+
+        const back = recorded(b, `attention backward ${name}`, backwardBound(dtype), () =>
+          attentionBackward({ ...given, dOut, out, lse }),
+        )
+        expectClose(await back.dV.toFloat32(), expected.dv, backwardBound(dtype))
+        expectClose(await back.dQ.toFloat32(), expected.dq, backwardBound(dtype))
+        expectClose(await back.dK.toFloat32(), expected.dk, backwardBound(dtype))
+      })
+
+  test('a long sequence, cut up', async () => {
+    const x = random({ d: 16, heads: 1, lengths: [3, 1500, 1] }, 'f32')
+    const expected = oracle(x, x.dOut)
+    const { q, k, v, dOut } = upload(b, x, 'f32')
+    const { out, lse } = attention({ q, k, v, cuSeqlens: x.cu })
+    expectClose(await out.read(), expected.out, forwardBound('f32'))
+    const mass = attentionMass({ q, k, lse, cuSeqlens: x.cu })
+    expectClose(await mass.read(), expected.mass, { absolute: 1e-5, relative: 1e-5 })
+    const back = attentionBackward({ dOut, q, k, v, out, lse, cuSeqlens: x.cu })
+    expectClose(await back.dV.read(), expected.dv, backwardBound('f32'))
+    expectClose(await back.dQ.read(), expected.dq, backwardBound('f32'))
+    expectClose(await back.dK.read(), expected.dk, backwardBound('f32'))
+  })
+
+  for (const dtype of floats)
+    test(`packed and turned, ${dtype}`, async () => {
+      const x = random({ d: 72, heads: 2, lengths: [3, 0, 70] }, dtype, 2)
+      const { q, k, v, dOut } = upload(b, x, dtype)
+      const [tokens, inner] = [73, 2 * 72]
+      const qkv = b.device.tensor(pack(x.q, x.k, x.v, inner), [tokens, 3, 2, 72], dtype)
+      const rotary = rotaryTables(b, tokens, 72)
+      const cuSeqlens = x.cu
+
+      for (const turned of [false, true]) {
+        const name = `packed${turned ? ' turned' : ''} ${dtype}`
+        const apart = turned
+          ? { q: applyRotary({ x: q, ...rotary }), k: applyRotary({ x: k, ...rotary }), v }
+          : { q, k, v }
+        const packed = turned ? { qkv, rotary } : { qkv }
+        const one = recorded(b, `attention ${name}`, forwardBound(dtype), () =>
+          attention({ ...packed, cuSeqlens }),
+        )
+        const two = attention({ ...apart, cuSeqlens })
+        // The same numbers in the same order, so the same bits.
+        expect(await one.out.read()).toEqual(await two.out.read())
+        expect(await one.lse.read()).toEqual(await two.lse.read())
+        const massOfOne = attentionMass({ ...packed, lse: one.lse, cuSeqlens })
+        const massOfTwo = attentionMass({ q: apart.q, k: apart.k, lse: two.lse, cuSeqlens })
+        expect(await massOfOne.read()).toEqual(await massOfTwo.read())
+
+        const { dQkv } = recorded(b, `attention backward ${name}`, backwardBound(dtype), () =>
+          attentionBackward({ ...packed, ...one, dOut, cuSeqlens }),
+        )
+        const { dQ, dK, dV } = attentionBackward({ ...apart, ...two, dOut, cuSeqlens })
+        const back = (g: Tensor) =>
+          turned ? applyRotary({ x: g, ...rotary, inverse: true }).toFloat32() : g.toFloat32()
+        // Apart, the gradient is rounded before it is turned back, and again after.
+        const expected = pack(await back(dQ), await back(dK), await dV.toFloat32(), inner)
+        const twice = turned ? 3 * roundoff[dtype] : 0
+        expectClose(await dQkv.toFloat32(), expected, { absolute: twice, relative: twice })
+      }
+    })
+
+  test('the gradient is the slope', async () => {
+    const c = { d: 8, heads: 2, lengths: [6, 1, 4] }
+    const x = random(c, 'f32', 3)
+    const { q, k, v, dOut } = upload(b, x, 'f32')
+    const { out, lse } = attention({ q, k, v, cuSeqlens: x.cu })
+    const back = attentionBackward({ dOut, q, k, v, out, lse, cuSeqlens: x.cu })
+    const gradients = { q: back.dQ, k: back.dK, v: back.dV }
+    for (const name of ['q', 'k', 'v'] as const)
+      expectGradient(
+        (at) => oracle({ ...x, [name]: at }).out.reduce((s, o, i) => s + o * x.dOut[i]!, 0),
+        x[name],
+        await gradients[name].read(),
+        { absolute: 1e-5, relative: 1e-5, entries: 176 },
+      )
+  })
+
+  test('constant values come out as they are, and mass sums to the length', async () => {
+    const x = random({ d: 24, heads: 2, lengths: [11, 50, 0, 1] }, 'f32', 4)
+    const { q, k } = upload(b, x, 'f32')
+    const v = b.device.tensor(
+      x.v.map((_, i) => i % 24),
+      q.shape,
+    )
+    const { out, lse } = attention({ q, k, v, cuSeqlens: x.cu })
+    expectClose(
+      await out.read(),
+      x.v.map((_, i) => i % 24),
+      { relative: 64 * roundoff.f32 },
+    )
+    const mass = await attentionMass({ q, k, lse, cuSeqlens: x.cu }).read()
+    for (let h = 0; h < 2; h++)
+      for (let s = 1; s < x.cu.length; s++) {
+        const [from, to] = [h * 62 + x.cu[s - 1]!, h * 62 + x.cu[s]!]
+        const sum = mass.subarray(from, to).reduce((total, m) => total + m, 0)
+        expect(Math.abs(sum - (to - from))).toBeLessThanOrEqual(1e-5 * (to - from))
+      }
+  })
+
+  test('sequences do not know of one another', async () => {
+    // The same sequences in another order give the same bits in that order; one of them is full of
+    // NaN and infinities.
+    const lengths = [7, 40, 1, 33]
+    const order = [2, 0, 3, 1]
+    const x = random({ d: 16, heads: 2, lengths }, 'f32', 5)
+    for (const part of [x.q, x.k, x.v])
+      for (let i = 0; i < 32; i++) part[(10 + i) * 32 + i] = [NaN, Infinity, -Infinity][i % 3]!
+    const move = (values: Float32Array, width: number) =>
+      Float32Array.from(
+        order.flatMap((s) => [...values.subarray(x.cu[s]! * width, x.cu[s + 1]! * width)]),
+      )
+    const y = { ...x, cu: lengthsToCu(order.map((s) => lengths[s]!)) }
+    for (const part of ['q', 'k', 'v', 'dOut'] as const) y[part] = move(x[part], 32)
+
+    const run = async (data: Data) => {
+      const { q, k, v, dOut } = upload(b, data, 'f32')
+      const { out, lse } = attention({ q, k, v, cuSeqlens: data.cu })
+      const { dQ, dK, dV } = attentionBackward({ q, k, v, dOut, out, lse, cuSeqlens: data.cu })
+      return Promise.all([out, dQ, dK, dV].map((t) => t.toFloat32()))
+    }
+    const [straight, moved] = [await run(x), await run(y)]
+    straight.forEach((values, i) => {
+      expect(moved[i]).toEqual(move(values, 32))
+      const clean = [...values.subarray(0, 7 * 32), ...values.subarray(47 * 32)]
+      expect(clean.every(Number.isFinite)).toBe(true)
+      expect(values.subarray(7 * 32, 47 * 32).some(Number.isNaN)).toBe(true)
+    })
+  })
+
+  test('parts of the keys are put together by lse', async () => {
+    // Queries A and B against keys A and B: each half against each half, weighted by its share.
+    const [n, heads, d] = [50, 2, 16]
+    const x = random({ d, heads, lengths: [2 * n] }, 'f32', 6)
+    const half = (values: Float32Array, which: number[]) =>
+      Float32Array.from(
+        which.flatMap((i) => [...values.subarray(i * n * heads * d, (i + 1) * n * heads * d)]),
+      )
+    const whole = upload(b, x, 'f32')
+    const all = attention({ q: whole.q, k: whole.k, v: whole.v, cuSeqlens: x.cu })
+    const split = upload(
+      b,
+      {
+        ...x,
+        q: half(x.q, [0, 0, 1, 1]),
+        k: half(x.k, [0, 1, 0, 1]),
+        v: half(x.v, [0, 1, 0, 1]),
+        dOut: half(x.dOut, [0, 0, 1, 1]),
+        cu: [0, 4 * n],
+      },
+      'f32',
+    )
+    const parts = attention({ ...split, cuSeqlens: [0, n, 2 * n, 3 * n, 4 * n] })
+    const [out, lse] = [await parts.out.toFloat32(), await parts.lse.read()]
+    const merged = new Float64Array(x.q.length)
+    const mergedLse = new Float64Array(heads * 2 * n)
+    for (let t = 0; t < 2 * n; t++)
+      for (let h = 0; h < heads; h++) {
+        const places = [0, 1].map((key) => (t < n ? 0 : 2 * n) + key * n + (t % n))
+        const weights = places.map((p) => Math.exp(lse[h * 4 * n + p]!))
+        const sum = weights[0]! + weights[1]!
+        mergedLse[h * 2 * n + t] = Math.log(sum)
+        places.forEach((p, i) => {
+          for (let c = 0; c < d; c++)
+            merged[(t * heads + h) * d + c]! += (weights[i]! / sum) * out[(p * heads + h) * d + c]!
+        })
+      }
+    expectClose(await all.out.toFloat32(), merged, forwardBound('f32'))
+    expectClose(await all.lse.read(), mergedLse, { absolute: 1e-5 })
+  })
+
+  test('logits without end', async () => {
+    // Products of 3e38 overflow. 250 keys of -inf before 3 of 0; only -inf; one +inf; NaN.
+    const d = 8
+    const lengths = [253, 2, 2, 2]
+    const cu = lengthsToCu(lengths)
+    const x = { q: new Float32Array(cu.at(-1)! * d), k: new Float32Array(cu.at(-1)! * d) }
+    for (let t = 0; t < cu.at(-1)!; t++) {
+      x.q[t * d] = 3e38
+      if (t < 250 || t === 253 || t === 254) x.k[t * d] = -3e38
+    }
+    x.k[255 * d] = 3e38
+    x.k[257 * d] = NaN
+    const tensor = (data: Float32Array) => b.device.tensor(data, [cu.at(-1)!, 1, d])
+    const v = new Random(7).normals(x.q.length)
+    const { out, lse } = recorded(b, 'attention without end', forwardBound('f32'), () =>
+      attention({ q: tensor(x.q), k: tensor(x.k), v: tensor(v), cuSeqlens: cu }),
+    )
+    const [values, logs] = [await out.toFloat32(), await lse.read()]
+    const mean = Float64Array.from({ length: d }, (_, c) =>
+      [250, 251, 252].reduce((sum, t) => sum + v[t * d + c]! / 3, 0),
+    )
+    expectClose(values.subarray(0, d), mean, forwardBound('f32'))
+    expectClose(logs.subarray(0, 253), new Float64Array(253).fill(Math.log(3)), { absolute: 1e-6 })
+    expect(Array.from(logs.subarray(253))).toEqual([-Infinity, -Infinity, NaN, NaN, NaN, NaN])
+    expect(values.subarray(253 * d).every(Number.isNaN)).toBe(true)
+  })
+
+  const files = golden('attention')
+  for (const path of files.list().filter((p) => p.endsWith('meta.json'))) {
+    const meta = files.json(path)
+    const types: Float[] = ({ bf16: ['f32', 'bf16'], fp16: ['f32', 'f16'] }[
+      meta.input_rounding as string
+    ] as Float[] | undefined) ?? ['f32']
+    for (const dtype of types)
+      test(`reference ${meta.name}, ${dtype}`, async () => {
+        const folder = path.slice(0, -'meta.json'.length)
+        const read = (name: string) => files.f32(`${folder}${name}.bin`)
+        const cuSeqlens = files.i32(`${folder}cu_seqlens.bin`)
+        const shape = meta.tensors.q.shape
+        const put = (name: string) => b.device.tensor(read(name), shape, dtype)
+        const given = {
+          q: put('q'),
+          k: put('k'),
+          v: put('v'),
+          cuSeqlens,
+          scale: meta.softmax_scale,
+        }
+        const { out, lse } = attention(given)
+        const mass = attentionMass({ ...given, lse })
+        const back = attentionBackward({ ...given, out, lse, dOut: put('dout') })
+        const results = { out, lse, colsum: mass, dq: back.dQ, dk: back.dK, dv: back.dV }
+
+        // Twice what an honest computation in the type gets, case by case; lse and mass are f32 in all.
+        const errors = meta.reference_error_of_other_precisions
+        const own = {
+          f32: 'naive_float32',
+          bf16: 'sim_bf16_P_dS_and_outputs',
+          f16: 'sim_fp16_P_dS_and_outputs',
+        }
+        for (const [name, tensor] of Object.entries(results)) {
+          const error = relativeL2(await tensor.toFloat32(), read(name))
+          const honest = Math.max(
+            errors.naive_float32[name].rel_l2,
+            errors[own[dtype]][name].rel_l2,
+          )
+          expect(error, name).toBeLessThanOrEqual(2 * honest)
+        }
+      })
+  }
+
+  test('takes nothing', async () => {
+    for (const shape of [
+      [0, 2, 16],
+      [3, 0, 16],
+    ]) {
+      const x = b.device.zeros(shape)
+      const cuSeqlens = shape[0] === 0 ? [0, 0, 0] : [0, 3]
+      const { out, lse } = attention({ q: x, k: x, v: x, cuSeqlens })
+      expect([out.shape, lse.shape]).toEqual([shape, [shape[1], shape[0]]])
+      const back = attentionBackward({ dOut: x, q: x, k: x, v: x, out, lse, cuSeqlens })
+      expect(back.dK.shape).toEqual(shape)
+      expect(attentionMass({ q: x, k: x, lse, cuSeqlens }).shape).toEqual([shape[1], shape[0]])
+    }
+    const qkv = b.device.zeros([0, 3, 2, 16], 'bf16')
+    expect(attention({ qkv, cuSeqlens: [0] }).out.shape).toEqual([0, 2, 16])
+    await b.device.synchronize()
+  })
+
+  test('holds no T x T matrix', async () => {
+    const [tokens, d] = [4096, 8]
+    const x = b.device.tensor(new Random(8).normals(tokens * d), [tokens, 1, d])
+    const cuSeqlens = [0, tokens]
+    b.device.resetPeak()
+    const before = b.device.memory().liveBytes
+    const { out, lse } = attention({ q: x, k: x, v: x, cuSeqlens })
+    attentionMass({ q: x, k: x, lse, cuSeqlens })
+    attentionBackward({ dOut: x, q: x, k: x, v: x, out, lse, cuSeqlens })
+    await b.device.synchronize()
+    const threads = b.device.info.threads ?? 1
+    expect(b.device.memory().peakBytes - before).toBeLessThan(
+      threads * 2 ** 22 + 6 * 4 * tokens * d,
+    )
+  })
+
+  test('runs a kernel by name', async () => {
+    const names = kernels('attention', b.device)
+    expect(names.length).toBeGreaterThan(0)
+    const x = random({ d: 16, heads: 2, lengths: [9, 70] }, 'f32', 10)
+    const { q, k, v, dOut } = upload(b, x, 'f32')
+    const expected = oracle(x, x.dOut)
+    for (const kernel of names) {
+      const { out, lse } = attention({ q, k, v, cuSeqlens: x.cu, kernel })
+      expectClose(await out.toFloat32(), expected.out, forwardBound('f32'))
+      for (const deterministic of [true, false]) {
+        const given = { dOut, q, k, v, out, lse, cuSeqlens: x.cu, kernel, deterministic }
+        const back = attentionBackward(given)
+        expectClose(await back.dK.toFloat32(), expected.dk, backwardBound('f32'))
+      }
+    }
+    const unknown = () => attention({ q, k, v, cuSeqlens: x.cu, kernel: 'magic' })
+    expectRefusal(unknown, 'ERR_VALUE', 'attention', /kernel must be .*'magic'/)
+    expectRefusal(() => kernels('nothing', b.device), 'ERR_VALUE', 'kernels')
+    expectRefusal(() => kernels('attention', {} as never), 'ERR_VALUE', 'kernels')
+  })
+
+  test('refuses', () => {
+    const { device } = b
+    const x = device.zeros([6, 2, 16])
+    const rotary = { cos: device.zeros([6, 16]), sin: device.zeros([6, 16]) }
+    const run = (a: object) => () =>
+      attention({ q: x, k: x, v: x, cuSeqlens: [0, 6], ...a } as never)
+    const packed = (a: object) => () =>
+      attention({ qkv: device.zeros([6, 3, 2, 16]), cuSeqlens: [0, 6], ...a } as never)
+    const shaped = (shape: number[]) => {
+      const t = device.zeros(shape)
+      return { q: t, k: t, v: t, cuSeqlens: [0, shape[0]!] }
+    }
+    const refused = (f: () => unknown, code: string, message?: RegExp) =>
+      expectRefusal(f, code, 'attention', message)
+
+    refused(run({ cuSeqlens: [1, 6] }), 'ERR_VALUE', /must start with 0/)
+    refused(run({ cuSeqlens: [0, 4, 3, 6] }), 'ERR_VALUE', /must not fall/)
+    refused(run({ cuSeqlens: [0, 5] }), 'ERR_VALUE', /number of tokens, 6, got 5/)
+    refused(run({ cuSeqlens: [] }), 'ERR_VALUE')
+    refused(run({ cuSeqlens: [0, 2.5, 6] }), 'ERR_VALUE')
+    refused(run({ cuSeqlens: undefined }), 'ERR_VALUE')
+    refused(run(shaped([6, 2, 12])), 'ERR_SHAPE', /multiple of 8 from 8 to 128, got 12/)
+    refused(run(shaped([6, 2, 136])), 'ERR_SHAPE')
+    refused(run(shaped([6, 2, 0])), 'ERR_SHAPE')
+    refused(run(shaped([6, 32])), 'ERR_SHAPE')
+    refused(run(shaped([2 ** 31, 0, 16])), 'ERR_SHAPE', /at most 2147483647/)
+    refused(run({ k: device.zeros([5, 2, 16]) }), 'ERR_SHAPE', /k must have shape/)
+    refused(run({ v: device.zeros([6, 2, 16], 'bf16') }), 'ERR_DTYPE', /v must be f32/)
+    refused(run({ q: device.zeros([6, 2, 16], 'i32') }), 'ERR_DTYPE')
+    refused(run({ q: undefined }), 'ERR_VALUE')
+    refused(run({ v: undefined }), 'ERR_VALUE', /v is missing/)
+    refused(run({ scale: Number.NaN }), 'ERR_VALUE')
+    refused(run({ scale: '1' }), 'ERR_VALUE')
+    refused(run({ rotary }), 'ERR_VALUE', /packed/)
+    refused(run({ qkv: device.zeros([6, 3, 2, 16]) }), 'ERR_VALUE', /not both/)
+    refused(packed({ qkv: device.zeros([6, 2, 2, 16]) }), 'ERR_SHAPE', /\[T, 3, H, D\]/)
+    refused(packed({ rotary: { cos: rotary.cos } }), 'ERR_VALUE')
+    refused(packed({ rotary: { ...rotary, sin: device.zeros([6, 8]) } }), 'ERR_SHAPE')
+    refused(packed({ rotary: { ...rotary, sin: device.zeros([6, 16], 'f16') } }), 'ERR_DTYPE')
+
+    const lse = device.zeros([2, 6])
+    const back = (a: object) => () =>
+      attentionBackward({
+        dOut: x,
+        q: x,
+        k: x,
+        v: x,
+        out: x,
+        lse,
+        cuSeqlens: [0, 6],
+        ...a,
+      } as never)
+    const answers = (f: () => unknown, code: string, message?: RegExp) =>
+      expectRefusal(f, code, 'attentionBackward', message)
+    answers(back({ lse: device.zeros([6, 2]) }), 'ERR_SHAPE', /lse must have shape \[2, 6\]/)
+    answers(back({ dOut: device.zeros([6, 2, 16], 'f16') }), 'ERR_DTYPE', /dOut/)
+    answers(back({ out: device.zeros([6, 1, 16]) }), 'ERR_SHAPE', /out/)
+    answers(back({ deterministic: 'yes' }), 'ERR_VALUE')
+    answers(back({ kernel: 'magic' }), 'ERR_VALUE')
+    expectRefusal(
+      () => attentionMass({ q: x, k: x, lse: device.zeros([2, 5]), cuSeqlens: [0, 6] }),
+      'ERR_SHAPE',
+      'attentionMass',
+    )
+  })
+})
+
+test('attention does not depend on the number of threads', async () => {
+  const c = { d: 32, heads: 3, lengths: [40, 1300, 1, 300] }
+  const x = random(c, 'f32', 11)
+  const run = async (threads: number) => {
+    using device = openDevice('cpu', { threads })
+    const { q, k, v, dOut } = upload({ device, name: '' }, x, 'f32')
+    const { out, lse } = attention({ q, k, v, cuSeqlens: x.cu })
+    const mass = attentionMass({ q, k, lse, cuSeqlens: x.cu })
+    const { dQ, dK, dV } = attentionBackward({ dOut, q, k, v, out, lse, cuSeqlens: x.cu })
+    return Promise.all([out, lse, mass, dQ, dK, dV].map((t) => t.toFloat32()))
+  }
+  expect(await run(3)).toEqual(await run(1))
+})
+
+describe('windowLayout', () => {
+  // As the model's code has it: grids of units padded to whole windows, windows cut out of them,
+  // padding and empty windows dropped.
+  function padded(grids: readonly Grid[], window: number, merge: number) {
+    const index: number[] = []
+    const cu = [0]
+    let first = 0
+    for (const [t, h, w] of grids) {
+      const [rows, columns] = [h / merge, w / merge]
+      const [high, wide] = [rows + window - (rows % window), columns + window - (columns % window)]
+      for (let f = 0; f < t; f++)
+        for (let i = 0; i < high; i += window)
+          for (let j = 0; j < wide; j += window) {
+            let count = 0
+            for (let r = i; r < i + window; r++)
+              for (let c = j; c < j + window; c++) {
+                if (r >= rows || c >= columns) continue
+                const unit = first + (f * rows + r) * columns + c
+                for (let n = 0; n < merge * merge; n++) index.push(unit * merge * merge + n)
+                count += merge * merge
+              }
+            if (count > 0) cu.push(cu.at(-1)! + count)
+          }
+      first += t * rows * columns
+    }
+    return { index, cu }
+  }
+
+  const layouts: { gridThw: Grid[]; window: number; mergeSize?: number }[] = [
+    { gridThw: [[1, 16, 16]], window: 4 },
+    {
+      gridThw: [
+        [1, 14, 22],
+        [2, 6, 4],
+        [1, 2, 2],
+      ],
+      window: 4,
+    },
+    { gridThw: [[1, 9, 6]], window: 2, mergeSize: 3 },
+    { gridThw: [[1, 3, 5]], window: 2, mergeSize: 1 },
+    { gridThw: [[1, 4, 4]], window: 100 },
+    {
+      gridThw: [
+        [0, 4, 4],
+        [1, 0, 4],
+      ],
+      window: 3,
+    },
+    { gridThw: [], window: 1 },
+  ]
+  test.each(layouts)('$gridThw, window $window', (a) => {
+    const { index, inverse, cuSeqlens } = windowLayout(a)
+    const expected = padded(a.gridThw, a.window, a.mergeSize ?? 2)
+    expect(Array.from(index)).toEqual(expected.index)
+    expect(Array.from(cuSeqlens)).toEqual(expected.cu)
+    expect(Array.from(inverse, (place) => index[place])).toEqual(expected.index.map((_, i) => i))
+  })
+
+  test('refuses', () => {
+    const run = (a: object) => () => windowLayout({ gridThw: [[1, 4, 4]], window: 2, ...a })
+    expectRefusal(run({ window: 0 }), 'ERR_VALUE', 'windowLayout', /window must be/)
+    expectRefusal(run({ window: 1.5 }), 'ERR_VALUE', 'windowLayout')
+    expectRefusal(run({ mergeSize: 3 }), 'ERR_VALUE', 'windowLayout', /divides/)
+    expectRefusal(run({ gridThw: [[1, 4, 4.5]] }), 'ERR_VALUE', 'windowLayout')
+    expectRefusal(run({ gridThw: [[2 ** 20, 2 ** 10, 2 ** 10]] }), 'ERR_SHAPE', 'windowLayout')
+  })
+})
