@@ -545,14 +545,15 @@ onEveryBackend('policy_loss', (b) => {
   })
 
   test('metrics live as long as the result', async () => {
+    // At most, here and below: what earlier tests dropped may be collected meanwhile.
     const before = b.device.memory().liveBytes
     const a = { logProbs: [-1], advantages: [1], cuSeqlens: [0, 1] }
     scope(() => void run(a, {}))
-    expect(b.device.memory().liveBytes).toBe(before)
+    expect(b.device.memory().liveBytes).toBeLessThanOrEqual(before)
     const got = scope(() => run(a, {}))
     expect((await got.metrics()).tokens).toBe(1)
     got.dispose()
-    expect(b.device.memory().liveBytes).toBe(before)
+    expect(b.device.memory().liveBytes).toBeLessThanOrEqual(before)
     await expect(got.metrics()).rejects.toMatchObject({ code: 'ERR_DISPOSED' })
   })
 
