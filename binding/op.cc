@@ -252,7 +252,8 @@ int32_t* Call::fault_flag(const char* text) {
   if (composite && composite->fault && composite->device == device_.get()) {
     fault_ = composite->fault;
     if (fault_->text.find(text) == std::string::npos) fault_->text += std::string("; or ") + text;
-    // Operations of the composite that are done may have settled it; the next one can still raise it.
+    // Operations of the composite that are done may have settled it; the next one can still raise
+    // it.
     const auto knows = [&](const std::vector<std::shared_ptr<Fault>>& list) {
       return std::find(list.begin(), list.end(), fault_) != list.end();
     };

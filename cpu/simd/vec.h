@@ -79,7 +79,8 @@ inline float max_of(vf v) {
 }
 
 // e^x within 2 ulp, subnormal results included; 0 for -inf, inf and NaN as they should be.
-// x = n ln 2 + r with |r| <= ln 2 / 2 (Cody and Waite), e^r by its Taylor series of degree 7, times 2^n.
+// x = n ln 2 + r with |r| <= ln 2 / 2 (Cody and Waite), e^r by its Taylor series of degree 7, times
+// 2^n.
 inline vf vexp(vf x) {
   // Beyond these e^x rounds to 0 and inf. A comparison with NaN is false and keeps it.
   x = x > 89.0f ? set1(89.0f) : x;
