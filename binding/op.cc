@@ -251,6 +251,13 @@ int32_t* Call::fault_flag(const char* text) {
   Composite* composite = state.composites.empty() ? nullptr : &state.composites.back();
   if (composite && composite->fault && composite->device == device_.get()) {
     fault_ = composite->fault;
+    if (fault_->text.find(text) == std::string::npos) fault_->text += std::string("; or ") + text;
+    // Operations of the composite that are done may have settled it; the next one can still raise
+    // it.
+    const auto knows = [&](const std::vector<std::shared_ptr<Fault>>& list) {
+      return std::find(list.begin(), list.end(), fault_) != list.end();
+    };
+    if (!knows(device_->pending) && !knows(device_->raised)) device_->pending.push_back(fault_);
     return fault_->flag;
   }
   fault_ = device_->device->new_fault(op_, text);

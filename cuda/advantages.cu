@@ -63,7 +63,7 @@ __device__ Spread spread_of(const float* rewards, const int32_t* members, int n,
   int bad = 0;
   for (int i = lane; i < n; i += 32) {
     const float r = rewards[members[i] * kinds + kind];
-    bad |= !isfinite(r);
+    bad |= !(fabsf(r) < INFINITY);
     low = fminf(low, r);
     high = fmaxf(high, r);
     total += r;

@@ -158,7 +158,7 @@ __device__ Row whole_row(const Sums* slices, int64_t count, double inverse) {
 __device__ float2 stats_of(const Row& row, double inverse) {
   const double maximum = row.maximum * inverse;
   const float m = static_cast<float>(maximum);
-  const double residue = isfinite(m) ? maximum - m : 0;
+  const double residue = fabsf(m) < INFINITY ? maximum - m : 0;
   return make_float2(m, static_cast<float>(log(row.sum) + residue));
 }
 
@@ -308,7 +308,7 @@ template <class T>
 void sum_slices(const In& logits, const In& targets, float inverse, Sums* out, int64_t slices,
                 cudaStream_t stream) {
   const int64_t rows = logits.shape[0];
-  if (rows * slices)
+  if (rows * slices > 0)
     launch(slice_sums_kernel<T>, static_cast<unsigned>(rows * slices), kBlock, 0, stream,
            logits.as<const T>(), targets.as<const int32_t>(), logits.shape[1], slices, inverse,
            out);

@@ -9,7 +9,7 @@
 //   gspo   as ppo without dual clip, r = e^clamp(mean of the       -A r likewise
 //          sequence's logp - old, -20, 10) (Zheng et al. 2025)
 //   cispo  -c(r) A logp, c(r) held constant (MiniMax 2025)         -c(r) A
-//   sapo   -A (4/τ) σ(τ (r - 1)), τ by the sign of A (2025)        -A 4 σ (1 - σ) r, 0 past ±20
+//   sapo   -A (4/τ) σ(τ (r - 1)), τ by the sign of A (Gao 2025)    -A 4 σ (1 - σ) r, 0 past ±20
 //   gpg    -A logp                                                 -A
 //
 // gspo's gradient is that of GSPO-token: it equals the derivative where A w is constant over the

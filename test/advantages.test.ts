@@ -201,7 +201,9 @@ onEveryBackend('advantages', (b) => {
       const rewards = b.device.tensor([1, bad, 0.5], [3])
       const groups = [0, 0, 1]
       const fault = { code: 'ERR_VALUE', op: 'groupAdvantages' }
-      const advantages = groupAdvantages({ rewards, groups })
+      const advantages = recorded(b, `advantages of ${bad}`, bound, () =>
+        groupAdvantages({ rewards, groups }),
+      )
       await expect(advantages.read()).rejects.toMatchObject(fault)
       await expect(b.device.synchronize()).rejects.toMatchObject(fault)
       const keep = informativeGroups({ rewards, groups })

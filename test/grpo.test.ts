@@ -154,15 +154,16 @@ onEveryBackend('grpo', (b) => {
 
   test('nothing is left behind', async () => {
     const a = { ...inputs(), logits: logits(), targets: targets() }
+    // At most, here and below: what earlier tests dropped may be collected meanwhile.
     const before = b.device.memory().liveBytes
     for (let i = 0; i < 3; i++) {
       const step = scope(() => grpoStep({ ...a, entropyCoef: 0.1 }))
       expect((await step.metrics()).tokens).toBe(bits.reduce((s, x) => s + x, 0))
       step.dispose()
     }
-    expect(b.device.memory().liveBytes).toBe(before)
+    expect(b.device.memory().liveBytes).toBeLessThanOrEqual(before)
     expectRefusal(() => grpoStep({ ...a, kl: 'k9' as never }), 'ERR_VALUE', 'grpoStep')
-    expect(b.device.memory().liveBytes).toBe(before)
+    expect(b.device.memory().liveBytes).toBeLessThanOrEqual(before)
   })
 
   test('an empty batch', async () => {

@@ -364,13 +364,17 @@ onEveryBackend('log_probs', (b) => {
     test(`a target of ${target} among four faults`, async () => {
       const logits = b.device.tensor(new Random(1).normals(8), [2, 4])
       const good = tokenLogProbs({ logits, targets: i32([1, 2]) })
-      const r = tokenLogProbs({ logits, targets: i32([1, target]) })
+      const r = recorded(b, `log probs of target ${target}`, forward, () =>
+        tokenLogProbs({ logits, targets: i32([1, target]) }),
+      )
       const fault = { code: 'ERR_VALUE', op: 'tokenLogProbs' }
       await expect(r.logProbs.read()).rejects.toMatchObject(fault)
       await expect(r.stats.read()).rejects.toMatchObject(fault)
       await expect(b.device.synchronize()).rejects.toMatchObject(fault)
       const gradient = { logits, stats: good.stats, dLogProbs: f32([1, 1]) }
-      const d = tokenLogProbsBackward({ ...gradient, targets: i32([1, target]) })
+      const d = recorded(b, `log probs backward of target ${target}`, forward, () =>
+        tokenLogProbsBackward({ ...gradient, targets: i32([1, target]) }),
+      )
       await expect(d.read()).rejects.toMatchObject({ ...fault, op: 'tokenLogProbsBackward' })
       await expect(b.device.synchronize()).rejects.toMatchObject({ code: 'ERR_VALUE' })
       const part = tokenLogProbsShard({ logits, targets: i32([1, target]), vocabOffset: 0 })
@@ -400,8 +404,8 @@ onEveryBackend('log_probs', (b) => {
       inPlace: true,
     })
     const after = b.device.memory()
-    expect(after.liveBytes).toBe(before.liveBytes)
-    expect(after.peakBytes).toBe(before.peakBytes)
+    expect(after.liveBytes).toBeLessThanOrEqual(before.liveBytes)
+    expect(after.peakBytes).toBeLessThanOrEqual(before.peakBytes)
     expect(await d.read()).toEqual(await apart.read())
     expect(await logits.read()).toEqual(await apart.read())
     logits.dispose()

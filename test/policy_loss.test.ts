@@ -479,7 +479,7 @@ onEveryBackend('policy_loss', (b) => {
       expect(await two.metrics()).toEqual(await one.metrics())
     }
     plain.dispose()
-    const kept = run({ ...a, mask: a.mask.map(() => 1), logProbs: poison(a.logProbs) }, {})
+    const kept = run({ ...a, mask: Array.from(a.mask, () => 1), logProbs: poison(a.logProbs) }, {})
     expect((await kept.loss.read())[0]).toBeNaN()
   })
 
@@ -533,10 +533,8 @@ onEveryBackend('policy_loss', (b) => {
   })
 
   test('a mask of something else than 0 and 1 faults', async () => {
-    const got = run(
-      { logProbs: [-1, -2, -3], advantages: [1], mask: [1, 2, 0], cuSeqlens: [0, 3] },
-      {},
-    )
+    const a = { logProbs: [-1, -2, -3], advantages: [1], mask: [1, 2, 0], cuSeqlens: [0, 3] }
+    const got = recorded(b, 'policy loss of a bad mask', { absolute: 1e-6 }, () => run(a, {}))
     const fault = { code: 'ERR_VALUE', op: 'policyLoss' }
     await expect(got.loss.read()).rejects.toMatchObject(fault)
     await expect(got.dLogProbs.read()).rejects.toMatchObject(fault)
@@ -545,14 +543,15 @@ onEveryBackend('policy_loss', (b) => {
   })
 
   test('metrics live as long as the result', async () => {
+    // At most, here and below: what earlier tests dropped may be collected meanwhile.
     const before = b.device.memory().liveBytes
     const a = { logProbs: [-1], advantages: [1], cuSeqlens: [0, 1] }
     scope(() => void run(a, {}))
-    expect(b.device.memory().liveBytes).toBe(before)
+    expect(b.device.memory().liveBytes).toBeLessThanOrEqual(before)
     const got = scope(() => run(a, {}))
     expect((await got.metrics()).tokens).toBe(1)
     got.dispose()
-    expect(b.device.memory().liveBytes).toBe(before)
+    expect(b.device.memory().liveBytes).toBeLessThanOrEqual(before)
     await expect(got.metrics()).rejects.toMatchObject({ code: 'ERR_DISPOSED' })
   })
 
