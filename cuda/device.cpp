@@ -19,13 +19,40 @@ void check(cudaError_t e, const char* what) {
   if (e != cudaSuccess) throw Error(Code::cuda, std::string(what) + ": " + cudaGetErrorString(e));
 }
 
-constexpr size_t kFaultWords = 4096;
-
 // Pinned host memory that a transfer has passed through, to be used again once its event is over.
 struct Staging {
   void* data = nullptr;
   size_t capacity = 0;
   cudaEvent_t done = nullptr;
+  // The waiter has yet to copy it out.
+  std::shared_ptr<std::atomic<bool>> held = std::make_shared<std::atomic<bool>>(false);
+};
+
+// Words of mapped host memory for kernels to raise faults in. Faults share it, since tensors that
+// hold one may outlive the device.
+class FaultWords {
+ public:
+  ~FaultWords() {
+    for (int32_t* block : blocks_) cudaFreeHost(block);
+  }
+  int32_t* take() {
+    if (free_.empty()) {
+      constexpr int kWords = 4096;
+      int32_t* block = nullptr;
+      check(cudaHostAlloc(reinterpret_cast<void**>(&block), kWords * 4, cudaHostAllocMapped),
+            "cudaHostAlloc");
+      blocks_.push_back(block);
+      for (int i = kWords; i-- > 0;) free_.push_back(block + i);
+    }
+    int32_t* word = free_.back();
+    free_.pop_back();
+    *word = 0;
+    return word;
+  }
+  void give_back(int32_t* word) { free_.push_back(word); }
+
+ private:
+  std::vector<int32_t*> blocks_, free_;
 };
 
 }  // namespace
@@ -43,8 +70,6 @@ class CudaDevice final : public Device {
     info_.capability = std::to_string(p.major) + "." + std::to_string(p.minor);
     multiprocessors_ = p.multiProcessorCount;
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
-    check(cudaHostAlloc(reinterpret_cast<void**>(&words_), kFaultWords * 4, cudaHostAllocMapped),
-          "cudaHostAlloc");
     waiter_ = std::thread([this] { wait_for_events(); });
   }
 
@@ -62,7 +87,6 @@ class CudaDevice final : public Device {
       cudaFreeHost(s.data);
       cudaEventDestroy(s.done);
     }
-    cudaFreeHost(words_);
     cudaStreamDestroy(stream_);
   }
 
@@ -95,8 +119,14 @@ class CudaDevice final : public Device {
     // it passes through pinned memory and is completed by the waiter instead.
     Staging& s = stage(bytes);
     check(cudaMemcpyAsync(s.data, source, bytes, cudaMemcpyDeviceToHost, stream()), "copy to host");
-    host([destination, data = s.data, bytes] { std::memcpy(destination, data, bytes); });
     check(cudaEventRecord(s.done, stream_), "cudaEventRecord");
+    // Not by a host function of the stream: streams share the thread that runs those, and one of
+    // another device may be waiting there for this very copy.
+    *s.held = true;
+    notify([destination, data = s.data, bytes, held = s.held](const std::string& error) {
+      if (error.empty()) std::memcpy(destination, data, bytes);
+      *held = false;
+    });
   }
 
   void copy(void* destination, const void* source, size_t bytes) override {
@@ -143,29 +173,13 @@ class CudaDevice final : public Device {
   }
 
   std::shared_ptr<Fault> new_fault(std::string op, std::string text) override {
+    bind();
     auto fault = std::make_shared<Fault>();
     fault->op = std::move(op);
     fault->text = std::move(text);
-    int32_t* word = nullptr;
-    {
-      std::lock_guard lock(mutex_);
-      if (free_words_.empty() && used_words_ < kFaultWords)
-        free_words_.push_back(&words_[used_words_++]);
-      if (!free_words_.empty()) {
-        word = free_words_.back();
-        free_words_.pop_back();
-      }
-    }
-    if (!word) {  // thousands of calls in flight: let them finish
-      drain();
-      return new_fault(fault->op, fault->text);
-    }
-    *word = 0;
-    fault->flag = word;
-    fault->owner = {word, [this](void* w) {
-                      std::lock_guard lock(mutex_);
-                      free_words_.push_back(static_cast<int32_t*>(w));
-                    }};
+    fault->flag = words_->take();
+    fault->owner = {fault->flag,
+                    [words = words_](void* w) { words->give_back(static_cast<int32_t*>(w)); }};
     return fault;
   }
 
@@ -210,7 +224,7 @@ class CudaDevice final : public Device {
   Staging& stage(size_t bytes) {
     bind();
     for (Staging& s : staging_)
-      if (s.capacity >= bytes && s.capacity <= 4 * bytes + 4096 &&
+      if (!*s.held && s.capacity >= bytes && s.capacity <= 4 * bytes + 4096 &&
           cudaEventQuery(s.done) == cudaSuccess)
         return s;
     Staging s;
@@ -252,9 +266,7 @@ class CudaDevice final : public Device {
   DeviceInfo info_;
   int multiprocessors_ = 0;
   cudaStream_t stream_ = nullptr;
-  int32_t* words_ = nullptr;
-  size_t used_words_ = 0;
-  std::vector<int32_t*> free_words_;
+  std::shared_ptr<FaultWords> words_ = std::make_shared<FaultWords>();
   std::deque<Staging> staging_;
   uint64_t queued_ = 0;
   std::atomic<uint64_t> completed_{0};

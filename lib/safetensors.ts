@@ -24,8 +24,9 @@ const maxRank = 8
 const maxTransfer = 1 << 30
 
 /**
- * Writes tensors into a safetensors file. The values are those that the tensors have once the work queued so far
- * is done: they may be changed or disposed after the call. The file appears whole or not at all.
+ * Writes tensors into a safetensors file. The values are those that the tensors have once the work
+ * queued so far is done: they may be changed or disposed after the call. The file appears whole or
+ * not at all.
  *
  * @param tensors by name; of any device.
  * @param metadata strings that go into the header.
@@ -87,8 +88,8 @@ export async function saveTensors(
 }
 
 /**
- * The tensors of a safetensors file by name, on a device. f32, f16, bf16, i32 and u8; tensor by tensor, so
- * that the host holds one at a time.
+ * The tensors of a safetensors file by name, on a device. f32, f16, bf16, i32 and u8; tensor by
+ * tensor, so that the host holds one at a time.
  *
  * @throws ERR_IO, with its cause, for a file that cannot be read; ERR_FORMAT for one that is not a
  * safetensors file or holds another type.

@@ -1,7 +1,7 @@
 import type { Device } from './device.js'
 import { P2RError, refuse } from './errors.js'
 import { native, type TensorHandle, type TypedArray } from './native.js'
-import { track, untrack } from './scope.js'
+import { holds, track, untrack } from './scope.js'
 
 export type DType = 'f32' | 'f16' | 'bf16' | 'i32' | 'u8'
 export type HostArray =
@@ -162,11 +162,13 @@ export function describeValue(value: unknown): string {
   return String(value)
 }
 
-/** @internal Tensors with one dispose for all of them. */
-export function held<R extends object>(parts: R): Held<R> {
+/** @internal Tensors with one dispose for all of them, and for `hidden` ones that closures use. */
+export function held<R extends object>(parts: R, hidden: readonly Tensor[] = []): Held<R> {
   const dispose = (): void => {
-    for (const part of Object.values(parts).flat()) if (Tensor.is(part)) part.dispose()
+    for (const part of [...Object.values(parts).flat(), ...hidden])
+      if (Tensor.is(part)) part.dispose()
   }
+  if (hidden.length) Object.defineProperty(parts, holds, { value: () => hidden })
   Object.defineProperty(parts, 'dispose', { value: dispose })
   Object.defineProperty(parts, Symbol.dispose, { value: dispose })
   return parts as Held<R>

@@ -17,7 +17,8 @@ const u = roundoff.f32
 // A tensor of nothing, one element, tails of every width, and more than one block.
 const sizes = [48, 0, 1, 129, 20_000]
 
-const defaults = { lr: 0.01, betas: [0.9, 0.999] as const, eps: 1e-8, weightDecay: 0.01 }
+const betas: readonly [number, number] = [0.9, 0.999]
+const defaults = { lr: 0.01, betas, eps: 1e-8, weightDecay: 0.01 }
 
 // torch.optim.AdamW's step in float64, for one parameter; p, m and v change.
 function adamStep(

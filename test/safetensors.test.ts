@@ -16,7 +16,7 @@ afterAll(async () => {
 })
 
 /** A file from its parts; the header may be anything. */
-async function file(header: unknown, data = new Uint8Array(), length?: bigint): Promise<string> {
+async function file(header: unknown, data: Uint8Array = new Uint8Array(), length?: bigint): Promise<string> {
   const text = Buffer.isBuffer(header)
     ? header
     : Buffer.from(typeof header === 'string' ? header : JSON.stringify(header))

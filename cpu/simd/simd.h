@@ -12,6 +12,9 @@
 
 namespace p2r::cpu {
 
+struct SoftmaxRow;  // rows.h
+struct PolicyRun;
+
 struct Simd {
   const char* name;
 #define KERNEL(result, name, parameters) result(*name) parameters;

@@ -5,8 +5,8 @@ import { describeValue, handleOf, type Tensor, wrap } from '../tensor.js'
 /**
  * Scales the gradients in place so that their joint Euclidean norm is at most maxNorm, as
  * torch.nn.utils.clip_grad_norm_ does: by min(1, maxNorm / (norm + 1e-6)). Gradients that are not
- * finite are not refused: they make the norm infinite or NaN and every gradient 0 or NaN, so look at
- * the norm before the step.
+ * finite are not refused: they make the norm infinite or NaN and every gradient 0 or NaN, so look
+ * at the norm before the step.
  *
  * @param a.grads at least one tensor, f32 | f16 | bf16, without common memory.
  * @param a.maxNorm not negative; Infinity only measures.
@@ -21,8 +21,8 @@ export function clipGradNorm(a: { grads: readonly Tensor[]; maxNorm: number }): 
 }
 
 /**
- * One step of AdamW (Loshchilov and Hutter, 2019) in place, as torch.optim.AdamW takes it: weight decay
- * apart from the gradient, moments corrected for their start at 0.
+ * One step of AdamW (Loshchilov and Hutter, 2019) in place, as torch.optim.AdamW takes it: weight
+ * decay apart from the gradient, moments corrected for their start at 0.
  *
  * @param a.params f32 | f16 | bf16. A half parameter is rounded at every step.
  * @param a.grads of the parameters' shapes, of their types or f32.

@@ -1,5 +1,25 @@
 // Every operation, as a strict consumer calls it. It is compiled, never run.
-import { gelu, geluBackward, type Tensor } from 'p2r-kernels'
+import {
+  adamW,
+  add,
+  clipGradNorm,
+  type Device,
+  gatherRows,
+  gatherRowsBackward,
+  gelu,
+  geluBackward,
+  type Held,
+  layerNorm,
+  layerNormBackward,
+  linear,
+  linearBackward,
+  loadTensors,
+  meanPool,
+  meanPoolBackward,
+  sample,
+  saveTensors,
+  type Tensor,
+} from 'p2r-kernels'
 
 export function activations(x: Tensor, dOut: Tensor): Tensor[] {
   return [
@@ -11,3 +31,43 @@ export function activations(x: Tensor, dOut: Tensor): Tensor[] {
 }
 // @ts-expect-error no such form
 export const wrong = (x: Tensor): Tensor => gelu({ x, approximate: 'fast' })
+
+export function layers(x: Tensor, weight: Tensor, bias: Tensor, dOut: Tensor): Tensor[] {
+  using norm: Held<{ out: Tensor; stats: Tensor }> = layerNorm({ x, weight, bias, eps: 1e-5 })
+  using back = layerNormBackward({ dOut, x, weight, stats: norm.stats })
+  const all: Tensor[] = [back.dX, back.dWeight, back.dBias, linear({ x, weight })]
+  const plain = linearBackward({ dOut, x, weight })
+  const added = linearBackward({
+    dOut,
+    x,
+    weight,
+    bias,
+    into: { dWeight: plain.dWeight, dBias: bias },
+  })
+  return [...all, plain.dX, added.dBias ?? linear({ x, weight, bias })]
+}
+
+export function rows(x: Tensor, y: Tensor): Tensor[] {
+  const index = Int32Array.of(1, 0)
+  const cuSeqlens = [0, 2] as const
+  return [
+    add({ x, y }),
+    gatherRows({ x, index }),
+    gatherRowsBackward({ dOut: y, index: [1, 0], rows: 3 }),
+    meanPool({ x, cuSeqlens }),
+    meanPoolBackward({ dOut: y, cuSeqlens: new Uint32Array(2) }),
+    sample({ logits: x, temperature: 0, seed: 1 }),
+  ]
+}
+
+export function train(params: readonly Tensor[], grads: readonly Tensor[]): Tensor {
+  const norm: Tensor = clipGradNorm({ grads, maxNorm: 1 })
+  adamW({ params, grads, moments: [], step: 1, lr: 1e-3, betas: [0.9, 0.99], weightDecay: 0.1 })
+  return norm
+}
+
+export async function files(device: Device, x: Tensor): Promise<Tensor | undefined> {
+  await saveTensors('a.safetensors', { x }, { made: 'here' })
+  const loaded: Record<string, Tensor> = await loadTensors('a.safetensors', device)
+  return loaded.x
+}

@@ -1,0 +1,77 @@
+#include "ops/policy_loss.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "binding/op.h"
+
+namespace p2r::binding {
+
+// Names come as their index in the enum, `false` as 0.
+Napi::Value policy_loss(Call& call) {
+  PolicyLossArgs a;
+  a.log_probs = call.in("logProbs", kF32, 1);
+  const int64_t tokens = a.log_probs.shape[0];
+  const auto per_token = [&](const char* name) {
+    In t = call.maybe_in(name, kF32, 1);
+    if (t) call.same_shape(name, t, {tokens});
+    return t;
+  };
+  a.old_log_probs = per_token("oldLogProbs");
+  a.ref_log_probs = per_token("refLogProbs");
+  a.entropy = per_token("entropy");
+  a.importance_weights = per_token("importanceWeights");
+  a.advantages = call.in("advantages", kF32, 1);
+  a.mask = call.maybe_in("mask", kU8, 1);
+  if (a.mask) call.same_shape("mask", a.mask, {tokens});
+  a.cu_seqlens = call.cu_seqlens("cuSeqlens", tokens);
+  const int64_t sequences = static_cast<int64_t>(a.cu_seqlens.size()) - 1;
+
+  const int64_t given = a.advantages.shape[0];
+  if (call.given()) {
+    a.per_token = call.flag("advantagesPer");
+    call.check(
+        given == (a.per_token ? tokens : sequences), Code::shape,
+        "advantages must have one value a " + std::string(a.per_token ? "token, " : "sequence, ") +
+            std::to_string(a.per_token ? tokens : sequences) + ", got " + std::to_string(given));
+  } else {
+    call.check(given == sequences || given == tokens, Code::shape,
+               "advantages must have one value a sequence, " + std::to_string(sequences) +
+                   ", or a token, " + std::to_string(tokens) + ", got " + std::to_string(given));
+    a.per_token = given != sequences;
+  }
+
+  a.objective = static_cast<Objective>(call.integer("objective", 0, 4));
+  a.clip_low = call.number("clipLow", 0, INFINITY);
+  a.clip_high = call.number("clipHigh", 0, INFINITY);
+  a.dual_clip = call.given() ? call.number("dualClip", 1, INFINITY) : 0;
+  a.tau_positive = call.number("tauPositive", 1e-6, INFINITY);
+  a.tau_negative = call.number("tauNegative", 1e-6, INFINITY);
+  a.kl = static_cast<Kl>(call.integer("kl", 0, 4));
+  a.kl_coef = call.number("klCoef", -INFINITY, INFINITY);
+  a.kl_clamp = call.given() ? call.number("klClamp", 1e-30, INFINITY) : 0;
+  a.entropy_coef = call.number("entropyCoef", -INFINITY, INFINITY);
+  a.aggregation = static_cast<Aggregation>(call.integer("aggregation", 0, 3));
+  a.term_aggregation = static_cast<Aggregation>(call.integer("termAggregation", 0, 3));
+  a.count_empty = call.flag("emptyRows");
+  if (call.given()) {
+    a.loss_scale = call.number("lossScale", 1e-30, INFINITY);
+  } else {
+    int64_t longest = 1;
+    for (int64_t i = 0; i < sequences; ++i)
+      longest = std::max(longest, a.cu_seqlens[i + 1] - a.cu_seqlens[i]);
+    a.loss_scale = static_cast<double>(longest);
+  }
+  a.normalizer = call.given() ? call.number("normalizer", 1e-30, INFINITY) : 0;
+  call.check(a.kl == Kl::none || a.ref_log_probs, Code::value, "kl needs refLogProbs");
+  call.check(a.entropy_coef == 0 || a.entropy, Code::value, "entropyCoef needs entropy");
+
+  a.loss = call.result(DType::f32, {1});
+  a.d_log_probs = call.result(DType::f32, {tokens});
+  a.metrics = call.result(DType::f32, {kLossMetrics});
+  if (a.entropy) a.d_entropy = call.result(DType::f32, {tokens});
+  return call.run(&Kernels::policy_loss, a);
+}
+
+}  // namespace p2r::binding

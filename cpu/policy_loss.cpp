@@ -1,0 +1,151 @@
+// Three loops: count the kept tokens of every run (the gradient needs the divisors), sum them up in
+// order, then compute loss terms and gradients run by run and add the runs' sums in order. A single
+// long sequence is spread over all threads as well as many short ones.
+#include "ops/policy_loss.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/device.h"
+#include "cpu/simd/rows.h"
+
+namespace p2r::cpu {
+
+namespace {
+
+constexpr int64_t kRunGrain = 4;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Sequence {
+  double kept = 0, log_ratio = 0;  // Σ (logp - old) over kept tokens, for gspo
+  double policy_weight = 0, term_weight = 0;
+};
+struct RunSums {
+  double kept = 0, log_ratio = 0, sums[kPolicySums] = {};
+};
+
+const float* from(const View& v, int64_t t) { return v ? v.as<float>() + t : nullptr; }
+
+void count_run(const PolicyLossArgs& a, const LossRun& run, RunSums& out) {
+  const uint8_t* mask = a.mask ? a.mask.as<uint8_t>() + run.begin : nullptr;
+  int64_t kept = run.size;
+  if (mask) {
+    kept = 0;
+    bool wrong = false;
+    for (int32_t t = 0; t < run.size; ++t) {
+      kept += mask[t] != 0;
+      wrong |= mask[t] > 1;
+    }
+    if (wrong) *a.fault = 1;
+  }
+  double log_ratio = 0;
+  if (a.objective == Objective::gspo && a.old_log_probs) {
+    const float *now = from(a.log_probs, run.begin), *old = from(a.old_log_probs, run.begin);
+    for (int32_t t = 0; t < run.size; ++t)
+      if (!mask || mask[t]) log_ratio += double(now[t]) - double(old[t]);
+  }
+  out.kept = static_cast<double>(kept);
+  out.log_ratio = log_ratio;
+}
+
+bool counts_tokens(Aggregation how) { return how == Aggregation::token_mean; }
+
+}  // namespace
+
+void policy_loss(const PolicyLossArgs& a, Device& device) {
+  CpuDevice& cpu = cpu_device(device);
+  LossRuns table = loss_runs(a.cu_seqlens);
+  const int64_t count = static_cast<int64_t>(table.runs.size());
+  const int64_t sequences = static_cast<int64_t>(table.starts.size()) - 1;
+  Scratch run_scratch = device.scratch(count * sizeof(RunSums));
+  Scratch sequence_scratch = device.scratch(sequences * sizeof(Sequence));
+  cpu.submit([=, &cpu, table = std::move(table), parts = run_scratch.as<RunSums>(),
+              of = sequence_scratch.as<Sequence>()] {
+    cpu.parallel(count, kRunGrain, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) count_run(a, table.runs[i], parts[i]);
+    });
+
+    double tokens = 0, rows = 0;
+    for (int64_t s = 0; s < sequences; ++s) {
+      of[s] = Sequence{};
+      for (int64_t i = table.starts[s]; i < table.starts[s + 1]; ++i) {
+        of[s].kept += parts[i].kept;
+        of[s].log_ratio += parts[i].log_ratio;
+      }
+      tokens += of[s].kept;
+      rows += a.count_empty || of[s].kept > 0;
+    }
+    const auto weight = [&](Aggregation how, double kept) {
+      const bool given = a.normalizer > 0 && counts_tokens(how) == counts_tokens(a.aggregation);
+      return loss_weight(how, kept, given ? a.normalizer : tokens, given ? a.normalizer : rows,
+                         a.loss_scale);
+    };
+    for (int64_t s = 0; s < sequences; ++s) {
+      of[s].policy_weight = weight(a.aggregation, of[s].kept);
+      of[s].term_weight = weight(a.term_aggregation, of[s].kept);
+    }
+
+    cpu.parallel(count, kRunGrain, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        const LossRun& run = table.runs[i];
+        const Sequence& sequence = of[run.sequence];
+        const double mean = sequence.kept > 0 ? sequence.log_ratio / sequence.kept : 0;
+        PolicyRun r;
+        r.log_probs = from(a.log_probs, run.begin);
+        r.old_log_probs = from(a.old_log_probs, run.begin);
+        r.ref_log_probs = from(a.ref_log_probs, run.begin);
+        r.entropy = from(a.entropy, run.begin);
+        r.importance = from(a.importance_weights, run.begin);
+        r.advantages = a.per_token ? from(a.advantages, run.begin) : nullptr;
+        r.advantage = a.per_token ? 0 : a.advantages.as<float>()[run.sequence];
+        r.mask = a.mask ? a.mask.as<uint8_t>() + run.begin : nullptr;
+        r.d_log_probs = a.d_log_probs.as<float>() + run.begin;
+        r.d_entropy = a.d_entropy ? a.d_entropy.as<float>() + run.begin : nullptr;
+        r.n = run.size;
+        r.objective = static_cast<int>(a.objective);
+        r.kl = static_cast<int>(a.kl);
+        r.low = static_cast<float>(1 - a.clip_low);
+        r.high = static_cast<float>(1 + a.clip_high);
+        r.dual_clip = a.dual_clip > 0 ? static_cast<float>(a.dual_clip) : kInfinity;
+        r.tau_positive = static_cast<float>(a.tau_positive);
+        r.tau_negative = static_cast<float>(a.tau_negative);
+        r.kl_clamp = a.kl_clamp > 0 ? static_cast<float>(a.kl_clamp) : kInfinity;
+        r.sequence_ratio = static_cast<float>(std::exp(std::max(std::min(mean, 10.0), -20.0)));
+        if (mean != mean) r.sequence_ratio = static_cast<float>(mean);
+        r.sequence_inside = mean >= -20 && mean <= 10;
+        r.policy_weight = static_cast<float>(sequence.policy_weight);
+        r.kl_weight = static_cast<float>(a.kl_coef * sequence.term_weight);
+        r.entropy_weight = static_cast<float>(-a.entropy_coef * sequence.term_weight);
+        cpu.simd().policy_run(&r, parts[i].sums);
+      }
+    });
+
+    double policy = 0, kl = 0, entropy = 0, means[4] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const Sequence& sequence = of[table.runs[i].sequence];
+      if (sequence.kept == 0) continue;
+      policy += sequence.policy_weight * parts[i].sums[kPolicy];
+      kl += sequence.term_weight * parts[i].sums[kKl];
+      entropy += sequence.term_weight * parts[i].sums[kEntropy];
+      for (int k = 0; k < 4; ++k) means[k] += parts[i].sums[kClipped + k];
+    }
+    const double loss = policy + (a.kl_coef != 0 ? a.kl_coef * kl : 0) -
+                        (a.entropy_coef != 0 ? a.entropy_coef * entropy : 0);
+    const double metrics[kLossMetrics] = {loss,
+                                          policy,
+                                          kl,
+                                          entropy,
+                                          tokens > 0 ? means[0] / tokens : 0,
+                                          tokens > 0 ? means[1] / tokens : 0,
+                                          tokens > 0 ? means[2] / tokens : 0,
+                                          tokens > 0 ? means[3] / tokens : 0,
+                                          std::floor(tokens / 65536),
+                                          std::fmod(tokens, 65536)};
+    for (int k = 0; k < kLossMetrics; ++k)
+      a.metrics.as<float>()[k] = static_cast<float>(metrics[k]);
+    a.loss.as<float>()[0] = static_cast<float>(loss);
+  });
+}
+
+}  // namespace p2r::cpu

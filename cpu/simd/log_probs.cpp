@@ -1,0 +1,149 @@
+// Softmax statistics of a slice of a row, and its gradient.
+//
+// A block of logits is read twice, the second time from the first-level cache: once for its
+// maximum, once for its sums, so that the running sums are rescaled once a block and not once a
+// vector. While a block is summed, the next one is fetched.
+#include <float.h>
+#include <math.h>
+
+#include "cpu/simd/rows.h"
+#include "cpu/simd/simd.h"
+#include "cpu/simd/vec.h"
+
+namespace p2r::cpu::P2R_ISA {
+
+namespace {
+
+constexpr int64_t kBlock = 2048;
+
+struct F32 {
+  typedef float T;
+  static vf get(const T* p) { return loadf(p); }
+  static void put(T* p, vf x) { store(p, x); }
+};
+struct F16 {
+  typedef uint16_t T;
+  static vf get(const T* p) { return from_f16(load<vh>(p)); }
+  static void put(T* p, vf x) { store(p, to_f16(x)); }
+};
+struct Bf16 {
+  typedef uint16_t T;
+  static vf get(const T* p) { return from_bf16(load<vh>(p)); }
+  static void put(T* p, vf x) { store(p, to_bf16(x)); }
+};
+
+// The last elements of a row, padded to a whole number of vectors with `padding`.
+template <class E>
+inline vf get_part(const typename E::T* p, int64_t n, vf padding) {
+  typename E::T rest[W] = {};
+  memcpy(rest, p, n * sizeof *p);
+  const vf x = E::get(rest);
+  vi lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  return lane < (int32_t)n ? x : padding;
+}
+
+template <class E, bool moment>
+void sums(const typename E::T* z, int64_t n, float inverse, float* out) {
+  const vf lowest = set1(-INFINITY);
+  float maximum = -INFINITY;
+  double total = 0, weighted = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const typename E::T* block = z + begin;
+    const int64_t size = n - begin < kBlock ? n - begin : kBlock;
+    const int64_t whole = size / W * W;
+
+    vf top[4] = {lowest, lowest, lowest, lowest};
+    int64_t i = 0;
+    for (; i + 4 * W <= whole; i += 4 * W)
+      for (int k = 0; k < 4; ++k) top[k] = vmax(E::get(block + i + k * W), top[k]);
+    for (; i < whole; i += W) top[0] = vmax(E::get(block + i), top[0]);
+    if (whole < size) top[0] = vmax(get_part<E>(block + whole, size - whole, lowest), top[0]);
+    const float block_maximum = max_of(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
+
+    if (block_maximum > maximum) {
+      if (total != 0) {
+        const double shift = ((double)maximum - (double)block_maximum) * inverse;
+        const double scale = exp(shift);
+        weighted = scale * (weighted + shift * total);
+        total *= scale;
+      }
+      maximum = block_maximum;
+    }
+    // A block of -inf alone adds nothing, whatever it is compared with; NaN shows in the sum.
+    const vf from = set1(maximum == -INFINITY ? 0 : maximum);
+    vf s[4] = {}, t[4] = {};
+    const auto add = [&](int k, vf x) {
+      const vf d = (x - from) * inverse;
+      const vf e = vexp(d);
+      s[k] += e;
+      if (moment) t[k] += e * vmax(d, set1(-128.0f));  // e is 0 there, and 0 · -inf is not
+    };
+    for (i = 0; i + 4 * W <= whole; i += 4 * W) {
+      for (size_t byte = 0; byte < 4 * W * sizeof *block; byte += 64)
+        __builtin_prefetch((const char*)(block + kBlock + i) + byte);
+      for (int k = 0; k < 4; ++k) add(k, E::get(block + i + k * W));
+    }
+    for (; i < whole; i += W) add(0, E::get(block + i));
+    if (whole < size) add(0, get_part<E>(block + whole, size - whole, lowest));
+    total += sum((s[0] + s[1]) + (s[2] + s[3]));
+    if (moment) weighted += sum((t[0] + t[1]) + (t[2] + t[3]));
+  }
+  out[0] = maximum;
+  out[1] = (float)total;
+  out[2] = (float)weighted;
+}
+
+template <class E>
+void slopes(const typename E::T* z, typename E::T* dz, int64_t n, const SoftmaxRow& row) {
+  const auto slope = [&](vf x) {
+    // The low part of the product is of a finite x: -inf times 0 is not 0.
+    const vf low = vmax(x, set1(-FLT_MAX)) * row.inverse_low;
+    const vf log_p = (x * row.inverse - row.maximum) + (low - row.log_sum);
+    return vexp(log_p) * (row.scale_p + row.scale_h * vmax(log_p, set1(-128.0f)));
+  };
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    const vf a = slope(E::get(z + i)), b = slope(E::get(z + i + W));
+    E::put(dz + i, a);
+    E::put(dz + i + W, b);
+  }
+  for (; i + W <= n; i += W) E::put(dz + i, slope(E::get(z + i)));
+  if (i < n) {
+    typename E::T rest[W];
+    E::put(rest, slope(get_part<E>(z + i, n - i, vf{})));
+    memcpy(dz + i, rest, (n - i) * sizeof *dz);
+  }
+}
+
+template <class E>
+void sums_of(const void* z, int64_t n, float inverse, bool moment, float* out) {
+  const auto* p = static_cast<const typename E::T*>(z);
+  if (moment)
+    sums<E, true>(p, n, inverse, out);
+  else
+    sums<E, false>(p, n, inverse, out);
+}
+
+}  // namespace
+
+void softmax_sums(DType type, const void* z, int64_t n, float inverse, bool moment, float* out) {
+  if (type == DType::f32)
+    sums_of<F32>(z, n, inverse, moment, out);
+  else if (type == DType::f16)
+    sums_of<F16>(z, n, inverse, moment, out);
+  else
+    sums_of<Bf16>(z, n, inverse, moment, out);
+}
+
+void softmax_slopes(DType type, const void* z, void* dz, int64_t n, const SoftmaxRow* row) {
+  typedef uint16_t H;
+  if (type == DType::f32)
+    slopes<F32>(static_cast<const float*>(z), static_cast<float*>(dz), n, *row);
+  else if (type == DType::f16)
+    slopes<F16>(static_cast<const H*>(z), static_cast<H*>(dz), n, *row);
+  else
+    slopes<Bf16>(static_cast<const H*>(z), static_cast<H*>(dz), n, *row);
+}
+
+}  // namespace p2r::cpu::P2R_ISA

@@ -1,0 +1,35 @@
+// Plain arguments of the SIMD kernels of log-probabilities and of the policy loss.
+#pragma once
+#include <stdint.h>
+
+namespace p2r::cpu {
+
+// The gradient of one row of logits; see softmax_slopes.
+struct SoftmaxRow {
+  float inverse, inverse_low;  // 1 / temperature, in two parts
+  float maximum, log_sum;      // stats
+  float scale_p, scale_h;
+};
+
+// A run of tokens within one sequence; absent inputs are null. ops/policy_loss.h has the formulas.
+struct PolicyRun {
+  const float *log_probs, *old_log_probs, *ref_log_probs, *entropy, *importance, *advantages;
+  const uint8_t* mask;
+  float *d_log_probs, *d_entropy;
+  int64_t n;
+  int objective, kl;  // Objective, Kl
+  float advantage;    // where advantages is null
+  float low, high;    // the clipped ratio's bounds
+  float dual_clip;    // inf: none
+  float tau_positive, tau_negative;
+  float kl_clamp;                   // inf: none
+  float sequence_ratio;             // gspo's
+  bool sequence_inside;             // whether gspo's mean log-ratio lay within its bounds
+  float policy_weight;              // of a token's gradient
+  float kl_weight, entropy_weight;  // with their coefficients; entropy's negative
+};
+
+// What policy_run sums over kept tokens.
+enum PolicySum { kPolicy, kKl, kEntropy, kClipped, kClippedLower, kApproxKl, kRatio, kPolicySums };
+
+}  // namespace p2r::cpu

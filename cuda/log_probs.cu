@@ -1,0 +1,391 @@
+// Log-probabilities. A block owns one slice of kSlice columns of one row, reads it once in vectors
+// of 16 bytes and keeps a running (maximum, Σ e^d, Σ e^d d) a thread, rescaled once a vector.
+// Threads are merged by a fixed tree, slices in order by a second, tiny kernel in f64. Which thread
+// sums which column depends on the column alone, so a row gives the same bits in any batch; an
+// unaligned row (V odd) loads element by element in the same order. The gradient is one pass of the
+// same shape.
+#include <cfloat>
+
+#include "cuda/kernel.cuh"
+#include "ops/log_probs.h"
+
+namespace p2r::cuda {
+
+namespace {
+
+constexpr int kBlock = 512, kVector = 8, kWarps = kBlock / 32;
+constexpr int64_t kSlice = 32768;
+constexpr int kTileBlock = 256;
+constexpr int64_t kTile = 8192;
+constexpr unsigned kFull = 0xffffffffu;
+constexpr float kLog2e = 1.4426950408889634f;
+
+struct Sums {
+  float maximum, sum, moment;
+};
+
+template <class T>
+__device__ __forceinline__ bool is_aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+// Eight elements from p, `pad` from the n-th on.
+template <class T>
+__device__ __forceinline__ void load_vector(const T* p, int64_t n, bool aligned, float pad,
+                                            float (&x)[kVector]) {
+  if (aligned && n >= kVector) {
+    constexpr int words = kVector * sizeof(T) / 16;
+    uint4 raw[words];
+#pragma unroll
+    for (int w = 0; w < words; ++w) raw[w] = reinterpret_cast<const uint4*>(p)[w];
+    const T* values = reinterpret_cast<const T*>(raw);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) x[i] = to_float(values[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) x[i] = i < n ? to_float(p[i]) : pad;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_vector(T* p, int64_t n, bool aligned,
+                                             const float (&x)[kVector]) {
+  if (aligned && n >= kVector) {
+    constexpr int words = kVector * sizeof(T) / 16;
+    uint4 raw[words];
+    T* values = reinterpret_cast<T*>(raw);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) values[i] = from_float<T>(x[i]);
+#pragma unroll
+    for (int w = 0; w < words; ++w) reinterpret_cast<uint4*>(p)[w] = raw[w];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      if (i < n) p[i] = from_float<T>(x[i]);
+  }
+}
+
+// Nothing summed yet has maximum -inf; its sum is 0, or NaN when NaN was met.
+__device__ __forceinline__ void lower_to(Sums& a, float top, float inverse) {
+  if (a.maximum == -INFINITY) return;
+  const float shift = (a.maximum - top) * inverse;
+  const float scale = ptx::ex2(shift * kLog2e);
+  a.moment = scale == 0 ? 0 * a.moment : scale * (a.moment + shift * a.sum);
+  a.sum *= scale;
+}
+__device__ __forceinline__ Sums merged(Sums a, Sums b, float inverse) {
+  const float top = fmaxf(a.maximum, b.maximum);
+  lower_to(a, top, inverse);
+  lower_to(b, top, inverse);
+  return {top, a.sum + b.sum, a.moment + b.moment};
+}
+
+template <class T>
+__global__ void __launch_bounds__(kBlock)
+    slice_sums_kernel(const T* logits, const int32_t* targets, int64_t columns, int64_t slices,
+                      float inverse, Sums* out) {
+  SMEM_ARRAY(Sums, parts, kWarps);
+  const int64_t row = blockIdx.x / slices, first = blockIdx.x % slices * kSlice;
+  if (targets[row] == kSkippedTarget) return;
+  const T* z = logits + row * columns;
+  const bool aligned = is_aligned(z);
+  const int64_t end = first + kSlice < columns ? first + kSlice : columns;
+  Sums own = {-INFINITY, 0, 0};
+  for (int64_t c = first + threadIdx.x * kVector; c < end; c += kBlock * kVector) {
+    float x[kVector];
+    load_vector(z + c, end - c, aligned, -INFINITY, x);
+    float top = own.maximum;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) top = fmaxf(top, x[i]);
+    if (top > own.maximum) lower_to(own, top, inverse);
+    own.maximum = top;
+    const float from = top == -INFINITY ? 0 : top;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const float d = (x[i] - from) * inverse, e = ptx::ex2(d * kLog2e);
+      own.sum += e;
+      own.moment += e * fmaxf(d, -128.0f);
+    }
+  }
+  const auto tree = [&](int width) {
+    for (int step = width / 2; step > 0; step /= 2) {
+      Sums other;
+      other.maximum = __shfl_xor_sync(kFull, own.maximum, step);
+      other.sum = __shfl_xor_sync(kFull, own.sum, step);
+      other.moment = __shfl_xor_sync(kFull, own.moment, step);
+      own = merged(own, other, inverse);
+    }
+  };
+  tree(32);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = own;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    own = parts[threadIdx.x % kWarps];
+    tree(kWarps);
+    if (threadIdx.x == 0) out[blockIdx.x] = own;
+  }
+}
+
+struct Row {
+  double maximum = -INFINITY, sum = 0, moment = 0;
+};
+
+__device__ void add(Row& into, Row part, double inverse) {
+  if (part.sum == 0) return;
+  const double top = part.maximum > into.maximum ? part.maximum : into.maximum;
+  const auto lower = [&](Row& r) {
+    const double shift = (r.maximum - top) * inverse, scale = exp(shift);
+    r.moment = scale == 0 ? 0 * r.moment : scale * (r.moment + shift * r.sum);
+    r.sum *= scale;
+  };
+  lower(part);
+  if (into.sum == 0)
+    into = {top, part.sum, part.moment};
+  else {
+    lower(into);
+    into = {top, into.sum + part.sum, into.moment + part.moment};
+  }
+}
+
+__device__ Row whole_row(const Sums* slices, int64_t count, double inverse) {
+  Row row;
+  for (int64_t k = 0; k < count; ++k)
+    add(row, {slices[k].maximum, slices[k].sum, slices[k].moment}, inverse);
+  return row;
+}
+
+// (m, log s) with m rounded first.
+__device__ float2 stats_of(const Row& row, double inverse) {
+  const double maximum = row.maximum * inverse;
+  const float m = static_cast<float>(maximum);
+  const double residue = isfinite(m) ? maximum - m : 0;
+  return make_float2(m, static_cast<float>(log(row.sum) + residue));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kTileBlock)
+    finish_kernel(const T* logits, const int32_t* targets, const Sums* partials, int64_t rows,
+                  int64_t columns, int64_t slices, double inverse, float* log_probs, float2* stats,
+                  float* entropy, int32_t* fault) {
+  const int64_t i = int64_t{blockIdx.x} * kTileBlock + threadIdx.x;
+  if (i >= rows) return;
+  const int32_t target = targets[i];
+  float log_prob = 0, h = 0;
+  float2 s = make_float2(0, 0);
+  if (target != kSkippedTarget) {
+    const Row row = whole_row(partials + i * slices, slices, inverse);
+    s = stats_of(row, inverse);
+    const double log_sum = row.sum == 0 ? static_cast<double>(NAN) : log(row.sum);
+    h = static_cast<float>(log_sum - row.moment / row.sum);
+    if (row.sum == 0) s.y = NAN;
+    if (target < 0 || target >= columns) {
+      log_prob = h = s.x = s.y = NAN;
+      *fault = 1;
+    } else {
+      const double x = to_float(logits[i * columns + target]);
+      log_prob = static_cast<float>((x - row.maximum) * inverse - log_sum);
+    }
+  }
+  log_probs[i] = log_prob;
+  stats[i] = s;
+  if (entropy) entropy[i] = h;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kTileBlock)
+    finish_shard_kernel(const T* logits, const int32_t* targets, const Sums* partials, int64_t rows,
+                        int64_t columns, int64_t slices, double inverse, int64_t vocab_offset,
+                        float2* stats, float* target_logit, float* moment, int32_t* fault) {
+  const int64_t i = int64_t{blockIdx.x} * kTileBlock + threadIdx.x;
+  if (i >= rows) return;
+  const int32_t target = targets[i];
+  const int64_t local = target - vocab_offset;
+  Row row;
+  float x = 0;
+  if (target != kSkippedTarget) {
+    row = whole_row(partials + i * slices, slices, inverse);
+    x = local < 0 || local >= columns
+            ? -INFINITY
+            : static_cast<float>(to_float(logits[i * columns + local]) * inverse);
+  }
+  float2 s = stats_of(row, inverse);
+  const double shift = row.sum == 0 ? 0 : row.maximum * inverse - s.x;
+  float t = static_cast<float>(exp(shift) * (row.moment + shift * row.sum));
+  if (target < 0 && target != kSkippedTarget) {
+    x = t = s.x = s.y = NAN;
+    *fault = 1;
+  }
+  stats[i] = s;
+  target_logit[i] = x;
+  if (moment) moment[i] = t;
+}
+
+__global__ void __launch_bounds__(kTileBlock)
+    merge_kernel(const float* const* table, int shards, bool moments, int64_t rows,
+                 float* log_probs, float2* merged_stats, float* entropy) {
+  const int64_t i = int64_t{blockIdx.x} * kTileBlock + threadIdx.x;
+  if (i >= rows) return;
+  Row row;
+  double target = -INFINITY;
+  for (int k = 0; k < shards; ++k) {
+    const float* stats = table[k] + 2 * i;
+    const double moment = moments ? table[2 * shards + k][i] : 0;
+    add(row, {stats[0], exp(static_cast<double>(stats[1])), moment}, 1);
+    const double x = table[shards + k][i];
+    if (!(x <= target)) target = x;
+  }
+  float log_prob = 0, h = 0;
+  float2 s = make_float2(0, 0);
+  if (row.sum != 0) {
+    s = stats_of(row, 1);
+    const double log_sum = log(row.sum);
+    log_prob = static_cast<float>((target - row.maximum) - log_sum);
+    h = static_cast<float>(log_sum - row.moment / row.sum);
+  } else if (target == -INFINITY) {  // no probability anywhere; else the row was skipped
+    log_prob = h = s.y = NAN;
+    s.x = -INFINITY;
+  }
+  log_probs[i] = log_prob;
+  merged_stats[i] = s;
+  if (entropy) entropy[i] = h;
+}
+
+struct Slopes {
+  const int32_t* targets;
+  const float *stats, *d_log_probs, *entropy, *d_entropy;
+  int64_t columns, tiles, vocab_offset;
+  double inverse;
+  bool shard;
+  int32_t* fault;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kTileBlock)
+    slopes_kernel(const T* logits, T* d_logits, Slopes a) {
+  const int64_t row = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * kTile;
+  const int64_t end = first + kTile < a.columns ? first + kTile : a.columns;
+  const T* z = logits + row * a.columns;
+  T* dz = d_logits + row * a.columns;
+  const bool aligned = is_aligned(z) && is_aligned(dz);
+  const int32_t target = a.targets[row];
+  const int64_t label = target - a.vocab_offset;
+  const bool wrong = target != kSkippedTarget && (target < 0 || (!a.shard && label >= a.columns));
+  const double g = a.d_log_probs[row] * a.inverse;
+  const double h = a.d_entropy ? a.d_entropy[row] * a.inverse : 0;
+  const bool still = target == kSkippedTarget || (g == 0 && h == 0);
+  if (wrong && threadIdx.x == 0) *a.fault = 1;
+
+  const float inverse = static_cast<float>(a.inverse);
+  const float inverse_low = static_cast<float>(a.inverse - inverse);
+  const float maximum = a.stats[2 * row], log_sum = a.stats[2 * row + 1];
+  const double entropy = h != 0 ? a.entropy[row] : 0;
+  const float scale_p = static_cast<float>(-g - h * entropy), scale_h = static_cast<float>(-h);
+  for (int64_t c = first + threadIdx.x * kVector; c < end; c += kTileBlock * kVector) {
+    float x[kVector];
+    if (wrong || still) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) x[i] = wrong ? NAN : 0;
+    } else {
+      load_vector(z + c, end - c, aligned, 0, x);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        if (c + i == label) {  // g (1 - p), without the cancellation near p = 1
+          const double log_p = (x[i] * a.inverse - maximum) - log_sum, p = exp(log_p);
+          x[i] = static_cast<float>(-g * expm1(log_p) - (p == 0 ? 0 : h * p * (log_p + entropy)));
+        } else {
+          // The low part of the product is of a finite x: -inf times 0 is not 0.
+          const float low = fmaf(fmaxf(x[i], -FLT_MAX), inverse_low, -log_sum);
+          const float log_p = fmaf(x[i], inverse, -maximum) + low;
+          x[i] = ptx::ex2(log_p * kLog2e) * (scale_p + scale_h * fmaxf(log_p, -128.0f));
+        }
+      }
+    }
+    store_vector(dz + c, end - c, aligned, x);
+  }
+}
+
+template <class T>
+void sum_slices(const In& logits, const In& targets, float inverse, Sums* out, int64_t slices,
+                cudaStream_t stream) {
+  const int64_t rows = logits.shape[0];
+  if (rows * slices)
+    launch(slice_sums_kernel<T>, static_cast<unsigned>(rows * slices), kBlock, 0, stream,
+           logits.as<const T>(), targets.as<const int32_t>(), logits.shape[1], slices, inverse,
+           out);
+}
+
+unsigned row_blocks(int64_t rows) { return static_cast<unsigned>(ceil_div(rows, kTileBlock)); }
+
+}  // namespace
+
+void token_log_probs(const TokenLogProbsArgs& a, Device& device) {
+  const int64_t rows = a.logits.shape[0], columns = a.logits.shape[1];
+  if (!rows) return;
+  const int64_t slices = ceil_div(columns, kSlice);
+  const double inverse = 1 / a.temperature;
+  Scratch scratch = device.scratch(rows * slices * sizeof(Sums));
+  cudaStream_t stream = stream_of(device);
+  with_float_type(a.logits.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    sum_slices<T>(a.logits, a.targets, static_cast<float>(inverse), scratch.as<Sums>(), slices,
+                  stream);
+    launch(finish_kernel<T>, row_blocks(rows), kTileBlock, 0, stream, a.logits.as<const T>(),
+           a.targets.as<const int32_t>(), scratch.as<const Sums>(), rows, columns, slices, inverse,
+           a.log_probs.as<float>(), a.stats.as<float2>(), a.entropy.as<float>(), a.fault);
+  });
+}
+
+void token_log_probs_shard(const TokenLogProbsShardArgs& a, Device& device) {
+  const int64_t rows = a.logits.shape[0], columns = a.logits.shape[1];
+  if (!rows) return;
+  const int64_t slices = ceil_div(columns, kSlice);
+  const double inverse = 1 / a.temperature;
+  Scratch scratch = device.scratch(rows * slices * sizeof(Sums));
+  cudaStream_t stream = stream_of(device);
+  with_float_type(a.logits.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    sum_slices<T>(a.logits, a.targets, static_cast<float>(inverse), scratch.as<Sums>(), slices,
+                  stream);
+    launch(finish_shard_kernel<T>, row_blocks(rows), kTileBlock, 0, stream, a.logits.as<const T>(),
+           a.targets.as<const int32_t>(), scratch.as<const Sums>(), rows, columns, slices, inverse,
+           a.vocab_offset, a.stats.as<float2>(), a.target_logit.as<float>(), a.moment.as<float>(),
+           a.fault);
+  });
+}
+
+void merge_log_probs(const MergeLogProbsArgs& a, Device& device) {
+  const int64_t rows = a.log_probs.size();
+  if (!rows) return;
+  std::vector<const float*> table;
+  for (const auto* list : {&a.stats, &a.target_logit, &a.moment})
+    for (const In& t : *list) table.push_back(t.as<const float>());
+  Scratch scratch = device.scratch(table.size() * sizeof(float*));
+  device.upload(scratch.as<void>(), table.data(), table.size() * sizeof(float*));
+  launch(merge_kernel, row_blocks(rows), kTileBlock, 0, stream_of(device),
+         scratch.as<const float* const>(), static_cast<int>(a.stats.size()), !a.moment.empty(),
+         rows, a.log_probs.as<float>(), a.merged.as<float2>(), a.entropy.as<float>());
+}
+
+void token_log_probs_backward(const TokenLogProbsBackwardArgs& a, Device& device) {
+  const int64_t rows = a.logits.shape[0], columns = a.logits.shape[1];
+  if (!rows || !columns) return;
+  Slopes s;
+  s.targets = a.targets.as<const int32_t>();
+  s.stats = a.stats.as<const float>();
+  s.d_log_probs = a.d_log_probs.as<const float>();
+  s.entropy = a.entropy.as<const float>();
+  s.d_entropy = a.d_entropy.as<const float>();
+  s.columns = columns;
+  s.tiles = ceil_div(columns, kTile);
+  s.vocab_offset = a.vocab_offset;
+  s.inverse = 1 / a.temperature;
+  s.shard = a.shard;
+  s.fault = a.fault;
+  with_float_type(a.logits.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    launch(slopes_kernel<T>, static_cast<unsigned>(rows * s.tiles), kTileBlock, 0,
+           stream_of(device), a.logits.as<const T>(), a.d_logits.as<T>(), s);
+  });
+}
+
+}  // namespace p2r::cuda

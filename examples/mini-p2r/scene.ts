@@ -1,0 +1,423 @@
+/**
+ * The task: find one coloured digit in a megapixel. After Megapixel MNIST (Katharopoulos and
+ * Fleuret 2019, "Processing Megapixel Images with Deep Attention-Sampling Models").
+ *
+ * A canvas is 1024 x 1024 RGB and is composed of, in this order, the brighter winning at each pixel:
+ *  - texture: one of 16 grey backgrounds a split, value noise at three scales and white noise,
+ *    rolled around and mirrored at random;
+ *  - 60 grey strokes: gently curving random walks of 12 to 40 pixels with a 2 or 3 pixel pen;
+ *  - 24 fragments: squares of 8 to 11 pixels cut out of random digits, grey or coloured;
+ *  - three needles: whole MNIST digits at their native 28 x 28, one red, one green, one blue.
+ * The question is a colour, the answer that needle's class; each canvas gives three questions.
+ *
+ * A needle lies inside one cell of a 32 x 32 lattice of 32-pixel cells, so that a cell is a box.
+ * That is easier than free placement, and part of what the demo's figures mean.
+ *
+ * A scene is a description of about 8 KB. Crops are painted straight from it, and so is the
+ * overview: backgrounds roll by whole blocks of 8 pixels, hence the 8 x 8 means of the bare
+ * background are means known beforehand, and only pixels under an object have to be looked at.
+ */
+import { DIGIT_SIDE, type Digits } from './digits.js'
+import { Rng } from './rng.js'
+
+/** Sides are powers of two: whatever wraps around them is masked. */
+export const CANVAS = 1024
+/** Side of a cell, in pixels, and of the lattice, in cells. */
+export const CELL = 32
+export const LATTICE = CANVAS / CELL
+/** Side of the overview, each of whose pixels is the mean of a block of the canvas. */
+export const OVERVIEW = 128
+const BLOCK = CANVAS / OVERVIEW
+/** Side of the thumbnail, each of whose pixels is the mean of a cell. */
+export const THUMBNAIL = LATTICE
+
+export const COLOURS = ['red', 'green', 'blue'] as const
+/** Questions a canvas. */
+export const QUESTIONS = COLOURS.length
+
+const BACKGROUNDS = 16
+const STROKES = 60
+const FRAGMENTS = 24
+/** Needles keep this many cells apart, so that no crop shows two. */
+const NEEDLE_DISTANCE = 3
+/** Tints at full intensity: grey, then the question's colours, which are pale enough to be seen. */
+const PALETTE = [
+  [1, 1, 1],
+  [1, 0.3, 0.3],
+  [0.3, 1, 0.3],
+  [0.4, 0.4, 1],
+] as const
+
+/** RGB bytes of (tint << 8 | intensity), three a value. */
+const RGB = Uint8Array.from(
+  PALETTE.flatMap((tint) =>
+    Array.from({ length: 256 }, (_, value) => tint.map((share) => Math.round(share * value))),
+  ).flat(),
+)
+
+interface Background {
+  /** Grey values of the canvas. */
+  pixels: Uint8Array
+  /** Sums over the 8 x 8 blocks. */
+  blocks: Uint16Array
+}
+
+/** What an object covers: half open. */
+interface Extent {
+  x0: number
+  y0: number
+  x1: number
+  y1: number
+}
+
+interface Stroke extends Extent {
+  pen: number
+  value: number
+  /** The pen's upper left corner: x, y, x, y, ... */
+  path: Int16Array
+}
+
+/** A digit, or a square cut from one at (left, top). */
+interface Sprite extends Extent {
+  digit: number
+  left: number
+  top: number
+  tint: number
+}
+
+export interface Scene {
+  background: number
+  rollX: number
+  rollY: number
+  mirrored: boolean
+  strokes: readonly Stroke[]
+  /** The fragments and the needles. */
+  sprites: readonly Sprite[]
+  /** In the order of COLOURS. */
+  needles: readonly { cell: number; label: number }[]
+}
+
+export interface Question {
+  /** Which canvas, and which of COLOURS. */
+  canvas: number
+  colour: number
+  /** Where the needle is: row * 32 + column. */
+  cell: number
+  /** The digit's class. */
+  label: number
+}
+
+export interface Overview {
+  /** RGB bytes, 128 x 128. */
+  pixels: Uint8Array
+  /** RGB bytes, 32 x 32. */
+  thumbnail: Uint8Array
+}
+
+/** A set of canvases, each a function of (seed, index) alone and made when first asked for. */
+export class Canvases {
+  readonly count: number
+  readonly #digits: Digits
+  readonly #seed: number
+  readonly #backgrounds: readonly Background[]
+  readonly #scenes: Scene[] = []
+  readonly #overviews: Overview[] = []
+  /** A canvas of (tint << 8 | intensity), 0 where no object is; kept clean between calls. */
+  readonly #layer = new Uint16Array(CANVAS * CANVAS)
+  readonly #touched = new Int32Array(CANVAS * CANVAS)
+
+  constructor(digits: Digits, seed: number, count: number) {
+    this.#digits = digits
+    this.#seed = seed
+    this.count = count
+    this.#backgrounds = Array.from({ length: BACKGROUNDS }, (_, i) =>
+      makeBackground(new Rng(seed, 0, i)),
+    )
+  }
+
+  /** Questions 0 .. 3 count - 1, a canvas's three together. */
+  question(index: number): Question {
+    const canvas = Math.floor(index / QUESTIONS)
+    const colour = index % QUESTIONS
+    const { cell, label } = this.scene(canvas).needles[colour] as Scene['needles'][number]
+    return { canvas, colour, cell, label }
+  }
+
+  scene(index: number): Scene {
+    this.#scenes[index] ??= makeScene(this.#digits, new Rng(this.#seed, 1, index))
+    return this.#scenes[index]
+  }
+
+  /** The 8 x 8 means of the canvas, rounded to bytes, and the 32 x 32 ones. Kept: 51 KB a canvas. */
+  overview(index: number): Overview {
+    this.#overviews[index] ??= this.#renderOverview(this.scene(index))
+    return this.#overviews[index]
+  }
+
+  /** A cell at full resolution: RGB bytes, 32 x 32. */
+  crop(index: number, cell: number): Uint8Array {
+    const x = (cell % LATTICE) * CELL
+    const y = Math.floor(cell / LATTICE) * CELL
+    return this.#render(this.scene(index), { x0: x, y0: y, x1: x + CELL, y1: y + CELL })
+  }
+
+  /** The whole canvas: RGB bytes, 3 MB. */
+  canvas(index: number): Uint8Array {
+    return this.#render(this.scene(index), { x0: 0, y0: 0, x1: CANVAS, y1: CANVAS })
+  }
+
+  #render(scene: Scene, window: Extent): Uint8Array {
+    const touched = this.#paint(scene, window)
+    const background = this.#backgrounds[scene.background] as Background
+    const width = window.x1 - window.x0
+    const out = new Uint8Array(3 * width * (window.y1 - window.y0))
+    let at = 0
+    for (let y = window.y0; y < window.y1; y++) {
+      const row = ((y + scene.rollY) & (CANVAS - 1)) * CANVAS
+      for (let x = window.x0; x < window.x1; x++, at += 3) {
+        const grey = background.pixels[row + sourceX(scene, x)] as number
+        const object = this.#layer[y * CANVAS + x] as number
+        const colour = 3 * ((object & 255) > grey ? object : grey)
+        out[at] = RGB[colour] as number
+        out[at + 1] = RGB[colour + 1] as number
+        out[at + 2] = RGB[colour + 2] as number
+      }
+    }
+    this.#wipe(touched)
+    return out
+  }
+
+  #renderOverview(scene: Scene): Overview {
+    const background = this.#backgrounds[scene.background] as Background
+    const sums = new Int32Array(3 * OVERVIEW * OVERVIEW)
+    const [rollX, rollY] = [scene.rollX / BLOCK, scene.rollY / BLOCK]
+    let at = 0
+    for (let y = 0; y < OVERVIEW; y++) {
+      const row = ((y + rollY) & (OVERVIEW - 1)) * OVERVIEW
+      for (let x = 0; x < OVERVIEW; x++, at += 3) {
+        // A mirrored block holds the same pixels as its source, so its sum is the same.
+        const column = ((scene.mirrored ? OVERVIEW - 1 - x : x) + rollX) & (OVERVIEW - 1)
+        const sum = background.blocks[row + column] as number
+        sums[at] = sum
+        sums[at + 1] = sum
+        sums[at + 2] = sum
+      }
+    }
+    const touched = this.#paint(scene, { x0: 0, y0: 0, x1: CANVAS, y1: CANVAS })
+    for (let i = 0; i < touched; i++) {
+      const pixel = this.#touched[i] as number
+      const object = this.#layer[pixel] as number
+      this.#layer[pixel] = 0
+      const x = pixel & (CANVAS - 1)
+      const y = (pixel - x) / CANVAS
+      const row = ((y + scene.rollY) & (CANVAS - 1)) * CANVAS
+      const grey = background.pixels[row + sourceX(scene, x)] as number
+      if ((object & 255) <= grey) continue
+      const block = 3 * (Math.floor(y / BLOCK) * OVERVIEW + Math.floor(x / BLOCK))
+      for (let channel = 0; channel < 3; channel++) {
+        const before = sums[block + channel] as number
+        sums[block + channel] = before + (RGB[3 * object + channel] as number) - grey
+      }
+    }
+    const cells = sumSquares(sums, OVERVIEW, CELL / BLOCK)
+    return { pixels: means(sums, BLOCK ** 2), thumbnail: means(cells, CELL ** 2) }
+  }
+
+  /** Paints the objects that meet the window onto the layer; returns how many pixels it touched. */
+  #paint(scene: Scene, window: Extent): number {
+    let touched = 0
+    const put = (x: number, y: number, value: number, tint: number): void => {
+      if (x < window.x0 || x >= window.x1 || y < window.y0 || y >= window.y1) return
+      const pixel = y * CANVAS + x
+      const before = this.#layer[pixel] as number
+      if (value <= (before & 255)) return
+      if (before === 0) this.#touched[touched++] = pixel
+      this.#layer[pixel] = (tint << 8) | value
+    }
+    for (const stroke of scene.strokes) {
+      if (!meet(stroke, window)) continue
+      for (let i = 0; i < stroke.path.length; i += 2) {
+        const x = stroke.path[i] as number
+        const y = stroke.path[i + 1] as number
+        for (let dy = 0; dy < stroke.pen; dy++) {
+          for (let dx = 0; dx < stroke.pen; dx++) put(x + dx, y + dy, stroke.value, 0)
+        }
+      }
+    }
+    for (const sprite of scene.sprites) {
+      if (!meet(sprite, window)) continue
+      for (let y = sprite.y0; y < sprite.y1; y++) {
+        const row = (sprite.digit * DIGIT_SIDE + sprite.top + y - sprite.y0) * DIGIT_SIDE
+        for (let x = sprite.x0; x < sprite.x1; x++) {
+          const value = this.#digits.pixels[row + sprite.left + x - sprite.x0] as number
+          put(x, y, value, sprite.tint)
+        }
+      }
+    }
+    return touched
+  }
+
+  #wipe(touched: number): void {
+    for (let i = 0; i < touched; i++) this.#layer[this.#touched[i] as number] = 0
+  }
+}
+
+/** Where column x of a scene comes from in its background. */
+function sourceX(scene: Scene, x: number): number {
+  return ((scene.mirrored ? CANVAS - 1 - x : x) + scene.rollX) & (CANVAS - 1)
+}
+
+function meet(a: Extent, b: Extent): boolean {
+  return a.x0 < b.x1 && b.x0 < a.x1 && a.y0 < b.y1 && b.y0 < a.y1
+}
+
+/** Sums over squares of `side` blocks, per channel. */
+function sumSquares(sums: Int32Array, width: number, side: number): Int32Array {
+  const size = width / side
+  const out = new Int32Array(3 * size * size)
+  let at = 0
+  for (let y = 0; y < width; y++) {
+    const row = Math.floor(y / side) * size
+    for (let x = 0; x < width; x++) {
+      const square = 3 * (row + Math.floor(x / side))
+      for (let channel = 0; channel < 3; channel++, at++) {
+        out[square + channel] = (out[square + channel] as number) + (sums[at] as number)
+      }
+    }
+  }
+  return out
+}
+
+/** Sums of `pixels` bytes as bytes: the means, ties upwards. */
+function means(sums: Int32Array, pixels: number): Uint8Array {
+  const out = new Uint8Array(sums.length)
+  for (let i = 0; i < sums.length; i++) out[i] = Math.floor((sums[i] as number) / pixels + 0.5)
+  return out
+}
+
+function makeScene(digits: Digits, rng: Rng): Scene {
+  const scene = {
+    background: rng.below(BACKGROUNDS),
+    rollX: rng.below(OVERVIEW) * BLOCK,
+    rollY: rng.below(OVERVIEW) * BLOCK,
+    mirrored: rng.unit() < 0.5,
+  }
+  const strokes = Array.from({ length: STROKES }, () => makeStroke(rng))
+  const sprites: Sprite[] = Array.from({ length: FRAGMENTS }, () => {
+    const side = 8 + rng.below(4)
+    const x = rng.below(CANVAS - side)
+    const y = rng.below(CANVAS - side)
+    // From 6 on: the digit's middle, so that a fragment is seldom blank.
+    const left = 6 + rng.below(DIGIT_SIDE - 6 - side)
+    const top = 6 + rng.below(DIGIT_SIDE - 6 - side)
+    const tint = rng.below(PALETTE.length)
+    return { ...square(x, y, side), digit: rng.below(digits.count), left, top, tint }
+  })
+  const cells: number[] = []
+  while (cells.length < QUESTIONS) {
+    const cell = rng.below(LATTICE * LATTICE)
+    if (cells.every((other) => cellDistance(cell, other) >= NEEDLE_DISTANCE)) cells.push(cell)
+  }
+  const needles = cells.map((cell, colour) => {
+    const digit = rng.below(digits.count)
+    const x = (cell % LATTICE) * CELL + rng.below(CELL - DIGIT_SIDE + 1)
+    const y = Math.floor(cell / LATTICE) * CELL + rng.below(CELL - DIGIT_SIDE + 1)
+    sprites.push({ ...square(x, y, DIGIT_SIDE), digit, left: 0, top: 0, tint: colour + 1 })
+    return { cell, label: digits.labels[digit] as number }
+  })
+  return { ...scene, strokes, sprites, needles }
+}
+
+function square(x: number, y: number, side: number): Extent {
+  return { x0: x, y0: y, x1: x + side, y1: y + side }
+}
+
+/** Chebyshev distance, in cells. */
+function cellDistance(a: number, b: number): number {
+  const rows = Math.abs(Math.floor(a / LATTICE) - Math.floor(b / LATTICE))
+  return Math.max(rows, Math.abs((a % LATTICE) - (b % LATTICE)))
+}
+
+function makeStroke(rng: Rng): Stroke {
+  const MARGIN = 20
+  let x = rng.between(MARGIN, CANVAS - MARGIN)
+  let y = rng.between(MARGIN, CANVAS - MARGIN)
+  let angle = rng.between(0, 2 * Math.PI)
+  const length = 12 + rng.below(29)
+  const pen = 2 + rng.below(2)
+  const value = 105 + rng.below(95)
+  const turn = 0.06 * rng.normal()
+  const path = new Int16Array(2 * length)
+  const extent = { x0: CANVAS, y0: CANVAS, x1: 0, y1: 0 }
+  for (let step = 0; step < length; step++) {
+    const left = Math.floor(x)
+    const top = Math.floor(y)
+    path[2 * step] = left
+    path[2 * step + 1] = top
+    extent.x0 = Math.min(extent.x0, left)
+    extent.y0 = Math.min(extent.y0, top)
+    extent.x1 = Math.max(extent.x1, left + pen)
+    extent.y1 = Math.max(extent.y1, top + pen)
+    x += Math.cos(angle)
+    y += Math.sin(angle)
+    angle += turn
+  }
+  return { ...extent, pen, value, path }
+}
+
+function makeBackground(rng: Rng): Background {
+  const octaves = [
+    { cells: 8, share: 0.1, lattice: noise(rng, 8) },
+    { cells: 32, share: 0.08, lattice: noise(rng, 32) },
+    { cells: 128, share: 0.06, lattice: noise(rng, 128) },
+  ]
+  const FLOOR = 0.06
+  const GRAIN = 0.06
+  const pixels = new Uint8Array(CANVAS * CANVAS)
+  const blocks = new Uint16Array(OVERVIEW * OVERVIEW)
+  const row = new Float64Array(CANVAS)
+  for (let y = 0; y < CANVAS; y++) {
+    row.fill(FLOOR)
+    for (const { cells, share, lattice } of octaves) addNoiseRow(row, y, cells, share, lattice)
+    const blockRow = Math.floor(y / BLOCK) * OVERVIEW
+    for (let x = 0; x < CANVAS; x++) {
+      const value = Math.round(255 * ((row[x] as number) + GRAIN * rng.unit()))
+      pixels[y * CANVAS + x] = value
+      const block = blockRow + Math.floor(x / BLOCK)
+      blocks[block] = (blocks[block] as number) + value
+    }
+  }
+  return { pixels, blocks }
+}
+
+function noise(rng: Rng, cells: number): Float64Array {
+  return Float64Array.from({ length: cells * cells }, () => rng.unit())
+}
+
+/** Adds a row of bilinear value noise whose lattice wraps around, so that rolling leaves no seam. */
+function addNoiseRow(
+  row: Float64Array,
+  y: number,
+  cells: number,
+  share: number,
+  lattice: Float64Array,
+): void {
+  const step = CANVAS / cells
+  const top = Math.floor(y / step)
+  const down = (y % step) / step
+  const upper = top * cells
+  const lower = ((top + 1) % cells) * cells
+  for (let cell = 0; cell < cells; cell++) {
+    const next = (cell + 1) % cells
+    const left = mix(lattice[upper + cell] as number, lattice[lower + cell] as number, down)
+    const right = mix(lattice[upper + next] as number, lattice[lower + next] as number, down)
+    for (let i = 0; i < step; i++) {
+      const x = cell * step + i
+      row[x] = (row[x] as number) + share * mix(left, right, i / step)
+    }
+  }
+}
+
+function mix(a: number, b: number, t: number): number {
+  return a + (b - a) * t
+}

@@ -1,0 +1,237 @@
+import { readFile, writeFile } from 'node:fs/promises'
+import { extname } from 'node:path'
+import type { Sharp, SharpOptions } from 'sharp'
+import { Device } from './device.js'
+import { choice, P2RError, refuse } from './errors.js'
+import { describeValue, handleOf, type Tensor } from './tensor.js'
+
+// Loaded when first used, so that a program without images never loads libvips.
+async function codec(op: string): Promise<typeof import('sharp').default> {
+  try {
+    return (await import('sharp')).default
+  } catch (cause) {
+    refuse('ERR_NATIVE', op, 'sharp, which decodes and encodes images, could not be loaded', {
+      cause,
+    })
+  }
+}
+
+/**
+ * An image decoded to u8 [height, width, 3]: JPEG, PNG, WebP, TIFF (its first page) or AVIF.
+ *
+ * Pixels come as they are stored, as Pillow reads them: not rotated by EXIF, no colour profile
+ * applied; grey is repeated over the channels.
+ *
+ * @param source a path, or the encoded bytes.
+ * @param options.autoOrient rotates and mirrors as EXIF says; false unless given. Boxes then refer to
+ *   the turned image.
+ * @param options.alpha 'white' (default) lays the image over white; 'drop' keeps the colours under it.
+ * @param options.maxPixels 268 402 689 unless given; larger images are ERR_FORMAT.
+ * @param options.signal rejects with its reason.
+ * @throws ERR_IO (with cause) for a file that cannot be read; ERR_FORMAT for what is no such image, is
+ *   truncated, animated, CMYK or of more than 8 bits a channel; ERR_VALUE for wrong arguments.
+ */
+export async function loadImage(
+  source: string | Uint8Array,
+  device: Device,
+  options: {
+    autoOrient?: boolean
+    alpha?: 'white' | 'drop'
+    maxPixels?: number
+    signal?: AbortSignal
+  } = {},
+): Promise<Tensor<'u8'>> {
+  const op = 'loadImage'
+  const { autoOrient = false, alpha = 'white', maxPixels = 268_402_689, signal } = options
+  if (typeof source !== 'string' && !(source instanceof Uint8Array))
+    refuse('ERR_VALUE', op, `source must be a path or bytes, got ${describeValue(source)}`)
+  if (!(device instanceof Device))
+    refuse('ERR_VALUE', op, `device must be a Device, got ${describeValue(device)}`)
+  if (typeof autoOrient !== 'boolean')
+    refuse('ERR_VALUE', op, `autoOrient must be true or false, got ${describeValue(autoOrient)}`)
+  choice(alpha, ['white', 'drop'], 'alpha', op)
+  if (!Number.isSafeInteger(maxPixels) || maxPixels < 1)
+    refuse('ERR_VALUE', op, `maxPixels must be a positive integer, got ${describeValue(maxPixels)}`)
+
+  signal?.throwIfAborted()
+  const decoding = decode(source, autoOrient, maxPixels, op, signal)
+  const { data, width, height, channels } = await (signal ? unless(signal, decoding) : decoding)
+  return device.tensor(toRgb(data, channels, alpha === 'white'), [height, width, 3], 'u8')
+}
+
+interface Decoded {
+  data: Uint8Array
+  width: number
+  height: number
+  channels: number
+}
+
+async function decode(
+  source: string | Uint8Array,
+  autoOrient: boolean,
+  maxPixels: number,
+  op: string,
+  signal: AbortSignal | undefined,
+): Promise<Decoded> {
+  const name = typeof source === 'string' ? `'${source}'` : 'the data'
+  const bytes =
+    typeof source === 'string'
+      ? await readFile(source, signal ? { signal } : {}).catch((cause) =>
+          refuse('ERR_IO', op, `${name} could not be read: ${cause.message}`, { cause }),
+        )
+      : source
+  signal?.throwIfAborted()
+  const sharp = await codec(op)
+  const input: SharpOptions = {
+    limitInputPixels: false,
+    failOn: 'error',
+    ignoreIcc: true,
+    autoOrient,
+  }
+  try {
+    const meta = await sharp(bytes, input).metadata()
+    const no = (reason: string): never => refuse('ERR_FORMAT', op, `${name} ${reason}`)
+    const format = meta.format === 'heif' && meta.compression === 'av1' ? 'avif' : meta.format
+    if (!['jpeg', 'png', 'webp', 'tiff', 'avif'].includes(format as string))
+      no(`must be JPEG, PNG, WebP, TIFF or AVIF, got ${format}`)
+    if (format === 'webp' && (meta.pages ?? 1) > 1) no('is animated')
+    if (meta.depth !== 'uchar') no(`must have 8 bits a channel, got ${meta.depth}`)
+    if (!['srgb', 'rgb', 'b-w'].includes(meta.space as string))
+      no(`must be RGB or grey, got ${meta.space}`)
+    if (meta.width * meta.height > maxPixels)
+      no(`has ${meta.width} x ${meta.height} pixels, more than maxPixels, ${maxPixels}`)
+    signal?.throwIfAborted()
+    const { data, info } = await sharp(bytes, input).raw().toBuffer({ resolveWithObject: true })
+    return { data, width: info.width, height: info.height, channels: info.channels }
+  } catch (cause) {
+    if (cause instanceof P2RError || signal?.aborted) throw cause
+    refuse('ERR_FORMAT', op, `${name} could not be decoded: ${(cause as Error).message}`, { cause })
+  }
+}
+
+// sharp cannot be interrupted, so an abort only stops the wait for it.
+async function unless<T>(signal: AbortSignal, work: Promise<T>): Promise<T> {
+  let abort = () => {}
+  const aborted = new Promise<never>((_, reject) => {
+    abort = () => reject(signal.reason)
+    signal.addEventListener('abort', abort)
+  })
+  try {
+    return await Promise.race([work, aborted])
+  } catch (error) {
+    throw signal.aborted ? signal.reason : error
+  } finally {
+    signal.removeEventListener('abort', abort)
+  }
+}
+
+/** One to four channels (grey, grey and alpha, RGB, RGB and alpha) to three. */
+function toRgb(data: Uint8Array, channels: number, overWhite: boolean): Uint8Array {
+  if (channels === 3) return data
+  const pixels = data.length / channels
+  const out = new Uint8Array(pixels * 3)
+  const [green, blue] = channels >= 3 ? [1, 2] : [0, 0]
+  const alphaAt = overWhite && channels % 2 === 0 ? channels - 1 : -1
+  for (let i = 0, p = 0; i < out.length; i += 3, p += channels) {
+    out[i] = data[p]!
+    out[i + 1] = data[p + green]!
+    out[i + 2] = data[p + blue]!
+    if (alphaAt < 0) continue
+    // Pillow's paste through a mask: (v a + 255 (255 - a)) / 255, rounded.
+    const a = data[p + alphaAt]!
+    if (a === 255) continue
+    for (let c = i; c < i + 3; c++) {
+      const sum = out[c]! * a + 255 * (255 - a) + 128
+      out[c] = ((sum >> 8) + sum) >> 8
+    }
+  }
+  return out
+}
+
+const extensions: Record<string, string> = {
+  '.png': 'png',
+  '.jpg': 'jpeg',
+  '.jpeg': 'jpeg',
+  '.webp': 'webp',
+  '.tif': 'tiff',
+  '.tiff': 'tiff',
+  '.avif': 'avif',
+}
+
+/**
+ * Writes an image to a file, in the format of its extension: .png, .jpg, .jpeg, .webp, .tif, .tiff or
+ * .avif. PNG and TIFF keep every pixel.
+ *
+ * @param image u8 [height, width, 3].
+ * @throws ERR_VALUE for another extension; ERR_IO (with cause) when the file cannot be written;
+ *   ERR_SHAPE and ERR_DTYPE for a tensor that is no image.
+ */
+export async function saveImage(image: Tensor, path: string): Promise<void> {
+  const op = 'saveImage'
+  if (typeof path !== 'string')
+    refuse('ERR_VALUE', op, `path must be a string, got ${describeValue(path)}`)
+  const format = extensions[extname(path).toLowerCase()]
+  if (!format)
+    refuse('ERR_VALUE', op, `path must end in ${Object.keys(extensions).join(', ')}, got '${path}'`)
+  const bytes = await encode(image, format, undefined, op)
+  await writeFile(path, bytes).catch((cause) =>
+    refuse('ERR_IO', op, `'${path}' could not be written: ${cause.message}`, { cause }),
+  )
+}
+
+/**
+ * An image as the bytes of a file.
+ *
+ * @param image u8 [height, width, 3].
+ * @param options.format 'png' (default, lossless), 'jpeg' or 'webp'.
+ * @param options.quality 1 to 100 for 'jpeg' and 'webp': 90 unless given.
+ */
+export async function encodeImage(
+  image: Tensor,
+  options: { format?: 'png' | 'jpeg' | 'webp'; quality?: number } = {},
+): Promise<Uint8Array> {
+  const op = 'encodeImage'
+  const format = choice(options.format ?? 'png', ['png', 'jpeg', 'webp'], 'format', op)
+  const { quality } = options
+  if (quality !== undefined && !(Number.isInteger(quality) && quality >= 1 && quality <= 100))
+    refuse(
+      'ERR_VALUE',
+      op,
+      `quality must be an integer from 1 to 100, got ${describeValue(quality)}`,
+    )
+  return new Uint8Array(await encode(image, format, quality, op))
+}
+
+async function encode(
+  image: Tensor,
+  format: string,
+  quality: number | undefined,
+  op: string,
+): Promise<Buffer> {
+  handleOf(image, 'image', op)
+  if (image.dtype !== 'u8') refuse('ERR_DTYPE', op, `image must be u8, got ${image.dtype}`)
+  const [height, width, channels] = image.shape
+  if (image.shape.length !== 3 || channels !== 3 || !height || !width)
+    refuse(
+      'ERR_SHAPE',
+      op,
+      `image must be [height, width, 3] and not empty, got [${image.shape.join(', ')}]`,
+    )
+  const data = (await image.read()) as Uint8Array
+  const sharp = await codec(op)
+  const raw: Sharp = sharp(data, { raw: { width, height, channels }, limitInputPixels: false })
+  const encoders: Record<string, () => Sharp> = {
+    png: () => raw.png(),
+    jpeg: () => raw.jpeg({ quality: quality ?? 90 }),
+    webp: () => raw.webp({ quality: quality ?? 90 }),
+    tiff: () => raw.tiff({ compression: 'deflate' }),
+    avif: () => raw.avif({ quality: quality ?? 90 }),
+  }
+  try {
+    return await encoders[format]!().toBuffer()
+  } catch (cause) {
+    refuse('ERR_VALUE', op, `the image could not be encoded: ${(cause as Error).message}`, {
+      cause,
+    })
+  }
+}

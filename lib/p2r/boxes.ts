@@ -1,0 +1,106 @@
+import { type Json, NotJson, parseJson, TooDeep } from './python_json.js'
+
+/** Coordinates in thousandths of the image's size, as the model writes them: x0, y0, x1, y1. */
+export interface EvidenceBox {
+  bbox2d: readonly [number, number, number, number]
+  label: string
+}
+
+// Python's str.isspace and \s, as a class of characters.
+const blanks =
+  '\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000'
+const outerBlanks = new RegExp(`^[${blanks}]+|[${blanks}]+$`, 'g')
+const opensList = new RegExp(`[${blanks}]*:[${blanks}]*\\[`, 'y')
+const key = '"bbox_2d"'
+
+/**
+ * The boxes in a perceiver's answer, as Perceive-to-Reason's `parse_bboxes` reads them.
+ *
+ * The whole text is read as JSON, one object with `bbox_2d` and `label` or a list of them; else every
+ * object without braces inside that holds a list `bbox_2d` is taken out of the prose. JSON is Python's:
+ * NaN and Infinity are numbers, the last of equal keys counts. A box needs four finite numbers
+ * (booleans count as 0 and 1) with x0 < x1 and y0 < y1, in any range; a missing label is ''. Anything
+ * else yields no box; where the reference fails on one (`bbox_2d` null or a number), the others are
+ * kept. Never throws.
+ */
+export function parseBoxes(text: string): EvidenceBox[] {
+  if (typeof text !== 'string') return []
+  try {
+    const data = parseJson(text.replace(outerBlanks, ''))
+    if (data instanceof Map || Array.isArray(data)) return [data].flat().flatMap(boxOf)
+  } catch (error) {
+    if (error instanceof TooDeep) return []
+    if (!(error instanceof NotJson)) throw error
+  }
+  return [...objectsIn(text)].flatMap((object) => {
+    try {
+      return boxOf(parseJson(object))
+    } catch (error) {
+      if (error instanceof NotJson || error instanceof TooDeep) return []
+      throw error
+    }
+  })
+}
+
+function boxOf(item: Json): EvidenceBox[] {
+  if (!(item instanceof Map)) return []
+  const coordinates = item.get('bbox_2d')
+  const label = item.get('label') ?? (item.has('label') ? null : '')
+  if (!Array.isArray(coordinates) || coordinates.length !== 4 || typeof label !== 'string')
+    return []
+  if (!coordinates.every((c) => typeof c === 'number' || typeof c === 'boolean')) return []
+  const [x0, y0, x1, y1] = coordinates.map(Number) as [number, number, number, number]
+  if (![x0, y0, x1, y1].every(Number.isFinite) || x0 >= x1 || y0 >= y1) return []
+  return [{ bbox2d: [x0, y0, x1, y1], label }]
+}
+
+/**
+ * What the reference's pattern finds from left to right, without going over the text again and again:
+ *
+ *   \{ [^{}]* "bbox_2d" \s* : \s* \[ [^\]]+ \] [^{}]* \}
+ */
+function* objectsIn(text: string): Generator<string> {
+  const matchAt = matcher(text)
+  let open = text.indexOf('{')
+  while (open >= 0) {
+    const end = matchAt(open)
+    if (end > open) yield text.slice(open, end)
+    open = text.indexOf('{', Math.max(end, open + 1))
+  }
+}
+
+/** Where matches end: the end of the one that opens at a brace, or -1. */
+function matcher(text: string): (open: number) => number {
+  const brace = finder(text, /[{}]/g)
+  const bracket = finder(text, /\]/g)
+  return (open) => {
+    const run = text.slice(open + 1, brace(open + 1))
+    // The pattern is greedy: the last key before the next brace comes first.
+    for (let at = run.lastIndexOf(key); at >= 0; at = at > 0 ? run.lastIndexOf(key, at - 1) : -1) {
+      opensList.lastIndex = open + 1 + at + key.length
+      if (!opensList.test(text)) continue
+      const list = opensList.lastIndex
+      const close = bracket(list)
+      if (close >= text.length || close === list) continue
+      const end = brace(close + 1)
+      if (text[end] === '}') return end + 1
+    }
+    return -1
+  }
+}
+
+/** The place of the first match at or after `from`, or the text's length. */
+function finder(text: string, pattern: RegExp): (from: number) => number {
+  const places = Array.from(text.matchAll(pattern), (match) => match.index)
+  places.push(text.length)
+  return (from) => {
+    let low = 0
+    let high = places.length - 1
+    while (low < high) {
+      const middle = (low + high) >> 1
+      if (places[middle]! < from) low = middle + 1
+      else high = middle
+    }
+    return places[low]!
+  }
+}

@@ -1,0 +1,117 @@
+import { composite } from '../composite.js'
+import { refuse } from '../errors.js'
+import { type AdvantageEstimator, advantagesAs } from '../ops/advantages.js'
+import { tokenLogProbs, tokenLogProbsBackward } from '../ops/log_probs.js'
+import { type LossMetrics, lossAs, type PolicyLossOptions } from '../ops/policy_loss.js'
+import { holds, scope } from '../scope.js'
+import { handleOf, held, hostInts, type Ints, Tensor } from '../tensor.js'
+
+/**
+ * What the caller's engine hands over for the tokens of a batch: log-probs f32 [T], or logits [T, V]
+ * with their targets i32 [T]. The gradient comes for the same.
+ */
+export type GrpoModel =
+  | { logProbs: Tensor }
+  | { logits: Tensor; targets: Tensor; temperature?: number }
+
+export interface GrpoStep extends Disposable {
+  loss: Tensor
+  logProbs: Tensor
+  /** For log-probs as input. */
+  dLogProbs?: Tensor
+  /** For logits as input. */
+  dLogits?: Tensor
+  metrics: () => Promise<LossMetrics>
+  dispose(): void
+}
+
+export interface GrpoBatch extends PolicyLossOptions {
+  /** f32 [B], or [B, K] for 'gdpo'. */
+  rewards: Tensor
+  /** The group (prompt) of each sequence. */
+  groups: Ints
+  cuSeqlens: Ints
+  /** u8 [T]: 1 keeps a token. */
+  mask?: Tensor
+  oldLogProbs?: Tensor
+  refLogProbs?: Tensor
+  importanceWeights?: Tensor
+  /** 'grpo' unless given, with epsilon 1e-6, and singleton and weights as in groupAdvantages. */
+  estimator?: AdvantageEstimator
+  epsilon?: number
+  singleton?: 'reward' | 'zero'
+  weights?: readonly number[]
+}
+
+/**
+ * One GRPO step on a batch of rollouts: rewards and groups -> advantages -> loss -> gradient, all on
+ * the device. Estimators that weigh by length take a sequence's kept tokens, which are counted on the device
+ * where there is a mask.
+ *
+ * It is one operation: what goes wrong in it is thrown under its name, and a fault poisons all that it
+ * returns. With log-probs as input, `logProbs` of the result is a copy of them. Which tokens count
+ * is the mask's to say: a target of -100 has log-probability 0 and no gradient, yet counts unless masked.
+ */
+export function grpoStep(a: GrpoModel & GrpoBatch): GrpoStep & { advantages: Tensor } {
+  const op = 'grpoStep'
+  return scope(() => composite(op, () => step(op, a)))
+}
+
+function step(op: string, a: GrpoModel & GrpoBatch): GrpoStep & { advantages: Tensor } {
+  const advantages = advantagesAs(op, {
+    rewards: a.rewards,
+    groups: a.groups,
+    ...given(a, ['estimator', 'epsilon', 'singleton', 'weights']),
+    ...(a.mask
+      ? { counted: { mask: a.mask, cuSeqlens: a.cuSeqlens } }
+      : { lengths: differences(hostInts(a.cuSeqlens, 'cuSeqlens', op)) }),
+  })
+  if (a.advantagesPer === 'token')
+    refuse('ERR_VALUE', op, "advantagesPer must be 'sequence': an advantage belongs to a reward")
+  const options = { ...a, advantages, advantagesPer: 'sequence' as const }
+
+  if ('logProbs' in a) {
+    handleOf(a.logProbs, 'logProbs', op)
+    const { loss, dLogProbs, metrics, hidden } = parts(
+      lossAs(op, { ...options, logProbs: a.logProbs }),
+    )
+    const logProbs = a.logProbs.to(a.logProbs.device)
+    return held({ loss, logProbs, dLogProbs, advantages, metrics }, hidden)
+  }
+  handleOf(a.logits, 'logits', op)
+  handleOf(a.targets, 'targets', op)
+  const rows = { logits: a.logits, targets: a.targets, temperature: a.temperature ?? 1 }
+  const forward = tokenLogProbs({ ...rows, entropy: !!a.entropyCoef })
+  const { loss, dLogProbs, dEntropy, metrics, hidden } = parts(
+    lossAs(op, {
+      ...options,
+      logProbs: forward.logProbs,
+      ...(forward.entropy ? { entropy: forward.entropy } : {}),
+    }),
+  )
+  const dLogits = tokenLogProbsBackward({
+    ...rows,
+    stats: forward.stats,
+    dLogProbs,
+    ...(forward.entropy && dEntropy ? { entropy: forward.entropy, dEntropy } : {}),
+  })
+  return held({ loss, logProbs: forward.logProbs, dLogits, advantages, metrics }, hidden)
+}
+
+function parts(loss: ReturnType<typeof lossAs>) {
+  const inner = (loss as { [holds]?: () => Iterable<unknown> })[holds]?.() ?? []
+  return { ...loss, hidden: [...inner].filter(Tensor.is) }
+}
+
+function given<T extends object, K extends keyof T>(
+  from: T,
+  keys: readonly K[],
+): Partial<Pick<T, K>> {
+  return Object.fromEntries(
+    keys.filter((k) => from[k] !== undefined).map((k) => [k, from[k]]),
+  ) as Partial<Pick<T, K>>
+}
+
+function differences(cuSeqlens: Float64Array): Float64Array {
+  return cuSeqlens.subarray(1).map((end, i) => end - cuSeqlens[i]!)
+}

@@ -1,0 +1,62 @@
+// Regions cut out of images and resampled, byte for byte as Pillow's crop(box).resize(size,
+// filter); and the same laid out as the patches that a Qwen-VL vision tower takes.
+//
+// A region: image, x0, y0, x1, y1, height, width, overlay. The box is half open, in whole pixels,
+// not empty; what it has outside the image is black. The crop is real: the filter sees nothing
+// beyond it. Where overlay is 1 the boxes of ops/draw_boxes.h lie over the image as it is read
+// (line width and colours as there), so that the values are those of an annotated copy that is
+// never made.
+//
+//   middle[y, x] = clamp8((2^21 + Σ_i wx[x, i] crop[y, fx[x] + i]) >> 22)      u8, every row needed
+//   result[y, x] = clamp8((2^21 + Σ_j wy[y, j] middle[fy[y] + j, x]) >> 22)    u8
+//
+// with integer weights from ops/resample_plan.h; an axis whose size does not change is copied.
+// Channels are independent. The rows go first, always (for images over 100 times as tall as wide
+// Pillow 12.2 and later take the columns first). Source: Pillow, libImaging/Resample.c.
+//
+// crop_resample: out[i] u8 [height, width, 3], one a region.
+//
+// pixel_values: out [P, 3 · temporal · patch²], f32 | f16 | bf16, P = Σ (height / patch)(width /
+// patch); height and width are multiples of patch · merge. A value is (v / 255 - mean[c]) / std[c]
+// in float64, rounded once, by a table of 256 entries a channel. Patch (py, px) of a region, with m
+// = merge and g = width / patch, is row ((py / m)(g / m) + px / m) m² + (py mod m) m + px mod m
+// after the regions before it; column ((c · temporal + t) patch + y) patch + x, the same for every
+// t. merge 1: row-major. Source: Qwen2VLImageProcessor in Hugging Face transformers.
+//
+// Exact and so the same on every backend. No regions: nothing, or [0, ...].
+#pragma once
+#include <tuple>
+#include <vector>
+
+#include "ops/tensor.h"
+
+namespace p2r {
+
+enum class Filter : uint8_t { box, bilinear, bicubic, lanczos };
+
+struct CropResampleArgs {
+  std::vector<In> images;  // u8 [h, w, 3]
+  Ints regions;            // [n, 8]
+  Filter filter = Filter::bicubic;
+  Ints boxes, colors;  // of the overlay, as in DrawBoxesArgs
+  int64_t line_width = -1;
+  std::vector<Out> out;
+  auto fields() { return std::tie(images, regions, filter, boxes, colors, line_width, out); }
+};
+
+struct PixelValuesArgs {
+  std::vector<In> images;
+  Ints regions;
+  Filter filter = Filter::bicubic;
+  Ints boxes, colors;
+  int64_t line_width = -1;
+  int64_t patch = 16, temporal = 2, merge = 2;
+  std::vector<double> mean, std;  // [3]
+  Out out;
+  auto fields() {
+    return std::tie(images, regions, filter, boxes, colors, line_width, patch, temporal, merge,
+                    mean, std, out);
+  }
+};
+
+}  // namespace p2r

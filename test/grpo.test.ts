@@ -1,0 +1,204 @@
+import {
+  type GrpoBatch,
+  type GrpoModel,
+  groupAdvantages,
+  grpoStep,
+  policyLoss,
+  scope,
+  type Tensor,
+  tokenLogProbs,
+  tokenLogProbsBackward,
+} from 'p2r-kernels'
+import { expect, test } from 'vitest'
+import { expectGradient, expectRefusal, onEveryBackend, Random } from './harness.js'
+
+onEveryBackend('grpo', (b) => {
+  const f32 = (x: ArrayLike<number>): Tensor => b.device.tensor(Float32Array.from(x), [x.length])
+  const lengths = [4, 3, 6, 0, 5, 2]
+  const cuSeqlens = [0, 4, 7, 13, 13, 18, 20]
+  const T = 20
+  const V = 37
+  const random = new Random(2)
+  const z = random.normals(T * V, 2)
+  const ids = Int32Array.from({ length: T }, () => random.int(0, V - 1))
+  const bits = Uint8Array.from({ length: T }, () => +(random.uniform() < 0.7))
+  const rewards = [1, 0, 0, 1, 0.5, 0.25]
+  const groups = [3, 3, 9, 3, 9, 9]
+  const near = random.normals(T, 0.2).map((x) => x - 3)
+  const inputs = () => ({
+    rewards: f32(rewards),
+    groups,
+    cuSeqlens,
+    mask: b.device.tensor(bits, [T]),
+    oldLogProbs: f32(near),
+    refLogProbs: f32(near.map((x) => x - 0.1)),
+  })
+  const logits = () => b.device.tensor(z, [T, V])
+  const targets = () => b.device.tensor(ids, [T])
+  const kept = lengths.map((n, i) =>
+    bits.subarray(cuSeqlens[i], cuSeqlens[i]! + n).reduce((s, x) => s + x, 0),
+  )
+
+  for (const estimator of [
+    'grpo',
+    'dr_grpo',
+    'rloo',
+    'opo',
+    'gdpo',
+    'reinforce_pp_baseline',
+  ] as const)
+    for (const masked of [true, false])
+      test(`${estimator}${masked ? ', masked' : ''}: what its parts give`, async () => {
+        const { mask, ...rest } = inputs()
+        const batch = masked ? { ...rest, mask } : rest
+        const options = { estimator, epsilon: 1e-4 }
+        const loss = { klCoef: 0.2, entropyCoef: 0.05, clipHigh: 0.3 }
+        const advantages = groupAdvantages({
+          rewards: batch.rewards,
+          groups,
+          lengths: masked ? kept : lengths,
+          ...options,
+        })
+        const forward = tokenLogProbs({
+          logits: logits(),
+          targets: targets(),
+          temperature: 0.7,
+          entropy: true,
+        })
+        const { entropy, logProbs } = forward
+        const l = policyLoss({ ...batch, ...loss, logProbs, entropy: entropy!, advantages })
+        const dLogits = tokenLogProbsBackward({
+          logits: logits(),
+          targets: targets(),
+          temperature: 0.7,
+          stats: forward.stats,
+          dLogProbs: l.dLogProbs,
+          entropy: entropy!,
+          dEntropy: l.dEntropy!,
+        })
+        using step = grpoStep({
+          ...batch,
+          ...options,
+          ...loss,
+          logits: logits(),
+          targets: targets(),
+          temperature: 0.7,
+        })
+        expect(await step.advantages.read()).toEqual(await advantages.read())
+        expect(await step.logProbs.read()).toEqual(await logProbs.read())
+        expect(await step.loss.read()).toEqual(await l.loss.read())
+        expect(await step.dLogits!.read()).toEqual(await dLogits.read())
+        expect(await step.metrics()).toEqual(await l.metrics())
+        expect(step.dLogProbs).toBeUndefined()
+
+        const own = policyLoss({ ...batch, logProbs, advantages })
+        using direct = grpoStep({ ...batch, ...options, logProbs })
+        expect(await direct.dLogProbs!.read()).toEqual(await own.dLogProbs.read())
+        expect(await direct.logProbs.read()).toEqual(await logProbs.read())
+        direct.dispose()
+        expect((await logProbs.read()).length).toBe(T) // the caller's stays
+      })
+
+  test('the gradient reaches the logits', async () => {
+    const { oldLogProbs, refLogProbs, ...batch } = inputs()
+    const advantages = await groupAdvantages({ rewards: f32(rewards), groups }).read()
+    using step = grpoStep({ ...batch, objective: 'gpg', logits: logits(), targets: targets() })
+    // gpg without KL: -A logp, a mean over the kept tokens.
+    const f = (x: Float64Array): number => {
+      let sum = 0
+      let n = 0
+      for (let i = 0; i < 6; i++)
+        for (let t = cuSeqlens[i]!; t < cuSeqlens[i + 1]!; t++) {
+          if (!bits[t]) continue
+          const row = x.subarray(t * V, (t + 1) * V)
+          const lse = Math.log(row.reduce((s, v) => s + Math.exp(v), 0))
+          sum -= advantages[i]! * (row[ids[t]!]! - lse)
+          n++
+        }
+      return sum / n
+    }
+    const bound = { absolute: 1e-7, relative: 1e-5, entries: 60 }
+    expectGradient(f, z, await step.dLogits!.read(), bound)
+    for (const t of [oldLogProbs, refLogProbs]) t.dispose()
+  })
+
+  const poisoned: [string, () => Partial<GrpoBatch> & Partial<{ targets: Tensor }>][] = [
+    [
+      'a target outside the vocabulary',
+      () => ({ targets: b.device.tensor(new Int32Array(T).fill(V), [T]) }),
+    ],
+    ['a reward of NaN', () => ({ rewards: f32([1, NaN, 0, 1, 0, 0]) })],
+    ['a mask of 2', () => ({ mask: b.device.tensor(new Uint8Array(T).fill(2), [T]) })],
+  ]
+  for (const [title, extra] of poisoned)
+    test(`${title}: one fault, under one name, on all results`, async () => {
+      const a = { ...inputs(), logits: logits(), targets: targets(), ...extra() }
+      const step = grpoStep(a as GrpoModel & GrpoBatch)
+      const fault = { code: 'ERR_VALUE', op: 'grpoStep' }
+      for (const t of [step.loss, step.logProbs, step.advantages, step.dLogits!])
+        await expect(t.read()).rejects.toMatchObject(fault)
+      await expect(step.metrics()).rejects.toMatchObject(fault)
+      await expect(b.device.synchronize()).rejects.toMatchObject(fault)
+      await b.device.synchronize() // once
+      expect((await a.rewards.read()).length).toBe(6)
+      step.dispose()
+    })
+
+  test('with log-probs as input the caller keeps them, fault or not', async () => {
+    const logProbs = f32(near)
+    const step = grpoStep({ ...inputs(), rewards: f32([1, NaN, 0, 1, 0, 0]), logProbs })
+    await expect(step.logProbs.read()).rejects.toMatchObject({ op: 'grpoStep' })
+    await expect(b.device.synchronize()).rejects.toMatchObject({ op: 'grpoStep' })
+    expect((await logProbs.read()).length).toBe(T)
+  })
+
+  test('nothing is left behind', async () => {
+    const a = { ...inputs(), logits: logits(), targets: targets() }
+    const before = b.device.memory().liveBytes
+    for (let i = 0; i < 3; i++) {
+      const step = scope(() => grpoStep({ ...a, entropyCoef: 0.1 }))
+      expect((await step.metrics()).tokens).toBe(bits.reduce((s, x) => s + x, 0))
+      step.dispose()
+    }
+    expect(b.device.memory().liveBytes).toBe(before)
+    expectRefusal(() => grpoStep({ ...a, kl: 'k9' as never }), 'ERR_VALUE', 'grpoStep')
+    expect(b.device.memory().liveBytes).toBe(before)
+  })
+
+  test('an empty batch', async () => {
+    using step = grpoStep({
+      rewards: b.device.zeros([0]),
+      groups: [],
+      cuSeqlens: [0],
+      logits: b.device.zeros([0, V], 'bf16'),
+      targets: b.device.zeros([0], 'i32'),
+    })
+    expect(Array.from(await step.loss.read())).toEqual([0])
+    expect(step.dLogits!.shape).toEqual([0, V])
+  })
+
+  test('refusals carry its name', () =>
+    scope(() => {
+      const a = { ...inputs(), logits: logits(), targets: targets() }
+      const refuses = (extra: object, code: string, message?: RegExp) =>
+        expectRefusal(() => grpoStep({ ...a, ...extra } as never), code, 'grpoStep', message)
+      refuses({ rewards: f32([1]) }, 'ERR_SHAPE', /groups/)
+      refuses({ groups: [1] }, 'ERR_SHAPE', /groups/)
+      refuses({ estimator: 'best' }, 'ERR_VALUE', /estimator/)
+      refuses({ objective: 'best' }, 'ERR_VALUE', /objective/)
+      refuses({ cuSeqlens: [0, 20] }, 'ERR_SHAPE')
+      refuses({ cuSeqlens: [0, 4, 7, 13, 13, 18, 21] }, 'ERR_VALUE', /cuSeqlens/)
+      refuses({ cuSeqlens: [0, 20], estimator: 'opo' }, 'ERR_SHAPE', /cuSeqlens/)
+      refuses({ mask: b.device.zeros([3], 'u8'), estimator: 'opo' }, 'ERR_VALUE', /cuSeqlens/)
+      refuses({ advantagesPer: 'token' }, 'ERR_VALUE', /advantagesPer/)
+      refuses({ targets: f32([1]) }, 'ERR_DTYPE', /targets/)
+      refuses({ temperature: 0 }, 'ERR_VALUE', /temperature/)
+      expectRefusal(
+        () => grpoStep({ ...inputs(), logProbs: undefined } as never),
+        'ERR_VALUE',
+        'grpoStep',
+        /logProbs/,
+      )
+      expectRefusal(() => grpoStep(inputs() as never), 'ERR_VALUE', 'grpoStep', /logits/)
+    }))
+})

@@ -1,0 +1,588 @@
+import { type PolicyLossOptions, policyLoss, scope, type Tensor, trlDefaults } from 'p2r-kernels'
+import { expect, test } from 'vitest'
+import { type GrpoCase, grpoCases } from './golden.js'
+import {
+  expectClose,
+  expectGradient,
+  expectRefusal,
+  onEveryBackend,
+  Random,
+  recorded,
+} from './harness.js'
+
+type Numbers = ArrayLike<number>
+interface Data {
+  logProbs: Numbers
+  oldLogProbs?: Numbers
+  refLogProbs?: Numbers
+  entropy?: Numbers
+  importanceWeights?: Numbers
+  advantages: Numbers
+  mask?: Numbers
+  cuSeqlens: number[]
+}
+
+const clamp = (x: number, low: number, high: number): number => Math.min(Math.max(x, low), high)
+const sigmoid = (x: number): number => 1 / (1 + Math.exp(-x))
+
+// From the definitions, token by token in float64. `held` gives the ratio whose gradient cispo stops.
+function oracle(a: Data, o: PolicyLossOptions, held: Numbers = a.logProbs) {
+  const { cuSeqlens: c, mask } = a
+  const B = c.length - 1
+  const objective = o.objective ?? 'ppo'
+  const kl = o.kl ?? (a.refLogProbs ? 'k3' : 'none')
+  const [low, high] = [1 - (o.clipLow ?? 0.2), 1 + (o.clipHigh ?? 0.2)]
+  const klCoef = o.klCoef ?? 0.01
+  const entropyCoef = o.entropyCoef ?? 0
+  const sequenceMean = objective === 'gspo' || objective === 'sapo'
+  const aggregation = o.aggregation ?? (sequenceMean ? 'seq-mean-token-mean' : 'token-mean')
+  const terms = o.termAggregation ?? o.aggregation ?? 'token-mean'
+  const perToken = o.advantagesPer ? o.advantagesPer === 'token' : a.advantages.length !== B
+  const sequences = Array.from({ length: B }, (_, i) => {
+    const kept: number[] = []
+    for (let t = c[i]!; t < c[i + 1]!; t++) if (!mask || mask[t]) kept.push(t)
+    return kept
+  })
+  const tokens = sequences.reduce((n, s) => n + s.length, 0)
+  const rows = o.emptyRows === 'count' ? B : sequences.filter((s) => s.length).length
+  const longest = Math.max(1, ...c.slice(1).map((end, i) => end - c[i]!))
+  const weight = (how: string, kept: number): number => {
+    const same = (how === 'token-mean') === (aggregation === 'token-mean')
+    const given = same ? o.normalizer : undefined
+    if (how === 'token-mean') return 1 / (given ?? tokens)
+    const s = given ?? rows
+    if (how === 'seq-mean-token-sum') return 1 / s
+    if (how === 'seq-mean-token-mean') return 1 / (s * kept)
+    return 1 / (s * (o.lossScale ?? longest))
+  }
+  const out = {
+    loss: 0,
+    policyLoss: 0,
+    kl: 0,
+    entropy: 0,
+    clipFraction: 0,
+    clipFractionLower: 0,
+    approxKl: 0,
+    ratioMean: 0,
+    tokens,
+  }
+  const dLogProbs = new Float64Array(a.logProbs.length)
+  const dEntropy = new Float64Array(a.logProbs.length)
+  let size = 0 // the sum of the terms' sizes, by which rounding errors are to be judged
+  sequences.forEach((kept, i) => {
+    const step = (t: number): number => (a.oldLogProbs ? a.logProbs[t]! - a.oldLogProbs[t]! : 0)
+    const mean = kept.reduce((s, t) => s + step(t), 0) / kept.length
+    for (const t of kept) {
+      const w = weight(aggregation, kept.length)
+      const v = weight(terms, kept.length)
+      const A = a.advantages[perToken ? t : i]!
+      const is = a.importanceWeights?.[t] ?? 1
+      const d = clamp(step(t), -20, 20)
+      let inside = Math.abs(step(t)) <= 20
+      let r = Math.exp(d)
+      if (objective === 'gspo') {
+        r = Math.exp(clamp(mean, -20, 10))
+        inside = mean <= 10 && mean >= -20
+      }
+      let value = 0
+      let slope = 0
+      let clipped = false
+      let lower = false
+      if (objective === 'ppo' || objective === 'gspo') {
+        const bounded = -A * clamp(r, low, high)
+        clipped = bounded > -A * r
+        value = Math.max(-A * r, bounded)
+        const dual = objective === 'ppo' ? (o.dualClip ?? 3) : false
+        if (dual !== false && A < 0 && value > -A * dual) {
+          value = -A * dual
+          lower = true
+        }
+        slope = inside && !clipped && !lower ? -A * r : 0
+      } else if (objective === 'cispo') {
+        const now = a.oldLogProbs ? Math.exp(clamp(held[t]! - a.oldLogProbs[t]!, -20, 20)) : 1
+        clipped = clamp(now, low, high) !== now
+        slope = -A * clamp(now, low, high)
+        value = slope * a.logProbs[t]!
+      } else if (objective === 'sapo') {
+        const tau = A > 0 ? (o.tauPositive ?? 1) : (o.tauNegative ?? 1.05)
+        const gate = sigmoid(tau * (r - 1))
+        value = (-A * gate * 4) / tau
+        slope = inside ? -A * 4 * gate * (1 - gate) * r : 0
+      } else {
+        slope = -A
+        value = -A * a.logProbs[t]!
+      }
+      out.policyLoss += w * is * value
+      dLogProbs[t] = w * is * slope
+      size += Math.abs(w * is * value)
+      if (kl !== 'none') {
+        const x = a.refLogProbs![t]! - a.logProbs[t]!
+        let [k, g] = [-x, 1]
+        if (kl === 'abs') [k, g] = [Math.abs(x), -Math.sign(x)]
+        if (kl === 'k2') [k, g] = [(x * x) / 2, -x]
+        if (kl === 'k3') {
+          const limit = o.klClamp ?? 10
+          const at = limit === false ? x : clamp(x, -20, 20)
+          k = Math.expm1(at) - at
+          g = -Math.expm1(at)
+          if (limit !== false && k > limit) [k, g] = [limit, 0]
+        }
+        out.kl += v * k
+        dLogProbs[t]! += klCoef * v * g
+        size += Math.abs(klCoef * v * k)
+      }
+      if (a.entropy) out.entropy += v * a.entropy[t]!
+      dEntropy[t] = -entropyCoef * v
+      out.clipFraction += +clipped / tokens
+      out.clipFractionLower += +lower / tokens
+      out.approxKl -= d / tokens
+      out.ratioMean += r / tokens
+    }
+  })
+  size += Math.abs(entropyCoef * out.entropy)
+  out.loss =
+    out.policyLoss + (klCoef ? klCoef * out.kl : 0) - (entropyCoef ? entropyCoef * out.entropy : 0)
+  return { metrics: out, dLogProbs, dEntropy, size }
+}
+
+// Log-ratios are differences of f32 numbers, exact or good to one rounding; the exponential has 2 ulp, and
+// a term some five roundings: 1e-6 of it, and so of the sum of the terms' sizes. Gradients likewise, with
+// a large step (|d| up to 20) costing what its rounding does to e^d.
+const relative = 3e-6
+
+onEveryBackend('policy_loss', (b) => {
+  const f32 = (x: Numbers): Tensor => b.device.tensor(Float32Array.from(x), [x.length])
+  const run = (a: Data, o: PolicyLossOptions) =>
+    policyLoss({
+      logProbs: f32(a.logProbs),
+      advantages: f32(a.advantages),
+      cuSeqlens: a.cuSeqlens,
+      ...(a.oldLogProbs ? { oldLogProbs: f32(a.oldLogProbs) } : {}),
+      ...(a.refLogProbs ? { refLogProbs: f32(a.refLogProbs) } : {}),
+      ...(a.entropy ? { entropy: f32(a.entropy) } : {}),
+      ...(a.importanceWeights ? { importanceWeights: f32(a.importanceWeights) } : {}),
+      ...(a.mask ? { mask: b.device.tensor(Uint8Array.from(a.mask), [a.mask.length]) } : {}),
+      ...o,
+    })
+
+  const expectLoss = async (
+    got: ReturnType<typeof policyLoss>,
+    expected: ReturnType<typeof oracle>,
+    slack = 1,
+  ) => {
+    const { metrics, dLogProbs, dEntropy, size } = expected
+    const absolute = slack * relative * size + 1e-12
+    const m = await got.metrics()
+    const [loss] = await got.loss.read()
+    expect(loss).toBe(m.loss)
+    expectClose([m.loss, m.policyLoss], [metrics.loss, metrics.policyLoss], { absolute })
+    const bound = { absolute: 1e-7 * slack, relative: slack * relative }
+    const means = [metrics.kl, metrics.entropy, metrics.approxKl, metrics.ratioMean]
+    expectClose([m.kl, m.entropy, m.approxKl, m.ratioMean], means, {
+      ...bound,
+      absolute: 2e-7 * slack * (1 + Math.abs(metrics.ratioMean)),
+    })
+    expectClose(
+      [m.clipFraction, m.clipFractionLower],
+      [metrics.clipFraction, metrics.clipFractionLower],
+      { absolute: 1e-6 },
+    )
+    expect(m.tokens).toBe(metrics.tokens)
+    const gradient = { relative: slack * 1e-5, ofLargest: slack * relative, absolute: 1e-30 }
+    expectClose(await got.dLogProbs.read(), dLogProbs, gradient)
+    if (got.dEntropy) expectClose(await got.dEntropy.read(), dEntropy, gradient)
+  }
+
+  // Ragged sequences, some without a token, one longer than a run of the kernel.
+  const batch = (seed: number, longest = 90, spread = 0.4): Required<Data> => {
+    const random = new Random(seed)
+    const lengths = [3, 0, 17, 1, longest, 40, 5]
+    const cuSeqlens = [0]
+    for (const n of lengths) cuSeqlens.push(cuSeqlens.at(-1)! + n)
+    const T = cuSeqlens.at(-1)!
+    const logProbs = Float32Array.from({ length: T }, () => -3 * random.uniform())
+    const near = () => Float32Array.from(logProbs, (x) => x + random.normal(spread))
+    const mask = Uint8Array.from({ length: T }, () => +(random.uniform() < 0.8))
+    mask.fill(0, cuSeqlens[3], cuSeqlens[4]) // a sequence that lost all of its tokens
+    return {
+      logProbs,
+      oldLogProbs: near(),
+      refLogProbs: near(),
+      entropy: Float32Array.from({ length: T }, () => 5 * random.uniform()),
+      importanceWeights: Float32Array.from({ length: T }, () => 2 * random.uniform()),
+      advantages: random.normals(lengths.length),
+      mask,
+      cuSeqlens,
+    }
+  }
+
+  const aggregations = [
+    'token-mean',
+    'seq-mean-token-sum',
+    'seq-mean-token-mean',
+    'seq-mean-token-sum-norm',
+  ] as const
+  const variants: [string, PolicyLossOptions][] = [
+    ...(['ppo', 'gspo', 'cispo', 'sapo', 'gpg'] as const).map(
+      (objective): [string, PolicyLossOptions] => [objective, { objective }],
+    ),
+    ...aggregations.map((aggregation): [string, PolicyLossOptions] => [
+      aggregation,
+      { aggregation },
+    ]),
+    ...(['none', 'k1', 'k2', 'k3', 'abs'] as const).map((kl): [string, PolicyLossOptions] => [
+      `kl ${kl}`,
+      { kl, klCoef: 0.3 },
+    ]),
+    ['count empty', { aggregation: 'seq-mean-token-mean', emptyRows: 'count' }],
+    [
+      'terms apart',
+      { aggregation: 'seq-mean-token-sum', termAggregation: 'token-mean', normalizer: 9.5 },
+    ],
+    ['gspo normalizer', { objective: 'gspo', normalizer: 12 }],
+    ['loss scale', { aggregation: 'seq-mean-token-sum-norm', lossScale: 64 }],
+    ['clips', { clipLow: 0.05, clipHigh: 0.4, dualClip: 1.2, entropyCoef: 0.02 }],
+    ['no bounds', { dualClip: false, klClamp: false }],
+    ['trl', trlDefaults],
+    ['gates', { objective: 'sapo', tauPositive: 2, tauNegative: 3, aggregation: 'token-mean' }],
+  ]
+  for (const [title, o] of variants)
+    test(title, async () => {
+      const a = batch(title.length, 90)
+      const bound = { absolute: 1e-6, relative: 1e-5, ofLargest: relative }
+      const got = recorded(b, `policy loss ${title}`, bound, () => run(a, o))
+      await expectLoss(got, oracle(a, o))
+      got.dispose()
+    })
+
+  test('advantages a token, no mask, on-policy, several runs', async () => {
+    const { logProbs, cuSeqlens, refLogProbs } = batch(3, 5000)
+    const advantages = new Random(8).normals(logProbs.length)
+    await expectLoss(
+      run({ logProbs, cuSeqlens, advantages }, {}),
+      oracle({ logProbs, cuSeqlens, advantages }, {}),
+    )
+    const a = { logProbs, cuSeqlens, refLogProbs, advantages: advantages.subarray(0, 7) }
+    const got = run(a, {})
+    await expectLoss(got, oracle(a, {}))
+    expect((await got.metrics()).ratioMean).toBe(1)
+  })
+
+  test('small steps keep their digits in k3', async () => {
+    const logProbs = new Float32Array(64).fill(-0.125)
+    const refLogProbs = Float32Array.from(logProbs, (x, i) => x + (i - 32) * 2 ** -16)
+    const a = { logProbs, refLogProbs, advantages: [0], cuSeqlens: [0, 64] }
+    const { metrics } = oracle(a, {})
+    expectClose([(await run(a, {}).metrics()).kl], [metrics.kl], { relative: 1e-6 })
+  })
+
+  for (const objective of ['ppo', 'gspo', 'cispo', 'sapo', 'gpg'] as const)
+    for (const kl of ['k1', 'k2', 'k3'] as const)
+      test(`the gradient of ${objective} with ${kl} is that of the value`, async () => {
+        // gspo's is the derivative where the weighted advantage is constant over a sequence.
+        const { importanceWeights, ...plain } = batch(11, 20)
+        const a = objective === 'gspo' ? plain : { ...plain, importanceWeights }
+        const o = {
+          objective,
+          kl,
+          klCoef: 0.2,
+          entropyCoef: 0.1,
+          advantagesPer: 'sequence',
+        } as const
+        const got = run(a, o)
+        const f = (x: Float64Array) => oracle({ ...a, logProbs: x }, o, a.logProbs).metrics.loss
+        const bound = { absolute: 2e-7, relative: 1e-5, step: 1e-6, entries: 80 }
+        expectGradient(f, a.logProbs, await got.dLogProbs.read(), bound)
+        const g = (x: Float64Array) => oracle({ ...a, entropy: x }, o).metrics.loss
+        expectGradient(g, a.entropy, await got.dEntropy!.read(), bound)
+      })
+
+  // ------------------------------------------------------------------ the reference's numbers
+
+  function fromGolden(c: GrpoCase): PolicyLossOptions | undefined {
+    const p = c.params
+    if (c.convention === 'trl') {
+      const terms = p.beta ? { klCoef: p.beta } : { kl: 'none' as const }
+      const common = { ...trlDefaults, ...terms, clipLow: p.eps_low, clipHigh: p.eps_high }
+      if (p.level === 'sequence') return { ...common, objective: 'gspo' }
+      switch (p.loss_type) {
+        case 'bnpo':
+        case 'dapo':
+          return { ...common, aggregation: 'token-mean', dualClip: p.delta ?? false }
+        case 'dr_grpo':
+          return {
+            ...common,
+            aggregation: 'seq-mean-token-sum-norm',
+            lossScale: p.max_completion_length,
+          }
+        case 'cispo': // min(r, eps_high), without a lower bound
+          return {
+            ...common,
+            objective: 'cispo',
+            aggregation: 'token-mean',
+            clipLow: 1,
+            clipHigh: p.eps_high - 1,
+          }
+        case 'sapo':
+          return { ...common, objective: 'sapo' }
+        default:
+          return common
+      }
+    }
+    const objectives = {
+      vanilla: 'ppo',
+      gspo: 'gspo',
+      cispo: 'cispo',
+      sapo: 'sapo',
+      gpg: 'gpg',
+    } as const
+    const objective = objectives[p.loss_mode as keyof typeof objectives]
+    const kl = p.kl_type === 'low_var_kl' ? 'k3' : p.kl_type
+    if (!objective || kl?.endsWith('+')) return undefined // not in the surface
+    const fixed = objective === 'gspo' || objective === 'sapo'
+    const count = p.agg === 'token-mean' ? p.batch_num_tokens : p.global_batch_size
+    return {
+      objective,
+      aggregation: fixed ? 'seq-mean-token-mean' : p.agg,
+      termAggregation: p.agg,
+      ...(p.clip_low === undefined ? {} : { clipLow: p.clip_low, clipHigh: p.clip_high }),
+      ...(p.clip_c === undefined ? {} : { dualClip: p.clip_c }),
+      ...(kl ? { kl, klCoef: p.kl_coef } : {}),
+      ...(p.entropy_coef ? { entropyCoef: p.entropy_coef } : {}),
+      ...(count ? { normalizer: count / (p.dp_size ?? 1) } : {}),
+      lossScale: p.loss_scale_factor ?? c.input('logp').shape[1],
+    }
+  }
+
+  for (const c of grpoCases('policy_loss')) {
+    const options = fromGolden(c)
+    if (!options) continue
+    for (const packed of [false, true])
+      test(`golden ${c.group}.${c.id}, ${packed ? 'packed' : 'whole'}`, async () => {
+        const [B, T] = c.input('logp').shape as [number, number]
+        const mask = c.input('mask').values
+        // The places of the padded batch that are handed over: all, or rows up to their last kept token.
+        const places: number[] = []
+        const cuSeqlens = [0]
+        for (let i = 0; i < B; i++) {
+          let end = T
+          while (packed && end > 0 && !mask[i * T + end - 1]) end--
+          for (let t = 0; t < end; t++) places.push(i * T + t)
+          cuSeqlens.push(places.length)
+        }
+        const take = (name: string): Float64Array => {
+          const { values } = c.input(name)
+          return Float64Array.from(places, (at) => values[at]!)
+        }
+        const single = c.input('advantages').shape.length === 1
+        const a: Data = {
+          logProbs: take('logp'),
+          oldLogProbs: take('old_logp'),
+          advantages: single ? c.input('advantages').values : take('advantages'),
+          mask: take('mask'),
+          cuSeqlens,
+          ...(c.has('ref_logp') ? { refLogProbs: take('ref_logp') } : {}),
+          ...(c.has('entropy') ? { entropy: take('entropy') } : {}),
+          ...(c.has('is_weights') ? { importanceWeights: take('is_weights') } : {}),
+        }
+        const o = { ...options, advantagesPer: single ? ('sequence' as const) : ('token' as const) }
+        // The test's own formulas against the reference, in float64; its means have a count + 1e-8 below.
+        const exact = oracle(a, o)
+        const s = c.scalars
+        const fine = { absolute: 1e-8 * (exact.size + 1) }
+        const dLogProbs = Float64Array.from(places, (at) => c.output('d_logp').values[at]!)
+        expectClose([exact.metrics.loss], [s.loss!], fine)
+        expectClose(exact.dLogProbs, dLogProbs, { relative: 1e-7, ofLargest: 1e-8 })
+        // And the kernel, whose inputs are rounded to f32, which moves a log-ratio by some 2e-7.
+        const bound = { absolute: 1e-6, relative: 2e-5, ofLargest: 1e-5 }
+        const got = recorded(b, `golden ${c.group}.${c.id} ${packed}`, bound, () => run(a, o))
+        await expectLoss(got, exact, 3)
+        const m = await got.metrics()
+        const loose = { absolute: 1e-6, relative: 1e-5 }
+        if (s.pg_loss !== undefined)
+          expectClose([m.policyLoss], [s.pg_loss], { absolute: 1e-5 * exact.size })
+        if (s.kl_loss !== undefined) expectClose([m.kl], [s.kl_loss], loose)
+        if (s.entropy_loss !== undefined) expectClose([m.entropy], [s.entropy_loss], loose)
+        if (s.ppo_kl !== undefined) expectClose([m.approxKl], [s.ppo_kl], loose)
+        if (s.pg_clipfrac !== undefined) expectClose([m.clipFraction], [s.pg_clipfrac], loose)
+        if (s.pg_clipfrac_lower !== undefined)
+          expectClose([m.clipFractionLower], [s.pg_clipfrac_lower], loose)
+        expectClose(await got.dLogProbs.read(), dLogProbs, { relative: 2e-5, ofLargest: 1e-5 })
+        if (c.has('d_entropy')) {
+          const { values } = c.output('d_entropy')
+          const dEntropy = places.map((at) => values[at]!)
+          expectClose(await got.dEntropy!.read(), dEntropy, { relative: 1e-6 })
+        }
+      })
+  }
+
+  for (const c of grpoCases('kl')) {
+    const uncapped = c.params.kl_type === 'k3_uncapped'
+    const kl = uncapped ? 'k3' : c.params.kl_type
+    if (kl.endsWith('+')) continue
+    test(`golden kl ${c.id}`, async () => {
+      // One sequence a token shows each token's value as a loss of its own.
+      const logProbs = c.input('logp').values
+      const n = logProbs.length
+      const a = {
+        logProbs,
+        refLogProbs: c.input('ref_logp').values,
+        advantages: new Float32Array(1),
+        cuSeqlens: [0, n],
+      }
+      const o = {
+        kl,
+        klCoef: 1,
+        aggregation: 'seq-mean-token-sum' as const,
+        klClamp: uncapped ? (false as const) : 10,
+      }
+      const got = run(a, o)
+      // e^x of an x of 22 that was rounded to f32 twice: 4e-6.
+      expectClose(await got.dLogProbs.read(), c.output('d_logp').values, {
+        relative: 1e-5,
+        absolute: 2e-6,
+      })
+      for (let t = 0; t < n; t += 5) {
+        const one = run(
+          { ...a, logProbs: [logProbs[t]!], refLogProbs: [a.refLogProbs[t]!], cuSeqlens: [0, 1] },
+          o,
+        )
+        expectClose([(await one.metrics()).kl], [c.output('kl').values[t]!], {
+          relative: 1e-5,
+          absolute: 1e-6,
+        })
+        one.dispose()
+      }
+    })
+  }
+
+  // ------------------------------------------------------------------ edges
+
+  test('what the mask drops is ignored, NaN too', async () => {
+    const a = batch(5)
+    const plain = run(a, { entropyCoef: 0.1 })
+    const poison = (x: Numbers) => Float32Array.from(x, (v, t) => (a.mask[t] ? v : NaN))
+    const poisoned = {
+      ...a,
+      logProbs: poison(a.logProbs),
+      oldLogProbs: poison(a.oldLogProbs),
+      refLogProbs: poison(a.refLogProbs),
+      entropy: poison(a.entropy),
+      importanceWeights: poison(a.importanceWeights),
+    }
+    for (const objective of ['ppo', 'gspo', 'cispo', 'sapo', 'gpg'] as const) {
+      const one = run(a, { objective, entropyCoef: 0.1 })
+      const two = run(poisoned, { objective, entropyCoef: 0.1 })
+      expect(await two.loss.read()).toEqual(await one.loss.read())
+      expect(await two.dLogProbs.read()).toEqual(await one.dLogProbs.read())
+      expect(await two.dEntropy!.read()).toEqual(await one.dEntropy!.read())
+      expect(await two.metrics()).toEqual(await one.metrics())
+    }
+    plain.dispose()
+    const kept = run({ ...a, mask: a.mask.map(() => 1), logProbs: poison(a.logProbs) }, {})
+    expect((await kept.loss.read())[0]).toBeNaN()
+  })
+
+  for (const aggregation of aggregations)
+    test(`nothing kept: 0, ${aggregation}`, async () => {
+      const zero = {
+        loss: 0,
+        policyLoss: 0,
+        kl: 0,
+        entropy: 0,
+        clipFraction: 0,
+        clipFractionLower: 0,
+        approxKl: 0,
+        ratioMean: 0,
+        tokens: 0,
+      }
+      for (const emptyRows of ['skip', 'count'] as const) {
+        const nan = [NaN, NaN, NaN]
+        const all = {
+          logProbs: nan,
+          oldLogProbs: nan,
+          refLogProbs: nan,
+          entropy: nan,
+          advantages: [1, 1],
+          mask: [0, 0, 0],
+          cuSeqlens: [0, 2, 3],
+        }
+        const got = run(all, { aggregation, emptyRows, entropyCoef: 1 })
+        expect(Array.from(await got.loss.read())).toEqual([0])
+        expect(Array.from(await got.dLogProbs.read())).toEqual([0, 0, 0])
+        expect(Array.from(await got.dEntropy!.read())).toEqual([0, 0, 0])
+        expect(await got.metrics()).toEqual(zero)
+        for (const cuSeqlens of [[0], [0, 0, 0]]) {
+          const none = run(
+            { logProbs: [], advantages: Array(cuSeqlens.length - 1).fill(1), cuSeqlens },
+            { aggregation, emptyRows },
+          )
+          expect(Array.from(await none.loss.read())).toEqual([0])
+          expect(none.dLogProbs.shape).toEqual([0])
+          expect(await none.metrics()).toEqual(zero)
+        }
+      }
+    })
+
+  test('sums do not depend on the threads', async () => {
+    const a = batch(6, 9000)
+    const one = run(a, {})
+    const again = run(a, {})
+    expect(await again.loss.read()).toEqual(await one.loss.read())
+    expect(await again.dLogProbs.read()).toEqual(await one.dLogProbs.read())
+  })
+
+  test('a mask of something else than 0 and 1 faults', async () => {
+    const got = run(
+      { logProbs: [-1, -2, -3], advantages: [1], mask: [1, 2, 0], cuSeqlens: [0, 3] },
+      {},
+    )
+    const fault = { code: 'ERR_VALUE', op: 'policyLoss' }
+    await expect(got.loss.read()).rejects.toMatchObject(fault)
+    await expect(got.dLogProbs.read()).rejects.toMatchObject(fault)
+    await expect(got.metrics()).rejects.toMatchObject(fault)
+    await expect(b.device.synchronize()).rejects.toMatchObject(fault)
+  })
+
+  test('metrics live as long as the result', async () => {
+    const before = b.device.memory().liveBytes
+    const a = { logProbs: [-1], advantages: [1], cuSeqlens: [0, 1] }
+    scope(() => void run(a, {}))
+    expect(b.device.memory().liveBytes).toBe(before)
+    const got = scope(() => run(a, {}))
+    expect((await got.metrics()).tokens).toBe(1)
+    got.dispose()
+    expect(b.device.memory().liveBytes).toBe(before)
+    await expect(got.metrics()).rejects.toMatchObject({ code: 'ERR_DISPOSED' })
+  })
+
+  test('refusals', () =>
+    scope(() => {
+      const logProbs = f32([-1, -2, -3])
+      const a = { logProbs, advantages: f32([1, 1]), cuSeqlens: [0, 2, 3] }
+      const refuses = (extra: object, code: string, message?: RegExp) =>
+        expectRefusal(() => policyLoss({ ...a, ...extra } as never), code, 'policyLoss', message)
+      refuses({ kl: 'k3' }, 'ERR_VALUE', /refLogProbs/)
+      refuses({ entropyCoef: 0.1 }, 'ERR_VALUE', /entropy/)
+      refuses({ cuSeqlens: [0, 2] }, 'ERR_VALUE', /cuSeqlens/)
+      refuses({ cuSeqlens: [0, 3, 2, 3] }, 'ERR_VALUE', /cuSeqlens/)
+      refuses({ cuSeqlens: [1, 3] }, 'ERR_VALUE', /start with 0/)
+      refuses({ advantages: f32([1]) }, 'ERR_SHAPE', /advantages/)
+      refuses({ advantagesPer: 'token' }, 'ERR_SHAPE', /a token, 3, got 2/)
+      refuses({ oldLogProbs: f32([1]) }, 'ERR_SHAPE', /oldLogProbs/)
+      refuses({ mask: f32([1, 1, 1]) }, 'ERR_DTYPE', /mask/)
+      refuses({ logProbs: b.device.zeros([3], 'bf16') }, 'ERR_DTYPE')
+      refuses({ logProbs: b.device.zeros([1, 3]) }, 'ERR_SHAPE')
+      refuses({ objective: 'trpo' }, 'ERR_VALUE', /objective/)
+      refuses({ kl: 'k4' }, 'ERR_VALUE', /kl/)
+      refuses({ aggregation: 'mean' }, 'ERR_VALUE', /aggregation/)
+      refuses({ termAggregation: 'mean' }, 'ERR_VALUE', /termAggregation/)
+      refuses({ emptyRows: 'drop' }, 'ERR_VALUE', /emptyRows/)
+      refuses({ clipLow: -0.1 }, 'ERR_VALUE', /clipLow/)
+      refuses({ dualClip: 0.5 }, 'ERR_VALUE', /dualClip/)
+      refuses({ dualClip: true }, 'ERR_VALUE', /dualClip/)
+      refuses({ normalizer: 0 }, 'ERR_VALUE', /normalizer/)
+      refuses({ lossScale: -1 }, 'ERR_VALUE', /lossScale/)
+      refuses({ klCoef: NaN }, 'ERR_VALUE', /klCoef/)
+    }))
+})
