@@ -8,6 +8,13 @@ export {
 } from './device.js'
 export { type ErrorCode, P2RError } from './errors.js'
 export type { Grid } from './grid.js'
+export { encodeImage, loadImage, saveImage } from './image.js'
+export {
+  type AdvantageEstimator,
+  type GroupAdvantages,
+  groupAdvantages,
+  informativeGroups,
+} from './ops/advantages.js'
 export {
   type AttentionInput,
   attention,
@@ -16,28 +23,19 @@ export {
   kernels,
   windowLayout,
 } from './ops/attention.js'
-export * from './ops/gelu.js'
-export { applyRotary, visionRotary } from './ops/rotary.js'
-export { scope, scopeAsync } from './scope.js'
-export type { DType, Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'
-export { encodeImage, loadImage, saveImage } from './image.js'
 export {
   cropResample,
   type Filter,
-  type Grid,
   pixelValues,
   type Region,
   smartResize,
 } from './ops/crop_resample.js'
 export { type Color, drawBoxes, type PixelBox } from './ops/draw_boxes.js'
 export * from './ops/gelu.js'
-export {
-  type AdvantageEstimator,
-  type GroupAdvantages,
-  groupAdvantages,
-  informativeGroups,
-} from './ops/advantages.js'
+export * from './ops/layer_norm.js'
+export * from './ops/linear.js'
 export * from './ops/log_probs.js'
+export * from './ops/optimizer.js'
 export {
   type LossAggregation,
   type LossMetrics,
@@ -46,15 +44,12 @@ export {
   policyLoss,
   trlDefaults,
 } from './ops/policy_loss.js'
-export { type GrpoBatch, type GrpoModel, type GrpoStep, grpoStep } from './p2r/grpo.js'
-export * from './ops/layer_norm.js'
-export * from './ops/linear.js'
-export * from './ops/optimizer.js'
 export { applyRotary, visionRotary } from './ops/rotary.js'
 export * from './ops/rows.js'
 export * from './ops/sampling.js'
 export { type EvidenceBox, parseBoxes } from './p2r/boxes.js'
 export { collectEvidence, type Evidence, type EvidenceSizes } from './p2r/evidence.js'
+export { type GrpoBatch, type GrpoModel, type GrpoStep, grpoStep } from './p2r/grpo.js'
 export { loadTensors, saveTensors } from './safetensors.js'
 export { scope, scopeAsync } from './scope.js'
 export type { DType, Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'

@@ -1,11 +1,10 @@
 import { choice, refuse } from '../errors.js'
+import type { Grid } from '../grid.js'
 import { native } from '../native.js'
 import { describeValue, type Held, handleOf, held, type Tensor, wrap } from '../tensor.js'
 import { checkList, type Outlines, outlineArguments, type PixelBox } from './draw_boxes.js'
 
 export type Filter = 'box' | 'bilinear' | 'bicubic' | 'lanczos'
-/** Patches of one image or video: frames, rows, columns. */
-export type Grid = readonly [t: number, h: number, w: number]
 
 /** What to cut out and to which size. */
 export interface Region {

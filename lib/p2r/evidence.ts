@@ -1,5 +1,6 @@
 import { refuse } from '../errors.js'
-import { type Grid, pixelValues, type Region, resample, smartResize } from '../ops/crop_resample.js'
+import type { Grid } from '../grid.js'
+import { pixelValues, type Region, resample, smartResize } from '../ops/crop_resample.js'
 import { checkList, drawBoxes, type Outlines, type PixelBox } from '../ops/draw_boxes.js'
 import { holds } from '../scope.js'
 import { describeValue, type Held, handleOf, type Tensor } from '../tensor.js'
