@@ -95,34 +95,6 @@ inline float max_of(vf v) {
   return m;
 }
 
-// e^x within 2 ulp, subnormal results included; 0 for -inf, inf and NaN as they should be.
-// x = n ln 2 + r with |r| <= ln 2 / 2 (Cody and Waite), e^r by its Taylor series of degree 7, times 2^n.
-inline vf vexp(vf x) {
-  // Beyond these e^x rounds to 0 and inf. A comparison with NaN is false and keeps it.
-  x = x > 89.0f ? set1(89.0f) : x;
-  x = x < -104.0f ? set1(-104.0f) : x;
-  const float magic = 0x1.8p23f;  // adding it rounds to an integer, held in the low bits
-  const vf shifted = x * 0x1.715476p+0f + magic;
-  const vf n = shifted - magic;
-  vf r = x - n * 0x1.62ep-1f;  // the upper bits of ln 2: the product is exact
-  r = r - n * 0x1.0bfbe8p-15f;
-  vf p = set1(0x1.a01a02p-13f);
-  p = p * r + 0x1.6c16c2p-10f;
-  p = p * r + 0x1.111112p-7f;
-  p = p * r + 0x1.555556p-5f;
-  p = p * r + 0x1.555556p-3f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  // 2^n in two factors, since n may lie beyond an exponent's range.
-  const vi whole = (vi)shifted - (vi)set1(magic), half = whole >> 1;
-  return p * (vf)((half + 127) << 23) * (vf)((whole - half + 127) << 23);
-#endif
-}
-
 // bf16 is the upper half of an f32; rounding to nearest even, NaN kept a NaN.
 inline vf from_bf16(vh h) { return from_bits(__builtin_convertvector(h, vu) << 16); }
 inline vh to_bf16(vf x) {
