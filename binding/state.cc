@@ -30,6 +30,15 @@ void OpenDevice::close() {
   pending.clear();
 }
 
+void OpenDevice::account(Napi::BasicEnv env, int64_t bytes) {
+  constexpr int64_t kStep = int64_t{256} << 20;
+  held_ += bytes;
+  const int64_t untold = held_ - told_;
+  if (untold < kStep && untold > -kStep) return;
+  Napi::MemoryManagement::AdjustExternalMemory(env, untold);
+  told_ = held_;
+}
+
 struct State::Done {
   std::function<void(Napi::Env, const std::string&)> f;
   std::string lost;

@@ -32,9 +32,13 @@ struct OpenDevice {
   void settle();
   // Drains, stops and frees.
   void close();
+  // Tells V8 of memory that handles hold. In large steps: a collection each time that a training
+  // step allocates and disposes would cost more than the step, and a leak is large sooner or later.
+  void account(Napi::BasicEnv env, int64_t bytes);
 
  private:
   std::shared_ptr<Registry> registry_;
+  int64_t held_ = 0, told_ = 0;
 };
 
 // Several operations that are one for their caller: errors and faults carry its name.

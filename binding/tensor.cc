@@ -59,7 +59,7 @@ void TensorHandle::adopt(Napi::Env env, std::shared_ptr<Storage> storage, DType 
   offset_ = offset;
   // Views share their storage: V8 hears of it with the first handle and the last.
   if (storage_->handles++ == 0)
-    Napi::MemoryManagement::AdjustExternalMemory(env, static_cast<int64_t>(storage_->bytes));
+    storage_->device->account(env, static_cast<int64_t>(storage_->bytes));
 }
 
 Napi::Object TensorHandle::Make(Napi::Env env, std::shared_ptr<Storage> storage, DType dtype,
@@ -80,7 +80,7 @@ TensorHandle* TensorHandle::From(const Napi::Value& value) {
 void TensorHandle::drop(Napi::BasicEnv env) {
   if (!storage_) return;
   if (--storage_->handles == 0)
-    Napi::MemoryManagement::AdjustExternalMemory(env, -static_cast<int64_t>(storage_->bytes));
+    storage_->device->account(env, -static_cast<int64_t>(storage_->bytes));
   storage_.reset();
 }
 
