@@ -18,10 +18,10 @@
 // 0..V-1 faults: NaN for its row, and for all of dweight and dbias.
 //
 // Memory beside inputs and results, which does not grow with N: forward on the CPU some 5 MB and
-// 0.8 MB a thread (more where C exceeds 8192); backward a chunk of dz of at most 32 MB on the CPU
-// and 128 MB on CUDA; the policy loss a chunk of 128 MB of logits (at least 12 rows), so that
-// reading and writing dweight once a chunk costs little beside the products. The policy loss also
-// takes 16 bytes a token.
+// 0.8 MB a thread (more where C exceeds 4096); backward 15 MB and the same a thread, and a chunk of
+// dz of at most 32 MB; on CUDA a chunk of at most 128 MB of logits and some 20 MB. The policy loss
+// has a chunk of 128 MB of logits on both (at least 12 rows), so that reading and writing dweight
+// once a chunk costs little beside the products, and 12 bytes a token.
 //
 // The order of every sum follows from the shapes alone (dweight: and from which rows are skipped);
 // forward, a row has the same bits in any batch. The vocabulary is cut into at most 128 spans of

@@ -306,6 +306,42 @@ onEveryBackend('linear_log_probs', (b) => {
         expect(await all.loss.read()).toEqual(await own.loss.read())
       })
 
+  // More rows than a chunk has on either backend; and on the CPU, more logits than dz's memory holds.
+  for (const [n, v, c] of [
+    [5000, 7, 2],
+    [800, 11_000, 1],
+  ] as const)
+    test(`several chunks, [${n}, ${v}, ${c}]`, async () => {
+      const h = head(n, v, c, 'f32', true)
+      const random = new Random(9)
+      for (let i = 0; i < n; i++) if (random.uniform() < 0.2) h.targets[i] = -100
+      const record = <R>(name: string, f: () => R): R =>
+        v < 100 ? recorded(b, `linear ${name} in chunks`, backward('f32'), f) : f()
+      const inputs = tensors(h)
+      const mask = Uint8Array.from({ length: n }, () => +(random.uniform() < 0.8))
+      const loss = {
+        objective: 'gpg' as const,
+        normalizer: 10,
+        advantages: f32(random.normals(2)),
+        cuSeqlens: [0, 100, n],
+        mask: b.device.tensor(mask, [n]),
+      }
+      const r = record('log probs', () => linearLogProbs({ ...inputs, entropy: true }))
+      const { dLogProbs } = policyLoss({ ...loss, logProbs: r.logProbs })
+      const d = record('backward', () =>
+        linearLogProbsBackward({ ...inputs, stats: r.stats, dLogProbs }),
+      )
+      const l = record('policy loss', () => linearPolicyLoss({ ...inputs, ...loss }))
+      const expected = oracle(h, await dLogProbs.read())
+      expectClose(await r.logProbs.read(), expected.logProbs, forward)
+      expectClose(await r.entropy!.read(), expected.entropy, forward)
+      expect(await l.logProbs.read()).toEqual(await r.logProbs.read())
+      for (const key of ['dHidden', 'dWeight', 'dBias'] as const) {
+        expectClose(await d[key]!.read(), expected[key], backward('f32'))
+        expectClose(await l[key]!.read(), expected[key], backward('f32'))
+      }
+    })
+
   test('into adds, and returns handles of the same storage', async () => {
     const { inputs, loss } = batch(23, 90, 12, 'f32')
     const g = f32(new Random(2).normals(23))
