@@ -34,3 +34,18 @@ export function better(a: Ceilings, b: Ceilings): Ceilings {
     update: Math.max(a.update, b.update),
   }
 }
+
+/** Sentences on figures that differ between the begin and the end of a run, which only disturbance does. */
+export function disturbances(before: readonly Ceilings[], after: readonly Ceilings[]): string[] {
+  const out: string[] = []
+  for (const [i, a] of before.entries())
+    for (const kind of ['fma', 'read', 'copy', 'update'] as const) {
+      const [low, high] = [a[kind], after[i]![kind]].sort((x, y) => x - y) as [number, number]
+      if (high > 1.15 * low)
+        out.push(
+          `The ceiling '${kind}' of ${a.threads} thread(s) was ${Math.round((low / high) * 100)} % of ` +
+            'itself at one end of the run: something else used the machine, so read the times as noisy.',
+        )
+    }
+  return out
+}

@@ -33,7 +33,7 @@ export function integers(n: number, below: number, seed: number): Int32Array {
 /** An RGB image with something to resample: slow waves and a little noise. */
 export function picture(height: number, width: number, seed: number): Uint8Array {
   const out = new Uint8Array(height * width * 3)
-  const noise = normals(block, seed, 6)
+  const noise = normals(block, seed, 2)
   const wave = (n: number, period: number) =>
     Float32Array.from({ length: n }, (_, i) => 55 * Math.sin((2 * Math.PI * i) / period + seed))
   const across = [wave(width, 211), wave(width, 97), wave(width, 53)] as const

@@ -4,7 +4,7 @@ import { dirname } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Command, InvalidArgumentError } from 'commander'
 import { openDevice } from 'p2r-kernels'
-import { better, ceilingMeter } from './ceilings.js'
+import { better, ceilingMeter, disturbances } from './ceilings.js'
 import { type Benchmark, type Effort, measure, quick, thorough } from './harness.js'
 import { installPeers, peerVersion } from './peers/install.js'
 import {
@@ -129,6 +129,7 @@ async function measured(ops: readonly string[], options: Options): Promise<Resul
   }
   const after = ceilings()
   results.ceilings = before.map((c, i) => better(c, after[i]!))
+  for (const sentence of disturbances(before, after)) notes.add(sentence)
   results.rows = results.rows.map((row) => withShare(row, results.ceilings))
   results.notes = [...notes]
   progress('')

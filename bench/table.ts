@@ -27,7 +27,10 @@ export function milliseconds(ms: number): string {
         : ms.toFixed(3)
 }
 
-const giga = (x: number, unit: string): string => `${(x / 1e9).toPrecision(3)} G${unit}/s`
+function giga(x: number, unit: string): string {
+  const billions = x / 1e9
+  return `${billions >= 1000 ? billions.toFixed(0) : billions.toPrecision(3)} G${unit}/s`
+}
 
 /** Useful work a second, in the unit of the ceiling that binds the row. */
 export function rate(row: Row): string {
