@@ -230,6 +230,7 @@ void Call::same_dtype(const char* name, const View& view, DType expected) const 
 }
 
 Out Call::result(DType dtype, const Shape& shape) {
+  check(device_ != nullptr, Code::value, "a tensor or a device is needed");
   Out out;
   out.dtype = dtype;
   out.shape = shape;
@@ -242,7 +243,7 @@ Out Call::result(DType dtype, const Shape& shape) {
 }
 
 void Call::begin() {
-  if (!device_) throw Error(Code::value, "a tensor or a device is needed");
+  check(device_ != nullptr, Code::value, "a tensor or a device is needed");
   if (!device_->pending.empty()) device_->settle();
 }
 

@@ -1,6 +1,7 @@
 import { readFile, writeFile } from 'node:fs/promises'
 import { extname } from 'node:path'
 import type { Sharp, SharpOptions } from 'sharp'
+import type { AbortSignalLike } from './abort.js'
 import { Device } from './device.js'
 import { choice, P2RError, refuse } from './errors.js'
 import { describeValue, handleOf, type Tensor } from './tensor.js'
@@ -38,7 +39,7 @@ export async function loadImage(
     autoOrient?: boolean
     alpha?: 'white' | 'drop'
     maxPixels?: number
-    signal?: AbortSignal
+    signal?: AbortSignalLike
   } = {},
 ): Promise<Tensor<'u8'>> {
   const op = 'loadImage'
@@ -71,12 +72,12 @@ async function decode(
   autoOrient: boolean,
   maxPixels: number,
   op: string,
-  signal: AbortSignal | undefined,
+  signal: AbortSignalLike | undefined,
 ): Promise<Decoded> {
   const name = typeof source === 'string' ? `'${source}'` : 'the data'
   const bytes =
     typeof source === 'string'
-      ? await readFile(source, signal ? { signal } : {}).catch((cause) =>
+      ? await readFile(source, signal ? { signal: signal as AbortSignal } : {}).catch((cause) =>
           refuse('ERR_IO', op, `${name} could not be read: ${cause.message}`, { cause }),
         )
       : source
@@ -110,7 +111,7 @@ async function decode(
 }
 
 // sharp cannot be interrupted, so an abort only stops the wait for it.
-async function unless<T>(signal: AbortSignal, work: Promise<T>): Promise<T> {
+async function unless<T>(signal: AbortSignalLike, work: Promise<T>): Promise<T> {
   let abort = () => {}
   const aborted = new Promise<never>((_, reject) => {
     abort = () => reject(signal.reason)

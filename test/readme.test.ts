@@ -22,7 +22,8 @@ test('the example runs as it stands', () => {
     })
     expect(stderr).toBe('')
     expect(status).toBe(0)
-    expect(stdout).toMatch(/^(cpu|cuda:0) Float32Array/)
+    expect(stdout).toMatch(/^(cpu|cuda:0) \[ 2784, 1536 \]/)
+    expect(stdout).toMatch(/loss -?\d/)
   } finally {
     rmSync(folder, { recursive: true })
   }

@@ -197,7 +197,7 @@ function curveSpec(
             field: 'score',
             type: 'nominal',
             scale: { domain: names, range: ['#1b1b1b', '#1f77b4', '#e07b00'] },
-            legend: { title: 'score', labelLimit: 200 },
+            legend: { title: 'score', labelLimit: 300 },
           },
         },
       },

@@ -1,0 +1,70 @@
+// Attention and the losses, as a strict consumer calls them. It is compiled, never run.
+import {
+  type AdvantageEstimator,
+  type AttentionInput,
+  applyRotary,
+  attention,
+  attentionBackward,
+  attentionMass,
+  type Device,
+  type GroupAdvantages,
+  type GrpoBatch,
+  type GrpoModel,
+  type GrpoStep,
+  groupAdvantages,
+  grpoStep,
+  informativeGroups,
+  kernels,
+  type LossAggregation,
+  type LossMetrics,
+  mergeLogProbs,
+  type PolicyLossInput,
+  type PolicyLossOptions,
+  policyLoss,
+  type Tensor,
+  tokenLogProbs,
+  tokenLogProbsBackward,
+  tokenLogProbsShard,
+  trlDefaults,
+  visionRotary,
+  windowLayout,
+} from 'p2r-kernels'
+
+export function encoder(device: Device, qkv: Tensor, dOut: Tensor): Tensor[] {
+  const gridThw = [[1, 8, 8]] as const
+  const { cos, sin } = visionRotary({ gridThw, headDim: 64, device })
+  const { index, inverse, cuSeqlens } = windowLayout({ gridThw, window: 4 })
+  const [kernel] = kernels('attention', device)
+  const input: AttentionInput = { qkv, rotary: { cos, sin }, cuSeqlens, ...(kernel && { kernel }) }
+  const { out, lse } = attention(input)
+  const packed = attentionBackward({ dOut, qkv, out, lse, cuSeqlens, deterministic: false })
+  const [q, k, v] = [out, out, out]
+  const apart = attentionBackward({ dOut, q, k, v, out, lse, cuSeqlens: [0, index.length] })
+  const mass = attentionMass({ q, k, lse, cuSeqlens: [0, inverse.length] })
+  return [packed.dQkv, apart.dQ, apart.dK, apart.dV, mass, applyRotary({ x: q, cos, sin })]
+}
+
+export function logProbs(logits: Tensor, targets: Tensor): Tensor {
+  using whole = tokenLogProbs({ logits, targets, temperature: 0.7, entropy: true })
+  const shard = tokenLogProbsShard({ logits, targets, vocabOffset: 0 })
+  using merged = mergeLogProbs([shard, shard])
+  const { stats } = merged
+  const dLogProbs = whole.entropy ?? merged.logProbs
+  return tokenLogProbsBackward({ logits, targets, stats, dLogProbs, inPlace: true })
+}
+
+export async function loss(tokens: Tensor, rewards: Tensor): Promise<LossMetrics[]> {
+  const estimator: AdvantageEstimator = 'rloo'
+  const input: GroupAdvantages = { rewards, groups: [0, 0, 1, 1], estimator, singleton: 'zero' }
+  const advantages = groupAdvantages(input)
+  informativeGroups({ rewards, groups: Int32Array.of(0, 0, 1, 1) }).dispose()
+  const aggregation: LossAggregation = 'seq-mean-token-mean'
+  const options: PolicyLossOptions = { ...trlDefaults, aggregation, dualClip: false }
+  const cuSeqlens = [0, 1, 2, 3, 4]
+  const given: PolicyLossInput = { logProbs: tokens, advantages, cuSeqlens, ...options }
+  using own = policyLoss(given)
+  const batch: GrpoBatch = { rewards, groups: [0, 0, 1, 1], cuSeqlens, ...options }
+  const model: GrpoModel = { logProbs: tokens }
+  using step: GrpoStep & { advantages: Tensor } = grpoStep({ ...model, ...batch })
+  return [await own.metrics(), await step.metrics()]
+}
