@@ -1,0 +1,26 @@
+import { groupAdvantages } from 'p2r-kernels'
+import { integers } from './data.js'
+import type { Benchmark } from './harness.js'
+
+const sequences = 512 * 8
+
+export default {
+  op: 'advantages',
+  workloads: [
+    {
+      // Too small for any ceiling: what is measured is the way through the queue.
+      name: 'grpo, 512 groups of 8',
+      inputs(seed) {
+        const rewards = Float32Array.from(integers(sequences, 2, seed))
+        const groups = Int32Array.from({ length: sequences }, (_, i) => i >> 3)
+        return {
+          byteLength: sequences * 8,
+          load(device) {
+            const a = { rewards: device.tensor(rewards, [sequences]), groups }
+            return { run: () => groupAdvantages(a) }
+          },
+        }
+      },
+    },
+  ],
+} satisfies Benchmark

@@ -1,0 +1,64 @@
+import { cropResample, pixelValues } from 'p2r-kernels'
+import { picture, uniforms } from './data.js'
+import type { Benchmark, Workload } from './harness.js'
+import { type Cut, sharpPatches, sharpResize } from './peers/sharp.js'
+
+const height = 4320
+const width = 7680
+
+/** Crops of some 900 x 700 pixels, anywhere in the image. */
+function crops(n: number, size: { height: number; width: number }, seed: number): Cut[] {
+  const uniform = uniforms(seed)
+  for (let i = 0; i < 8; i++) uniform()
+  const between = (low: number, high: number) => low + Math.floor(uniform() * (high - low + 1))
+  return Array.from({ length: n }, () => {
+    const [w, h] = [between(860, 940), between(660, 740)]
+    const [x, y] = [between(0, width - w), between(0, height - h)]
+    return { box: [x, y, x + w, y + h], ...size }
+  })
+}
+
+function workload(name: string, patches: boolean, cuts: (seed: number) => Cut[]): Workload {
+  const [example] = [cuts(1)]
+  const source = example.reduce((n, { box }) => n + (box[2] - box[0]) * (box[3] - box[1]) * 3, 0)
+  const pixels = example.reduce((n, cut) => n + cut.height * cut.width, 0)
+  return {
+    name,
+    // Every patch is written twice, once for each of its two frames.
+    traffic: { read: source, write: pixels * 3 * (patches ? 8 : 1) },
+    inputs(seed) {
+      const data = picture(height, width, seed)
+      const regions = cuts(seed)
+      const image = { data, height, width }
+      return {
+        byteLength: source,
+        load(device) {
+          const a = { image: device.tensor(data, [height, width, 3]), regions }
+          return {
+            run: () => (patches ? pixelValues(a) : cropResample(a)),
+            async answer() {
+              if (patches) return pixelValues(a).pixelValues.read()
+              const parts = await Promise.all(cropResample(a).map((tensor) => tensor.read()))
+              return Uint8Array.from(parts.flatMap((part) => [...part]))
+            },
+          }
+        },
+        peers: [(patches ? sharpPatches : sharpResize)(image, regions)],
+      }
+    },
+  }
+}
+
+const to = (h: number, w: number) => ({ height: h, width: w })
+
+export default {
+  op: 'crop_resample',
+  workloads: [
+    workload('7680x4320 -> 1920x1056 f32 patches', true, () => [
+      { box: [0, 0, width, height], ...to(1056, 1920) },
+    ]),
+    workload('8 of 900x700 -> 640x480 f32 patches', true, (seed) => crops(8, to(480, 640), seed)),
+    workload('8 of 900x700 -> 640x480 u8', false, (seed) => crops(8, to(480, 640), seed)),
+    workload('8 of 900x700 -> 896x704 f32 patches', true, (seed) => crops(8, to(704, 896), seed)),
+  ],
+} satisfies Benchmark

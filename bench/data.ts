@@ -1,0 +1,53 @@
+// Seeded inputs, made quickly: a block of normal numbers of prime length, laid end to end.
+
+const block = 65_537
+
+/** Numbers in [0, 1): Marsaglia's xorshift32. */
+export function uniforms(seed: number): () => number {
+  let x = Math.imul(seed + 1, 0x9e3779b1) | 1
+  return () => {
+    x ^= x << 13
+    x ^= x >>> 17
+    x ^= x << 5
+    return (x >>> 0) / 2 ** 32
+  }
+}
+
+export function normals(n: number, seed: number, scale = 1): Float32Array {
+  const uniform = uniforms(seed)
+  for (let i = 0; i < 8; i++) uniform()
+  const one = new Float32Array(Math.min(n, block))
+  for (let i = 0; i < one.length; i++)
+    one[i] = scale * Math.sqrt(-2 * Math.log(1 - uniform())) * Math.cos(2 * Math.PI * uniform())
+  const out = new Float32Array(n)
+  for (let i = 0; i < n; i += block) out.set(one.subarray(0, Math.min(block, n - i)), i)
+  return out
+}
+
+export function integers(n: number, below: number, seed: number): Int32Array {
+  const uniform = uniforms(seed)
+  for (let i = 0; i < 8; i++) uniform()
+  return Int32Array.from({ length: n }, () => Math.floor(uniform() * below))
+}
+
+/** An RGB image with something to resample: slow waves and a little noise. */
+export function picture(height: number, width: number, seed: number): Uint8Array {
+  const out = new Uint8Array(height * width * 3)
+  const noise = normals(block, seed, 2)
+  const wave = (n: number, period: number) =>
+    Float32Array.from({ length: n }, (_, i) => 55 * Math.sin((2 * Math.PI * i) / period + seed))
+  const across = [wave(width, 211), wave(width, 97), wave(width, 53)] as const
+  const down = [wave(height, 131), wave(height, 71), wave(height, 173)] as const
+  let at = 0
+  for (let y = 0; y < height; y++)
+    for (let x = 0; x < width; x++)
+      for (let c = 0; c < 3; c++) {
+        const value = 128 + across[c]![x]! + down[c]![y]! + noise[at % block]!
+        out[at++] = Math.min(Math.max(value, 0), 255)
+      }
+  return out
+}
+
+export function evenly(sequences: number, length: number): Int32Array {
+  return Int32Array.from({ length: sequences + 1 }, (_, i) => i * length)
+}

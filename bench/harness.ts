@@ -1,0 +1,259 @@
+// How a row is measured: inputs in rotation, device time through tinybench, peers in turn.
+import { performance } from 'node:perf_hooks'
+import { type Device, scope } from 'p2r-kernels'
+import { Bench } from 'tinybench'
+import type { Row } from './results.js'
+import { quantiles } from './statistics.js'
+
+/** One file `<stem>.bench.ts`, its default export. */
+export interface Benchmark {
+  op: string
+  workloads: readonly Workload[]
+}
+
+/** One row of the table: an operation on shapes that somebody has. */
+export interface Workload {
+  name: string
+  /** Useful floating-point operations: those of the formula, whatever the kernel does besides. */
+  flops?: number
+  /** Bytes that must cross memory, each input and output once. */
+  traffic?: Traffic
+  /** Left out by --quick. */
+  slow?: boolean
+  inputs(seed: number): Inputs
+}
+
+export interface Traffic {
+  read: number
+  write: number
+  /** What is written is where it was read from. */
+  inPlace?: boolean
+}
+
+/** Host data of one input set. */
+export interface Inputs {
+  byteLength: number
+  load(device: Device): Loaded
+  peers?: readonly Peer[]
+}
+
+/** One input set on a device. */
+export interface Loaded {
+  /** Queues the operation. Tensors made here are disposed by the harness. */
+  run(): unknown
+  /** Queues what restores the inputs of an operation that works in place; not timed. */
+  before?(): void
+  /** The numbers on which peers must agree. */
+  answer?(): Promise<ArrayLike<number>>
+}
+
+/** The same computation by somebody else, on the CPU. */
+export interface Peer {
+  name: string
+  slow?: boolean
+  /** How far its results may be from ours: by root mean square, relative to ours. */
+  tolerance: number
+  /** For so many threads, if it can. Throws PeerAbsent, with a sentence, where it is not here. */
+  open(threads: number): Promise<PeerRun>
+}
+
+export interface PeerRun {
+  run(): Promise<ArrayLike<number>> | ArrayLike<number>
+  close?(): void
+}
+
+export class PeerAbsent extends Error {}
+
+export interface Effort {
+  /** Each round measures every implementation in turn. */
+  rounds: number
+  /** Milliseconds of wall clock an implementation and round; at least one run each. */
+  time: number
+  warmup: number
+  /** Input sets together are to be larger than this many bytes. */
+  cacheBytes: number
+  slow: boolean
+  peers: boolean
+}
+
+export const thorough = { rounds: 5, time: 300, warmup: 200, slow: true }
+export const quick = { rounds: 2, time: 60, warmup: 30, slow: false }
+
+const mostSets = 16
+
+/** The input sets that are together larger than the caches, so that none is found there again. */
+export function setsFor(byteLength: number, cacheBytes: number): number {
+  return Math.max(1, Math.min(mostSets, Math.ceil((2 * cacheBytes) / Math.max(1, byteLength))))
+}
+
+/** ‖a - b‖ / ‖b‖; NaN where the lengths differ. */
+export function distance(a: ArrayLike<number>, b: ArrayLike<number>): number {
+  if (a.length !== b.length) return Number.NaN
+  let difference = 0
+  let norm = 0
+  for (let i = 0; i < a.length; i++) {
+    difference += (a[i]! - b[i]!) ** 2
+    norm += b[i]! ** 2
+  }
+  return Math.sqrt(difference / (norm || 1))
+}
+
+interface Contender {
+  name: string
+  once(): Promise<{ overriddenDuration: number; overriddenIterationCost: number }>
+  close(): void
+}
+
+/**
+ * Measures a workload on a device, which it disposes with all inputs, and by its peers. The rows have
+ * no shares yet.
+ */
+export async function measure(
+  op: string,
+  workload: Workload,
+  device: Device,
+  effort: Effort,
+  note: (sentence: string) => void,
+  progress: (what: string) => void = () => {},
+): Promise<Row[]> {
+  const label = `${op} ${workload.name}`
+  const first = workload.inputs(1)
+  const inputs = [first]
+  for (let seed = 2; seed <= setsFor(first.byteLength, effort.cacheBytes); seed++)
+    inputs.push(workload.inputs(seed))
+
+  progress(`${label}: loading`)
+  const contenders: Contender[] = []
+  try {
+    const own = ours(device, inputs)
+    contenders.push(own)
+    if (effort.peers && first.peers?.length) {
+      const expected = await own.answer()
+      for (const [at, peer] of first.peers.entries()) {
+        if (peer.slow && !effort.slow) continue
+        const threads = device.info.threads ?? 1
+        progress(`${label}: checking ${peer.name}`)
+        const opened = await theirs(peer, at, threads, inputs, expected, label, note)
+        if (opened) contenders.push(opened)
+      }
+    }
+    const samples = new Map(contenders.map((c) => [c, [] as number[]]))
+    for (let round = 0; round < effort.rounds; round++)
+      for (const contender of contenders) {
+        progress(`${label}: ${contender.name}, round ${round + 1} of ${effort.rounds}`)
+        const taken = await sampled(contender, round === 0, effort)
+        samples.get(contender)!.push(...taken)
+      }
+    const { id, threads, simd } = device.info
+    return contenders.map((contender) => ({
+      op,
+      case: workload.name,
+      implementation: contender.name,
+      device: id,
+      ...(threads === undefined ? {} : { threads }),
+      ...(simd === undefined || contender !== own ? {} : { simd }),
+      ...quantiles(samples.get(contender)!),
+      ...(workload.flops === undefined ? {} : { flops: workload.flops }),
+      ...(workload.traffic === undefined ? {} : { traffic: workload.traffic }),
+    }))
+  } finally {
+    for (const contender of contenders) contender.close()
+  }
+}
+
+/** The name of this package's rows. */
+export const ourName = 'p2r-kernels'
+
+function ours(device: Device, inputs: readonly Inputs[]) {
+  const sets = inputs.map((set) => set.load(device))
+  let next = 0
+  return {
+    name: ourName,
+    async once() {
+      const set = sets[next++ % sets.length]!
+      const start = performance.now()
+      set.before?.()
+      const ms = await device.time(() => {
+        scope(() => {
+          set.run()
+        })
+      })
+      return { overriddenDuration: ms, overriddenIterationCost: performance.now() - start }
+    },
+    async answer() {
+      const set = sets[0]!
+      if (!set.answer) throw new Error('a workload with peers needs an answer to compare')
+      set.before?.()
+      return set.answer()
+    },
+    // Its tensors go with it.
+    close: () => device.dispose(),
+  }
+}
+
+/** A peer over the same input sets, once its first result agrees; undefined, with a note, if not. */
+async function theirs(
+  peer: Peer,
+  at: number,
+  threads: number,
+  inputs: readonly Inputs[],
+  expected: ArrayLike<number>,
+  label: string,
+  note: (sentence: string) => void,
+): Promise<Contender | undefined> {
+  const runs: PeerRun[] = []
+  const close = () => {
+    for (const run of runs) run.close?.()
+  }
+  try {
+    for (const set of inputs) runs.push(await set.peers![at]!.open(threads))
+    const apart = distance(await runs[0]!.run(), expected)
+    if (!(apart <= peer.tolerance)) {
+      note(
+        `${label}: ${peer.name} is ${apart.toPrecision(3)} from our result, more than the ` +
+          `${peer.tolerance} allowed, and was not timed.`,
+      )
+      close()
+      return undefined
+    }
+  } catch (error) {
+    close()
+    if (!(error instanceof PeerAbsent)) throw error
+    note(error.message)
+    return undefined
+  }
+  let next = 0
+  return {
+    name: peer.name,
+    async once() {
+      const run = runs[next++ % runs.length]!
+      const start = performance.now()
+      await run.run()
+      const ms = performance.now() - start
+      return { overriddenDuration: ms, overriddenIterationCost: ms }
+    },
+    close,
+  }
+}
+
+/** The samples of one contender in one round, in milliseconds. */
+async function sampled(
+  contender: Contender,
+  cold: boolean,
+  { time, warmup }: Effort,
+): Promise<readonly number[]> {
+  const bench = new Bench({
+    time,
+    iterations: 2,
+    // A later round only brings back what the others' runs put out of the caches.
+    warmupTime: cold ? warmup : 0,
+    warmupIterations: 1,
+    retainSamples: true,
+    throws: true,
+  })
+  bench.add(contender.name, () => contender.once(), { async: true })
+  await bench.run()
+  const { result } = bench.tasks[0]!
+  if (result.state !== 'completed') throw new Error(`${contender.name}: ${result.state}`)
+  return result.latency.samples ?? []
+}

@@ -1,0 +1,231 @@
+// onnxruntime-node on models of a few nodes. Its threads are told to stop spinning when a run ends,
+// since they would otherwise take a core from whoever is measured next.
+import { type Peer, PeerAbsent } from '../harness.js'
+import { peerModule } from './install.js'
+import { type Node, onnxModel, type Value } from './onnx.js'
+
+interface OrtTensor {
+  readonly data: ArrayLike<number>
+}
+/** The part of onnxruntime-node that is used here. */
+interface Ort {
+  Tensor: new (type: string, data: unknown, dims: readonly number[]) => OrtTensor
+  InferenceSession: {
+    create(model: Uint8Array, options: object): Promise<Session>
+  }
+}
+interface Session {
+  run(
+    feeds: Record<string, OrtTensor>,
+    fetches: Record<string, OrtTensor>,
+  ): Promise<Record<string, OrtTensor>>
+  release(): Promise<void>
+}
+
+let loaded: Ort | Error | undefined
+
+function ort(): Ort {
+  if (loaded === undefined)
+    try {
+      loaded = peerModule('onnxruntime-node') as Ort
+    } catch (error) {
+      loaded = error as Error
+    }
+  if (loaded instanceof Error)
+    throw new PeerAbsent(
+      'onnxruntime-node is not here (its CPU library comes with the npm package), so it was skipped.',
+    )
+  return loaded
+}
+
+function onnxruntime(
+  name: string,
+  tolerance: number,
+  model: { nodes: readonly Node[]; inputs: readonly Value[]; outputs: readonly Value[] },
+  feeds: Record<string, Float32Array | BigInt64Array>,
+): Peer {
+  return {
+    name,
+    tolerance,
+    async open(threads) {
+      const { InferenceSession, Tensor } = ort()
+      const session = await InferenceSession.create(onnxModel(model), {
+        executionProviders: ['cpu'],
+        graphOptimizationLevel: 'all',
+        intraOpNumThreads: threads,
+        interOpNumThreads: 1,
+        logSeverityLevel: 3,
+        extra: { session: { force_spinning_stop: '1' } },
+      })
+      const tensors: Record<string, OrtTensor> = {}
+      for (const { name, type, shape } of model.inputs)
+        tensors[name] = new Tensor(type === 'float' ? 'float32' : type, feeds[name], shape)
+      // Written in place: a fresh output a run would be measured by its page faults.
+      const { name: output, shape } = model.outputs[0]!
+      const size = shape.reduce((n, d) => n * d, 1)
+      const out = { [output]: new Tensor('float32', new Float32Array(size), shape) }
+      return {
+        run: async () => (await session.run(tensors, out))[output]!.data,
+        close: () => void session.release(),
+      }
+    },
+  }
+}
+
+/** softmax(q kᵀ / sqrt(D)) v over sequences of one length, tokens as [batch, length, heads, D]. */
+export function multiHeadAttention(
+  shape: { batch: number; length: number; heads: number; headDim: number },
+  q: Float32Array,
+  k: Float32Array,
+  v: Float32Array,
+): Peer {
+  const dims = [shape.batch, shape.length, shape.heads * shape.headDim]
+  const value = (name: string): Value => ({ name, type: 'float', shape: dims })
+  return onnxruntime(
+    'onnxruntime MultiHeadAttention',
+    1e-4,
+    {
+      nodes: [
+        {
+          op: 'MultiHeadAttention',
+          domain: 'com.microsoft',
+          inputs: ['q', 'k', 'v'],
+          outputs: ['out'],
+          ints: { num_heads: shape.heads },
+        },
+      ],
+      inputs: ['q', 'k', 'v'].map(value),
+      outputs: [value('out')],
+    },
+    { q, k, v },
+  )
+}
+
+/** log softmax at the targets. */
+export function logSoftmaxGather(logits: Float32Array, targets: Int32Array): Peer {
+  const [rows, shape] = rowsOf(logits, targets)
+  return onnxruntime(
+    'onnxruntime LogSoftmax',
+    1e-5,
+    {
+      nodes: [
+        { op: 'LogSoftmax', inputs: ['logits'], outputs: ['all'], ints: { axis: -1 } },
+        {
+          op: 'GatherElements',
+          inputs: ['all', 'targets'],
+          outputs: ['out'],
+          ints: { axis: 1 },
+        },
+      ],
+      inputs: [
+        { name: 'logits', type: 'float', shape },
+        { name: 'targets', type: 'int64', shape: [rows, 1] },
+      ],
+      outputs: [{ name: 'out', type: 'float', shape: [rows, 1] }],
+    },
+    { logits, targets: BigInt64Array.from(targets, BigInt) },
+  )
+}
+
+/** The gradient of the sum of the targets' log-probabilities: one-hot minus softmax. */
+export function softmaxScatter(logits: Float32Array, targets: Int32Array): Peer {
+  const [rows, shape] = rowsOf(logits, targets)
+  return onnxruntime(
+    'onnxruntime Softmax, Scatter',
+    1e-5,
+    {
+      nodes: [
+        { op: 'Softmax', inputs: ['logits'], outputs: ['p'], ints: { axis: -1 } },
+        { op: 'Neg', inputs: ['p'], outputs: ['minus'] },
+        {
+          op: 'ScatterElements',
+          inputs: ['minus', 'targets', 'ones'],
+          outputs: ['out'],
+          ints: { axis: 1 },
+          strings: { reduction: 'add' },
+        },
+      ],
+      inputs: [
+        { name: 'logits', type: 'float', shape },
+        { name: 'targets', type: 'int64', shape: [rows, 1] },
+        { name: 'ones', type: 'float', shape: [rows, 1] },
+      ],
+      outputs: [{ name: 'out', type: 'float', shape }],
+    },
+    {
+      logits,
+      targets: BigInt64Array.from(targets, BigInt),
+      ones: new Float32Array(rows).fill(1),
+    },
+  )
+}
+
+function rowsOf(logits: Float32Array, targets: Int32Array): [number, [number, number]] {
+  const rows = targets.length
+  return [rows, [rows, logits.length / rows]]
+}
+
+/** x Wᵀ + b. */
+export function gemm(
+  x: Float32Array,
+  weight: Float32Array,
+  bias: Float32Array,
+  rows: number,
+): Peer {
+  const features = bias.length
+  const channels = x.length / rows
+  return onnxruntime(
+    'onnxruntime Gemm',
+    1e-5,
+    {
+      nodes: [
+        {
+          op: 'Gemm',
+          inputs: ['x', 'weight', 'bias'],
+          outputs: ['out'],
+          ints: { transB: 1 },
+        },
+      ],
+      inputs: [
+        { name: 'x', type: 'float', shape: [rows, channels] },
+        { name: 'weight', type: 'float', shape: [features, channels] },
+        { name: 'bias', type: 'float', shape: [features] },
+      ],
+      outputs: [{ name: 'out', type: 'float', shape: [rows, features] }],
+    },
+    { x, weight, bias },
+  )
+}
+
+/** LayerNormalization over the last axis. */
+export function layerNormalization(
+  x: Float32Array,
+  weight: Float32Array,
+  bias: Float32Array,
+  epsilon: number,
+): Peer {
+  const channels = weight.length
+  const shape = [x.length / channels, channels]
+  return onnxruntime(
+    'onnxruntime LayerNormalization',
+    1e-5,
+    {
+      nodes: [
+        {
+          op: 'LayerNormalization',
+          inputs: ['x', 'weight', 'bias'],
+          outputs: ['out'],
+          ints: { axis: -1 },
+          floats: { epsilon },
+        },
+      ],
+      inputs: [
+        { name: 'x', type: 'float', shape },
+        { name: 'weight', type: 'float', shape: [channels] },
+        { name: 'bias', type: 'float', shape: [channels] },
+      ],
+      outputs: [{ name: 'out', type: 'float', shape }],
+    },
+    { x, weight, bias },
+  )
+}

@@ -1,0 +1,199 @@
+// What a run leaves behind: the JSON, the shares, the comparison with an earlier run.
+import { spawnSync } from 'node:child_process'
+import { readFileSync } from 'node:fs'
+import { arch, cpus, platform, release, totalmem } from 'node:os'
+import type { Traffic } from './harness.js'
+import { type Quantiles, verdict } from './statistics.js'
+
+export interface Results {
+  schema: 1
+  date: string
+  /** Of the sources, with '+' where files differ from it; absent outside a repository. */
+  commit?: string
+  machine: {
+    cpu: string
+    cpus: number
+    memoryBytes: number
+    platform: string
+    arch: string
+    /** Name of the measured device. */
+    device: string
+  }
+  versions: Record<string, string>
+  quick: boolean
+  ceilings: Ceilings[]
+  rows: Row[]
+  /** Sentences: which peers were skipped, and why. */
+  notes: string[]
+}
+
+/** What some threads of this machine can do at most: FLOP/s of f32, and bytes/s. */
+export interface Ceilings {
+  threads: number
+  fma: number
+  read: number
+  /** Read and written bytes together. */
+  copy: number
+  /** As copy, in place. */
+  update: number
+}
+
+export interface Row extends Quantiles {
+  op: string
+  case: string
+  implementation: string
+  device: string
+  threads?: number
+  simd?: string
+  flops?: number
+  traffic?: Traffic
+  /** The least time that the ceilings allow over the median, and the ceiling that sets it. */
+  share?: number
+  ceiling?: 'fma' | 'read' | 'copy' | 'update'
+}
+
+/** The row with its share of the ceiling that binds it. */
+export function withShare(row: Row, ceilings: readonly Ceilings[]): Row {
+  const limits = ceilings.find((c) => c.threads === row.threads)
+  if (!limits) return row
+  const compute = (row.flops ?? 0) / limits.fma
+  const kind = trafficKind(row.traffic)
+  const memory = kind ? (row.traffic!.read + row.traffic!.write) / limits[kind] : 0
+  const least = Math.max(compute, memory)
+  if (least === 0) return row
+  const ceiling = memory > compute ? kind! : 'fma'
+  return { ...row, share: (least * 1e3) / row.median, ceiling }
+}
+
+function trafficKind(traffic: Traffic | undefined): 'read' | 'copy' | 'update' | undefined {
+  if (!traffic) return undefined
+  if (traffic.inPlace) return 'update'
+  // Little enough is written to be lost in the reading.
+  return traffic.write * 16 <= traffic.read ? 'read' : 'copy'
+}
+
+const key = (row: Row): string =>
+  [row.op, row.case, row.implementation, row.device, row.threads ?? '', row.simd ?? ''].join(' | ')
+
+export interface Change {
+  row: Row
+  before: Row
+  /** Median over the earlier median. */
+  ratio: number
+}
+
+export interface Comparison {
+  slower: Change[]
+  faster: Change[]
+  /** Rows of both runs. */
+  compared: number
+  /** Rows of the earlier run alone, and of this one alone. */
+  gone: Row[]
+  added: Row[]
+  /** Why the two may not be comparable. */
+  caveats: string[]
+}
+
+export function compare(before: Results, after: Results): Comparison {
+  const old = new Map(before.rows.map((row) => [key(row), row]))
+  const out: Comparison = {
+    slower: [],
+    faster: [],
+    compared: 0,
+    gone: [],
+    added: [],
+    caveats: caveats(before, after),
+  }
+  for (const row of after.rows) {
+    const was = old.get(key(row))
+    if (!was) {
+      out.added.push(row)
+      continue
+    }
+    old.delete(key(row))
+    out.compared++
+    const kind = verdict(was, row)
+    if (kind !== 'same') out[kind].push({ row, before: was, ratio: row.median / was.median })
+  }
+  out.gone.push(...old.values())
+  out.slower.sort((a, b) => b.ratio - a.ratio)
+  out.faster.sort((a, b) => a.ratio - b.ratio)
+  return out
+}
+
+function caveats(before: Results, after: Results): string[] {
+  const out: string[] = []
+  for (const field of ['cpu', 'cpus', 'device'] as const)
+    if (before.machine[field] !== after.machine[field])
+      out.push(
+        `The machines differ: ${field} was ${before.machine[field]}, is ${after.machine[field]}.`,
+      )
+  for (const now of after.ceilings) {
+    const was = before.ceilings.find((c) => c.threads === now.threads)
+    for (const kind of ['fma', 'read', 'copy', 'update'] as const)
+      if (was && Math.abs(now[kind] / was[kind] - 1) > 0.1)
+        out.push(
+          `The ceiling '${kind}' of ${now.threads} thread(s) changed by ` +
+            `${((now[kind] / was[kind] - 1) * 100).toFixed(0)} %, so the machine did, or was disturbed.`,
+        )
+  }
+  return out
+}
+
+export function parseResults(text: string, name: string): Results {
+  let results: Results
+  try {
+    results = JSON.parse(text)
+  } catch (cause) {
+    throw new Error(`${name} is not JSON`, { cause })
+  }
+  if (results?.schema !== 1 || !Array.isArray(results.rows) || !Array.isArray(results.ceilings))
+    throw new Error(`${name} does not hold results of this benchmark (schema 1)`)
+  return results
+}
+
+/** The results of a run without its rows. */
+export function emptyResults(root: string, device: string, quick: boolean): Results {
+  const { version } = JSON.parse(readFileSync(`${root}/package.json`, 'utf8'))
+  const commit = commitOf(root)
+  return {
+    schema: 1,
+    date: new Date().toISOString(),
+    ...(commit === undefined ? {} : { commit }),
+    machine: {
+      cpu: cpus()[0]?.model ?? 'unknown',
+      cpus: cpus().length,
+      memoryBytes: totalmem(),
+      platform: `${platform()} ${release()}`,
+      arch: arch(),
+      device,
+    },
+    versions: { 'p2r-kernels': version, node: process.versions.node },
+    quick,
+    ceilings: [],
+    rows: [],
+    notes: [],
+  }
+}
+
+function commitOf(root: string): string | undefined {
+  const git = (...args: string[]) => spawnSync('git', args, { cwd: root, encoding: 'utf8' })
+  const head = git('rev-parse', 'HEAD')
+  if (head.status !== 0) return undefined
+  const changed = git('status', '--porcelain', '--untracked-files=no').stdout.trim() !== ''
+  return head.stdout.trim() + (changed ? '+' : '')
+}
+
+/** The last-level cache, from Linux; 32 MiB where it does not say. */
+export function cacheBytes(): number {
+  let largest = 0
+  for (let index = 0; index < 5; index++)
+    try {
+      const size = readFileSync(`/sys/devices/system/cpu/cpu0/cache/index${index}/size`, 'utf8')
+      largest = Math.max(largest, Number.parseInt(size, 10) * (/M/.test(size) ? 2 ** 20 : 2 ** 10))
+    } catch {
+      break
+    }
+  // A share of a server's huge cache is what one process keeps.
+  return Math.min(largest || 2 ** 25, 2 ** 26)
+}

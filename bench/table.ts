@@ -1,0 +1,133 @@
+// The results as text for a terminal.
+import { ourName } from './harness.js'
+import type { Ceilings, Change, Comparison, Results, Row } from './results.js'
+
+/** Columns padded to their widest cell; numbers, that is all but the `left` first, to the right. */
+export function aligned(rows: readonly (readonly string[])[], left: number): string {
+  const widths: number[] = []
+  for (const row of rows)
+    for (const [i, cell] of row.entries()) widths[i] = Math.max(widths[i] ?? 0, cell.length)
+  return rows
+    .map((row) =>
+      row
+        .map((cell, i) => (i < left ? cell.padEnd(widths[i]!) : cell.padStart(widths[i]!)))
+        .join('  ')
+        .trimEnd(),
+    )
+    .join('\n')
+}
+
+export function milliseconds(ms: number): string {
+  return ms >= 100
+    ? ms.toFixed(0)
+    : ms >= 10
+      ? ms.toFixed(1)
+      : ms >= 1
+        ? ms.toFixed(2)
+        : ms.toFixed(3)
+}
+
+function giga(x: number, unit: string): string {
+  const billions = x / 1e9
+  return `${billions >= 1000 ? billions.toFixed(0) : billions.toPrecision(3)} G${unit}/s`
+}
+
+/** Useful work a second, in the unit of the ceiling that binds the row. */
+export function rate(row: Row): string {
+  const seconds = row.median / 1e3
+  const bytes = row.traffic ? row.traffic.read + row.traffic.write : 0
+  const computes = row.ceiling ? row.ceiling === 'fma' : (row.flops ?? 0) > 4 * bytes
+  if (computes && row.flops) return giga(row.flops / seconds, 'FLOP')
+  return bytes ? giga(bytes / seconds, 'B') : ''
+}
+
+const heading = [
+  'operation',
+  'case',
+  'by',
+  'thr',
+  'median ms',
+  'p25..p75',
+  'rate',
+  'share',
+  'of',
+  'time',
+]
+
+export function resultTable(rows: readonly Row[]): string {
+  const lines: string[][] = []
+  let last = ''
+  for (const row of rows) {
+    const ours = rows.find(
+      (r) =>
+        r.implementation === ourName &&
+        r.op === row.op &&
+        r.case === row.case &&
+        r.threads === row.threads,
+    )
+    const group = `${row.op} ${row.case}`
+    lines.push([
+      group === last ? '' : row.op,
+      group === last ? '' : row.case,
+      row.implementation,
+      row.threads === undefined ? '' : String(row.threads),
+      milliseconds(row.median),
+      `${milliseconds(row.p25)}..${milliseconds(row.p75)}`,
+      rate(row),
+      row.share === undefined ? '' : `${(row.share * 100).toFixed(0)} %`,
+      row.ceiling ?? '',
+      ours && ours !== row ? `x${(row.median / ours.median).toPrecision(3)}` : '',
+    ])
+    last = group
+  }
+  return aligned([heading, ...lines], 3)
+}
+
+export function ceilingTable(ceilings: readonly Ceilings[]): string {
+  const lines = ceilings.map((c) => [
+    `${c.threads} thread${c.threads > 1 ? 's' : ''}`,
+    giga(c.fma, 'FLOP'),
+    giga(c.read, 'B'),
+    giga(c.copy, 'B'),
+    giga(c.update, 'B'),
+  ])
+  return aligned([['ceilings', 'fma', 'read', 'copy', 'update'], ...lines], 1)
+}
+
+export function report(results: Results): string {
+  const { machine, versions, commit } = results
+  const parts = [
+    `${machine.cpu}, ${machine.cpus} CPUs, ${machine.platform} ${machine.arch}; measured: ${machine.device}`,
+    Object.entries(versions)
+      .map(([name, version]) => `${name} ${version}`)
+      .join(', ') +
+      (commit ? `, commit ${commit.slice(0, 12)}${commit.endsWith('+') ? '+' : ''}` : ''),
+    '',
+  ]
+  if (results.ceilings.length) parts.push(ceilingTable(results.ceilings), '')
+  parts.push(resultTable(results.rows))
+  if (results.notes.length) parts.push('', ...results.notes)
+  return parts.join('\n')
+}
+
+export function comparisonReport(c: Comparison, baseline: string): string {
+  const lines = (changes: readonly Change[]) =>
+    aligned(
+      changes.map(({ row, before, ratio }) => [
+        `  ${row.op}`,
+        row.case,
+        row.implementation,
+        row.threads === undefined ? '' : `${row.threads} thr`,
+        `${milliseconds(before.median)} -> ${milliseconds(row.median)} ms`,
+        `x${ratio.toFixed(2)}`,
+      ]),
+      3,
+    )
+  const parts = [`Against ${baseline}: ${c.compared} rows compared.`, ...c.caveats]
+  if (c.slower.length) parts.push(`Slower beyond the noise: ${c.slower.length}`, lines(c.slower))
+  else parts.push('Nothing got slower beyond the noise.')
+  if (c.faster.length) parts.push(`Faster beyond the noise: ${c.faster.length}`, lines(c.faster))
+  if (c.gone.length) parts.push(`Rows of the baseline that were not measured: ${c.gone.length}.`)
+  if (c.added.length) parts.push(`Rows that the baseline lacks: ${c.added.length}.`)
+  return parts.join('\n')
+}

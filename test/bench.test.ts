@@ -1,0 +1,409 @@
+// The benchmarks' own logic: statistics, shares, tables, comparisons, and the measuring of a fake task
+// and of a tiny real one. No time is asserted.
+import { readdirSync, readFileSync } from 'node:fs'
+import { fileURLToPath } from 'node:url'
+import { gelu, openDevice } from 'p2r-kernels'
+import { describe, expect, test, vi } from 'vitest'
+import { better, disturbances } from '../dist/bench/ceilings.js'
+import { integers, normals, picture } from '../dist/bench/data.js'
+import {
+  type Benchmark,
+  distance,
+  type Effort,
+  measure,
+  type Peer,
+  PeerAbsent,
+  setsFor,
+  type Workload,
+} from '../dist/bench/harness.js'
+import { onnxModel } from '../dist/bench/peers/onnx.js'
+import {
+  type Ceilings,
+  compare,
+  emptyResults,
+  parseResults,
+  type Results,
+  type Row,
+  withShare,
+} from '../dist/bench/results.js'
+import { quantile, quantiles, verdict } from '../dist/bench/statistics.js'
+import { aligned, comparisonReport, milliseconds, rate, report } from '../dist/bench/table.js'
+
+const root = fileURLToPath(new URL('..', import.meta.url))
+
+describe('statistics', () => {
+  test('quantiles interpolate between neighbours', () => {
+    expect(quantile([1, 2, 3, 4], 0.5)).toBe(2.5)
+    expect(quantile([7], 0.25)).toBe(7)
+    expect(quantiles([5, 1, 4, 2, 3])).toEqual({ samples: 5, min: 1, p25: 2, median: 3, p75: 4 })
+    expect(() => quantiles([])).toThrow(RangeError)
+  })
+
+  const around = (median: number, spread: number) => ({
+    samples: 9,
+    min: median - spread,
+    p25: median - spread / 2,
+    median,
+    p75: median + spread / 2,
+  })
+  test.each([
+    ['equal', around(10, 0.1), around(10, 0.1), 'same'],
+    ['4 % apart without spread', around(10, 0), around(10.4, 0), 'same'],
+    ['slower', around(10, 0.2), around(12, 0.2), 'slower'],
+    ['faster', around(10, 0.2), around(8, 0.2), 'faster'],
+    ['20 % apart, spread over 30 %', around(10, 3), around(12, 3), 'same'],
+  ] as const)('verdict: %s', (_, before, after, expected) => {
+    expect(verdict(before, after)).toBe(expected)
+  })
+
+  test('distance is relative, and NaN for another length', () => {
+    expect(distance([3, 4], [3, 4])).toBe(0)
+    expect(distance([3, 9], [3, 4])).toBe(1)
+    expect(distance([1], [1, 2])).toBeNaN()
+  })
+})
+
+const limits: Ceilings = { threads: 2, fma: 400e9, read: 60e9, copy: 80e9, update: 100e9 }
+const row = (fields: Partial<Row> = {}): Row => ({
+  op: 'gelu',
+  case: '8 f32',
+  implementation: 'p2r-kernels',
+  device: 'cpu',
+  threads: 2,
+  simd: 'avx2',
+  samples: 10,
+  min: 1.9,
+  p25: 1.95,
+  median: 2,
+  p75: 2.05,
+  ...fields,
+})
+
+describe('shares', () => {
+  test.each([
+    ['multiply-adds', { flops: 400e6 }, 'fma', 0.5],
+    ['reading', { traffic: { read: 60e6, write: 10 } }, 'read', 0.5],
+    ['copying', { traffic: { read: 40e6, write: 40e6 } }, 'copy', 0.5],
+    ['updating', { traffic: { read: 50e6, write: 50e6, inPlace: true } }, 'update', 0.5],
+    ['the larger', { flops: 40e6, traffic: { read: 40e6, write: 40e6 } }, 'copy', 0.5],
+  ] as const)('of %s', (_, fields, ceiling, share) => {
+    const limited = withShare(row(fields), [limits])
+    expect(limited.ceiling).toBe(ceiling)
+    expect(limited.share).toBeCloseTo(share, 6)
+  })
+
+  test('none without work or without ceilings of these threads', () => {
+    expect(withShare(row(), [limits])).not.toHaveProperty('share')
+    expect(withShare(row({ flops: 1, threads: 7 }), [limits])).not.toHaveProperty('share')
+  })
+
+  test('a ceiling is the better of two measurements, and their difference is told', () => {
+    const low = { ...limits, fma: 200e9 }
+    expect(better(low, limits)).toEqual(limits)
+    expect(disturbances([low], [limits])).toEqual([expect.stringMatching(/'fma' of 2 .* 50 %/)])
+    expect(disturbances([limits], [limits])).toEqual([])
+  })
+})
+
+function results(rows: Row[], fields: Partial<Results> = {}): Results {
+  return { ...emptyResults(root, 'a processor', false), ceilings: [limits], rows, ...fields }
+}
+
+describe('tables', () => {
+  test('columns are as wide as their widest cell', () => {
+    const text = aligned(
+      [
+        ['name', 'ms'],
+        ['a longer one', '10.5'],
+      ],
+      1,
+    )
+    expect(text).toBe('name            ms\na longer one  10.5')
+  })
+
+  test('numbers have three digits', () => {
+    expect([0.01234, 1.234, 12.34, 1234.5].map(milliseconds)).toEqual([
+      '0.012',
+      '1.23',
+      '12.3',
+      '1235',
+    ])
+    expect(rate(row({ flops: 3e9 }))).toBe('1500 GFLOP/s')
+    expect(rate(row({ traffic: { read: 1e6, write: 1e6 } }))).toBe('1.00 GB/s')
+    expect(rate(row())).toBe('')
+  })
+
+  test('a peer stands below, with its time as a multiple of ours', () => {
+    const ours = withShare(row({ flops: 400e6 }), [limits])
+    const peer = row({ implementation: 'a peer', median: 5, p25: 4.5, p75: 5.5 })
+    const text = report(results([ours, peer], { notes: ['Another peer was skipped.'] }))
+    const lines = text.split('\n')
+    expect(lines.find((l) => l.includes('p2r-kernels  '))).toMatch(
+      /gelu +8 f32 +p2r-kernels +2 +2\.00 +1\.95\.\.2\.05 +200 GFLOP\/s +50 % +fma$/,
+    )
+    expect(lines.find((l) => l.includes('a peer'))).toMatch(/ 5\.00 .*x2\.50$/)
+    expect(text).toContain('2 threads  400 GFLOP/s')
+    expect(text).toContain('Another peer was skipped.')
+  })
+})
+
+describe('a baseline', () => {
+  const before = results([
+    row(),
+    row({ op: 'linear' }),
+    row({ op: 'rows', median: 4, p25: 3.9, p75: 4.1 }),
+    row({ op: 'sampling' }),
+  ])
+  const after = results([
+    row({ median: 3, p25: 2.9, p75: 3.1 }),
+    row({ op: 'linear', median: 2.04 }),
+    row({ op: 'rows' }),
+    row({ op: 'rotary' }),
+    row({ op: 'cast', threads: 1 }),
+  ])
+
+  test('names what got slower, and tells what cannot be compared', () => {
+    const c = compare(before, after)
+    expect(c.compared).toBe(3)
+    expect(c.slower.map(({ row, ratio }) => [row.op, ratio])).toEqual([['gelu', 1.5]])
+    expect(c.faster.map(({ row, ratio }) => [row.op, ratio])).toEqual([['rows', 0.5]])
+    expect(c.gone.map(({ op }) => op)).toEqual(['sampling'])
+    expect(c.added.map(({ op }) => op)).toEqual(['rotary', 'cast'])
+    expect(c.caveats).toEqual([])
+    const text = comparisonReport(c, 'old.json')
+    expect(text).toMatch(/Slower beyond the noise: 1\n +gelu .* 2\.00 -> 3\.00 ms +x1\.50/)
+    expect(text).toMatch(/Against old\.json: 3 rows compared/)
+  })
+
+  test('with itself changes nothing', () => {
+    const c = compare(before, before)
+    expect([c.slower, c.faster, c.gone, c.added]).toEqual([[], [], [], []])
+    expect(comparisonReport(c, 'x')).toContain('Nothing got slower beyond the noise.')
+  })
+
+  test('of another machine is told', () => {
+    const other = results([], { ceilings: [{ ...limits, fma: 200e9 }] })
+    other.machine.device = 'another processor'
+    const { caveats } = compare(other, after)
+    expect(caveats).toHaveLength(2)
+    expect(caveats[0]).toMatch(/device was another processor, is a processor/)
+    expect(caveats[1]).toMatch(/'fma' of 2 thread\(s\) changed by 100 %/)
+  })
+
+  test('survives the file; anything else is refused', () => {
+    expect(parseResults(JSON.stringify(after), 'f')).toEqual(after)
+    expect(after).toMatchObject({
+      schema: 1,
+      machine: { cpus: expect.any(Number), device: 'a processor' },
+      versions: { 'p2r-kernels': expect.any(String), node: process.versions.node },
+    })
+    expect(() => parseResults('{', 'f')).toThrow(/f is not JSON/)
+    expect(() => parseResults('{"schema":2}', 'f')).toThrow(/schema 1/)
+    expect(() => parseResults('null', 'f')).toThrow(/schema 1/)
+  })
+})
+
+const effort: Effort = {
+  rounds: 2,
+  time: 1,
+  warmup: 0,
+  cacheBytes: 100,
+  slow: true,
+  peers: true,
+}
+
+describe('measuring', () => {
+  test('input sets outgrow the caches, within reason', () => {
+    expect(setsFor(1000, 100)).toBe(1)
+    expect(setsFor(50, 100)).toBe(4)
+    expect(setsFor(0, 2 ** 30)).toBe(16)
+  })
+
+  test('a fake task: sets in rotation, each restored before its run', async () => {
+    const calls: string[] = []
+    const workload: Workload = {
+      name: 'fake',
+      inputs: (seed) => ({
+        byteLength: 100,
+        load: () => ({
+          before: () => calls.push(`before ${seed}`),
+          run: () => calls.push(`run ${seed}`),
+        }),
+      }),
+    }
+    const progress = vi.fn()
+    const rows = await measure('fake', workload, openDevice('cpu'), effort, expect.fail, progress)
+    expect(rows).toHaveLength(1)
+    expect(calls.length).toBeGreaterThanOrEqual(8)
+    for (let i = 0; i < calls.length; i += 2) {
+      const seed = 1 + ((i / 2) % 2)
+      expect(calls.slice(i, i + 2)).toEqual([`before ${seed}`, `run ${seed}`])
+    }
+    expect(progress).toHaveBeenCalledWith('fake fake: p2r-kernels, round 2 of 2')
+  })
+
+  test('a tiny real operation beside peers that agree, disagree and are absent', async () => {
+    const closed = vi.fn()
+    const x = normals(64, 1)
+    const expected = x.map((v) => {
+      const t = Math.tanh(Math.sqrt(2 / Math.PI) * (v + 0.044715 * v ** 3))
+      return 0.5 * v * (1 + t)
+    })
+    const peer = (name: string, open: Peer['open'], slow = false): Peer => ({
+      name,
+      tolerance: 1e-5,
+      slow,
+      open,
+    })
+    const peers = [
+      peer('right', async () => ({ run: () => expected, close: closed })),
+      peer('wrong', async () => ({ run: () => x, close: closed })),
+      peer('absent', async () => {
+        throw new PeerAbsent('absent is not here.')
+      }),
+      peer('slow', async () => expect.fail('slow peers are left out'), true),
+    ]
+    const workload: Workload = {
+      name: '64 f32',
+      traffic: { read: 256, write: 256 },
+      inputs: () => ({
+        byteLength: 256,
+        load(device) {
+          const a = { x: device.tensor(x, [64]), approximate: 'tanh' as const }
+          return { run: () => gelu(a), answer: () => gelu(a).read() }
+        },
+        peers,
+      }),
+    }
+    const notes: string[] = []
+    const device = openDevice('cpu', { threads: 1 })
+    const rows = await measure('gelu', workload, device, { ...effort, slow: false }, (s) =>
+      notes.push(s),
+    )
+    expect(rows.map((r) => r.implementation)).toEqual(['p2r-kernels', 'right'])
+    for (const r of rows) {
+      expect(r).toMatchObject({ op: 'gelu', case: '64 f32', device: 'cpu', threads: 1 })
+      expect(r.samples).toBeGreaterThanOrEqual(4)
+      expect(r.min).toBeLessThanOrEqual(r.p25)
+      expect(r.p25).toBeLessThanOrEqual(r.median)
+      expect(r.median).toBeLessThanOrEqual(r.p75)
+    }
+    expect(rows[0]).toHaveProperty('simd')
+    expect(notes).toEqual([
+      expect.stringMatching(/^gelu 64 f32: wrong is \d.* from our result/),
+      'absent is not here.',
+    ])
+    expect(closed).toHaveBeenCalledTimes(2)
+    expect(() => device.zeros([1])).toThrow(expect.objectContaining({ code: 'ERR_DISPOSED' }))
+  })
+
+  test('an operation that throws stops the run and frees the device', async () => {
+    const device = openDevice('cpu')
+    const workload: Workload = {
+      name: 'broken',
+      inputs: () => ({
+        byteLength: 0,
+        load: () => ({
+          run() {
+            throw new Error('broken')
+          },
+        }),
+      }),
+    }
+    await expect(measure('x', workload, device, effort, expect.fail)).rejects.toThrow('broken')
+    expect(() => device.zeros([1])).toThrow(expect.objectContaining({ code: 'ERR_DISPOSED' }))
+  })
+})
+
+describe('the benchmarks', () => {
+  const families = [
+    ...new Set(
+      [...readFileSync(`${root}/ops/ops.def`, 'utf8').matchAll(/^OP\((\w+),/gm)].map(([, f]) => f!),
+    ),
+  ]
+
+  test('every family of operations has one, and there are no others', () => {
+    const stems = readdirSync(`${root}/bench`)
+      .filter((name) => name.endsWith('.bench.ts'))
+      .map((name) => name.slice(0, -'.bench.ts'.length))
+    expect(stems.sort()).toEqual(families.sort())
+  })
+
+  test.each(families)('%s has named workloads', async (family) => {
+    const { default: benchmark } = (await import(`../dist/bench/${family}.bench.js`)) as {
+      default: Benchmark
+    }
+    expect(benchmark.op).toBe(family)
+    const names = benchmark.workloads.map(({ name }) => name)
+    expect(names.length).toBeGreaterThan(0)
+    expect(new Set(names).size).toBe(names.length)
+    expect(benchmark.workloads.some(({ slow }) => !slow)).toBe(true)
+  })
+})
+
+test('seeded data is the same each time and within its range', () => {
+  expect(normals(100_000, 3)).toEqual(normals(100_000, 3))
+  expect(normals(8, 3)).not.toEqual(normals(8, 4))
+  for (const i of integers(1000, 7, 1)) expect([0, 1, 2, 3, 4, 5, 6]).toContain(i)
+  expect(new Set(picture(8, 8, 1)).size).toBeGreaterThan(20)
+})
+
+/** The fields of a protobuf message: numbers, or the bytes of what is length-delimited. */
+function fields(bytes: Uint8Array): [field: number, value: number | Uint8Array][] {
+  const out: [number, number | Uint8Array][] = []
+  let at = 0
+  const varint = () => {
+    let value = 0
+    for (let scale = 1; ; scale *= 128) {
+      const byte = bytes[at++]!
+      value += (byte & 127) * scale
+      if (byte < 128) return value
+    }
+  }
+  while (at < bytes.length) {
+    const tag = varint()
+    if (tag % 8 === 0) out.push([tag >> 3, varint()])
+    else {
+      const length = varint()
+      out.push([tag >> 3, bytes.subarray(at, at + length)])
+      at += length
+    }
+  }
+  return out
+}
+
+test('an ONNX model has the fields of onnx.proto', () => {
+  const shape = [300, 2]
+  const model = fields(
+    onnxModel({
+      nodes: [{ op: 'LogSoftmax', inputs: ['x'], outputs: ['y'], ints: { axis: -1 } }],
+      inputs: [{ name: 'x', type: 'float', shape }],
+      outputs: [{ name: 'y', type: 'float', shape }],
+    }),
+  )
+  const text = (value: unknown) => new TextDecoder().decode(value as Uint8Array)
+  expect(model.map(([field]) => field)).toEqual([1, 7, 8, 8])
+  const graph = fields(model[1]![1] as Uint8Array)
+  expect(graph.map(([field]) => field)).toEqual([1, 2, 11, 12])
+  const node = fields(graph[0]![1] as Uint8Array)
+  expect(node.map(([field, value]) => [field, field === 5 ? 'axis' : text(value)])).toEqual([
+    [1, 'x'],
+    [2, 'y'],
+    [4, 'LogSoftmax'],
+    [5, 'axis'],
+    [7, ''],
+  ])
+  const axis = fields(node[3]![1] as Uint8Array)
+  expect(text(axis[0]![1])).toBe('axis')
+  expect(axis[1]).toEqual([20, 2])
+  // -1 as a 64-bit two's complement, beyond what a number holds exactly.
+  expect(axis[2]).toEqual([3, 2 ** 64])
+  const input = fields(graph[2]![1] as Uint8Array)
+  const type = fields(fields(input[1]![1] as Uint8Array)[0]![1] as Uint8Array)
+  expect(type[0]).toEqual([1, 1])
+  const dims = fields(type[1]![1] as Uint8Array).map(([, dim]) => fields(dim as Uint8Array)[0])
+  expect(dims).toEqual([
+    [1, 300],
+    [1, 2],
+  ])
+})
