@@ -97,7 +97,7 @@ export function kernelsIn(file) {
   const kernels = []
   for (const line of output.split('\n')) {
     const [, address, symbol] = line.match(/^([0-9a-f]+) [tTwW] (.*)$/) ?? []
-    if (!symbol || symbol.includes('[clone') || symbol.includes('.cold')) continue
+    if (!symbol || /\[clone|\.cold|::\{lambda/.test(symbol)) continue
     const [, path] =
       symbol.match(/^(?:void )?(p2r::cuda::(?:\w+::|\(anonymous namespace\)::)*\w+)/) ?? []
     if (!path || !names.has(path.split('::').at(-1))) continue
