@@ -62,8 +62,9 @@ void cast(const CastArgs& a, Device& device) {
     with_any_type(a.out.dtype, [&](auto* to) {
       using From = std::remove_pointer_t<decltype(from)>;
       using To = std::remove_pointer_t<decltype(to)>;
-      launch(cast_kernel<From, To>, blocks_for(n, kBlock), kBlock, 0, stream_of(device),
-             a.x.as<const From>(), a.out.as<To>(), n);
+      if constexpr (!std::is_same_v<From, To>)
+        launch(cast_kernel<From, To>, blocks_for(n, kBlock), kBlock, 0, stream_of(device),
+               a.x.as<const From>(), a.out.as<To>(), n);
     });
   });
 }

@@ -3,15 +3,19 @@
 //
 //   node scripts/twin.mjs plain|asan|tsan [--quick]
 //
-// --quick leaves out the units and mutants and runs one schedule over the cases.
+// --quick leaves out the units and mutants and runs one schedule over the smallest of the cases
+// that together launch every kernel.
 import { spawnSync } from 'node:child_process'
-import { existsSync } from 'node:fs'
+import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
 import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { planted } from '../test/twin/planted.mjs'
 
 const root = join(dirname(fileURLToPath(import.meta.url)), '..')
 const cases = join(root, 'build/twin/cases')
+const jobs = String(availableParallelism())
+const folderOf = (variant) => join(root, 'build/twin', variant)
 
 /** Why the twin cannot run here, or nothing. */
 export function twinProblem() {
@@ -32,48 +36,206 @@ function cudaInclude() {
   return places.find((p) => p && existsSync(join(p, 'cuda_bf16.h')))
 }
 
-function step(command, args, quiet) {
-  const { status, stdout, error } = spawnSync(command, args, {
+function step(command, args) {
+  const { status, stdout, stderr, error } = spawnSync(command, args, {
     cwd: root,
     encoding: 'utf8',
-    stdio: quiet ? ['ignore', 'pipe', 'pipe'] : 'inherit',
+    stdio: ['ignore', 'pipe', 'pipe'],
     maxBuffer: 1 << 28,
   })
   if (error) throw error
-  return { ok: status === 0, output: stdout ?? '' }
+  // The last line of stdout is a program's summary, so it stays last.
+  return { ok: status === 0, output: stdout, errors: stderr }
 }
 
 /** Builds a variant; throws with the compiler's words. */
-export function buildTwin(variant, targets) {
-  const folder = join(root, 'build/twin', variant)
-  const configure = step(
-    'cmake',
-    [
-      '-S',
-      'test/twin',
-      '-B',
-      folder,
-      `-DTWIN_VARIANT=${variant}`,
-      `-DCUDA_INCLUDE=${cudaInclude()}`,
-    ],
-    true,
-  )
-  if (!configure.ok) throw new Error(`the twin could not be configured:\n${configure.output}`)
-  const jobs = String(availableParallelism())
-  const build = step('cmake', ['--build', folder, '-j', jobs, '--target', ...targets], true)
-  if (!build.ok) throw new Error(`the twin could not be built:\n${build.output.slice(-8000)}`)
+export function buildTwin(variant, targets = ['units', 'mutants', 'probe', 'runner']) {
+  const folder = folderOf(variant)
+  const configure = step('cmake', [
+    '-S',
+    'test/twin',
+    '-B',
+    folder,
+    `-DTWIN_VARIANT=${variant}`,
+    `-DCUDA_INCLUDE=${cudaInclude()}`,
+  ])
+  if (!configure.ok)
+    throw new Error(`the twin could not be configured:\n${configure.output}${configure.errors}`)
+  const build = step('cmake', ['--build', folder, '-j', jobs, '--target', ...targets])
+  if (!build.ok)
+    throw new Error(`the twin could not be built:\n${(build.output + build.errors).slice(-8000)}`)
 }
 
-const all = ['units', 'mutants', 'probe', 'runner']
+const schedules = [
+  ['fifo', 'late'],
+  ['lifo', 'early'],
+  ['warp', 'random'],
+]
+const options = ([order, async], seed) => ['--order', order, '--async', async, '--seed', `${seed}`]
+
+// ---- Which kernels there are, and which the cases launch ----
+
+/** The names that cuda/ declares __global__. */
+function kernelNames() {
+  const folder = join(root, 'cuda')
+  const names = new Set()
+  for (const file of readdirSync(folder))
+    if (/\.cuh?$/.test(file)) {
+      const declared = readFileSync(join(folder, file), 'utf8').matchAll(
+        /__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\(/g,
+      )
+      for (const [, name] of declared) names.add(name)
+    }
+  return names
+}
+
+/** The kernels, instantiated, in a program or library: [address, name without parameters]. */
+export function kernelsIn(file) {
+  const names = kernelNames()
+  const { ok, output, errors } = step('nm', ['-C', file])
+  if (!ok) throw new Error(`nm: ${errors}`)
+  const kernels = []
+  for (const line of output.split('\n')) {
+    const [, address, symbol] = line.match(/^([0-9a-f]+) [tTwW] (.*)$/) ?? []
+    if (!symbol || /\[clone|\.cold|::\{lambda/.test(symbol)) continue
+    const [, path] =
+      symbol.match(/^(?:void )?(p2r::cuda::(?:\w+::|\(anonymous namespace\)::)*\w+)/) ?? []
+    if (!path || !names.has(path.split('::').at(-1))) continue
+    kernels.push([
+      Number.parseInt(address, 16),
+      withoutParameters(symbol.replace(/^void /, ''), path),
+    ])
+  }
+  return kernels
+}
+
+// The path and, if there are any, the template arguments behind it.
+function withoutParameters(symbol, path) {
+  let depth = 0
+  let end = path.length
+  if (symbol[end] === '<')
+    do {
+      depth += symbol[end] === '<' ? 1 : symbol[end] === '>' ? -1 : 0
+      end++
+    } while (depth)
+  return symbol.slice(0, end)
+}
+
+/** The cases, smallest first, with the kernels that each launches (by the plain runner). */
+function launches() {
+  const { output, errors } = step(join(folderOf('plain'), 'runner'), [
+    '--jobs',
+    jobs,
+    '--kernels',
+    cases,
+  ])
+  const nm = step('nm', [join(folderOf('plain'), 'runner')]).output
+  const origin = Number.parseInt(nm.match(/^([0-9a-f]+) T runner_origin$/m)?.[1] ?? errors, 16)
+  return [...output.matchAll(/^case (\S+)(.*)$/gm)]
+    .map(([, path, offsets]) => ({
+      path,
+      bytes: statSync(path).size,
+      kernels: offsets.trim()
+        ? offsets
+            .trim()
+            .split(' ')
+            .map((o) => Number(o) + origin)
+        : [],
+    }))
+    .sort((a, b) => a.bytes - b.bytes || (a.path < b.path ? -1 : 1))
+}
+
+/** The kernels of the twin that no recorded case launches. */
+export function kernelsNotLaunched() {
+  const launched = new Set(launches().flatMap((c) => c.kernels))
+  const all = kernelsIn(join(folderOf('plain'), 'runner'))
+  return { all: all.length, missing: all.filter(([a]) => !launched.has(a)).map(([, name]) => name) }
+}
+
+// Cases that together launch every kernel that any case launches, and call every operation.
+function covering() {
+  const covered = new Set()
+  return launches()
+    .filter(({ path, kernels }) => {
+      const operation = path.match(/-(\w+)\.case$/)?.[1]
+      const fresh = [`operation ${operation}`, ...kernels].filter((k) => !covered.has(k))
+      for (const k of fresh) covered.add(k)
+      return fresh.length > 0
+    })
+    .map(({ path }) => path)
+}
+
+// ---- Bugs planted in the library's kernels ----
+
+// Compiles the changed file as the build compiles the original, and links it before the library, so
+// that its kernels are the ones taken.
+function buildPlanted(variant, index) {
+  const { file, compile = file, search, replace } = planted[index]
+  const folder = join(folderOf(variant), 'planted', String(index))
+  mkdirSync(join(folder, 'cuda'), { recursive: true })
+  const source = readFileSync(join(root, file), 'utf8')
+  if (source.split(search).length !== 2)
+    throw new Error(`${file} has changed: this bug can no longer be planted there`)
+  if (compile !== file)
+    writeFileSync(join(folder, compile), readFileSync(join(root, compile), 'utf8'))
+  writeFileSync(
+    join(folder, file),
+    source.replace(search, () => replace),
+  )
+  const commands = JSON.parse(
+    readFileSync(join(folderOf(variant), 'compile_commands.json'), 'utf8'),
+  )
+  const { command } = commands.find((c) => c.file === join(root, compile))
+  const [compiler, ...flags] = command.split(' ').filter(Boolean)
+  const object = join(folder, 'changed.o')
+  flags[flags.indexOf('-o') + 1] = object
+  flags[flags.indexOf('-c') + 1] = join(folder, compile)
+  const runner = join(folder, 'runner')
+  const at = (name) => join(folderOf(variant), name)
+  const sanitizers = flags.filter((f) => f.startsWith('-fsanitize'))
+  for (const args of [
+    [`-I${folder}`, ...flags],
+    [
+      ...sanitizers,
+      object,
+      at('CMakeFiles/runner.dir/runner.cpp.o'),
+      at('libtwin_kernels.a'),
+      at('libtwin_runtime.a'),
+      '-pthread',
+      '-o',
+      runner,
+    ],
+  ]) {
+    const { ok, errors } = step(compiler, args)
+    if (!ok) throw new Error(errors.slice(-8000))
+  }
+  return runner
+}
+
+function tryPlanted(variant, index) {
+  const { cases: wanted } = planted[index]
+  const folders = existsSync(cases) ? readdirSync(cases).filter((f) => wanted.test(f)) : []
+  if (!folders.length) return { ok: false, output: 'no cases were recorded: run the tests first' }
+  const runner = buildPlanted(variant, index)
+  const paths = folders.map((f) => join(cases, f))
+  for (const schedule of schedules) {
+    const { ok, output, errors } = step(runner, [...options(schedule, 1), '--jobs', jobs, ...paths])
+    if (ok) continue
+    const report = errors.match(/(?:WARNING|ERROR): \w+Sanitizer: [^(\n]*/)?.[0]
+    const first = output.match(/^FAIL \S+: (.*)$/m)?.[1]
+    return { ok: true, output: `${schedule.join(', ')}: ${report?.trim() ?? first}` }
+  }
+  return { ok: false, output: 'no schedule noticed it' }
+}
+
+// ---- All runs ----
 
 /** The runs of a variant: a title, and a function that gives { ok, output }. */
 export function twinRuns(variant, { quick = false, seed = Date.now() % 1_000_000 } = {}) {
-  const program = (name, ...args) => step(join(root, 'build/twin', variant, name), args, true)
-  const schedules = [
-    ['fifo', 'late'],
-    ['lifo', 'early'],
-    ['warp', 'random'],
-  ]
+  const program = (name, ...args) => {
+    const { ok, output, errors } = step(join(folderOf(variant), name), args)
+    return { ok, output: ok ? output : `${errors.slice(0, 12_000)}\n${output}` }
+  }
   const runs = []
   if (!quick) {
     runs.push({ title: 'the runtime keeps the rules of the machine', run: () => program('units') })
@@ -82,27 +244,27 @@ export function twinRuns(variant, { quick = false, seed = Date.now() % 1_000_000
   runs.push({
     title: 'the primitives give the golden values',
     run: () =>
-      step(
-        'cmake',
-        [
-          `-DPROBE=${join('build/twin', variant, 'probe')}`,
-          '-DGOLDEN=test/twin/probe.golden',
-          '-P',
-          'test/twin/probe.cmake',
-        ],
-        true,
-      ),
+      step('cmake', [
+        `-DPROBE=${join('build/twin', variant, 'probe')}`,
+        '-DGOLDEN=test/twin/probe.golden',
+        '-P',
+        'test/twin/probe.cmake',
+      ]),
   })
-  for (const [order, async] of quick ? schedules.slice(2) : schedules) {
-    const options = ['--order', order, '--async', async, '--seed', String(seed)]
+  for (const schedule of quick ? schedules.slice(2) : schedules) {
+    const given = options(schedule, seed)
     runs.push({
-      title: `recorded cases, ${options.join(' ')}`,
-      run: () =>
-        existsSync(cases)
-          ? program('runner', ...options, cases)
-          : { ok: false, output: 'no cases were recorded: run the tests first' },
+      title: `recorded cases, ${given.join(' ')}`,
+      run: () => {
+        if (!existsSync(cases))
+          return { ok: false, output: 'no cases were recorded: run the tests first' }
+        return program('runner', ...given, '--jobs', jobs, ...(quick ? covering() : [cases]))
+      },
     })
   }
+  for (const [index, { bug, variant: home }] of planted.entries())
+    if (home === variant)
+      runs.push({ title: `caught: ${bug}`, run: () => tryPlanted(variant, index) })
   return runs
 }
 
@@ -112,26 +274,30 @@ if (process.argv[1] === fileURLToPath(import.meta.url)) {
     console.error('usage: node scripts/twin.mjs plain|asan|tsan [--quick]')
     process.exit(2)
   }
+  const quick = flags.includes('--quick')
   const problem = twinProblem()
   if (problem) {
     console.log(`The kernel twin is skipped: ${problem}.`)
     process.exit(0)
   }
-  console.log(
-    `Building the kernel twin, ${variant}, in ${relative(process.cwd(), join(root, 'build/twin', variant))} ...`,
-  )
-  buildTwin(variant, all)
-  let failed = 0
-  const runs = twinRuns(variant, { quick: flags.includes('--quick') })
-  for (const { title, run } of runs) {
+  const timed = (title, work) => {
     const start = performance.now()
-    const { ok, output } = run()
-    console.log(
-      `${ok ? 'ok  ' : 'FAIL'} ${title}: ${output.trim().split('\n').at(-1)} (${((performance.now() - start) / 1000).toFixed(1)} s)`,
-    )
-    if (!ok) console.log(output.slice(-6000))
-    failed += ok ? 0 : 1
+    const { ok, output } = work()
+    const took = ((performance.now() - start) / 1000).toFixed(1)
+    console.log(`${ok ? 'ok  ' : 'FAIL'} ${title}: ${output.trim().split('\n').at(-1)} (${took} s)`)
+    if (!ok) console.log(output.slice(-12_000))
+    return ok
   }
+  console.log(
+    `Building the kernel twin, ${variant}, in ${relative(process.cwd(), folderOf(variant))} ...`,
+  )
+  const start = performance.now()
+  buildTwin(variant, quick ? ['probe', 'runner'] : undefined)
+  // Which cases launch which kernel is asked of the plain build.
+  if (quick) buildTwin('plain', ['runner'])
+  console.log(`built (${((performance.now() - start) / 1000).toFixed(1)} s)`)
+  const runs = twinRuns(variant, { quick })
+  const failed = runs.filter(({ title, run }) => !timed(title, run)).length
   console.log(`${runs.length - failed} passed, ${failed} failed`)
   process.exit(failed ? 1 : 0)
 }

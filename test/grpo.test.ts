@@ -12,7 +12,17 @@ import {
   tokenLogProbsBackward,
 } from 'p2r-kernels'
 import { expect, test } from 'vitest'
-import { expectClose, expectGradient, expectRefusal, onEveryBackend, Random } from './harness.js'
+import {
+  expectClose,
+  expectGradient,
+  expectRefusal,
+  onEveryBackend,
+  Random,
+  recorded,
+} from './harness.js'
+
+// The twin against the CPU: sums of 20 tokens in f32, advantages first rounded to f32.
+const bound = { absolute: 2 ** -19, relative: 2 ** -17 }
 
 onEveryBackend('grpo', (b) => {
   const f32 = (x: ArrayLike<number>): Tensor => b.device.tensor(Float32Array.from(x), [x.length])
@@ -94,7 +104,9 @@ onEveryBackend('grpo', (b) => {
         expect(step.dLogProbs).toBeUndefined()
 
         const own = policyLoss({ ...batch, logProbs, advantages })
-        using direct = grpoStep({ ...batch, ...options, logProbs })
+        using direct = recorded(b, `grpo step ${estimator} ${masked}`, bound, () =>
+          grpoStep({ ...batch, ...options, logProbs }),
+        )
         expect(await direct.dLogProbs!.read()).toEqual(await own.dLogProbs.read())
         expect(await direct.logProbs.read()).toEqual(await logProbs.read())
         direct.dispose()

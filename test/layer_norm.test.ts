@@ -153,10 +153,19 @@ onEveryBackend('layerNorm', (b) => {
     const x = rounded(new Random(7).normals(2 * 3 * 8), 'bf16')
     const w = new Float32Array(8).fill(1)
     const weight = b.device.tensor(w, [8], 'bf16')
-    const r = layerNorm({ x: b.device.tensor(x, [2, 3, 8], 'bf16'), weight, bias: weight, eps: 0 })
-    expect([r.out.shape, r.out.dtype, r.stats.shape]).toEqual([[2, 3, 8], 'bf16', [6, 2]])
     const bound = { absolute: 1e-5, relative: roundoff.bf16 + 1e-5 }
+    const r = recorded(b, 'layerNorm bias of its type bf16', bound, () =>
+      layerNorm({ x: b.device.tensor(x, [2, 3, 8], 'bf16'), weight, bias: weight, eps: 0 }),
+    )
+    expect([r.out.shape, r.out.dtype, r.stats.shape]).toEqual([[2, 3, 8], 'bf16', [6, 2]])
     expectClose(await r.out.toFloat32(), oracle(x, w, w, 6, 8, 0).out, bound)
+    const halves = rounded(x, 'f16')
+    const ones = b.device.tensor(w, [8], 'f16')
+    const half = { absolute: 1e-5, relative: roundoff.f16 + 1e-5 }
+    const f16 = recorded(b, 'layerNorm bias of its type f16', half, () =>
+      layerNorm({ x: b.device.tensor(halves, [6, 8], 'f16'), weight: ones, bias: ones, eps: 0 }),
+    )
+    expectClose(await f16.out.toFloat32(), oracle(halves, w, w, 6, 8, 0).out, half)
     const bad = layerNorm({
       x: b.device.tensor([1, NaN, 1, 2], [2, 2]),
       weight: b.device.tensor([1, 1], [2]),

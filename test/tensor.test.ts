@@ -1,6 +1,6 @@
 import { type DType, type HostArray, openDevice, type Tensor } from 'p2r-kernels'
 import { expect, test } from 'vitest'
-import { expectRefusal, floats, onEveryBackend, Random, rounded } from './harness.js'
+import { expectRefusal, floats, onEveryBackend, Random, recorded, rounded } from './harness.js'
 
 /** The bits of a float32. */
 const f32 = (bits: number): number => new Float32Array(Uint32Array.of(bits).buffer)[0]!
@@ -366,7 +366,8 @@ onEveryBackend('tensor', (b) => {
       for (const from of all)
         for (const to of all) {
           using y = x.cast(from)
-          using z = y.cast(to)
+          const cast = () => y.cast(to)
+          using z = n === 33 ? recorded(b, `cast ${from} ${to}`, {}, cast) : cast()
           expect(z.dtype).toBe(to)
           expect(await z.toFloat32()).toEqual(data)
         }

@@ -2,7 +2,14 @@
 // compares with what the CPU backend gave.
 //
 //   runner [--order fifo|reverse|lifo|random|warp] [--async early|late|random] [--seed N]
-//          [--threads N] FOLDER...
+//          [--jobs N] [--kernels] CASE|FOLDER...
+//
+// --jobs N shares the cases among N processes. --kernels prints for each case the kernels that it
+// launched, as offsets from the symbol runner_origin.
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -18,6 +25,8 @@
 #include "operations.h"  // made by CMake: every header of ops/
 #include "ops/fields.h"
 #include "ops/half.h"
+
+extern "C" void runner_origin() {}
 
 namespace p2r {
 
@@ -152,8 +161,41 @@ std::string run_case(const std::string& path) {
   return "there is no operation " + name;
 }
 
-}  // namespace
+// One process's share of the cases; in memory that all of them see, so that the parent knows what a
+// process that died was at.
+struct Share {
+  int passed, failed;
+  char at[1024];
+};
 
+void run_share(const std::vector<std::string>& paths, size_t first, size_t stride, bool kernels,
+               Share& share) {
+  for (size_t i = first; i < paths.size(); i += stride) {
+    std::snprintf(share.at, sizeof share.at, "%s", paths[i].c_str());
+    std::string why;
+    simt::stats().kernels.clear();
+    try {
+      why = run_case(paths[i]);
+    } catch (const std::exception& e) {
+      why = e.what();
+    }
+    // One write a line, as the processes share the output.
+    std::string line;
+    if (kernels) {
+      line = "case " + paths[i];
+      for (const void* kernel : simt::stats().kernels)
+        line += " " + std::to_string(static_cast<const char*>(kernel) -
+                                     reinterpret_cast<const char*>(&runner_origin));
+      line += "\n";
+    }
+    ++(why.empty() ? share.passed : share.failed);
+    if (!why.empty()) line += "FAIL " + paths[i] + ": " + why + "\n";
+    std::fputs(line.c_str(), stdout);
+    std::fflush(stdout);
+  }
+}
+
+}  // namespace
 }  // namespace p2r
 
 int main(int argc, char** argv) {
@@ -167,6 +209,8 @@ int main(int argc, char** argv) {
   const std::map<std::string, Async> asyncs = {
       {"early", Async::Early}, {"late", Async::Late}, {"random", Async::Random}};
   std::vector<std::string> paths;
+  size_t jobs = 1;
+  bool kernels = false;
   for (int i = 1; i < argc; ++i) {
     const std::string arg = argv[i];
     if (arg == "--order" && i + 1 < argc)
@@ -175,25 +219,43 @@ int main(int argc, char** argv) {
       simt::options().async = asyncs.at(argv[++i]);
     else if (arg == "--seed" && i + 1 < argc)
       simt::options().seed = std::strtoull(argv[++i], nullptr, 10);
+    else if (arg == "--jobs" && i + 1 < argc)
+      jobs = std::max<size_t>(1, std::strtoull(argv[++i], nullptr, 10));
+    else if (arg == "--kernels")
+      kernels = true;
+    else if (!std::filesystem::is_directory(arg))
+      paths.push_back(arg);
     else
       for (const auto& e : std::filesystem::recursive_directory_iterator(arg))
         if (e.path().extension() == ".case") paths.push_back(e.path().string());
   }
   std::sort(paths.begin(), paths.end());
+  auto* shares =
+      static_cast<p2r::Share*>(mmap(nullptr, jobs * sizeof(p2r::Share), PROT_READ | PROT_WRITE,
+                                    MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+  if (shares == MAP_FAILED) return 2;
+  std::vector<pid_t> processes;
+  for (size_t i = 0; i < jobs; ++i) {
+    const pid_t process = fork();
+    if (process < 0) return 2;
+    if (process == 0) {
+      p2r::run_share(paths, i, jobs, kernels, shares[i]);
+      std::exit(0);
+    }
+    processes.push_back(process);
+  }
   int passed = 0, failed = 0;
-  for (const std::string& path : paths) {
-    std::string why;
-    try {
-      why = p2r::run_case(path);
-    } catch (const std::exception& e) {
-      why = e.what();
-    }
-    if (why.empty()) {
-      ++passed;
-    } else {
-      ++failed;
-      std::printf("FAIL %s: %s\n", path.c_str(), why.c_str());
-    }
+  for (size_t i = 0; i < jobs; ++i) {
+    int status = 0;
+    waitpid(processes[i], &status, 0);
+    passed += shares[i].passed;
+    failed += shares[i].failed;
+    if (status == 0) continue;
+    ++failed;
+    if (WIFSIGNALED(status))
+      std::printf("FAIL %s: signal %s\n", shares[i].at, strsignal(WTERMSIG(status)));
+    else
+      std::printf("FAIL %s: the process ended with %d\n", shares[i].at, WEXITSTATUS(status));
   }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed || !passed;

@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -76,6 +77,7 @@ Options& options();
 struct Stats {
   uint64_t resumes = 0, collectives = 0, blocks = 0;
   size_t shared_high = 0;
+  std::set<const void*> kernels;  // that were launched
 };
 Stats& stats();
 
@@ -177,6 +179,7 @@ void wgmma_wait(int groups_left, Where at);
 
 template <class... P, class... A>
 void run_kernel(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A&&... args) {
+  stats().kernels.insert(reinterpret_cast<const void*>(kernel));
   const std::tuple<std::decay_t<P>...> held(std::forward<A>(args)...);
   run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, held); });
 }
