@@ -1,12 +1,11 @@
 #include "ops/log_probs.h"
 
+#include "binding/log_probs.h"
 #include "binding/op.h"
 
 namespace p2r::binding {
 
 namespace {
-
-constexpr double kColdest = 1e-6, kHottest = 1e6;
 
 struct Rows {
   In logits, targets;

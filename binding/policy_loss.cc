@@ -1,18 +1,13 @@
-#include "ops/policy_loss.h"
+#include "binding/policy_loss.h"
 
 #include <algorithm>
 #include <cmath>
 #include <string>
 
-#include "binding/op.h"
-
 namespace p2r::binding {
 
 // Names come as their index in the enum, `false` as 0.
-Napi::Value policy_loss(Call& call) {
-  PolicyLossArgs a;
-  a.log_probs = call.in("logProbs", kF32, 1);
-  const int64_t tokens = a.log_probs.shape[0];
+void read_policy_loss(Call& call, PolicyLossArgs& a, int64_t tokens) {
   const auto per_token = [&](const char* name) {
     In t = call.maybe_in(name, kF32, 1);
     if (t) call.same_shape(name, t, {tokens});
@@ -20,7 +15,6 @@ Napi::Value policy_loss(Call& call) {
   };
   a.old_log_probs = per_token("oldLogProbs");
   a.ref_log_probs = per_token("refLogProbs");
-  a.entropy = per_token("entropy");
   a.importance_weights = per_token("importanceWeights");
   a.advantages = call.in("advantages", kF32, 1);
   a.mask = call.maybe_in("mask", kU8, 1);
@@ -65,11 +59,23 @@ Napi::Value policy_loss(Call& call) {
   }
   a.normalizer = call.given() ? call.number("normalizer", 1e-30, INFINITY) : 0;
   call.check(a.kl == Kl::none || a.ref_log_probs, Code::value, "kl needs refLogProbs");
-  call.check(a.entropy_coef == 0 || a.entropy, Code::value, "entropyCoef needs entropy");
+}
 
+void policy_loss_results(Call& call, PolicyLossArgs& a) {
   a.loss = call.result(DType::f32, {1});
-  a.d_log_probs = call.result(DType::f32, {tokens});
   a.metrics = call.result(DType::f32, {kLossMetrics});
+}
+
+Napi::Value policy_loss(Call& call) {
+  PolicyLossArgs a;
+  a.log_probs = call.in("logProbs", kF32, 1);
+  const int64_t tokens = a.log_probs.shape[0];
+  a.entropy = call.maybe_in("entropy", kF32, 1);
+  if (a.entropy) call.same_shape("entropy", a.entropy, {tokens});
+  read_policy_loss(call, a, tokens);
+  call.check(a.entropy_coef == 0 || a.entropy, Code::value, "entropyCoef needs entropy");
+  a.d_log_probs = call.result(DType::f32, {tokens});
+  policy_loss_results(call, a);
   if (a.entropy) a.d_entropy = call.result(DType::f32, {tokens});
   return call.run(&Kernels::policy_loss, a);
 }

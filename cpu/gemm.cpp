@@ -23,6 +23,7 @@ constexpr int64_t kBlockK = 256;  // a panel of B, 32 KiB for 32 columns, fits L
 constexpr int64_t kTileM = 96;    // whole panels for every register tile; A's block is 96 KiB
 constexpr int64_t kTileN = 512;   // C's tile, 192 KiB, lies in L2 beside A's block
 constexpr int64_t kPackedB = int64_t{2} << 20;  // floats: 8 MiB, a share of L3
+constexpr int64_t kSlabB = int64_t{1} << 20;    // floats: gemm_now's
 constexpr int64_t kLongK = 4096;                // packed B's depth: at least 512 columns of it fit
 constexpr int64_t kSlicedC = 64 * 1024;         // entries: at most this counts as small
 constexpr int64_t kSliceK = 512;
@@ -172,33 +173,43 @@ void short_product(CpuDevice& cpu, const Gemm& g) {
              });
 }
 
+// Inside queued work: packs B whole into `columns`, then computes the tiles.
+void compute_tall(CpuDevice& cpu, const Gemm& g, const Tiling& plan, float* columns,
+                  float* memory) {
+  const Simd& simd = cpu.simd();
+  const int64_t nr = plan.columns.panel, width = round_up(g.n, nr);
+  const int64_t group = 4 * nr, groups = ceil_div(g.n, group);
+  const int64_t packs = groups * ceil_div(g.k, plan.block_k);
+  cpu.parallel(packs, grain(packs, kPackingWork * g.k * g.n), [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k0 = i / groups * plan.block_k, j = i % groups * group;
+      const int64_t k = std::min(plan.block_k, g.k - k0);
+      const Matrix b = g.b.from(k0, j);
+      simd.pack_b(b.dtype, b.data, b.row_stride, b.column_stride, k, std::min(group, g.n - j),
+                  columns + k0 * width + j * k);
+    }
+  });
+  cpu.parallel(plan.count(), grain(plan.count(), work_of(g)),
+               [&](int64_t begin, int64_t end, int thread) {
+                 for (int64_t t = begin; t < end; ++t)
+                   compute(g, simd, plan, plan.tile(t), {columns, 0, width},
+                           memory + thread * plan.floats());
+               });
+}
+
 // One slab of columns: k is at most kLongK, or C has 16 bits.
 void tall_product(CpuDevice& cpu, const Gemm& g) {
   const Tiling plan = tiling(g, cpu, false);
-  const int64_t nr = plan.columns.panel, width = round_up(g.n, nr);
-  const Scratch packed = cpu.scratch(width * g.k * 4);
+  const Scratch packed = cpu.scratch(round_up(g.n, plan.columns.panel) * g.k * 4);
   const Scratch scratch = cpu.scratch(cpu.threads() * plan.floats() * 4);
   cpu.submit([=, &cpu, columns = packed.as<float>(), memory = scratch.as<float>()] {
-    const Simd& simd = cpu.simd();
-    const int64_t group = 4 * nr, groups = ceil_div(g.n, group);
-    const int64_t packs = groups * ceil_div(g.k, plan.block_k);
-    cpu.parallel(packs, grain(packs, kPackingWork * g.k * g.n),
-                 [&](int64_t begin, int64_t end, int) {
-                   for (int64_t i = begin; i < end; ++i) {
-                     const int64_t k0 = i / groups * plan.block_k, j = i % groups * group;
-                     const int64_t k = std::min(plan.block_k, g.k - k0);
-                     const Matrix b = g.b.from(k0, j);
-                     simd.pack_b(b.dtype, b.data, b.row_stride, b.column_stride, k,
-                                 std::min(group, g.n - j), columns + k0 * width + j * k);
-                   }
-                 });
-    cpu.parallel(plan.count(), grain(plan.count(), work_of(g)),
-                 [&](int64_t begin, int64_t end, int thread) {
-                   for (int64_t t = begin; t < end; ++t)
-                     compute(g, simd, plan, plan.tile(t), {columns, 0, width},
-                             memory + thread * plan.floats());
-                 });
+    compute_tall(cpu, g, plan, columns, memory);
   });
+}
+
+// The depth of the slabs that gemm_now packs of a B of this many columns.
+int64_t slab_depth(int64_t width) {
+  return std::max(kSlabB / width / kBlockK, int64_t{1}) * kBlockK;
 }
 
 // C = the partial Cs, f32 and contiguous, added up in order (+ C) (+ bias).
@@ -299,6 +310,31 @@ void gemm(CpuDevice& cpu, const Gemm& g) {
       tall_product(cpu, slab);
     }
   }
+}
+
+void gemm_now(CpuDevice& cpu, const Gemm& g, float* memory) {
+  if (g.m <= 0 || g.n <= 0) return;
+  int mr, nr;
+  cpu.simd().gemm_tile_size(&mr, &nr);
+  const int64_t width = round_up(g.n, nr), depth = slab_depth(width);
+  for (int64_t k0 = 0; k0 == 0 || k0 < g.k; k0 += depth) {
+    Gemm slab = g;
+    slab.k = std::min(depth, g.k - k0);
+    slab.a = g.a.from(0, k0);
+    slab.b = g.b.from(k0, 0);
+    if (k0) {
+      slab.accumulate = true;
+      slab.bias = {};
+    }
+    compute_tall(cpu, slab, tiling(slab, cpu, false), memory, memory + width * depth);
+  }
+}
+
+int64_t gemm_floats(const CpuDevice& cpu, int64_t n) {
+  int mr, nr;
+  cpu.simd().gemm_tile_size(&mr, &nr);
+  const int64_t width = round_up(std::max<int64_t>(n, 1), nr);
+  return width * slab_depth(width) + cpu.threads() * kTileM * kBlockK;
 }
 
 }  // namespace p2r::cpu

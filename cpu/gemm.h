@@ -45,4 +45,8 @@ struct Gemm {
 
 void gemm(CpuDevice& cpu, const Gemm& g);
 
+// The same inside queued work, for an f32 C, in memory of gemm_floats(cpu, n) floats.
+void gemm_now(CpuDevice& cpu, const Gemm& g, float* memory);
+int64_t gemm_floats(const CpuDevice& cpu, int64_t n);
+
 }  // namespace p2r::cpu

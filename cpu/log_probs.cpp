@@ -1,14 +1,11 @@
 // Log-probabilities: every row is cut into slices of kSlice columns, whatever N and the number of
 // threads are. A first loop sums slices, a second merges each row's slices in their order, so one
 // row alone keeps all threads busy and gets the bits it would get in any batch.
-#include "ops/log_probs.h"
+#include "cpu/log_probs.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
 #include "cpu/device.h"
-#include "cpu/simd/rows.h"
 #include "ops/half.h"
 
 namespace p2r::cpu {
@@ -17,8 +14,6 @@ namespace {
 
 constexpr int64_t kSlice = 8192;
 constexpr int64_t kRowGrain = 64;
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 int64_t slices_of(int64_t columns) { return (columns + kSlice - 1) / kSlice; }
 
@@ -39,45 +34,6 @@ void set_element(const View& v, int64_t i, float x) {
     v.as<float>()[i] = x;
   else
     v.as<uint16_t>()[i] = v.dtype == DType::f16 ? f16_of_f32(x) : bf16_of_f32(x);
-}
-
-// Of a row or a part of one: its maximum, Σ e^d and Σ e^d d.
-struct Sums {
-  double maximum = -kInfinity, sum = 0, moment = 0;
-};
-
-// Adds a part whose maximum and sums are given; log-ratios are (difference of maxima) * inverse.
-void merge(Sums& into, const Sums& part, double inverse) {
-  if (part.sum == 0) return;
-  const double top = part.maximum > into.maximum ? part.maximum : into.maximum;
-  const auto scaled = [&](const Sums& s) {
-    const double shift = (s.maximum - top) * inverse, scale = std::exp(shift);
-    // A part so far below that it vanishes has a shift that may be infinite; NaN does not vanish.
-    return scale == 0 ? Sums{top, 0 * s.sum, 0 * s.moment}
-                      : Sums{top, scale * s.sum, scale * (s.moment + shift * s.sum)};
-  };
-  const Sums b = scaled(part);
-  if (into.sum == 0) {
-    into = b;
-    return;
-  }
-  const Sums a = scaled(into);
-  into = {top, a.sum + b.sum, a.moment + b.moment};
-}
-
-Sums merge_slices(const float* partials, int64_t slices, double inverse) {
-  Sums row;
-  for (int64_t k = 0; k < slices; ++k, partials += 3)
-    merge(row, {partials[0], partials[1], partials[2]}, inverse);
-  return row;
-}
-
-// (m, log s) with m rounded first; log s of an empty row is -inf.
-void write_stats(const Sums& row, double inverse, float* stats) {
-  const double maximum = row.maximum * inverse;
-  stats[0] = static_cast<float>(maximum);
-  const double residue = std::isfinite(stats[0]) ? maximum - stats[0] : 0;
-  stats[1] = static_cast<float>(std::log(row.sum) + residue);
 }
 
 struct Job {
@@ -115,25 +71,20 @@ void token_log_probs(const TokenLogProbsArgs& a, Device& device) {
     const double inverse = 1 / a.temperature;
     for (int64_t i = begin; i < end; ++i) {
       const int32_t target = a.targets.as<int32_t>()[i];
-      float log_prob = 0, entropy = 0, stats[2] = {0, 0};
+      RowLogProb r;
       if (target != kSkippedTarget) {
         const Sums row = merge_slices(partials + 3 * i * slices, slices, inverse);
-        write_stats(row, inverse, stats);
-        const double log_sum = row.sum == 0 ? double(kNan) : std::log(row.sum);
-        entropy = static_cast<float>(log_sum - row.moment / row.sum);
-        if (row.sum == 0) stats[1] = kNan;
         if (target < 0 || target >= columns) {
-          log_prob = entropy = stats[0] = stats[1] = kNan;
+          r = kNoLogProb;
           *a.fault = 1;
         } else {
-          const double x = element(a.logits, i * columns + target);
-          log_prob = static_cast<float>((x - row.maximum) * inverse - log_sum);
+          r = row_log_prob(row, element(a.logits, i * columns + target), inverse);
         }
       }
-      a.log_probs.as<float>()[i] = log_prob;
-      a.stats.as<float>()[2 * i] = stats[0];
-      a.stats.as<float>()[2 * i + 1] = stats[1];
-      if (a.entropy) a.entropy.as<float>()[i] = entropy;
+      a.log_probs.as<float>()[i] = r.log_prob;
+      a.stats.as<float>()[2 * i] = r.stats[0];
+      a.stats.as<float>()[2 * i + 1] = r.stats[1];
+      if (a.entropy) a.entropy.as<float>()[i] = r.entropy;
     }
   });
 }
@@ -230,24 +181,12 @@ void token_log_probs_backward(const TokenLogProbsBackwardArgs& a, Device& device
                    std::fill(out, out + size * int64_t(size_of(a.d_logits.dtype)), char{0});
                    continue;
                  }
-                 const float* stats = a.stats.as<float>() + 2 * row;
-                 const double entropy = h != 0 ? a.entropy.as<float>()[row] : 0;
-                 SoftmaxRow r;
-                 r.inverse = static_cast<float>(inverse);
-                 r.inverse_low = static_cast<float>(inverse - r.inverse);
-                 r.maximum = stats[0];
-                 r.log_sum = stats[1];
-                 r.scale_p = static_cast<float>(-g - h * entropy);
-                 r.scale_h = static_cast<float>(-h);
+                 const RowSlope slope(inverse, a.stats.as<float>() + 2 * row, g, h,
+                                      h != 0 ? a.entropy.as<float>()[row] : 0);
                  const bool here = label >= first && label < first + size;
                  const double x = here ? element(a.logits, row * columns + label) : 0;
-                 simd.softmax_slopes(a.logits.dtype, at(a.logits, offset), out, size, &r);
-                 if (here) {  // g (1 - p), without the cancellation near p = 1
-                   const double log_p = (x * inverse - stats[0]) - stats[1], p = std::exp(log_p);
-                   const double spread = p == 0 ? 0 : h * p * (log_p + entropy);
-                   set_element(a.d_logits, row * columns + label,
-                               static_cast<float>(-g * std::expm1(log_p) - spread));
-                 }
+                 simd.softmax_slopes(a.logits.dtype, at(a.logits, offset), out, size, &slope.row);
+                 if (here) set_element(a.d_logits, row * columns + label, slope.at_target(x));
                }
              });
 }

@@ -35,6 +35,15 @@ export { type Color, drawBoxes, type PixelBox } from './ops/draw_boxes.js'
 export * from './ops/gelu.js'
 export * from './ops/layer_norm.js'
 export * from './ops/linear.js'
+export {
+  type HeadGradients,
+  type LinearHead,
+  type LinearLogProbsBackward,
+  type LinearPolicyLoss,
+  linearLogProbs,
+  linearLogProbsBackward,
+  linearPolicyLoss,
+} from './ops/linear_log_probs.js'
 export * from './ops/log_probs.js'
 export * from './ops/optimizer.js'
 export {

@@ -5,13 +5,13 @@ import { onEveryBackend } from './harness.js'
 
 const fault = { name: 'P2RError', code: 'ERR_VALUE', op: 'tokenLogProbs' }
 
-function logProbs(device: Device, target: number): Tensor {
+function logProbs(device: Device, target: number): Tensor<'f32'> {
   const logits = device.tensor([0, 1, 2, 3, 2, 1], [2, 3])
   const targets = device.tensor(Int32Array.of(0, target), [2])
-  return tokenLogProbs({ logits, targets }).logProbs
+  return tokenLogProbs({ logits, targets }).logProbs as Tensor<'f32'>
 }
-const bad = (device: Device): Tensor => logProbs(device, 7)
-const good = (device: Device): Tensor => logProbs(device, 1)
+const bad = (device: Device): Tensor<'f32'> => logProbs(device, 7)
+const good = (device: Device): Tensor<'f32'> => logProbs(device, 1)
 
 onEveryBackend('faults', (b) => {
   const open = () => openDevice(b.device.info.id)

@@ -3,6 +3,8 @@ import {
   type GrpoModel,
   groupAdvantages,
   grpoStep,
+  linear,
+  linearBackward,
   policyLoss,
   scope,
   type Tensor,
@@ -10,7 +12,7 @@ import {
   tokenLogProbsBackward,
 } from 'p2r-kernels'
 import { expect, test } from 'vitest'
-import { expectGradient, expectRefusal, onEveryBackend, Random } from './harness.js'
+import { expectClose, expectGradient, expectRefusal, onEveryBackend, Random } from './harness.js'
 
 onEveryBackend('grpo', (b) => {
   const f32 = (x: ArrayLike<number>): Tensor => b.device.tensor(Float32Array.from(x), [x.length])
@@ -97,6 +99,48 @@ onEveryBackend('grpo', (b) => {
         expect(await direct.logProbs.read()).toEqual(await logProbs.read())
         direct.dispose()
         expect((await logProbs.read()).length).toBe(T) // the caller's stays
+      })
+
+  for (const objective of ['ppo', 'gspo', 'sapo'] as const)
+    for (const entropyCoef of [0, 0.05])
+      test(`${objective} through a head, entropyCoef ${entropyCoef}: what its logits give`, async () => {
+        const C = 12
+        const states = random.normals(T * C)
+        const hidden = b.device.tensor(states, [T, C])
+        const weight = b.device.tensor(random.normals(V * C, 0.5), [V, C])
+        const bias = f32(random.normals(V))
+        const options = { ...inputs(), objective, entropyCoef, klCoef: 0.2, temperature: 0.7 }
+        using whole = grpoStep({
+          ...options,
+          logits: linear({ x: hidden, weight, bias }),
+          targets: targets(),
+        })
+        const back = linearBackward({ dOut: whole.dLogits!, x: hidden, weight, bias })
+        using step = grpoStep({ ...options, hidden, weight, bias, targets: targets() })
+        // Some roundings of f32 apart.
+        const bound = { absolute: 1e-5, relative: 1e-5 }
+        expectClose(await step.loss.read(), await whole.loss.read(), bound)
+        expectClose(await step.logProbs.read(), await whole.logProbs.read(), bound)
+        expect(await step.advantages.read()).toEqual(await whole.advantages.read())
+        expectClose(
+          Object.values(await step.metrics()),
+          Object.values(await whole.metrics()),
+          bound,
+        )
+        expectClose(await step.dHidden!.read(), await back.dX.read(), bound)
+        expectClose(await step.dWeight!.read(), await back.dWeight.read(), bound)
+        expectClose(await step.dBias!.read(), await back.dBias!.read(), bound)
+        expect(step.dLogits).toBeUndefined()
+
+        const wrong = b.device.tensor(new Int32Array(T).fill(V), [T])
+        const step2 = grpoStep({ ...options, hidden, weight, targets: wrong })
+        expect(step2.dBias).toBeUndefined()
+        const fault = { code: 'ERR_VALUE', op: 'grpoStep' }
+        for (const t of [step2.loss, step2.logProbs, step2.dHidden!, step2.dWeight!])
+          await expect(t.read()).rejects.toMatchObject(fault)
+        await expect(step2.metrics()).rejects.toMatchObject(fault)
+        await expect(b.device.synchronize()).rejects.toMatchObject(fault)
+        step2.dispose()
       })
 
   test('the gradient reaches the logits', async () => {
@@ -194,6 +238,8 @@ onEveryBackend('grpo', (b) => {
       refuses({ advantagesPer: 'token' }, 'ERR_VALUE', /advantagesPer/)
       refuses({ targets: f32([1]) }, 'ERR_DTYPE', /targets/)
       refuses({ temperature: 0 }, 'ERR_VALUE', /temperature/)
+      refuses({ hidden: undefined }, 'ERR_VALUE', /hidden/)
+      refuses({ hidden: b.device.zeros([T, 2]), weight: f32([1]) }, 'ERR_SHAPE', /weight/)
       expectRefusal(
         () => grpoStep({ ...inputs(), logProbs: undefined } as never),
         'ERR_VALUE',

@@ -138,6 +138,26 @@ export function policyLoss(a: PolicyLossInput): Held<{
 
 /** @internal For composites, under their name. */
 export function lossAs(op: string, a: PolicyLossInput): ReturnType<typeof policyLoss> {
+  const [dLogProbs, loss, metrics, dEntropy] = native().ops.policy_loss!(
+    handleOf(a.logProbs, 'logProbs', op),
+    maybeHandle(a.entropy, 'entropy', op),
+    ...lossArguments(op, a),
+  ) as unknown[]
+  const { device } = a.logProbs
+  const numbers = wrap<'f32'>(device, metrics)
+  return held(
+    {
+      loss: wrap(device, loss),
+      dLogProbs: wrap(device, dLogProbs),
+      ...(dEntropy ? { dEntropy: wrap(device, dEntropy) } : {}),
+      metrics: async () => lossMetrics(await numbers.read()),
+    },
+    [numbers],
+  )
+}
+
+/** @internal What binding/policy_loss.h reads: all but the log-probs and the entropy. */
+export function lossArguments(op: string, a: Omit<PolicyLossInput, 'logProbs' | 'entropy'>) {
   const objective = choice(a.objective ?? 'ppo', objectives, 'objective', op)
   const aggregation = choice(
     a.aggregation ??
@@ -153,11 +173,9 @@ export function lossAs(op: string, a: PolicyLossInput): ReturnType<typeof policy
     op,
   )
   const kl = choice(a.kl ?? (a.refLogProbs ? 'k3' : 'none'), kls, 'kl', op)
-  const [loss, dLogProbs, metrics, dEntropy] = native().ops.policy_loss!(
-    handleOf(a.logProbs, 'logProbs', op),
+  return [
     maybeHandle(a.oldLogProbs, 'oldLogProbs', op),
     maybeHandle(a.refLogProbs, 'refLogProbs', op),
-    maybeHandle(a.entropy, 'entropy', op),
     maybeHandle(a.importanceWeights, 'importanceWeights', op),
     handleOf(a.advantages, 'advantages', op),
     maybeHandle(a.mask, 'mask', op),
@@ -180,18 +198,7 @@ export function lossAs(op: string, a: PolicyLossInput): ReturnType<typeof policy
     choice(a.emptyRows ?? 'skip', ['skip', 'count'], 'emptyRows', op) === 'count',
     a.lossScale,
     a.normalizer,
-  ) as unknown[]
-  const { device } = a.logProbs
-  const numbers = wrap<'f32'>(device, metrics)
-  return held(
-    {
-      loss: wrap(device, loss),
-      dLogProbs: wrap(device, dLogProbs),
-      ...(dEntropy ? { dEntropy: wrap(device, dEntropy) } : {}),
-      metrics: async () => lossMetrics(await numbers.read()),
-    },
-    [numbers],
-  )
+  ]
 }
 
 function unlessFalse(
@@ -205,7 +212,8 @@ function unlessFalse(
   return value === false ? null : (value ?? otherwise)
 }
 
-function lossMetrics(m: Float32Array): LossMetrics {
+/** @internal */
+export function lossMetrics(m: Float32Array): LossMetrics {
   return {
     loss: m[0]!,
     policyLoss: m[1]!,

@@ -1,18 +1,31 @@
 import { composite } from '../composite.js'
 import { refuse } from '../errors.js'
 import { type AdvantageEstimator, advantagesAs } from '../ops/advantages.js'
+import {
+  type LinearHead,
+  linearLogProbs,
+  linearLogProbsBackward,
+  linearLossAs,
+} from '../ops/linear_log_probs.js'
 import { tokenLogProbs, tokenLogProbsBackward } from '../ops/log_probs.js'
-import { type LossMetrics, lossAs, type PolicyLossOptions } from '../ops/policy_loss.js'
+import {
+  type LossMetrics,
+  lossAs,
+  type PolicyLossInput,
+  type PolicyLossOptions,
+} from '../ops/policy_loss.js'
 import { holds, scope } from '../scope.js'
 import { handleOf, held, hostInts, type Ints, Tensor } from '../tensor.js'
 
 /**
- * What the caller's engine hands over for the tokens of a batch: log-probs f32 [T], or logits [T, V]
- * with their targets i32 [T]. The gradient comes for the same.
+ * What the caller's engine hands over for the tokens of a batch: log-probs f32 [T]; logits [T, V] with
+ * their targets i32 [T]; or hidden states [T, C] and targets with the head's weight [V, C] and bias,
+ * whose logits are never held. The gradient comes for the same.
  */
 export type GrpoModel =
   | { logProbs: Tensor }
   | { logits: Tensor; targets: Tensor; temperature?: number }
+  | LinearHead
 
 export interface GrpoStep extends Disposable {
   loss: Tensor
@@ -21,6 +34,10 @@ export interface GrpoStep extends Disposable {
   dLogProbs?: Tensor
   /** For logits as input. */
   dLogits?: Tensor
+  /** For hidden states as input: as they are, f32 [V, C], and f32 [V] where there is a bias. */
+  dHidden?: Tensor
+  dWeight?: Tensor
+  dBias?: Tensor
   metrics: () => Promise<LossMetrics>
   dispose(): void
 }
@@ -78,6 +95,7 @@ function step(op: string, a: GrpoModel & GrpoBatch): GrpoStep & { advantages: Te
     const logProbs = a.logProbs.to(a.logProbs.device)
     return held({ loss, logProbs, dLogProbs, advantages, metrics }, hidden)
   }
+  if ('hidden' in a) return throughHead(op, a, { ...options, advantages })
   handleOf(a.logits, 'logits', op)
   handleOf(a.targets, 'targets', op)
   const rows = { logits: a.logits, targets: a.targets, temperature: a.temperature ?? 1 }
@@ -98,7 +116,41 @@ function step(op: string, a: GrpoModel & GrpoBatch): GrpoStep & { advantages: Te
   return held({ loss, logProbs: forward.logProbs, dLogits, advantages, metrics }, hidden)
 }
 
-function parts(loss: ReturnType<typeof lossAs>) {
+type Options = Omit<PolicyLossInput, 'logProbs' | 'entropy'>
+
+/** In one pass where each token's gradient needs only that token, else log-probs first. */
+function throughHead(
+  op: string,
+  a: LinearHead,
+  options: Options,
+): GrpoStep & { advantages: Tensor } {
+  const { advantages } = options
+  const head: LinearHead = {
+    hidden: a.hidden,
+    weight: a.weight,
+    targets: a.targets,
+    ...given(a, ['bias', 'temperature']),
+  }
+  if (options.objective !== 'gspo') {
+    const { hidden, ...results } = parts(linearLossAs(op, { ...options, ...head }))
+    return held({ ...results, advantages }, hidden)
+  }
+  const forward = linearLogProbs({ ...head, entropy: !!options.entropyCoef })
+  const { logProbs, stats, entropy } = forward
+  const { loss, dLogProbs, dEntropy, metrics, hidden } = parts(
+    lossAs(op, { ...options, logProbs, ...(entropy ? { entropy } : {}) }),
+  )
+  const { dHidden, dWeight, dBias } = linearLogProbsBackward({
+    ...head,
+    stats,
+    dLogProbs,
+    ...(entropy && dEntropy ? { entropy, dEntropy } : {}),
+  })
+  const gradients = dBias ? { dHidden, dWeight, dBias } : { dHidden, dWeight }
+  return held({ loss, logProbs, ...gradients, advantages, metrics }, hidden)
+}
+
+function parts<L extends object>(loss: L): L & { hidden: Tensor[] } {
   const inner = (loss as { [holds]?: () => Iterable<unknown> })[holds]?.() ?? []
   return { ...loss, hidden: [...inner].filter(Tensor.is) }
 }

@@ -1,0 +1,13 @@
+// What every operation with a policy loss in it reads and returns.
+#pragma once
+#include "binding/op.h"
+#include "ops/policy_loss.h"
+
+namespace p2r::binding {
+
+// What lossArguments in lib/ops/policy_loss.ts passes, for so many tokens.
+void read_policy_loss(Call& call, PolicyLossArgs& a, int64_t tokens);
+// The loss and its metrics.
+void policy_loss_results(Call& call, PolicyLossArgs& a);
+
+}  // namespace p2r::binding

@@ -1,0 +1,562 @@
+// Logits are made where they are used: a thread packs a block of the weight's rows, multiplies the
+// packed hidden states of a chunk of rows with it, tile by tile, and hands each tile on while it
+// is in the cache.
+//
+//   for each chunk of rows that take part, found by reading the targets:
+//     pack their hidden states, for all threads
+//     forward:   for each span of the vocabulary: for each block: tiles -> the rows' running sums
+//                merge every row's spans in order
+//     backward:  for each part of the vocabulary: tiles -> dz, in place; then three products of dz
+//     the loss:  tiles -> chunk of logits, and sums; the loss's gradient; dz in place; products
+//
+// How the vocabulary is cut follows from V and C alone.
+#include "ops/linear_log_probs.h"
+
+#include <algorithm>
+
+#include "cpu/gemm.h"
+#include "cpu/log_probs.h"
+
+namespace p2r::cpu {
+
+void policy_loss(const PolicyLossArgs& a, Device& device);
+
+namespace {
+
+constexpr int64_t kTileRows = 96;              // whole panels for every register tile
+constexpr int64_t kMostColumns = 512;          // of a block
+constexpr int64_t kBlock = 128 * 1024;         // floats of a packed block of weight: 512 KiB of L2
+constexpr int64_t kBlockK = 256;               // a panel of 32 columns, 32 KiB, fits L1
+constexpr int64_t kPanels = 768 * 1024;        // floats of packed hidden states: 3 MiB of L3
+constexpr int64_t kMostRows = 768;             // of a chunk
+constexpr int64_t kMostSpans = 128;            // of the vocabulary
+constexpr int64_t kSlopes = 8 * 1024 * 1024;   // floats of dz backward
+constexpr int64_t kLogits = 32 * 1024 * 1024;  // floats of logits of the policy loss
+constexpr int64_t kFewestRows = 12;            // of its chunk
+constexpr int64_t kStretch = 4096;             // columns that a thread takes of a long row
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+const char* at(const View& v, int64_t i) { return v.as<char>() + i * int64_t(size_of(v.dtype)); }
+
+enum class Part { taken, skipped, wrong };
+
+// The layer, how it is cut, and the memory for one chunk of rows.
+struct Head {
+  In hidden, weight, bias, targets;
+  int64_t rows, columns, channels;
+  double inverse;
+
+  int64_t most;   // rows of a chunk
+  int64_t block;  // columns packed at once
+  int64_t span, spans;
+  bool moment = false;
+
+  int64_t* list = nullptr;        // the chunk's rows
+  float* panels = nullptr;        // their hidden states, packed
+  float* blocks = nullptr;        // packed weight, by thread
+  float* tiles = nullptr;         // of logits, by thread
+  float* partials = nullptr;      // [most, spans, 3]
+  double* running = nullptr;      // [threads, most, 3]
+  float* target_logit = nullptr;  // [most]
+
+  template <class Args>
+  Head(const Args& a, int64_t most_rows)
+      : hidden(a.hidden),
+        weight(a.weight),
+        bias(a.bias),
+        targets(a.targets),
+        rows(a.hidden.shape[0]),
+        columns(a.weight.shape[0]),
+        channels(a.weight.shape[1]),
+        inverse(1 / a.temperature) {
+    const int64_t deep = std::max<int64_t>(channels, 1);
+    const int64_t fit = std::clamp(kPanels / deep / kTileRows * kTileRows, kTileRows, kMostRows);
+    most = std::min({fit, std::max<int64_t>(rows, 1), most_rows});
+    block = std::clamp<int64_t>(kBlock / deep / 32 * 32, 32, kMostColumns);
+    span = round_up(std::max<int64_t>(ceil_div(columns, kMostSpans), 1), block);
+    spans = ceil_div(columns, span);
+  }
+
+  int64_t padded() const { return round_up(most, kTileRows); }
+  int64_t block_floats() const { return block * channels; }
+  Part part(int64_t row) const {
+    const int32_t target = targets.as<int32_t>()[row];
+    return target == kSkippedTarget          ? Part::skipped
+           : target < 0 || target >= columns ? Part::wrong
+                                             : Part::taken;
+  }
+  int32_t target(int64_t i) const { return targets.as<int32_t>()[list[i]]; }
+};
+
+// Memory of one call, cut into pieces; without memory only their size is counted.
+struct Pieces {
+  char* memory = nullptr;
+  int64_t bytes = 0;
+
+  template <class T>
+  void lay(T*& piece, int64_t count) {
+    if (memory) piece = reinterpret_cast<T*>(memory + bytes);
+    bytes += round_up(count * int64_t(sizeof(T)), 64);
+  }
+};
+
+// Sized by a first laying out, then laid out.
+template <class F>
+class Laid {
+ public:
+  Laid(Device& device, const F& lay) : scratch_(device, bytes_of(lay)) {
+    Pieces pieces = {scratch_.as<char>(), 0};
+    lay(pieces);
+  }
+
+ private:
+  static int64_t bytes_of(const F& lay) {
+    Pieces pieces;
+    lay(pieces);
+    return pieces.bytes;
+  }
+  Scratch scratch_;
+};
+
+void lay(Pieces& pieces, Head& h, const CpuDevice& cpu, bool sums) {
+  pieces.lay(h.list, h.most);
+  pieces.lay(h.panels, h.padded() * h.channels);
+  pieces.lay(h.blocks, cpu.threads() * h.block_floats());
+  if (!sums) return;
+  pieces.lay(h.partials, h.most * h.spans * 3);
+  pieces.lay(h.running, cpu.threads() * h.most * 3);
+  pieces.lay(h.target_logit, h.most);
+}
+
+// The rows from `next` on that part(row) takes, until the chunk is full.
+template <class F>
+int64_t take_rows(const Head& h, int64_t& next, const F& part) {
+  int64_t taken = 0;
+  for (; next < h.rows && taken < h.most; ++next)
+    if (part(next) == Part::taken) h.list[taken++] = next;
+  return taken;
+}
+
+// Blocks of k one after the other, each with the panels of all rows.
+void pack_rows(CpuDevice& cpu, const Head& h, int64_t taken) {
+  int mr, nr;
+  cpu.simd().gemm_tile_size(&mr, &nr);
+  cpu.parallel(ceil_div(taken, mr), 1, [&](int64_t begin, int64_t end, int) {
+    const Simd& simd = cpu.simd();
+    float lines[16 * kBlockK];
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t first = p * mr, n = std::min<int64_t>(mr, taken - first);
+      for (int64_t k0 = 0; k0 < h.channels; k0 += kBlockK) {
+        const int64_t k = std::min(kBlockK, h.channels - k0);
+        for (int64_t r = 0; r < n; ++r)
+          simd.to_f32(h.hidden.dtype, at(h.hidden, h.list[first + r] * h.channels + k0),
+                      lines + r * k, k);
+        simd.pack_a(DType::f32, lines, k, 1, n, k, h.panels + k0 * h.padded() + first * k);
+      }
+    }
+  });
+}
+
+// The logits of the chunk in columns first .. first + n, tile by tile: to(i, m) is where the rows
+// i .. i + m go, `pitch` floats apart; then(i, m, logits) is what becomes of them.
+template <class To, class Then>
+void make_logits(const Simd& simd, const Head& h, int64_t taken, int64_t first, int64_t n,
+                 int64_t pitch, float* packed, const To& to, const Then& then) {
+  int mr, nr;
+  simd.gemm_tile_size(&mr, &nr);
+  const int64_t width = round_up(n, nr);
+  float bias[kMostColumns];
+  if (h.bias) simd.to_f32(h.bias.dtype, at(h.bias, first), bias, n);
+  for (int64_t k0 = 0; k0 < h.channels; k0 += kBlockK)
+    simd.pack_b(h.weight.dtype, at(h.weight, first * h.channels + k0), 1, h.channels,
+                std::min(kBlockK, h.channels - k0), n, packed + k0 * width);
+  for (int64_t i = 0; i < taken; i += kTileRows) {
+    const int64_t m = std::min(kTileRows, taken - i);
+    float* logits = to(i, m);
+    for (int64_t r = 0; r < m; ++r)
+      if (h.bias)
+        std::copy(bias, bias + n, logits + r * pitch);
+      else if (h.channels == 0)
+        std::fill(logits + r * pitch, logits + r * pitch + n, 0.0f);
+    for (int64_t k0 = 0; k0 < h.channels; k0 += kBlockK) {
+      const int64_t k = std::min(kBlockK, h.channels - k0);
+      simd.gemm_panels(m, n, k, h.panels + k0 * h.padded() + i * k, packed + k0 * width, logits,
+                       pitch, h.bias || k0);
+    }
+    then(i, m, logits);
+  }
+}
+
+// The sums of every row of the chunk over every span. The logits go to `chunk`, [taken, columns],
+// or nowhere.
+void sum_spans(CpuDevice& cpu, const Head& h, int64_t taken, float* chunk) {
+  cpu.parallel(h.spans, 1, [&](int64_t begin, int64_t end, int thread) {
+    const Simd& simd = cpu.simd();
+    float* tile = chunk ? nullptr : h.tiles + thread * kTileRows * h.block;
+    auto* running = reinterpret_cast<Sums*>(h.running + thread * h.most * 3);
+    for (int64_t s = begin; s < end; ++s) {
+      std::fill(running, running + taken, Sums{});
+      const int64_t stop = std::min(h.columns, (s + 1) * h.span);
+      for (int64_t first = s * h.span; first < stop; first += h.block) {
+        const int64_t n = std::min(h.block, stop - first), pitch = chunk ? h.columns : h.block;
+        make_logits(
+            simd, h, taken, first, n, pitch, h.blocks + thread * h.block_floats(),
+            [&](int64_t i, int64_t) { return chunk ? chunk + i * pitch + first : tile; },
+            [&](int64_t i, int64_t m, const float* logits) {
+              for (int64_t r = 0; r < m; ++r) {
+                const float* z = logits + r * pitch;
+                float sums[3];
+                simd.softmax_sums(DType::f32, z, n, static_cast<float>(h.inverse), h.moment, sums);
+                merge(running[i + r], {sums[0], sums[1], sums[2]}, h.inverse);
+                const int64_t label = h.target(i + r) - first;
+                if (label >= 0 && label < n) h.target_logit[i + r] = z[label];
+              }
+            });
+      }
+      for (int64_t i = 0; i < taken; ++i) {
+        float* to = h.partials + (i * h.spans + s) * 3;
+        to[0] = static_cast<float>(running[i].maximum);
+        to[1] = static_cast<float>(running[i].sum);
+        to[2] = static_cast<float>(running[i].moment);
+      }
+    }
+  });
+}
+static_assert(sizeof(Sums) == 3 * sizeof(double));
+
+RowLogProb merged(const Head& h, int64_t i) {
+  return row_log_prob(merge_slices(h.partials + i * h.spans * 3, h.spans, h.inverse),
+                      h.target_logit[i], h.inverse);
+}
+
+// What dz is multiplied into.
+struct Gradients {
+  Out d_hidden;
+  View weight, bias;          // dweight and dbias; bias may be absent
+  bool add, add_bias;         // to what they hold
+  float* hidden = nullptr;    // [most, C], the chunk's hidden states
+  float* products = nullptr;  // [most, C], their gradients
+  float* memory = nullptr;    // gemm_now's
+
+  template <class Args>
+  explicit Gradients(const Args& a)
+      : d_hidden(a.d_hidden),
+        weight(a.into_weight ? View(a.into_weight) : View(a.d_weight)),
+        bias(a.into_bias ? View(a.into_bias) : View(a.d_bias)),
+        add(bool(a.into_weight)),
+        add_bias(bool(a.into_bias)) {}
+
+  void lay(Pieces& pieces, const Head& h, const CpuDevice& cpu) {
+    pieces.lay(hidden, h.most * h.channels);
+    pieces.lay(products, h.most * h.channels);
+    pieces.lay(memory, gemm_floats(cpu, h.channels));
+  }
+};
+
+// How far a call has come; lives in its memory.
+struct Progress {
+  int64_t next, taken;
+  bool started, wrong;  // whether dweight holds something; whether a target was wrong
+};
+
+void fill_row(const View& v, int64_t row, int64_t width, float x) {
+  char* to = const_cast<char*>(at(v, row * width));
+  if (v.dtype == DType::f32)
+    std::fill_n(reinterpret_cast<float*>(to), width, x);
+  else  // 0, or a NaN of either type
+    std::fill_n(reinterpret_cast<uint16_t*>(to), width, uint16_t(x == 0 ? 0 : 0x7fff));
+}
+
+void load_hidden(CpuDevice& cpu, const Head& h, const Gradients& g, int64_t taken) {
+  cpu.parallel(taken, 16, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i)
+      cpu.simd().to_f32(h.hidden.dtype, at(h.hidden, h.list[i] * h.channels),
+                        g.hidden + i * h.channels, h.channels);
+  });
+}
+
+// Adds what dz [taken, n], of the columns from `first` on, is multiplied into.
+void multiply(CpuDevice& cpu, const Head& h, const Gradients& g, int64_t taken, const float* dz,
+              int64_t pitch, int64_t first, int64_t n, bool started) {
+  const Matrix slopes = {dz, DType::f32, pitch, 1};
+  gemm_now(cpu,
+           {.m = taken,
+            .n = h.channels,
+            .k = n,
+            .a = slopes,
+            .b = matrix_of(h.weight).from(first, 0),
+            .c = g.products,
+            .c_row_stride = h.channels,
+            .accumulate = first > 0},
+           g.memory);
+  gemm_now(cpu,
+           {.m = n,
+            .n = h.channels,
+            .k = taken,
+            .a = slopes.transposed(),
+            .b = {g.hidden, DType::f32, h.channels, 1},
+            .c = g.weight.as<float>() + first * h.channels,
+            .c_row_stride = h.channels,
+            .accumulate = g.add || started},
+           g.memory);
+  if (!g.bias) return;
+  const bool add = g.add_bias || started;
+  cpu.parallel(ceil_div(n, kMostColumns), 4, [&](int64_t begin, int64_t end, int) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t skip = c * kMostColumns, width = std::min(kMostColumns, n - skip);
+      float sums[kMostColumns] = {};
+      for (int64_t i = 0; i < taken; ++i)
+        for (int64_t j = 0; j < width; ++j) sums[j] += dz[i * pitch + skip + j];
+      float* to = g.bias.as<float>() + first + skip;
+      for (int64_t j = 0; j < width; ++j) to[j] = add ? to[j] + sums[j] : sums[j];
+    }
+  });
+}
+
+void store_hidden(CpuDevice& cpu, const Head& h, const Gradients& g, int64_t taken) {
+  cpu.parallel(taken, 16, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i)
+      cpu.simd().from_f32(g.d_hidden.dtype, g.products + i * h.channels,
+                          const_cast<char*>(at(g.d_hidden, h.list[i] * h.channels)), h.channels);
+  });
+}
+
+// dweight and dbias where no row took part, or a target was wrong.
+void settle(CpuDevice& cpu, const Head& h, const Gradients& g, const Progress& p) {
+  const float x = p.wrong ? kNan : 0;
+  const bool weight = p.wrong || !(p.started || g.add);
+  const bool bias = g.bias && (p.wrong || !(p.started || g.add_bias));
+  cpu.parallel(h.columns, 64, [&](int64_t begin, int64_t end, int) {
+    for (int64_t j = begin; j < end && (weight || bias); ++j) {
+      if (weight) fill_row(g.weight, j, h.channels, x);
+      if (bias) g.bias.as<float>()[j] = x;
+    }
+  });
+}
+
+}  // namespace
+
+void linear_log_probs(const LinearLogProbsArgs& a, Device& device) {
+  CpuDevice& cpu = cpu_device(device);
+  Head h(a, kMostRows);
+  h.moment = bool(a.entropy);
+  const Laid memory(device, [&](Pieces& pieces) {
+    lay(pieces, h, cpu, true);
+    pieces.lay(h.tiles, cpu.threads() * kTileRows * h.block);
+  });
+  cpu.submit([=, &cpu] {
+    const auto write = [&](int64_t row, const RowLogProb& r) {
+      a.log_probs.as<float>()[row] = r.log_prob;
+      a.stats.as<float>()[2 * row] = r.stats[0];
+      a.stats.as<float>()[2 * row + 1] = r.stats[1];
+      if (a.entropy) a.entropy.as<float>()[row] = r.entropy;
+    };
+    for (int64_t next = 0; next < h.rows;) {
+      const int64_t taken = take_rows(h, next, [&](int64_t row) {
+        const Part part = h.part(row);
+        if (part == Part::wrong) *a.fault = 1;
+        if (part != Part::taken) write(row, part == Part::wrong ? kNoLogProb : RowLogProb{});
+        return part;
+      });
+      if (!taken) continue;
+      pack_rows(cpu, h, taken);
+      sum_spans(cpu, h, taken, nullptr);
+      for (int64_t i = 0; i < taken; ++i) write(h.list[i], merged(h, i));
+    }
+  });
+}
+
+void linear_log_probs_backward(const LinearLogProbsBackwardArgs& a, Device& device) {
+  CpuDevice& cpu = cpu_device(device);
+  Head h(a, kMostRows);
+  Gradients g(a);
+  // Columns of dz at once.
+  const int64_t part = std::min(round_up(std::max<int64_t>(h.columns, 1), h.block),
+                                std::max<int64_t>(kSlopes / h.most / h.block, 1) * h.block);
+  float* dz = nullptr;
+  const Laid memory(device, [&](Pieces& pieces) {
+    lay(pieces, h, cpu, false);
+    g.lay(pieces, h, cpu);
+    pieces.lay(dz, h.most * part);
+  });
+  cpu.submit([=, &cpu] {
+    const Simd& simd = cpu.simd();
+    const auto slopes_of = [&](int64_t row, double& dg, double& dh) {
+      dg = a.d_log_probs.as<float>()[row] * h.inverse;
+      dh = a.d_entropy ? a.d_entropy.as<float>()[row] * h.inverse : 0;
+    };
+    Progress p = {0, 0, false, false};
+    while (p.next < h.rows) {
+      const int64_t taken = take_rows(h, p.next, [&](int64_t row) {
+        double dg, dh;
+        slopes_of(row, dg, dh);
+        Part how = h.part(row);
+        if (how == Part::wrong) {
+          *a.fault = 1;
+          p.wrong = true;
+        } else if (dg == 0 && dh == 0) {
+          how = Part::skipped;
+        }
+        if (how != Part::taken)
+          fill_row(g.d_hidden, row, h.channels, how == Part::wrong ? kNan : 0);
+        return how;
+      });
+      if (!taken) continue;
+      pack_rows(cpu, h, taken);
+      load_hidden(cpu, h, g, taken);
+      for (int64_t first = 0; first < h.columns; first += part) {
+        const int64_t n = std::min(part, h.columns - first);
+        cpu.parallel(ceil_div(n, h.block), 1, [&](int64_t begin, int64_t end, int thread) {
+          for (int64_t b = begin; b < end; ++b) {
+            const int64_t skip = b * h.block, width = std::min(h.block, n - skip);
+            make_logits(
+                simd, h, taken, first + skip, width, part, h.blocks + thread * h.block_floats(),
+                [&](int64_t i, int64_t) { return dz + i * part + skip; },
+                [&](int64_t i, int64_t m, float* logits) {
+                  for (int64_t r = 0; r < m; ++r) {
+                    const int64_t row = h.list[i + r];
+                    double dg, dh;
+                    slopes_of(row, dg, dh);
+                    const RowSlope slope(h.inverse, a.stats.as<float>() + 2 * row, dg, dh,
+                                         dh != 0 ? a.entropy.as<float>()[row] : 0);
+                    float* z = logits + r * part;
+                    const int64_t label = h.target(i + r) - first - skip;
+                    const bool here = label >= 0 && label < width;
+                    const double x = here ? z[label] : 0;
+                    simd.softmax_slopes(DType::f32, z, z, width, &slope.row);
+                    if (here) z[label] = slope.at_target(x);
+                  }
+                });
+          }
+        });
+        multiply(cpu, h, g, taken, dz, part, first, n, p.started);
+      }
+      store_hidden(cpu, h, g, taken);
+      p.started = true;
+    }
+    settle(cpu, h, g, p);
+  });
+}
+
+void linear_policy_loss(const LinearPolicyLossArgs& a, Device& device) {
+  CpuDevice& cpu = cpu_device(device);
+  const int64_t columns = a.weight.shape[0];
+  Head h(a,
+         std::max(kLogits / std::max<int64_t>(columns, 1) / kFewestRows, int64_t{1}) * kFewestRows);
+  Gradients g(a);
+  h.moment = a.loss.entropy_coef != 0;
+  float *logits = nullptr, *stats = nullptr, *entropy = nullptr, *d_log_probs = nullptr,
+        *d_entropy = nullptr;
+  Progress* progress = nullptr;
+  const Laid memory(device, [&](Pieces& pieces) {
+    lay(pieces, h, cpu, true);
+    g.lay(pieces, h, cpu);
+    pieces.lay(logits, h.most * h.columns);
+    pieces.lay(stats, h.most * 2);
+    pieces.lay(d_log_probs, std::max<int64_t>(h.rows, 1));
+    pieces.lay(progress, 1);
+    if (!h.moment) return;
+    pieces.lay(entropy, std::max<int64_t>(h.rows, 1));
+    pieces.lay(d_entropy, std::max<int64_t>(h.rows, 1));
+  });
+
+  const auto tokens = [&](float* data) {
+    View v;
+    v.data = data;
+    v.shape = {h.rows};
+    return v;
+  };
+  PolicyLossArgs loss = a.loss;
+  loss.fault = a.fault;
+  static_cast<View&>(loss.log_probs) = a.log_probs;
+  static_cast<View&>(loss.d_log_probs) = tokens(d_log_probs);
+  if (h.moment) {
+    static_cast<View&>(loss.entropy) = tokens(entropy);
+    static_cast<View&>(loss.d_entropy) = tokens(d_entropy);
+  }
+
+  float* log_probs = a.log_probs.as<float>();
+  cpu.submit([=] {
+    *progress = {0, 0, false, false};
+    std::fill_n(log_probs, h.rows, 0.0f);
+    if (entropy) std::fill_n(entropy, h.rows, 0.0f);
+  });
+  for (int64_t first = 0; first == 0 || first < h.rows; first += h.most) {
+    cpu.submit([=, &cpu] {
+      Progress& p = *progress;
+      p.taken = take_rows(h, p.next, [&](int64_t row) {
+        const Part part = h.part(row);
+        if (part == Part::taken) return part;
+        if (part == Part::wrong) {
+          *a.fault = 1;
+          p.wrong = true;
+          log_probs[row] = kNan;
+          if (entropy) entropy[row] = kNan;
+        }
+        fill_row(g.d_hidden, row, h.channels, part == Part::wrong ? kNan : 0);
+        return part;
+      });
+      if (!p.taken) return;
+      pack_rows(cpu, h, p.taken);
+      sum_spans(cpu, h, p.taken, logits);
+      for (int64_t i = 0; i < p.taken; ++i) {
+        const RowLogProb r = merged(h, i);
+        log_probs[h.list[i]] = r.log_prob;
+        if (entropy) entropy[h.list[i]] = r.entropy;
+        stats[2 * i] = r.stats[0];
+        stats[2 * i + 1] = r.stats[1];
+      }
+    });
+    // A token's gradient depends on its own log-probability alone, so it is right as soon as that
+    // is known; the loss is right after the last chunk. This costs next to nothing beside the
+    // products.
+    policy_loss(loss, device);
+    cpu.submit([=, &cpu] {
+      const Simd& simd = cpu.simd();
+      Progress& p = *progress;
+      if (!p.taken) return;
+      const auto slope_of = [&](int64_t i) {
+        const int64_t row = h.list[i];
+        const double dh = d_entropy ? d_entropy[row] * h.inverse : 0;
+        return RowSlope(h.inverse, stats + 2 * i, d_log_probs[row] * h.inverse, dh,
+                        dh != 0 ? entropy[row] : 0);
+      };
+      const auto teaches = [&](const RowSlope& s) { return s.g != 0 || s.h != 0; };
+      // dz over the logits, the rows that teach nothing left out: the others move up.
+      cpu.parallel(ceil_div(h.columns, kStretch), 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t s = begin; s < end; ++s) {
+          const int64_t skip = s * kStretch, width = std::min(kStretch, h.columns - skip);
+          int64_t to = 0;
+          for (int64_t i = 0; i < p.taken; ++i) {
+            const RowSlope slope = slope_of(i);
+            if (!teaches(slope)) continue;
+            const float* z = logits + i * h.columns + skip;
+            float* dz = logits + to++ * h.columns + skip;
+            const int64_t label = h.target(i) - skip;
+            const bool here = label >= 0 && label < width;
+            const double x = here ? z[label] : 0;
+            simd.softmax_slopes(DType::f32, z, dz, width, &slope.row);
+            if (here) dz[label] = slope.at_target(x);
+          }
+        }
+      });
+      int64_t left = 0;
+      for (int64_t i = 0; i < p.taken; ++i) {
+        if (teaches(slope_of(i)))
+          h.list[left++] = h.list[i];
+        else
+          fill_row(g.d_hidden, h.list[i], h.channels, 0);
+      }
+      if (!left) return;
+      load_hidden(cpu, h, g, left);
+      multiply(cpu, h, g, left, logits, h.columns, 0, h.columns, p.started);
+      store_hidden(cpu, h, g, left);
+      p.started = true;
+    });
+  }
+  cpu.submit([=, &cpu] { settle(cpu, h, g, *progress); });
+}
+
+}  // namespace p2r::cpu

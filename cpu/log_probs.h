@@ -1,0 +1,93 @@
+// The arithmetic of one row of logits, whether the row lies in memory (log_probs.cpp) or is made
+// block by block (linear_log_probs.cpp).
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "cpu/simd/rows.h"
+#include "ops/log_probs.h"
+
+namespace p2r::cpu {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// Of a row or a part of one: its maximum, Σ e^d and Σ e^d d.
+struct Sums {
+  double maximum = -kInfinity, sum = 0, moment = 0;
+};
+
+// Adds a part whose maximum and sums are given; log-ratios are (difference of maxima) * inverse.
+inline void merge(Sums& into, const Sums& part, double inverse) {
+  if (part.sum == 0) return;
+  const double top = part.maximum > into.maximum ? part.maximum : into.maximum;
+  const auto scaled = [&](const Sums& s) {
+    const double shift = (s.maximum - top) * inverse, scale = std::exp(shift);
+    // A part so far below that it vanishes has a shift that may be infinite; NaN does not vanish.
+    return scale == 0 ? Sums{top, 0 * s.sum, 0 * s.moment}
+                      : Sums{top, scale * s.sum, scale * (s.moment + shift * s.sum)};
+  };
+  const Sums b = scaled(part);
+  if (into.sum == 0) {
+    into = b;
+    return;
+  }
+  const Sums a = scaled(into);
+  into = {top, a.sum + b.sum, a.moment + b.moment};
+}
+
+inline Sums merge_slices(const float* partials, int64_t slices, double inverse) {
+  Sums row;
+  for (int64_t k = 0; k < slices; ++k, partials += 3)
+    merge(row, {partials[0], partials[1], partials[2]}, inverse);
+  return row;
+}
+
+// (m, log s) with m rounded first; log s of an empty row is -inf.
+inline void write_stats(const Sums& row, double inverse, float* stats) {
+  const double maximum = row.maximum * inverse;
+  stats[0] = static_cast<float>(maximum);
+  const double residue = std::isfinite(stats[0]) ? maximum - stats[0] : 0;
+  stats[1] = static_cast<float>(std::log(row.sum) + residue);
+}
+
+// The results of a row; of a skipped one, as they stand here.
+struct RowLogProb {
+  float log_prob = 0, entropy = 0, stats[2] = {0, 0};
+};
+constexpr RowLogProb kNoLogProb = {kNan, kNan, {kNan, kNan}};
+
+// x: the target's logit.
+inline RowLogProb row_log_prob(const Sums& row, double x, double inverse) {
+  RowLogProb r;
+  write_stats(row, inverse, r.stats);
+  if (row.sum == 0) r.stats[1] = kNan;
+  const double log_sum = row.sum == 0 ? double(kNan) : std::log(row.sum);
+  r.entropy = static_cast<float>(log_sum - row.moment / row.sum);
+  r.log_prob = static_cast<float>((x - row.maximum) * inverse - log_sum);
+  return r;
+}
+
+// The gradient of a row's logits; g and h are divided by the temperature.
+struct RowSlope {
+  SoftmaxRow row;
+  double inverse, g, h, entropy;
+
+  RowSlope(double inverse, const float* stats, double g, double h, double entropy)
+      : inverse(inverse), g(g), h(h), entropy(entropy) {
+    row.inverse = static_cast<float>(inverse);
+    row.inverse_low = static_cast<float>(inverse - row.inverse);
+    row.maximum = stats[0];
+    row.log_sum = stats[1];
+    row.scale_p = static_cast<float>(-g - h * entropy);
+    row.scale_h = static_cast<float>(-h);
+  }
+  // At the target, whose logit is x: g (1 - p), without the cancellation near p = 1.
+  float at_target(double x) const {
+    const double log_p = (x * inverse - row.maximum) - row.log_sum, p = std::exp(log_p);
+    const double spread = p == 0 ? 0 : h * p * (log_p + entropy);
+    return static_cast<float>(-g * std::expm1(log_p) - spread);
+  }
+};
+
+}  // namespace p2r::cpu

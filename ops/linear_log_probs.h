@@ -1,0 +1,89 @@
+// Log-probabilities of given tokens under a linear head, and the policy loss through it, without
+// the logits in memory:
+//
+//   logits [N, V] = hidden [N, C] . weight [V, C]^T + bias [V]
+//
+// and from there as ops/log_probs.h and ops/policy_loss.h say, which define log-probabilities,
+// entropy, stats, rows without a softmax, and the loss. With dz the gradient of the logits:
+//
+//   dhidden = dz . weight,  dweight = dz^T . hidden,  dbias = Σ_n dz[n]
+//
+// hidden, weight f32 | f16 | bf16 of one type; bias that type or f32; targets i32 [N]. Logits and
+// dz are f32 and never rounded to 16 bits; dhidden is as hidden, dweight [V, C] and dbias [V] f32,
+// written to d_weight and d_bias or added to into_weight and into_bias, of which one each is given
+// (of the second none without a bias).
+//
+// Rows: target -100 is skipped: its hidden state is not read, its results and gradients are 0, and
+// on the CPU it costs nothing. Backward, so is a row whose g and h are both 0. A target outside
+// 0..V-1 faults: NaN for its row, and for all of dweight and dbias.
+//
+// Memory beside inputs and results, which does not grow with N: forward on the CPU some 5 MB and
+// 0.8 MB a thread (more where C exceeds 4096); backward 15 MB and the same a thread, and a chunk of
+// dz of at most 32 MB; on CUDA a chunk of at most 128 MB of logits and some 20 MB. The policy loss
+// has a chunk of 128 MB of logits on both (at least 12 rows), so that reading and writing dweight
+// once a chunk costs little beside the products, and 12 bytes a token.
+//
+// The order of every sum follows from the shapes alone (dweight: and from which rows are skipped);
+// forward, a row has the same bits in any batch. The vocabulary is cut into at most 128 spans of
+// whole blocks, which are merged in order.
+//
+// The policy loss computes each logit once (three products, where linear_log_probs, policy_loss and
+// linear_log_probs_backward take four): chunk by chunk the log-probabilities, the loss's gradient
+// with respect to them, dz over the logits, and its products. That gradient must not depend on
+// other tokens' log-probabilities, so gspo is refused. A masked token has its log-probability,
+// unless its target is -100, and takes no part in the gradient's products on the CPU. Entropy
+// is computed where entropy_coef is not 0.
+//
+// Source: cut cross-entropy (Wijmans et al. 2024) for logits that are never stored; the exact
+// gradient, without its filter.
+#pragma once
+#include <tuple>
+
+#include "ops/log_probs.h"
+#include "ops/policy_loss.h"
+
+namespace p2r {
+
+struct LinearLogProbsArgs {
+  In hidden, weight, bias, targets;
+  double temperature = 1;
+  Out log_probs, stats, entropy;  // entropy may be absent
+  auto fields() {
+    return std::tie(hidden, weight, bias, targets, temperature, log_probs, stats, entropy);
+  }
+  int32_t* fault = nullptr;
+  static constexpr const char* fault_text = TokenLogProbsArgs::fault_text;
+};
+
+struct LinearLogProbsBackwardArgs {
+  In hidden, weight, bias, targets, stats, d_log_probs;
+  In entropy, d_entropy;  // both or neither
+  double temperature = 1;
+  InOut into_weight, into_bias;
+  Out d_hidden, d_weight, d_bias;
+  auto fields() {
+    return std::tie(hidden, weight, bias, targets, stats, d_log_probs, entropy, d_entropy,
+                    temperature, into_weight, into_bias, d_hidden, d_weight, d_bias);
+  }
+  int32_t* fault = nullptr;
+  static constexpr const char* fault_text = TokenLogProbsArgs::fault_text;
+};
+
+// loss: without log_probs, entropy and their gradients, which stay inside.
+struct LinearPolicyLossArgs {
+  In hidden, weight, bias, targets;
+  double temperature = 1;
+  InOut into_weight, into_bias;
+  PolicyLossArgs loss;
+  Out log_probs, d_hidden, d_weight, d_bias;
+  auto fields() {
+    return std::tuple_cat(
+        std::tie(hidden, weight, bias, targets, temperature, into_weight, into_bias), loss.fields(),
+        std::tie(log_probs, d_hidden, d_weight, d_bias));
+  }
+  int32_t* fault = nullptr;
+  static constexpr const char* fault_text =
+      "targets must be -100 or an index into the vocabulary, and mask must hold 0 and 1 only";
+};
+
+}  // namespace p2r
