@@ -137,7 +137,13 @@ async function measured(ops: readonly string[], options: Options): Promise<Resul
 }
 
 const options = program.opts<Options>()
-const read = (file: string): Results => parseResults(readFileSync(file, 'utf8'), file)
+function read(file: string): Results {
+  try {
+    return parseResults(readFileSync(file, 'utf8'), file)
+  } catch (error) {
+    return program.error(`error: ${(error as Error).message}`)
+  }
+}
 // Before an hour is spent on measuring.
 const baseline = options.baseline === undefined ? undefined : read(options.baseline)
 const results =
