@@ -13,7 +13,8 @@ export const planted = [
   },
   {
     bug: 'linear: the column sums start one row of shared memory too far',
-    file: 'cuda/linear.cu',
+    file: 'cuda/linear.cuh',
+    compile: 'cuda/linear.cu',
     search: 'sum += sums[d * kAcross + across]',
     replace: 'sum += sums[(d + 1) * kAcross + across]',
     cases: /^linear/,
