@@ -31,7 +31,7 @@ void OpenDevice::close() {
 }
 
 void OpenDevice::account(Napi::BasicEnv env, int64_t bytes) {
-  constexpr int64_t kStep = int64_t{256} << 20;
+  constexpr int64_t kStep = int64_t{128} << 20;
   held_ += bytes;
   const int64_t untold = held_ - told_;
   if (untold < kStep && untold > -kStep) return;
