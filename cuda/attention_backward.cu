@@ -1,6 +1,6 @@
 // Attention, backward: two passes and no atomics, so every sum has one owner and one order.
 //
-// delta = rowsum(dOut * out), a warp a row. Then one kernel owns keys and walks over the queries
+// delta = rowsum(dOut * out), 16 bytes a lane. Then one kernel owns keys and walks over the queries
 // for dK and dV, and one owns queries and walks over the keys for dQ; both make P again from lse.
 // What a block owns is kRows a thread row high; what it walks over comes kStep tokens at a time,
 // which together keep shared memory below 99 KB, the least that chips of sm_80 to sm_90 have.
@@ -16,20 +16,33 @@ constexpr int kStep = 32, kStepRows = kStep / kSide;
 template <int Dim>
 constexpr int kOwned = Dim > 80 ? 32 : 64;
 
+// Lanes that share a row, of up to 128 entries, at 16 bytes each.
+template <class T>
+constexpr int kDeltaLanes = 8 * sizeof(T);
+
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     attention_delta_kernel(const T* d_out, const T* out, float* delta, int64_t tokens, int heads,
                            int d) {
-  const int lane = threadIdx.x % 32;
-  const int64_t warps = int64_t{gridDim.x} * (kThreads / 32);
-  for (int64_t row = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / 32; row < tokens * heads;
-       row += warps) {
+  constexpr int kLanes = kDeltaLanes<T>, kEntries = 16 / sizeof(T);
+  const int c = threadIdx.x % kLanes * kEntries;
+  const int64_t rows = tokens * heads, step = int64_t{gridDim.x} * (kThreads / kLanes);
+  // All lanes of a warp go on while one of them has a row.
+  for (int64_t row = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kLanes;
+       row - threadIdx.x % 32 / kLanes < rows; row += step) {
     float sum = 0;
-    for (int c = lane; c < d; c += 32)
-      sum += to_float(d_out[row * d + c]) * to_float(out[row * d + c]);
+    if (row < rows && c < d) {
+      const uint4 x = *reinterpret_cast<const uint4*>(d_out + row * d + c);
+      const uint4 y = *reinterpret_cast<const uint4*>(out + row * d + c);
+      T a[kEntries], b[kEntries];
+      memcpy(static_cast<void*>(a), &x, 16);
+      memcpy(static_cast<void*>(b), &y, 16);
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
-    if (lane == 0) delta[row % heads * tokens + row / heads] = sum;
+      for (int i = 0; i < kEntries; ++i) sum += to_float(a[i]) * to_float(b[i]);
+    }
+#pragma unroll
+    for (int lane = kLanes / 2; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lane);
+    if (c == 0 && row < rows) delta[row % heads * tokens + row / heads] = sum;
   }
 }
 
@@ -163,8 +176,9 @@ void attention_delta(const T* d_out, const T* out, float* delta, const Attention
                      Device& device) {
   const int64_t rows = in.tokens * in.heads;
   if (!rows) return;
-  launch(attention_delta_kernel<T>, blocks_for(rows * 32, kThreads), kThreads, 0, stream_of(device),
-         d_out, out, delta, in.tokens, static_cast<int>(in.heads), static_cast<int>(in.head_dim));
+  launch(attention_delta_kernel<T>, blocks_for(rows * kDeltaLanes<T>, kThreads), kThreads, 0,
+         stream_of(device), d_out, out, delta, in.tokens, static_cast<int>(in.heads),
+         static_cast<int>(in.head_dim));
 }
 template void attention_delta(const __half*, const __half*, float*, const AttentionLayout&,
                               Device&);

@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(forward_tile(Large).threads(), forward_tile(La
       total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
       const int r = row + i * 16 + h * 8 + lane / 4;
       if (lane % 4 == 0 && r < own.rows)
-        lse[own.head * a.tokens + own.token + r] = (top[i][h] + ptx::lg2(total)) * kLn2;
+        lse[own.head * a.tokens + own.token + r] = top[i][h] * kLn2 + logf(total);
       const float inverse = 1.0f / total;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j)
@@ -210,7 +210,8 @@ __global__ void __launch_bounds__(forward_tile(Large).threads(), forward_tile(La
 }
 
 // Keys are rows here, as in the backward (cuda/attention_sm80_backward.cu): S^T = K Q^T, whose rows
-// the block's threads add up. Fragments of K stay in registers up to D = 80.
+// the block's threads add up. Fragments of K stay in registers up to D = 80. The exponent is taken
+// before its factor of log2(e): large logits and an lse times that would leave less of it.
 template <class T, int D, bool Large>
 __global__ void __launch_bounds__(forward_tile(Large).threads(), forward_tile(Large).blocks)
     attention_mass_mma_kernel(AttentionProblem<T> a, AttentionGrid grid, const float* lse,
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(forward_tile(Large).threads(), forward_tile(La
   // A query past the end has lse inf, and so weighs nothing.
   const auto shift_of = [&](int query) {
     const bool inside = threadIdx.x < kTile.step && static_cast<int>(threadIdx.x) < length - query;
-    return inside ? lse_head[query + threadIdx.x] * kLog2e : INFINITY;
+    return inside ? lse_head[query + threadIdx.x] : INFINITY;
   };
   const auto put = [&](float shift, int place) {
     if (threadIdx.x < kTile.step) shifts[place * kTile.step + threadIdx.x] = shift;
@@ -247,7 +248,6 @@ __global__ void __launch_bounds__(forward_tile(Large).threads(), forward_tile(La
                                        own.rows, a.d);
   issue(0, 0);
   put(shift_of(0), 0);
-  const float scale = a.scale * kLog2e;
   uint32_t held[kHoldsK ? M : 1][kHoldsK ? TileRow<D>::kSteps : 1][4];
   float sum[M][2] = {};
   int place = 0;
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(forward_tile(Large).threads(), forward_tile(La
       for (int i = 0; i < M; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          sum[i][e / 2] += ptx::ex2(s[i][j][e] * scale - (e % 2 ? shift.y : shift.x));
+          sum[i][e / 2] += ptx::ex2((s[i][j][e] * a.scale - (e % 2 ? shift.y : shift.x)) * kLog2e);
     }
     if (more) put(next, place ^ 1);
     place ^= 1;
