@@ -44,9 +44,7 @@ void column_sums(Device& device, const T* x, int64_t rows, int64_t n, float* sum
   launch(column_sums_kernel<T>,
          dim3(static_cast<unsigned>(ceil_div(n, kAcross)), static_cast<unsigned>(slices)),
          kAcross * kDown, 0, stream_of(device), x, rows, n, ceil_div(rows, slices), partial);
-  launch(gemm_detail::finish_kernel<float>, blocks_for(n, gemm_detail::kThreads),
-         gemm_detail::kThreads, 0, stream_of(device), partial, slices, int64_t{1}, n, sums, n, add,
-         Bias{});
+  gemm_detail::finish(partial, slices, 1, n, sums, n, add, {}, nullptr, stream_of(device));
 }
 
 }  // namespace p2r::cuda
