@@ -53,7 +53,9 @@ void linear_backward(const LinearBackwardArgs& a, Device& device) {
                                                          .c = weight.as<float>(),
                                                          .c_row_stride = channels,
                                                          .accumulate = bool(a.into_weight)});
-    if (bias) column_sums(device, d_out, rows, features, bias.as<float>(), bool(a.into_bias));
+    if (bias)
+      column_sums(device, d_out, rows, features, features, bias.as<float>(), bool(a.into_bias),
+                  nullptr);
   });
 }
 

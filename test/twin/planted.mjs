@@ -4,7 +4,7 @@
 export const planted = [
   {
     bug: 'linear: the next tiles overwrite those that slower warps still multiply',
-    file: 'cuda/gemm.cuh',
+    file: 'cuda/gemm_plain.cuh',
     compile: 'cuda/linear.cu',
     search: '    }\n    __syncthreads();\n  }\n\n#pragma unroll\n  for (int r = 0; r < kRows; ++r)',
     replace: '    }\n  }\n\n#pragma unroll\n  for (int r = 0; r < kRows; ++r)',
