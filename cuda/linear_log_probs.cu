@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kBlock)
 // dz keeps its digits in f16 too, whose smallest numbers p can fall far below; scale[1] = 1 /
 // scale[0].
 __global__ void __launch_bounds__(kBlock)
-    scale_kernel(Parts parts, int64_t rows, float inverse, float* scale) {
+    slope_scale_kernel(Parts parts, int64_t rows, float inverse, float* scale) {
   SMEM_ARRAY(float, largest, kBlock);
   float own = 0;
   for (int64_t i = threadIdx.x; i < rows; i += kBlock)
@@ -261,7 +261,7 @@ class Chunks {
     if constexpr (ptx::is_half<T>) {
       if (tensor_cores_) {
         float* scale = scale_.template as<float>();
-        launch(scale_kernel, 1, kBlock, 0, stream_of(device_), parts, n_,
+        launch(slope_scale_kernel, 1, kBlock, 0, stream_of(device_), parts, n_,
                static_cast<float>(1 / a_.temperature), scale);
         scaled_slopes(args, scale, dz_.template as<T>(), dz_stride_, device_);
         return multiply(parts, dz_.template as<const T>(), dz_stride_, scale + 1);
@@ -331,16 +331,16 @@ class Chunks {
   }
   Operand<T> weight() const { return {a_.weight.template as<const T>(), channels_}; }
 
-  // Without logits in memory, few launches of many tiles. With them, 128 MB of them; on tensor
-  // cores, which would wait for dweight to be read and written once a chunk, 640 MB, or 1024 rows of
-  // 151 936 columns.
+  // With logits in memory, 128 MB of them; on tensor cores, which would wait for dweight to be read
+  // and written once a chunk, 640 MB, or 1024 rows of 151 936 columns.
   int64_t most_rows(bool logits) const {
-    if (tensor_cores_ && !logits) return std::min<int64_t>(rows_, 8192);
+    constexpr int64_t kMost = 4096;
+    const int64_t rows = std::clamp<int64_t>(rows_, 12, kMost);
+    if (tensor_cores_ && !logits) return rows;
     const int64_t budget = (tensor_cores_ ? 160 : 32) * 1024 * 1024;
     int64_t fit = budget / std::max<int64_t>(columns_, 1);
-    if (tensor_cores_ && fit > 128) fit -= fit % 128;
-    const int64_t most = std::min(fit, std::max<int64_t>(rows_, 1));
-    return std::clamp<int64_t>(most, 12, 4096);
+    if (tensor_cores_ && fit > gemm_sm90::kM) fit -= fit % gemm_sm90::kM;
+    return std::clamp<int64_t>(fit, 12, rows);
   }
 
   template <class E>
