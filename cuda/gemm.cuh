@@ -6,10 +6,11 @@
 //                                                  .bias = bias});
 //
 // f16 and bf16 are multiplied on tensor cores, where lines of A and B begin at multiples of 16
-// bytes: gemm_sm90.cuh on Hopper. All else is for gemm_plain.cuh. Sums are f32 everywhere, and their
-// order follows from the shape and the kernel.
+// bytes: gemm_sm90.cuh on Hopper, gemm_sm80.cuh on all other chips. The rest is for gemm_plain.cuh.
+// Sums are f32 everywhere, and their order follows from the shape and the kernel.
 #pragma once
 #include "cuda/gemm_plain.cuh"
+#include "cuda/gemm_sm80.cuh"
 #include "cuda/gemm_sm90.cuh"
 
 namespace p2r::cuda {
@@ -33,43 +34,54 @@ inline int64_t slices_for(int64_t tiles, int64_t k) {
 
 }  // namespace gemm_detail
 
-// Whether a product of these on this device runs on tensor cores.
+// Whether a product of these runs on tensor cores.
 template <class T>
-bool on_tensor_cores(const Device& device, int64_t m, int64_t n, int64_t k, const Operand<T>& a,
-                     const Operand<T>& b) {
+bool on_tensor_cores(int64_t m, int64_t n, int64_t k, const Operand<T>& a, const Operand<T>& b) {
   return ptx::is_half<T> && m > 0 && n > 0 && k > 0 && gemm_detail::lines_aligned(a) &&
-         gemm_detail::lines_aligned(b) && gemm_sm90::runs_on(device);
+         gemm_detail::lines_aligned(b);
 }
 
-// Where on_tensor_cores: A B into an epilogue (gemm_tiles.cuh). Rows of C are cut into at most
-// `spans` spans and k into at most `slices` slices.
+// Of the tiles that a device's tensor cores work on; they have as many rows everywhere.
+constexpr int64_t kTileRows = gemm_sm90::kM;
+static_assert(kTileRows == gemm_sm80::kM);
+inline int64_t tile_columns(const Device& device) {
+  return gemm_sm90::runs_on(device) ? gemm_sm90::kN : gemm_sm80::kN;
+}
+
+// Where on_tensor_cores: A B into an epilogue (gemm_tiles.cuh). Rows of tiles are cut into `spans`
+// spans, at most one a tile, and k into at most `slices` slices.
 template <Along a_along, Along b_along, class T, class Epilogue>
 void multiply_tiles(Device& device, int64_t m, int64_t n, int64_t k, const Operand<T>& a,
                     const Operand<T>& b, int64_t spans, int64_t slices, const Epilogue& epilogue) {
-  using namespace gemm_sm90;
-  const int64_t columns = ceil_div(n, kN), steps = ceil_div(k, kK);
-  run<a_along, b_along>(device, m, n, k, a, b,
-                        {ceil_div(m, kM), columns, steps, std::min(spans, columns),
-                         std::min(slices, steps)},
-                        epilogue);
+  const int64_t rows = ceil_div(m, kTileRows), columns = ceil_div(n, tile_columns(device));
+  const auto work = [&](int64_t steps) {
+    return gemm_tiles::Work{rows, columns, steps, spans, std::min(slices, steps)};
+  };
+  if (gemm_sm90::runs_on(device))
+    gemm_sm90::run<a_along, b_along>(device, m, n, k, a, b, work(ceil_div(k, gemm_sm90::kK)),
+                                     epilogue);
+  else
+    gemm_sm80::run<a_along, b_along>(device, m, n, k, a, b, work(ceil_div(k, gemm_sm80::kK)),
+                                     epilogue);
 }
 
 template <Along a_along, Along b_along, class A, class B, class C>
 void gemm(Device& device, const Gemm<A, B, C>& g) {
   if (g.m <= 0 || g.n <= 0) return;
   if constexpr (ptx::is_half<A> && std::is_same_v<A, B>) {
-    if (on_tensor_cores(device, g.m, g.n, g.k, g.a, g.b)) {
+    if (on_tensor_cores(g.m, g.n, g.k, g.a, g.b)) {
       using gemm_tiles::Store;
-      const int64_t tiles = ceil_div(g.m, gemm_sm90::kM) * ceil_div(g.n, gemm_sm90::kN);
+      const int64_t columns = ceil_div(g.n, tile_columns(device));
+      const int64_t tiles = ceil_div(g.m, kTileRows) * columns;
       const int64_t slices = g.whole_k ? 1 : gemm_detail::slices_for(tiles, g.k);
       if (slices == 1)
         return multiply_tiles<a_along, b_along>(
-            device, g.m, g.n, g.k, g.a, g.b, g.n, 1,
+            device, g.m, g.n, g.k, g.a, g.b, columns, 1,
             Store<C>{g.c, g.m, g.n, g.c_row_stride, 0, g.accumulate, g.bias, g.scale});
       const Scratch scratch = device.scratch(slices * g.m * g.n * sizeof(float));
       float* partial = scratch.as<float>();
       multiply_tiles<a_along, b_along>(
-          device, g.m, g.n, g.k, g.a, g.b, g.n, slices,
+          device, g.m, g.n, g.k, g.a, g.b, columns, slices,
           Store<float>{partial, g.m, g.n, g.n, g.m * g.n, false, {}, nullptr});
       return gemm_detail::finish(partial, slices, g.m, g.n, g.c, g.c_row_stride, g.accumulate,
                                  g.bias, g.scale, stream_of(device));

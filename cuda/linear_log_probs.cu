@@ -201,7 +201,7 @@ class Chunks {
         columns_(a.weight.shape[0]),
         channels_(a.weight.shape[1]),
         dz_stride_(ceil_div(columns_, 8) * 8),
-        tensor_cores_(on_tensor_cores(device, rows_, columns_, channels_, hidden_rows(0), weight())),
+        tensor_cores_(on_tensor_cores(rows_, columns_, channels_, hidden_rows(0), weight())),
         most_(most_rows(logits)),
         logits_(device, logits || !tensor_cores_ ? bytes<float>(columns_) : 0),
         target_logits_(device, tensor_cores_ ? bytes<float>(1) : 0),
@@ -276,7 +276,7 @@ class Chunks {
   static constexpr int64_t kSpans = 128;
 
   void forward_on_tensor_cores(const TokenLogProbsArgs& args) {
-    const int64_t spans = std::min(kSpans, ceil_div(columns_, gemm_sm90::kN));
+    const int64_t spans = std::min(kSpans, ceil_div(columns_, tile_columns(device_)));
     multiply_tiles<Along::k, Along::k>(
         device_, n_, columns_, channels_, hidden_rows(first_), weight(), spans, 1,
         Logits{{logits_.template as<float>(), n_, columns_, columns_, 0, false, {}, nullptr},
@@ -339,7 +339,7 @@ class Chunks {
     if (tensor_cores_ && !logits) return rows;
     const int64_t budget = (tensor_cores_ ? 160 : 32) * 1024 * 1024;
     int64_t fit = budget / std::max<int64_t>(columns_, 1);
-    if (tensor_cores_ && fit > gemm_sm90::kM) fit -= fit % gemm_sm90::kM;
+    if (tensor_cores_ && fit > kTileRows) fit -= fit % kTileRows;
     return std::clamp<int64_t>(fit, 12, rows);
   }
 

@@ -235,6 +235,8 @@ __global__ void __launch_bounds__(kTileBlock)
     slopes_kernel(const T* logits, D* d_logits, Slopes a) {
   const int64_t row = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * kTile;
   const int64_t end = first + kTile < a.columns ? first + kTile : a.columns;
+  // Rows of dz that are longer end in zeros.
+  const int64_t stored = end < a.columns ? end : a.d_stride;
   const T* z = logits + row * a.columns;
   D* dz = d_logits + row * a.d_stride;
   const bool aligned = is_aligned(z) && is_aligned(dz);
@@ -270,9 +272,10 @@ __global__ void __launch_bounds__(kTileBlock)
           const float log_p = fmaf(x[i], inverse, -maximum) + low;
           x[i] = ptx::ex2(log_p * kLog2e) * (scale_p + scale_h * fmaxf(log_p, -128.0f));
         }
+        if (c + i >= a.columns) x[i] = 0;
       }
     }
-    store_vector(dz + c, end - c, aligned, x);
+    store_vector(dz + c, stored - c, aligned, x);
   }
 }
 
