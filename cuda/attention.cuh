@@ -180,6 +180,8 @@ class AttentionOnDevice {
     p_.qk_row = inner;
   }
 
+  const AttentionProblem<T>& problem() const { return p_; }
+
   // Runs kernel(problem, rest...) with a block for every `step` tokens of a sequence and every
   // head.
   template <class... P, class... A>
