@@ -5,6 +5,7 @@
 // 16 threads that share the row; rows of P pass through shared memory to the product with V. Mass:
 // a block owns 64 keys and walks over the queries.
 #include "cuda/attention.cuh"
+#include "ops/kernels.h"
 
 namespace p2r::cuda {
 
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void attention(const AttentionArgs& a, Device& device) {
+void plain_attention(const AttentionArgs& a, Device& device) {
   const AttentionLayout in = attention_layout(a.q, a.k, a.v, a.qkv);
   with_float_type(in.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
@@ -156,6 +157,36 @@ void attention(const AttentionArgs& a, Device& device) {
                a.lse.as<float>());
     });
   });
+}
+
+namespace {
+
+struct Named {
+  const char* name;
+  void (*forward)(const AttentionArgs&, Device&);
+  void (*backward)(const AttentionBackwardArgs&, Device&);
+};
+
+// What stands behind the names in ops/kernels.cpp.
+constexpr Named kNamed[] = {
+    {"plain", plain_attention, plain_attention_backward},
+};
+
+const Named& named(int64_t kernel, Device& device) {
+  const std::string name = kernel_choices("attention", device.info()).at(kernel).name;
+  for (const Named& n : kNamed)
+    if (name == n.name) return n;
+  throw Error(Code::value, "there is no kernel '" + name + "'");
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& a, Device& device) {
+  named(a.kernel, device).forward(a, device);
+}
+
+void attention_backward(const AttentionBackwardArgs& a, Device& device) {
+  named(a.kernel, device).backward(a, device);
 }
 
 void attention_mass(const AttentionMassArgs& a, Device& device) {

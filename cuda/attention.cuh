@@ -13,6 +13,10 @@
 
 namespace p2r::cuda {
 
+// Attention by the kernels of a name.
+void plain_attention(const AttentionArgs& a, Device& device);
+void plain_attention_backward(const AttentionBackwardArgs& a, Device& device);
+
 constexpr int kSide = 16, kThreads = kSide * kSide;
 constexpr int kPad = 4;
 

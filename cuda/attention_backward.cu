@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, Dim > 80 ? 1 : 2)
 
 }  // namespace
 
-void attention_backward(const AttentionBackwardArgs& a, Device& device) {
+void plain_attention_backward(const AttentionBackwardArgs& a, Device& device) {
   const AttentionLayout in = attention_layout(a.q, a.k, a.v, a.qkv);
   const AttentionLayout grad = attention_layout(a.d_q, a.d_k, a.d_v, a.d_qkv);
   const int64_t rows = in.tokens * in.heads;

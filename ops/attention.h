@@ -33,7 +33,7 @@
 
 namespace p2r {
 
-// `kernel` is an index into kernel_names("attention", device): 0 is the backend's own choice.
+// `kernel` is an index into kernel_choices("attention", device), of one that takes the input.
 // Either qkv is given (with cos and sin or without), or q, k and v.
 struct AttentionArgs {
   In q, k, v, qkv, cos, sin;

@@ -25,6 +25,7 @@
 #include "operations.h"  // made by CMake: every header of ops/
 #include "ops/fields.h"
 #include "ops/half.h"
+#include "ops/kernels.h"
 
 extern "C" void runner_origin() {}
 
@@ -40,6 +41,14 @@ int multiprocessors(Device&) { return 2; }  // few, so that persistent kernels t
 }  // namespace cuda
 
 namespace {
+
+// Hopper has every kernel; those that it shares with other chips run there too.
+DeviceInfo hopper() {
+  DeviceInfo info;
+  info.backend = "cuda";
+  info.capability = "9.0";
+  return info;
+}
 
 // Host memory of exactly the size asked for, so that AddressSanitizer sees each byte too many.
 class TwinDevice final : public Device {
@@ -85,7 +94,7 @@ class TwinDevice final : public Device {
   void drain() override {}
 
  private:
-  DeviceInfo info_;
+  DeviceInfo info_ = hopper();
   std::vector<void*> blocks_;
 };
 
@@ -128,7 +137,7 @@ std::string difference(const Field& f, const Bound& bound) {
 }
 
 template <class Args>
-std::string run(Case& c, void (*Kernels::*function)(const Args&, Device&)) {
+std::string run_once(Case& c, void (*Kernels::*function)(const Args&, Device&), int64_t kernel) {
   TwinDevice device;
   std::map<uint64_t, void*> placed;
   for (Field& f : c.fields) {
@@ -140,6 +149,7 @@ std::string run(Case& c, void (*Kernels::*function)(const Args&, Device&)) {
   }
   Args args;
   restore(args, c.fields);
+  if constexpr (requires { args.kernel; }) args.kernel = kernel;
   int32_t fault = 0;
   if constexpr (requires { args.fault; }) args.fault = &fault;
   (device.kernels().*function)(args, device);
@@ -151,11 +161,31 @@ std::string run(Case& c, void (*Kernels::*function)(const Args&, Device&)) {
   return "";
 }
 
+// An operation with a choice of kernels is run by each that takes the case, whichever was recorded.
+template <class Args>
+std::string run(Case& c, void (*Kernels::*function)(const Args&, Device&),
+                [[maybe_unused]] const std::string& family) {
+  if constexpr (requires(Args args) { args.kernel; }) {
+    Args args;
+    restore(args, c.fields);
+    const View& x = args.qkv ? args.qkv : args.q;
+    const std::vector<KernelChoice> choices = kernel_choices(family, TwinDevice().info());
+    for (size_t i = 0; i < choices.size(); ++i) {
+      if (!choices[i].takes(x.dtype, x.shape[-1])) continue;
+      if (std::string d = run_once(c, function, static_cast<int64_t>(i)); !d.empty())
+        return std::string("kernel ") + choices[i].name + ": " + d;
+    }
+    return "";
+  } else {
+    return run_once(c, function, 0);
+  }
+}
+
 std::string run_case(const std::string& path) {
   Case recorded = read_case(path);
   const std::string name = recorded.function;
 #define OP(family, function, Args) \
-  if (name == #function) return run<Args>(recorded, &Kernels::function);
+  if (name == #function) return run<Args>(recorded, &Kernels::function, #family);
 #include "ops/ops.def"
 #undef OP
   return "there is no operation " + name;
