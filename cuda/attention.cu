@@ -169,6 +169,7 @@ struct Named {
 
 // What stands behind the names in ops/kernels.cpp.
 constexpr Named kNamed[] = {
+    {"sm90", attention_sm90, attention_backward_sm90},
     {"plain", plain_attention, plain_attention_backward},
 };
 

@@ -16,6 +16,11 @@ namespace p2r::cuda {
 // Attention by the kernels of a name.
 void plain_attention(const AttentionArgs& a, Device& device);
 void plain_attention_backward(const AttentionBackwardArgs& a, Device& device);
+void attention_sm90(const AttentionArgs& a, Device& device);
+void attention_backward_sm90(const AttentionBackwardArgs& a, Device& device);
+
+// delta [H, T] = rowsum(dOut * out).
+void attention_delta(const AttentionBackwardArgs& a, float* delta, Device& device);
 
 constexpr int kSide = 16, kThreads = kSide * kSide;
 constexpr int kPad = 4;

@@ -158,6 +158,16 @@ __global__ void __launch_bounds__(kThreads, Dim > 80 ? 1 : 2)
 
 }  // namespace
 
+void attention_delta(const AttentionBackwardArgs& a, float* delta, Device& device) {
+  const int64_t tokens = a.out.shape[0], heads = a.out.shape[1], d = a.out.shape[2];
+  with_float_type(a.out.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    launch(attention_delta_kernel<T>, blocks_for(tokens * heads * 32, kThreads), kThreads, 0,
+           stream_of(device), a.d_out.as<const T>(), a.out.as<const T>(), delta, tokens,
+           static_cast<int>(heads), static_cast<int>(d));
+  });
+}
+
 void plain_attention_backward(const AttentionBackwardArgs& a, Device& device) {
   const AttentionLayout in = attention_layout(a.q, a.k, a.v, a.qkv);
   const AttentionLayout grad = attention_layout(a.d_q, a.d_k, a.d_v, a.d_qkv);
@@ -165,13 +175,11 @@ void plain_attention_backward(const AttentionBackwardArgs& a, Device& device) {
   if (!rows) return;
   const Scratch delta_memory = device.scratch(rows * sizeof(float));
   float* delta = delta_memory.as<float>();
+  attention_delta(a, delta, device);
   const float* lse = a.lse.as<const float>();
   with_float_type(in.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const T* d_out = a.d_out.as<const T>();
-    launch(attention_delta_kernel<T>, blocks_for(rows * 32, kThreads), kThreads, 0,
-           stream_of(device), d_out, a.out.as<const T>(), delta, in.tokens,
-           static_cast<int>(in.heads), static_cast<int>(in.head_dim));
     AttentionOnDevice<T> call(in, a.cos, a.sin, a.scale, device);
     with_head_dim(in.head_dim, [&](auto dim) {
       constexpr int Dim = decltype(dim)::value, Owned = kOwned<Dim>;

@@ -108,26 +108,22 @@ __global__ void __launch_bounds__(Roles<Forward<D>::groups>::threads, 1)
   SMEM_DYN(memory);
   SMEM_ARRAY(uint64_t, bars, 4 * F::stages + 3);
   SMEM_ARRAY(Work, shared_work, 1);
-  unsigned char* values = memory + F::query_bytes + F::stages * F::key_bytes;
-  const uint32_t q = ptx::smem_u32(memory), k = q + F::query_bytes, v = ptx::smem_u32(values);
-  const uint32_t bar = ptx::smem_u32(bars);
-  Ring<F::stages> keys{bar, bar + 8 * F::stages};
-  Ring<F::stages> vals{bar + 16 * F::stages, bar + 24 * F::stages};
-  const uint32_t q_full = bar + 32 * F::stages, q_empty = q_full + 8, v_landed = q_full + 16;
+  const uint32_t q = ptx::smem_u32(memory), k = q + F::query_bytes;
+  const uint32_t v = k + F::stages * F::key_bytes;
+  const Ring<F::stages> keys(ptx::smem_u32(bars)), vals(keys.full + Ring<F::stages>::bytes);
+  const uint32_t q_full = vals.full + Ring<F::stages>::bytes, q_empty = q_full + 8;
+  const uint32_t v_landed = q_full + 16;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = threadIdx.x / 128;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < F::stages; ++i) {
-      ptx::mbar_init(keys.full + 8 * i, 1);
-      ptx::mbar_init(vals.full + 8 * i, 1);
-      ptx::mbar_init(keys.empty + 8 * i, 4 * F::groups);
-      ptx::mbar_init(vals.empty + 8 * i, 4 * F::groups);
-    }
+    keys.init(4 * F::groups);
+    vals.init(4 * F::groups);
     ptx::mbar_init(q_full, 1);
     ptx::mbar_init(q_empty, 4 * F::groups);
     ptx::mbar_init(v_landed, 1);
     ptx::mbar_fence_init();
   }
   __syncthreads();
+  uint32_t step = 0;  // of the ring, over all work
 
   if (group == F::groups) {
     ptx::reg_dealloc<R::loader_registers>();
@@ -135,7 +131,7 @@ __global__ void __launch_bounds__(Roles<Forward<D>::groups>::threads, 1)
       int cleared = 0;
       for (int item = 0;; ++item) {
         const Work work = next_work(list);
-        ptx::mbar_wait(q_empty, item % 2 ^ 1);
+        wait_warp(q_empty, item % 2 ^ 1);
         if (lane == 0) {
           shared_work[0] = work;
           ptx::mbar_arrive_expect_tx(q_full, work.head < 0 ? 0 : F::query_bytes);
@@ -143,35 +139,30 @@ __global__ void __launch_bounds__(Roles<Forward<D>::groups>::threads, 1)
             load_rows<D, F::queries>(q, q_map, q_full, work.head, work.begin + work.first);
         }
         if (work.head < 0) break;
-        const int steps = (work.length + N - 1) / N, left = work.length - (steps - 1) * N;
-        const bool ragged = left < N;
-        const auto clear_values = [&](int stage) {
+        const int steps = (work.length + N - 1) / N, left = work.length % N;
+        const auto clear_values = [&](uint32_t at) {
           ptx::mbar_wait(v_landed, cleared % 2);
           ++cleared;
-          clear_rows<D, N>(values + stage * F::key_bytes, left);
-          if (lane == 0) ptx::mbar_arrive(vals.full + 8 * stage);
+          clear_rows<D, N>(memory + (v - q) + vals.stage(at) * F::key_bytes, left);
+          if (lane == 0) ptx::mbar_arrive(vals.full_bar(at));
         };
-        const int first_stage = vals.stage();
-        for (int step = 0; step < steps; ++step) {
-          const int token = work.begin + (steps - 1 - step) * N;
-          keys.wait_empty();
+        for (int n = steps - 1; n >= 0; --n, ++step) {
+          const int token = work.begin + n * N, place = keys.stage(step) * F::key_bytes;
+          keys.wait_empty(step);
           if (lane == 0) {
-            ptx::mbar_arrive_expect_tx(keys.full_bar(), F::key_bytes);
-            load_rows<D, N>(k + keys.stage() * F::key_bytes, k_map, keys.full_bar(), work.head,
-                            token);
+            ptx::mbar_arrive_expect_tx(keys.full_bar(step), F::key_bytes);
+            load_rows<D, N>(k + place, k_map, keys.full_bar(step), work.head, token);
           }
-          ++keys.step;
           // The ragged values are on their way for a while; the next keys went first.
-          if (ragged && step == 1) clear_values(first_stage);
-          vals.wait_empty();
+          if (left && n == steps - 2) clear_values(step - 1);
+          vals.wait_empty(step);
           if (lane == 0) {
-            const uint32_t landed = ragged && step == 0 ? v_landed : vals.full_bar();
+            const uint32_t landed = left && n == steps - 1 ? v_landed : vals.full_bar(step);
             ptx::mbar_arrive_expect_tx(landed, F::key_bytes);
-            load_rows<D, N>(v + vals.stage() * F::key_bytes, v_map, landed, work.head, token);
+            load_rows<D, N>(v + place, v_map, landed, work.head, token);
           }
-          ++vals.step;
         }
-        if (ragged && steps == 1) clear_values(first_stage);
+        if (left && steps == 1) clear_values(step - 1);
       }
     }
   } else {
@@ -182,25 +173,25 @@ __global__ void __launch_bounds__(Roles<Forward<D>::groups>::threads, 1)
       ptx::mbar_wait(q_full, item % 2);
       const Work work = shared_work[0];
       if (work.head < 0) break;
-      const int steps = (work.length + N - 1) / N, left = work.length - (steps - 1) * N;
+      const uint32_t last = step + (work.length - 1) / N;
+      const int left = work.length % N;
       RunningSoftmax softmax(scale);
       float s[N / 2], o[D / 2], decay[2];
       uint32_t p[N / 16][4];
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] = 0;
 
-      keys.wait_full();
+      keys.wait_full(step);
       take_turn(group);
       ptx::wgmma_fence();
-      multiply_rows<T, D, F::queries, N>(s, own_q, k + keys.stage() * F::key_bytes);
+      multiply_rows<T, D, F::queries, N>(s, own_q, k + keys.stage(step) * F::key_bytes);
       ptx::wgmma_commit();
       pass_turn(group, F::groups);
       ptx::wgmma_wait<0>();
       ptx::wgmma_keep(s);
-      arrive_warp(keys.empty_bar());
-      ++keys.step;
-      if (steps == 1) arrive_warp(q_empty);
-      if (left < N) {
+      arrive_warp(keys.empty_bar(step));
+      if (step == last) arrive_warp(q_empty);
+      if (left) {
 #pragma unroll
         for (int i = 0; i < N / 2; ++i)
           if (8 * (i / 4) + 2 * (lane % 4) + i % 2 >= left) s[i] = softmax.least;
@@ -208,45 +199,45 @@ __global__ void __launch_bounds__(Roles<Forward<D>::groups>::threads, 1)
       softmax.weigh(s, decay);
       pack_weights<T, N>(p, s);
 
-      for (int step = 1; step < steps; ++step) {
-        keys.wait_full();
+      for (; step < last; ++step) {
+        const uint32_t next = step + 1;
+        keys.wait_full(next);
         take_turn(group);
         ptx::wgmma_keep(s);
+        ptx::wgmma_fence();
+        multiply_rows<T, D, F::queries, N>(s, own_q, k + keys.stage(next) * F::key_bytes);
+        ptx::wgmma_commit();
+        vals.wait_full(step);
         ptx::wgmma_keep(o);
         keep_weights<N>(p);
         ptx::wgmma_fence();
-        multiply_rows<T, D, F::queries, N>(s, own_q, k + keys.stage() * F::key_bytes);
-        ptx::wgmma_commit();
-        vals.wait_full();
-        add_rows<T, D, N>(o, p, v + vals.stage() * F::key_bytes);
+        add_rows<T, D, N>(o, p, v + vals.stage(step) * F::key_bytes);
         ptx::wgmma_commit();
         pass_turn(group, F::groups);
         ptx::wgmma_wait<1>();
         ptx::wgmma_keep(s);
-        arrive_warp(keys.empty_bar());
-        ++keys.step;
-        if (step == steps - 1) arrive_warp(q_empty);
+        arrive_warp(keys.empty_bar(next));
+        if (next == last) arrive_warp(q_empty);
         softmax.weigh(s, decay);
         ptx::wgmma_wait<0>();
         ptx::wgmma_keep(o);
-        arrive_warp(vals.empty_bar());
-        ++vals.step;
-        // The weights may be packed only now: the product just waited for was reading the last.
+        arrive_warp(vals.empty_bar(step));
+        // Not before: the product just waited for was reading the last step's weights.
         pack_weights<T, N>(p, s);
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) o[i] *= decay[i / 2 % 2];
       }
 
-      vals.wait_full();
+      vals.wait_full(step);
       ptx::wgmma_keep(o);
       keep_weights<N>(p);
       ptx::wgmma_fence();
-      add_rows<T, D, N>(o, p, v + vals.stage() * F::key_bytes);
+      add_rows<T, D, N>(o, p, v + vals.stage(step) * F::key_bytes);
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       ptx::wgmma_keep(o);
-      arrive_warp(vals.empty_bar());
-      ++vals.step;
+      arrive_warp(vals.empty_bar(step));
+      ++step;
 
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -275,6 +266,7 @@ __global__ void __launch_bounds__(Roles<Forward<D>::groups>::threads, 1)
 
 void attention_sm90(const AttentionArgs& a, Device& device) {
   const AttentionLayout in = attention_layout(a.q, a.k, a.v, a.qkv);
+  if (!attention_sm90_can(in, a.scale)) return plain_attention(a, device);
   with_half_type(in.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const AttentionOnDevice<T> call(in, a.cos, a.sin, a.scale, device);

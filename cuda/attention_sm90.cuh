@@ -16,16 +16,12 @@
 
 namespace p2r::cuda {
 
-// Whether these kernels take such inputs. A logit is a product times `scale`, and masked products
-// are infinite, so that a scale of 0 is not for them.
-inline bool attention_sm90_takes(const AttentionLayout& in, double scale) {
-  const int64_t d = in.head_dim;
+// Whether TMA can read these inputs, and the masks of these kernels hold: masked products are
+// infinite, and times a scale of 0 that is not -inf.
+inline bool attention_sm90_can(const AttentionLayout& in, double scale) {
   const auto aligned = [](const char* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  return in.dtype != DType::f32 && (d == 64 || d == 72 || d == 80 || d == 128) && aligned(in.q) &&
-         aligned(in.k) && aligned(in.v) && static_cast<float>(scale) != 0;
+  return aligned(in.q) && aligned(in.k) && aligned(in.v) && static_cast<float>(scale) != 0;
 }
-void attention_sm90(const AttentionArgs& a, Device& device);
-void attention_backward_sm90(const AttentionBackwardArgs& a, Device& device);
 
 // Calls f with a null pointer of the element type.
 template <class F>
@@ -48,6 +44,8 @@ void with_sm90_head_dim(int64_t d, F&& f) {
   else
     f(std::integral_constant<int, 128>());
 }
+
+constexpr float kLog2E = 1.4426950408889634f;
 
 template <int D>
 struct Panels {
@@ -142,8 +140,8 @@ template <int Groups>
 struct Roles {
   static constexpr int threads = (Groups + 1) * 128;
   // setmaxnreg: what the register file holds, moved from the loading warpgroup to the others.
-  static constexpr int loader_registers = Groups == 2 ? 24 : 32;
-  static constexpr int registers = Groups == 2 ? 240 : 160;
+  static constexpr int loader_registers = Groups == 2 ? 40 : 32;
+  static constexpr int registers = Groups == 2 ? 232 : 160;
 };
 
 // One arrival of a warp, after all of its lanes are done.
@@ -152,17 +150,36 @@ __device__ __forceinline__ void arrive_warp(uint32_t bar) {
   if (threadIdx.x % 32 == 0) ptx::mbar_arrive(bar);
 }
 
-// A ring of Stages tiles: the full and the empty barriers, and where one of both sides is in it.
+// Keeps the lanes together: one left behind here while another goes on to what completes the next
+// phase would wait for the phase after that.
+__device__ __forceinline__ void wait_warp(uint32_t bar, int parity) {
+  ptx::mbar_wait(bar, parity);
+  __syncwarp();
+}
+
+// The barriers of a ring of Stages tiles that are filled and emptied in turn; `step` counts them
+// over a block's whole life.
 template <int Stages>
 struct Ring {
   uint32_t full, empty;
-  uint32_t step = 0;
-  __device__ __forceinline__ int stage() const { return static_cast<int>(step % Stages); }
-  __device__ __forceinline__ int parity() const { return static_cast<int>(step / Stages & 1); }
-  __device__ __forceinline__ uint32_t full_bar() const { return full + 8 * stage(); }
-  __device__ __forceinline__ uint32_t empty_bar() const { return empty + 8 * stage(); }
-  __device__ __forceinline__ void wait_full() const { ptx::mbar_wait(full_bar(), parity()); }
-  __device__ __forceinline__ void wait_empty() const { ptx::mbar_wait(empty_bar(), parity() ^ 1); }
+  static constexpr int bytes = 16 * Stages;
+  __device__ __forceinline__ explicit Ring(uint32_t bars) : full(bars), empty(bars + 8 * Stages) {}
+  __device__ __forceinline__ static int stage(uint32_t step) { return static_cast<int>(step % Stages); }
+  __device__ __forceinline__ uint32_t full_bar(uint32_t step) const { return full + 8 * stage(step); }
+  __device__ __forceinline__ uint32_t empty_bar(uint32_t step) const { return empty + 8 * stage(step); }
+  __device__ __forceinline__ void wait_full(uint32_t step) const {
+    ptx::mbar_wait(full_bar(step), static_cast<int>(step / Stages % 2));
+  }
+  __device__ __forceinline__ void wait_empty(uint32_t step) const {
+    wait_warp(empty_bar(step), static_cast<int>(step / Stages % 2 ^ 1));
+  }
+  // Before the block's first barrier, by one thread.
+  __device__ __forceinline__ void init(int readers) const {
+    for (int i = 0; i < Stages; ++i) {
+      ptx::mbar_init(full + 8 * i, 1);
+      ptx::mbar_init(empty + 8 * i, readers);
+    }
+  }
 };
 
 // ---- work ----
@@ -171,9 +188,11 @@ struct Ring {
 // within a head those of the longest sequences come first.
 struct WorkList {
   const AttentionTile* tiles;
-  int64_t count;  // of tiles, each of which is there for every head
+  // Of tiles, each of which is there for every head. 2^32 of them would be half a terabyte of
+  // queries.
+  uint32_t count;
   int heads;
-  unsigned long long* taken;
+  uint32_t* taken;
 };
 
 struct Work {
@@ -183,13 +202,13 @@ struct Work {
 
 // The next work, for all lanes of the warp that asks.
 __device__ __forceinline__ Work next_work(const WorkList& list) {
-  unsigned long long item = 0;
-  if (threadIdx.x % 32 == 0) item = atomicAdd(list.taken, 1ull);
+  uint32_t item = 0;
+  if (threadIdx.x % 32 == 0) item = atomicAdd(list.taken, 1u);
   item = __shfl_sync(0xFFFFFFFFu, item, 0);
-  const int64_t head = static_cast<int64_t>(item) / list.count;
+  const int head = static_cast<int>(item / list.count);
   if (head >= list.heads) return {0, 0, 0, -1};
-  const AttentionTile t = list.tiles[static_cast<int64_t>(item) - head * list.count];
-  return {t.begin, t.length, t.first, static_cast<int>(head)};
+  const AttentionTile t = list.tiles[item % list.count];
+  return {t.begin, t.length, t.first, head};
 }
 
 // The list on the device, for tiles of `step` tokens.
@@ -197,17 +216,19 @@ class WorkOnDevice {
  public:
   WorkOnDevice(const Ints& cu_seqlens, int step, int64_t heads, Device& device)
       : memory_(device, fill(cu_seqlens, step)) {
-    list_.taken = memory_.as<unsigned long long>();
+    list_.taken = memory_.as<uint32_t>();
     list_.tiles = reinterpret_cast<const AttentionTile*>(memory_.as<char>() + kCounter);
-    list_.count = static_cast<int64_t>(tiles_.size());
+    list_.count = static_cast<uint32_t>(tiles_.size());
     list_.heads = static_cast<int>(heads);
-    device.zero(memory_.as<void>(), kCounter);
+    restart(device);
     device.upload(memory_.as<char>() + kCounter, tiles_.data(), tiles_.size() * sizeof tiles_[0]);
   }
   const WorkList& list() const { return list_; }
+  // For a second kernel over the same tiles.
+  void restart(Device& device) const { device.zero(memory_.as<void>(), kCounter); }
   unsigned blocks(Device& device) const {
     return static_cast<unsigned>(
-        std::min<int64_t>(list_.count * list_.heads, multiprocessors(device)));
+        std::min<int64_t>(int64_t{list_.count} * list_.heads, multiprocessors(device)));
   }
 
  private:
