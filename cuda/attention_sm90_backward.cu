@@ -34,11 +34,11 @@ constexpr int kGroups = 2, kOwned = 64 * kGroups, kStages = 2;
 // rows / 4 packed, the sums D / 2 each.
 template <int D>
 struct KeysOwn {
-  static constexpr int rows = D == 64 ? 112 : D == 128 ? 64 : 96;
+  static constexpr int rows = D <= 72 ? 128 : D == 80 ? 96 : 64;
 };
 template <int D>
 struct QueriesOwn {
-  static constexpr int rows = D == 128 ? 96 : 128;
+  static constexpr int rows = 128;
 };
 
 template <int D, int Rows>
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
       if (work.head < 0) break;
       const uint32_t end = step + (work.length + N - 1) / N;
       float dk[D / 2], dv[D / 2], s[N / 2], ds[N / 2];
-      uint32_t w[N / 16][4];
+      uint32_t p[N / 16][4], w[N / 16][4];
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
 
@@ -247,33 +247,29 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
             s[4 * t + 2 * h + 1] = ptx::ex2(s[4 * t + 2 * h + 1] * scale_log2 - shift.y);
           }
         }
-        pack_weights<T, N>(w, s);
-        ptx::wgmma_keep(dv);
-        keep_weights<N>(w);
-        ptx::wgmma_fence();
-        add_rows<T, D, N>(dv, w, g);
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<1>();
+        pack_weights<T, N>(p, s);
+        ptx::wgmma_wait<0>();
         ptx::wgmma_keep(ds);
 #pragma unroll
         for (int t = 0; t < N / 8; ++t) {
           const float2 mean = *reinterpret_cast<const float2*>(at.delta + 8 * t + 2 * (lane % 4));
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            s[4 * t + 2 * h] *= ds[4 * t + 2 * h] - mean.x;
-            s[4 * t + 2 * h + 1] *= ds[4 * t + 2 * h + 1] - mean.y;
+            ds[4 * t + 2 * h] = s[4 * t + 2 * h] * (ds[4 * t + 2 * h] - mean.x);
+            ds[4 * t + 2 * h + 1] = s[4 * t + 2 * h + 1] * (ds[4 * t + 2 * h + 1] - mean.y);
           }
         }
-        // The weights' registers are free once they are in dV.
-        ptx::wgmma_wait<0>();
+        pack_weights<T, N>(w, ds);
         ptx::wgmma_keep(dv);
-        pack_weights<T, N>(w, s);
         ptx::wgmma_keep(dk);
+        keep_weights<N>(p);
         keep_weights<N>(w);
         ptx::wgmma_fence();
+        add_rows<T, D, N>(dv, p, g);
         add_rows<T, D, N>(dk, w, q);
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
+        ptx::wgmma_keep(dv);
         ptx::wgmma_keep(dk);
         arrive_warp(bars.ring.empty_bar(step));
       }
