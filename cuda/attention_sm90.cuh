@@ -18,7 +18,7 @@ namespace p2r::cuda {
 
 // Whether TMA can read these inputs, and the masks of these kernels hold: masked products are
 // infinite, and times a scale of 0 that is not -inf.
-inline bool attention_sm90_can(const AttentionLayout& in, double scale) {
+inline bool wgmma_attention_can(const AttentionLayout& in, double scale) {
   const auto aligned = [](const char* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   return aligned(in.q) && aligned(in.k) && aligned(in.v) && static_cast<float>(scale) != 0;
 }

@@ -371,27 +371,27 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
 
 }  // namespace
 
-void attention_backward_sm90(const AttentionBackwardArgs& a, Device& device) {
+void wgmma_attention_backward(const AttentionBackwardArgs& a, Device& device) {
   const AttentionLayout in = attention_layout(a.q, a.k, a.v, a.qkv);
   const AttentionLayout grad = attention_layout(a.d_q, a.d_k, a.d_v, a.d_qkv);
-  if (!attention_sm90_can(in, a.scale) || reinterpret_cast<uintptr_t>(a.d_out.data) % 16)
+  if (!wgmma_attention_can(in, a.scale) || reinterpret_cast<uintptr_t>(a.d_out.data) % 16)
     return plain_attention_backward(a, device);
   const int64_t rows = in.tokens * in.heads, g_row = in.heads * in.head_dim;
   if (!rows) return;
   const Scratch delta_memory = device.scratch(rows * sizeof(float));
   float* delta = delta_memory.as<float>();
-  attention_delta(a, delta, device);
   const float* lse = a.lse.as<const float>();
   const float scale = static_cast<float>(a.scale);
   with_half_type(in.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
+    const T* d_out = a.d_out.as<const T>();
+    attention_delta(d_out, a.out.as<const T>(), delta, in, device);
     const AttentionOnDevice<T> call(in, a.cos, a.sin, a.scale, device);
     const AttentionProblem<T>& p = call.problem();
     const WorkOnDevice work(a.cu_seqlens, kOwned, in.heads, device);
     const unsigned blocks = work.blocks(device);
     with_sm90_head_dim(in.head_dim, [&](auto dim) {
       constexpr int D = decltype(dim)::value, Q = KeysOwn<D>::rows, K = QueriesOwn<D>::rows;
-      const T* d_out = a.d_out.as<const T>();
       const auto map = [&](const T* x, int64_t row, auto box) {
         return attention_map<T, D, decltype(box)::value>(x, row, in.tokens, in.heads);
       };

@@ -5,6 +5,7 @@ namespace p2r {
 namespace {
 
 bool any(DType, int64_t) { return true; }
+bool halves(DType dtype, int64_t) { return dtype != DType::f32; }
 
 bool hopper(DType dtype, int64_t head_dim) {
   return dtype != DType::f32 &&
@@ -14,7 +15,8 @@ bool hopper(DType dtype, int64_t head_dim) {
 // Each device's in the order of preference.
 constexpr KernelChoice kChoices[] = {
     {"attention", "cpu", "", "tiled", any},
-    {"attention", "cuda", "9.0", "sm90", hopper},
+    {"attention", "cuda", "9.0", "wgmma", hopper},
+    {"attention", "cuda", "", "mma", halves},
     {"attention", "cuda", "", "plain", any},
 };
 
