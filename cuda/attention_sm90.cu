@@ -248,14 +248,13 @@ __global__ void __launch_bounds__(Roles<Forward<D>::groups>::threads, 1)
         if (row >= work.length) continue;
         const int64_t token = int64_t{work.begin} + row;
         if (lane % 4 == 0)
-          lse[work.head * tokens + token] =
-              softmax.top[h] * (scale * 0.69314718f) + logf(total);
+          lse[work.head * tokens + token] = softmax.top[h] * (scale * 0.69314718f) + logf(total);
         const float inverse = 1 / total;
         T* to = out + (token * list.heads + work.head) * D + 2 * (lane % 4);
 #pragma unroll
         for (int c = 0; c < D / 8; ++c)
-          *reinterpret_cast<uint32_t*>(to + 8 * c) = ptx::pack2<T>(
-              o[4 * c + 2 * h] * inverse, o[4 * c + 2 * h + 1] * inverse);
+          *reinterpret_cast<uint32_t*>(to + 8 * c) =
+              ptx::pack2<T>(o[4 * c + 2 * h] * inverse, o[4 * c + 2 * h + 1] * inverse);
       }
     }
     if (group == 0) take_turn(group);
@@ -278,8 +277,7 @@ void wgmma_attention(const AttentionArgs& a, Device& device) {
       const unsigned blocks = work.blocks(device);
       if (blocks == 0) return;
       launch(attention_sm90_kernel<T, D>, blocks, Roles<F::groups>::threads, F::shared,
-             stream_of(device),
-             attention_map<T, D, F::queries>(p.q, p.qk_row, in.tokens, in.heads),
+             stream_of(device), attention_map<T, D, F::queries>(p.q, p.qk_row, in.tokens, in.heads),
              attention_map<T, D, F::keys>(p.k, p.qk_row, in.tokens, in.heads),
              attention_map<T, D, F::keys>(p.v, p.v_row, in.tokens, in.heads), work.list(),
              a.out.as<T>(), a.lse.as<float>(), in.tokens,

@@ -2,12 +2,12 @@
 // such tiles by wgmma, the queue of work, and the mbarriers between one warp that loads and the
 // warpgroups that multiply.
 //
-// Rows lie in panels: all rows' first kWidth columns, then all rows' next, each panel [rows][kWidth]
-// under the swizzle as wide as its rows, which is how TMA writes boxes and how wgmma reads operands
-// of either major. 64 and 128 columns are whole panels of 64. For 72 and 80 the panels are 32 wide:
-// a product over d then stops at 80 and one into d columns takes exactly 72 or 80, from one
-// descriptor. Columns of the last panel beyond D are zeros, since TMA fills what lies outside the
-// tensor.
+// Rows lie in panels: all rows' first kWidth columns, then all rows' next, each panel
+// [rows][kWidth] under the swizzle as wide as its rows, which is how TMA writes boxes and how wgmma
+// reads operands of either major. 64 and 128 columns are whole panels of 64. For 72 and 80 the
+// panels are 32 wide: a product over d then stops at 80 and one into d columns takes exactly 72 or
+// 80, from one descriptor. Columns of the last panel beyond D are zeros, since TMA fills what lies
+// outside the tensor.
 #pragma once
 #include <algorithm>
 
@@ -96,12 +96,11 @@ __device__ __forceinline__ void multiply_rows(float (&s)[N / 2], uint32_t a, uin
 #pragma unroll
   for (int k = 0; k < P::steps; ++k) {
     const int panel = k * 16 / P::width, inside = k * 16 % P::width * 2;
-    ptx::wgmma_ss<T, N>(s,
-                        ptx::matrix_desc(a + panel * ARows * P::row_bytes + inside, 0,
-                                         P::group_bytes, P::swizzle),
-                        ptx::matrix_desc(b + panel * N * P::row_bytes + inside, 0, P::group_bytes,
-                                         P::swizzle),
-                        k > 0);
+    ptx::wgmma_ss<T, N>(
+        s,
+        ptx::matrix_desc(a + panel * ARows * P::row_bytes + inside, 0, P::group_bytes, P::swizzle),
+        ptx::matrix_desc(b + panel * N * P::row_bytes + inside, 0, P::group_bytes, P::swizzle),
+        k > 0);
   }
 }
 
@@ -124,8 +123,7 @@ __device__ __forceinline__ void pack_weights(uint32_t (&w)[N / 16][4], const flo
 #pragma unroll
   for (int k = 0; k < N / 16; ++k)
 #pragma unroll
-    for (int r = 0; r < 4; ++r)
-      w[k][r] = ptx::pack2<T>(s[8 * k + 2 * r], s[8 * k + 2 * r + 1]);
+    for (int r = 0; r < 4; ++r) w[k][r] = ptx::pack2<T>(s[8 * k + 2 * r], s[8 * k + 2 * r + 1]);
 }
 
 template <int N>
@@ -164,9 +162,15 @@ struct Ring {
   uint32_t full, empty;
   static constexpr int bytes = 16 * Stages;
   __device__ __forceinline__ explicit Ring(uint32_t bars) : full(bars), empty(bars + 8 * Stages) {}
-  __device__ __forceinline__ static int stage(uint32_t step) { return static_cast<int>(step % Stages); }
-  __device__ __forceinline__ uint32_t full_bar(uint32_t step) const { return full + 8 * stage(step); }
-  __device__ __forceinline__ uint32_t empty_bar(uint32_t step) const { return empty + 8 * stage(step); }
+  __device__ __forceinline__ static int stage(uint32_t step) {
+    return static_cast<int>(step % Stages);
+  }
+  __device__ __forceinline__ uint32_t full_bar(uint32_t step) const {
+    return full + 8 * stage(step);
+  }
+  __device__ __forceinline__ uint32_t empty_bar(uint32_t step) const {
+    return empty + 8 * stage(step);
+  }
   __device__ __forceinline__ void wait_full(uint32_t step) const {
     ptx::mbar_wait(full_bar(step), static_cast<int>(step / Stages % 2));
   }

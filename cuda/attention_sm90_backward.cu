@@ -76,10 +76,9 @@ struct Scalars {
 template <int D, int Rows>
 __device__ __forceinline__ void load_all(const WorkList& list, const Bars& bars,
                                          unsigned char* memory, Work* shared_work,
-                                         const TensorMap& a, const TensorMap& b,
-                                         const TensorMap& x, const TensorMap& y,
-                                         Scalars<Rows>* scalars, const float* lse,
-                                         const float* delta, int64_t tokens) {
+                                         const TensorMap& a, const TensorMap& b, const TensorMap& x,
+                                         const TensorMap& y, Scalars<Rows>* scalars,
+                                         const float* lse, const float* delta, int64_t tokens) {
   using Tile = Tiles<D, Rows>;
   const int lane = threadIdx.x % 32;
   const uint32_t owned = ptx::smem_u32(memory), steps_at = 2 * Tile::owned_bytes;
@@ -328,8 +327,8 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
       for (int i = 0; i < D / 2; ++i) dq[i] = 0;
 
       for (; step != end; ++step) {
-        const uint32_t k = ptx::smem_u32(memory) + 2 * Tile::owned_bytes +
-                           2 * bars.ring.stage(step) * Tile::bytes;
+        const uint32_t k =
+            ptx::smem_u32(memory) + 2 * Tile::owned_bytes + 2 * bars.ring.stage(step) * Tile::bytes;
         bars.ring.wait_full(step);
         ptx::wgmma_keep(s);
         ptx::wgmma_keep(ds);
@@ -341,8 +340,7 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
         ptx::wgmma_wait<1>();
         ptx::wgmma_keep(s);
 #pragma unroll
-        for (int i = 0; i < N / 2; ++i)
-          s[i] = ptx::ex2(s[i] * scale_log2 - shift[i / 2 % 2]);
+        for (int i = 0; i < N / 2; ++i) s[i] = ptx::ex2(s[i] * scale_log2 - shift[i / 2 % 2]);
         ptx::wgmma_wait<0>();
         ptx::wgmma_keep(ds);
 #pragma unroll
@@ -398,17 +396,16 @@ void wgmma_attention_backward(const AttentionBackwardArgs& a, Device& device) {
       const std::integral_constant<int, kOwned> owned;
       const std::integral_constant<int, Q> queries;
       const std::integral_constant<int, K> keys;
-      launch(attention_d_kv_sm90_kernel<T, D>, blocks, Roles<kGroups>::threads,
-             Tiles<D, Q>::shared, stream_of(device), map(p.k, p.qk_row, owned),
-             map(p.v, p.v_row, owned), map(p.q, p.qk_row, queries), map(d_out, g_row, queries),
-             work.list(), lse, delta, reinterpret_cast<T*>(grad.k), reinterpret_cast<T*>(grad.v),
-             grad.row, p.cos, p.sin, in.tokens, scale);
-      work.restart(device);
-      launch(attention_d_q_sm90_kernel<T, D>, blocks, Roles<kGroups>::threads,
-             Tiles<D, K>::shared, stream_of(device), map(p.q, p.qk_row, owned),
-             map(d_out, g_row, owned), map(p.k, p.qk_row, keys), map(p.v, p.v_row, keys),
-             work.list(), lse, delta, reinterpret_cast<T*>(grad.q), grad.row, p.cos, p.sin,
+      launch(attention_d_kv_sm90_kernel<T, D>, blocks, Roles<kGroups>::threads, Tiles<D, Q>::shared,
+             stream_of(device), map(p.k, p.qk_row, owned), map(p.v, p.v_row, owned),
+             map(p.q, p.qk_row, queries), map(d_out, g_row, queries), work.list(), lse, delta,
+             reinterpret_cast<T*>(grad.k), reinterpret_cast<T*>(grad.v), grad.row, p.cos, p.sin,
              in.tokens, scale);
+      work.restart(device);
+      launch(attention_d_q_sm90_kernel<T, D>, blocks, Roles<kGroups>::threads, Tiles<D, K>::shared,
+             stream_of(device), map(p.q, p.qk_row, owned), map(d_out, g_row, owned),
+             map(p.k, p.qk_row, keys), map(p.v, p.v_row, keys), work.list(), lse, delta,
+             reinterpret_cast<T*>(grad.q), grad.row, p.cos, p.sin, in.tokens, scale);
     });
   });
 }
