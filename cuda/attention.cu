@@ -169,6 +169,7 @@ struct Named {
 
 // What stands behind the names in ops/kernels.cpp.
 constexpr Named kNamed[] = {
+    {"wgmma", wgmma_attention, wgmma_attention_backward},
     {"mma", mma_attention, mma_attention_backward},
     {"plain", plain_attention, plain_attention_backward},
 };

@@ -20,6 +20,8 @@ void plain_attention_backward(const AttentionBackwardArgs& a, Device& device);
 void mma_attention(const AttentionArgs& a, Device& device);
 void mma_attention_backward(const AttentionBackwardArgs& a, Device& device);
 void mma_attention_mass(const AttentionMassArgs& a, Device& device);
+void wgmma_attention(const AttentionArgs& a, Device& device);
+void wgmma_attention_backward(const AttentionBackwardArgs& a, Device& device);
 
 constexpr int kSide = 16, kThreads = kSide * kSide;
 constexpr int kPad = 4;

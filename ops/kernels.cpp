@@ -7,9 +7,15 @@ namespace {
 bool any(DType, int64_t) { return true; }
 bool halves(DType dtype, int64_t) { return dtype != DType::f32; }
 
+bool hopper(DType dtype, int64_t head_dim) {
+  return dtype != DType::f32 &&
+         (head_dim == 64 || head_dim == 72 || head_dim == 80 || head_dim == 128);
+}
+
 // Each device's in the order of preference.
 constexpr KernelChoice kChoices[] = {
     {"attention", "cpu", "", "tiled", any},
+    {"attention", "cuda", "9.0", "wgmma", hopper},
     {"attention", "cuda", "", "mma", halves},
     {"attention", "cuda", "", "plain", any},
 };
