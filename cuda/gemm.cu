@@ -1,14 +1,13 @@
 // The products themselves: which kernel takes one, and the types and layouts that there are.
 #include "cuda/gemm.cuh"
-
 #include "cuda/gemm_plain.cuh"
 
 namespace p2r::cuda {
 
 namespace {
 
-// Slices of at least 512 until all of a large chip has a tile, of at least 4096 until the last round
-// of tiles is a small part of all.
+// Slices of at least 512 until all of a large chip has a tile, of at least 4096 until the last
+// round of tiles is a small part of all.
 int64_t slices_for(int64_t tiles, int64_t k) {
   constexpr int64_t kMostSlices = 64;
   const int64_t fill = std::min(ceil_div(128, tiles), k / 512);
@@ -44,18 +43,18 @@ void gemm(Device& device, const Gemm<A, B, C>& g) {
 }
 
 // x W^T; dy W; dy^T x.
-#define P2R_GEMMS(T)                                                           \
-  template void gemm<Along::k, Along::k>(Device&, const Gemm<T, T, T>&);       \
-  template void gemm<Along::k, Along::mn>(Device&, const Gemm<T, T, T>&);      \
+#define P2R_GEMMS(T)                                                      \
+  template void gemm<Along::k, Along::k>(Device&, const Gemm<T, T, T>&);  \
+  template void gemm<Along::k, Along::mn>(Device&, const Gemm<T, T, T>&); \
   template void gemm<Along::mn, Along::mn>(Device&, const Gemm<T, T, float>&);
 P2R_GEMMS(float)
 P2R_GEMMS(__half)
 P2R_GEMMS(__nv_bfloat16)
 
 // Of the head of a language model, whose logits, and their gradient off tensor cores, are f32.
-#define P2R_HEAD_GEMMS(T)                                                      \
-  template void gemm<Along::k, Along::k>(Device&, const Gemm<T, T, float>&);   \
-  template void gemm<Along::k, Along::mn>(Device&, const Gemm<float, T, T>&);  \
+#define P2R_HEAD_GEMMS(T)                                                     \
+  template void gemm<Along::k, Along::k>(Device&, const Gemm<T, T, float>&);  \
+  template void gemm<Along::k, Along::mn>(Device&, const Gemm<float, T, T>&); \
   template void gemm<Along::mn, Along::mn>(Device&, const Gemm<float, T, float>&);
 P2R_HEAD_GEMMS(__half)
 P2R_HEAD_GEMMS(__nv_bfloat16)
