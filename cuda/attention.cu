@@ -97,9 +97,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class T, int Dim>
+template <int Dim>
 __global__ void __launch_bounds__(kThreads)
-    attention_mass_kernel(AttentionProblem<T> a, const float* lse, float* mass) {
+    attention_mass_kernel(AttentionProblem<float> a, const float* lse, float* mass) {
   SMEM_DYN(memory);
   float* k = reinterpret_cast<float*>(memory);
   float* q = k + kTile * (Dim + kPad);
@@ -169,6 +169,7 @@ struct Named {
 
 // What stands behind the names in ops/kernels.cpp.
 constexpr Named kNamed[] = {
+    {"mma", mma_attention, mma_attention_backward},
     {"plain", plain_attention, plain_attention_backward},
 };
 
@@ -191,14 +192,12 @@ void attention_backward(const AttentionBackwardArgs& a, Device& device) {
 
 void attention_mass(const AttentionMassArgs& a, Device& device) {
   const AttentionLayout in = attention_layout(a.q, a.k, View(), a.qkv);
-  with_float_type(in.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    AttentionOnDevice<T> call(in, a.cos, a.sin, a.scale, device);
-    with_head_dim(in.head_dim, [&](auto dim) {
-      constexpr int Dim = decltype(dim)::value;
-      call.run(attention_mass_kernel<T, Dim>, a.cu_seqlens, kTile, 2 * tile_bytes(kTile, Dim),
-               a.lse.as<const float>(), a.mass.as<float>());
-    });
+  if (in.dtype != DType::f32) return mma_attention_mass(a, device);
+  AttentionOnDevice<float> call(in, a.cos, a.sin, a.scale, device);
+  with_head_dim(in.head_dim, [&](auto dim) {
+    constexpr int Dim = decltype(dim)::value;
+    call.run(attention_mass_kernel<Dim>, a.cu_seqlens, kTile, 2 * tile_bytes(kTile, Dim),
+             a.lse.as<const float>(), a.mass.as<float>());
   });
 }
 

@@ -5,10 +5,12 @@ namespace p2r {
 namespace {
 
 bool any(DType, int64_t) { return true; }
+bool halves(DType dtype, int64_t) { return dtype != DType::f32; }
 
 // Each device's in the order of preference.
 constexpr KernelChoice kChoices[] = {
     {"attention", "cpu", "", "tiled", any},
+    {"attention", "cuda", "", "mma", halves},
     {"attention", "cuda", "", "plain", any},
 };
 
