@@ -9,7 +9,7 @@
 // bytes: gemm_sm90.cuh on Hopper, gemm_sm80.cuh on all other chips. The rest is for gemm_plain.cuh.
 // Sums are f32 everywhere, and their order follows from the shape and the kernel.
 #pragma once
-#include "cuda/gemm_plain.cuh"
+#include "cuda/gemm_operands.cuh"
 #include "cuda/gemm_sm80.cuh"
 #include "cuda/gemm_sm90.cuh"
 
@@ -21,15 +21,6 @@ template <class T>
 bool lines_aligned(const Operand<T>& x) {
   return x.stride > 0 && x.stride * sizeof(T) % 16 == 0 &&
          reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
-}
-
-// Slices of at least 512 until all of a large chip has a tile, of at least 4096 until the last round
-// of tiles is a small part of all.
-inline int64_t slices_for(int64_t tiles, int64_t k) {
-  constexpr int64_t kMostSlices = 64;
-  const int64_t fill = std::min(ceil_div(128, tiles), k / 512);
-  const int64_t even_out = std::min(ceil_div(1024, tiles), k / 4096);
-  return std::clamp<int64_t>(std::max(fill, even_out), 1, kMostSlices);
 }
 
 }  // namespace gemm_detail
@@ -65,29 +56,8 @@ void multiply_tiles(Device& device, int64_t m, int64_t n, int64_t k, const Opera
                                      epilogue);
 }
 
+// Defined in gemm.cu, for the types and layouts listed there.
 template <Along a_along, Along b_along, class A, class B, class C>
-void gemm(Device& device, const Gemm<A, B, C>& g) {
-  if (g.m <= 0 || g.n <= 0) return;
-  if constexpr (ptx::is_half<A> && std::is_same_v<A, B>) {
-    if (on_tensor_cores(g.m, g.n, g.k, g.a, g.b)) {
-      using gemm_tiles::Store;
-      const int64_t columns = ceil_div(g.n, tile_columns(device));
-      const int64_t tiles = ceil_div(g.m, kTileRows) * columns;
-      const int64_t slices = g.whole_k ? 1 : gemm_detail::slices_for(tiles, g.k);
-      if (slices == 1)
-        return multiply_tiles<a_along, b_along>(
-            device, g.m, g.n, g.k, g.a, g.b, columns, 1,
-            Store<C>{g.c, g.m, g.n, g.c_row_stride, 0, g.accumulate, g.bias, g.scale});
-      const Scratch scratch = device.scratch(slices * g.m * g.n * sizeof(float));
-      float* partial = scratch.as<float>();
-      multiply_tiles<a_along, b_along>(
-          device, g.m, g.n, g.k, g.a, g.b, columns, slices,
-          Store<float>{partial, g.m, g.n, g.n, g.m * g.n, false, {}, nullptr});
-      return gemm_detail::finish(partial, slices, g.m, g.n, g.c, g.c_row_stride, g.accumulate,
-                                 g.bias, g.scale, stream_of(device));
-    }
-  }
-  gemm_plain::run(device, g, a_along, b_along);
-}
+void gemm(Device& device, const Gemm<A, B, C>& g);
 
 }  // namespace p2r::cuda

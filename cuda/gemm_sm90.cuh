@@ -4,10 +4,10 @@
 // none is left. It owns a tile of 128 x 256 of C at a time: two warpgroups multiply, 64 rows each,
 // a thread holding 128 of the tile's sums; of the third, one thread brings A's 128 x 64 and B's
 // 64 x 256 of the next steps of k into a ring of four stages by TMA. Nothing else crosses memory: a
-// sum leaves its register once, through the epilogue. Each warp hands a stage back when the products
-// that read it are over, one step behind, so that the tensor cores always have the next ones queued;
-// the ring runs on over the ends of tiles, so that the next tile's first four steps arrive while
-// this one's epilogue runs.
+// sum leaves its register once, through the epilogue. Each warp hands a stage back when the
+// products that read it are over, one step behind, so that the tensor cores always have the next
+// ones queued; the ring runs on over the ends of tiles, so that the next tile's first four steps
+// arrive while this one's epilogue runs.
 //
 // Either operand may be stored along k or along its rows or columns: the tensor core reads both
 // from 128-byte rows of shared memory. So the three products of a linear layer, x W^T, dy W and
@@ -17,9 +17,9 @@
 //
 // Why this tile. The tensor cores take 64 x 256 x 16 in 128 cycles, so a step of 128 x 256 x 64
 // takes 1024. It reads 48 KB through L2, 48 bytes a cycle and multiprocessor, near what an H100's
-// L2 delivers; 128 x 128 would need 64. From shared memory the products read 80 bytes a cycle of the
-// 128 there are. 128 sums a thread leave 112 registers for the epilogue. Four stages are 192 KB of
-// the 227, 4096 cycles ahead, several times the latency of HBM. Larger tiles fail on registers
+// L2 delivers; 128 x 128 would need 64. From shared memory the products read 80 bytes a cycle of
+// the 128 there are. 128 sums a thread leave 112 registers for the epilogue. Four stages are 192 KB
+// of the 227, 4096 cycles ahead, several times the latency of HBM. Larger tiles fail on registers
 // (256 x 256) or leave three stages (192 x 256).
 //
 // Predictions for an H200 (132 multiprocessors at some 1.5 to 1.7 GHz under load; 790 TFLOP/s
@@ -44,8 +44,8 @@ constexpr int kStages = 4, kConsumers = 2, kThreads = 128 * (1 + kConsumers);
 constexpr uint32_t kBytesA = kM * kK * 2, kBytesB = kN * kK * 2, kStageBytes = kBytesA + kBytesB;
 constexpr size_t kShared = kStages * kStageBytes + 2 * kStages * sizeof(uint64_t);
 
-// A tile of kK x `across` arrives in boxes with rows of 128 bytes: along k one box of `across` rows,
-// else boxes of 64 x 64 behind each other. Both times 64 of its rows or columns are 8 KB.
+// A tile of kK x `across` arrives in boxes with rows of 128 bytes: along k one box of `across`
+// rows, else boxes of 64 x 64 behind each other. Both times 64 of its rows or columns are 8 KB.
 constexpr uint32_t kBoxBytes = 64 * kK * 2;
 
 template <Along along, int across>

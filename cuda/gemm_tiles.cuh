@@ -31,8 +31,8 @@ struct Item {
 // of a tile each unless an epilogue keeps a state, k into slices, as evenly as can be.
 //
 // Blocks that run at the same time take neighbouring items. They go down a panel of kPanel tiles,
-// then to the next span, so that a panel of A stays in L2 while B passes by it once: for 16 tiles of
-// 128 rows and 2560 channels of 16 bits that is 10 MB of 50.
+// then to the next span, so that a panel of A stays in L2 while B passes by it once: for 16 tiles
+// of 128 rows and 2560 channels of 16 bits that is 10 MB of 50.
 struct Work {
   int64_t rows, columns, steps, spans, slices;
   static constexpr int64_t kPanel = 16;
@@ -88,8 +88,8 @@ struct Store {
         float before[kBatch][2] = {};
         if (accumulate)
 #pragma unroll
-          for (int g = 0; g < kBatch; ++g) load_pair(to + 8 * (first + g), left - 8 * (first + g),
-                                                     paired, before[g]);
+          for (int g = 0; g < kBatch; ++g)
+            load_pair(to + 8 * (first + g), left - 8 * (first + g), paired, before[g]);
 #pragma unroll
         for (int g = 0; g < kBatch; ++g) {
           const int j = 8 * (first + g), i = 4 * (first + g) + 2 * half;

@@ -45,8 +45,8 @@ void column_sums(Device& device, const T* x, int64_t rows, int64_t n, int64_t ro
   float* partial = scratch.as<float>();
   launch(column_sums_kernel<T>,
          dim3(static_cast<unsigned>(ceil_div(n, kAcross)), static_cast<unsigned>(slices)),
-         kAcross * kDown, 0, stream_of(device), x, rows, n, row_stride,
-         ceil_div(rows, slices), partial);
+         kAcross * kDown, 0, stream_of(device), x, rows, n, row_stride, ceil_div(rows, slices),
+         partial);
   gemm_detail::finish(partial, slices, 1, n, sums, n, add, {}, scale, stream_of(device));
 }
 

@@ -1,17 +1,17 @@
 // Chunk by chunk of rows. Where tensor cores take the products (gemm.cuh), the first one's epilogue
 // keeps each row's running maximum and sums over spans of the vocabulary, and the logits reach
 // memory only where a gradient follows; then dz, scaled and in 16 bits, goes through the two other
-// products. Elsewhere a chunk's logits are made in f32, the kernels of log_probs.cu work on them, and
-// dz takes their place. The loss differs from the gradient of given slopes only in what stands
+// products. Elsewhere a chunk's logits are made in f32, the kernels of log_probs.cu work on them,
+// and dz takes their place. The loss differs from the gradient of given slopes only in what stands
 // between: its logits have their log-probabilities first, and policy_loss.cu makes the slopes.
 //
-// What the gradient costs beside its products, [16384, 2560] x [151936, 2560] on an H200: a chunk of
-// 1024 rows writes and reads 0.62 GB of logits and 0.31 GB of dz three times, and reads and writes
-// 1.56 GB of dweight, 5 GB in all: 1.2 ms, most of which passes under 3.6 ms of products at 660
-// TFLOP/s. Not hidden are the pass from logits to dz, 0.22 ms, and what of dweight's reading the
-// epilogue waits for, some 5000 cycles of 21 000 in a product of 1024 deep, 0.25 ms. Predicted for
-// linear_policy_loss: 16 x 4.1 = 66 ms, against a floor of 48 (6 NVC at 790 TFLOP/s). The aim is 60:
-// multicast between two blocks (gemm_sm90.cuh) would bring the products to 3.3 ms.
+// What the gradient costs beside its products, [16384, 2560] x [151936, 2560] on an H200: a chunk
+// of 1024 rows writes and reads 0.62 GB of logits and 0.31 GB of dz three times, and reads and
+// writes 1.56 GB of dweight, 5 GB in all: 1.2 ms, most of which passes under 3.6 ms of products at
+// 660 TFLOP/s. Not hidden are the pass from logits to dz, 0.22 ms, and what of dweight's reading
+// the epilogue waits for, some 5000 cycles of 21 000 in a product of 1024 deep, 0.25 ms. Predicted
+// for linear_policy_loss: 16 x 4.1 = 66 ms, against a floor of 48 (6 NVC at 790 TFLOP/s). The aim
+// is 60: multicast between two blocks (gemm_sm90.cuh) would bring the products to 3.3 ms.
 #include "cuda/gemm.cuh"
 #include "cuda/linear.cuh"
 #include "cuda/log_probs.cuh"
@@ -312,15 +312,16 @@ class Chunks {
                                                      .c_row_stride = channels_,
                                                      .scale = scale});
     take(d_hidden, d_hidden);
-    gemm<Along::mn, Along::mn>(device_, Gemm<Z, T, float>{.m = columns_,
-                                                          .n = channels_,
-                                                          .k = n_,
-                                                          .a = {dz, stride},
-                                                          .b = {taken, channels_},
-                                                          .c = weight_to.as<float>(),
-                                                          .c_row_stride = channels_,
-                                                          .accumulate = a_.into_weight || first_ > 0,
-                                                          .scale = scale});
+    gemm<Along::mn, Along::mn>(device_,
+                               Gemm<Z, T, float>{.m = columns_,
+                                                 .n = channels_,
+                                                 .k = n_,
+                                                 .a = {dz, stride},
+                                                 .b = {taken, channels_},
+                                                 .c = weight_to.as<float>(),
+                                                 .c_row_stride = channels_,
+                                                 .accumulate = a_.into_weight || first_ > 0,
+                                                 .scale = scale});
     if (bias_to)
       column_sums(device_, dz, n_, columns_, stride, bias_to.as<float>(),
                   a_.into_bias || first_ > 0, scale);

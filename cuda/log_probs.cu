@@ -305,8 +305,8 @@ void token_log_probs(const TokenLogProbsArgs& a, Device& device) {
     sum_slices<T>(a.logits, a.targets, static_cast<float>(inverse), scratch.as<Sums>(), slices,
                   stream);
     launch(finish_kernel<T>, row_blocks(rows), kTileBlock, 0, stream, a.logits.as<const T>(),
-           columns, a.targets.as<const int32_t>(), scratch.as<const Sums>(), rows, columns, slices, inverse,
-           a.log_probs.as<float>(), a.stats.as<float2>(), a.entropy.as<float>(), a.fault);
+           columns, a.targets.as<const int32_t>(), scratch.as<const Sums>(), rows, columns, slices,
+           inverse, a.log_probs.as<float>(), a.stats.as<float2>(), a.entropy.as<float>(), a.fault);
   });
 }
 

@@ -15,6 +15,8 @@ import {
 } from './harness.js'
 
 const u = roundoff.f32
+// Of several tiles of tensor cores.
+const work = 2 ** 24
 
 /** Σ_l a(i, l) b(l, j) in float64, and the bound on a sum of k f32 products in any order. */
 function product(
@@ -146,8 +148,12 @@ onEveryBackend('linear', (b) => {
         const bias = kind === 'none' ? {} : { bias: t.bias }
         const expected = forward(l, kind !== 'none')
         const bound = { absolute: expected.bound, relative: last }
-        const out = recorded(b, `linear ${title} ${dtype}`, bound, () =>
-          linear({ x: t.x, weight: t.weight, ...bias }),
+        const out = recorded(
+          b,
+          `linear ${title} ${dtype}`,
+          bound,
+          () => linear({ x: t.x, weight: t.weight, ...bias }),
+          work,
         )
         expect(out.shape).toEqual([...lead, f])
         expect(out.dtype).toBe(dtype)
@@ -164,6 +170,7 @@ onEveryBackend('linear', (b) => {
           `linear backward ${title} ${dtype}`,
           { absolute: largest, relative: last },
           () => linearBackward({ dOut: t.dOut, x: t.x, weight: t.weight, ...bias }),
+          work,
         )
         expect([g.dX.shape, g.dX.dtype]).toEqual([[...lead, c], dtype])
         expect([g.dWeight.shape, g.dWeight.dtype]).toEqual([[f, c], 'f32'])

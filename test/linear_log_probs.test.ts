@@ -124,6 +124,9 @@ const backward = (dtype: Float) => ({ ofLargest: 3e-5, relative: 1e-5 + roundoff
 const onTensorCores = <B extends object>(bound: B, dtype: Float, terms: number) =>
   dtype === 'f32' ? bound : { ...bound, absolute: roundoff[dtype] * terms }
 
+// Of several tiles of tensor cores, three times.
+const work = 2 ** 26
+
 interface Case {
   n: number
   v: number
@@ -136,8 +139,10 @@ const cases: Case[] = [
   { n: 9, v: 1031, c: 17, bias: true },
   { n: 101, v: 130, c: 300, bias: true },
   { n: 2, v: 2500, c: 64, bias: false },
-  // Several tiles of tensor cores with ragged ends, more steps of C than a ring has stages.
-  { n: 139, v: 601, c: 328, bias: true },
+  // Several tiles of tensor cores with ragged ends, more steps of C than a ring has stages; and a span
+  // of several tiles.
+  { n: 139, v: 301, c: 328, bias: true },
+  { n: 2, v: 33_000, c: 8, bias: true },
 ]
 
 onEveryBackend('linear_log_probs', (b) => {
@@ -187,8 +192,12 @@ onEveryBackend('linear_log_probs', (b) => {
         g[1] = e[1] = 0
         const expected = oracle(h, g, e)
         const inputs = tensors(h, dtype)
-        using r = recorded(b, `linear log probs ${title}`, forward, () =>
-          linearLogProbs({ ...inputs, entropy: true }),
+        using r = recorded(
+          b,
+          `linear log probs ${title}`,
+          forward,
+          () => linearLogProbs({ ...inputs, entropy: true }),
+          work,
         )
         expectClose(await r.logProbs.read(), expected.logProbs, forward)
         expectClose(await r.stats.read(), expected.stats, forward)
@@ -196,8 +205,12 @@ onEveryBackend('linear_log_probs', (b) => {
         const rounded = onTensorCores(backward(dtype), dtype, expected.terms)
         const bound = here(backward(dtype), dtype, expected.terms)
         const upstream = { stats: r.stats, entropy: r.entropy!, dEntropy: f32(e) }
-        using d = recorded(b, `linear log probs backward ${title}`, rounded, () =>
-          linearLogProbsBackward({ ...inputs, ...upstream, dLogProbs: f32(g) }),
+        using d = recorded(
+          b,
+          `linear log probs backward ${title}`,
+          rounded,
+          () => linearLogProbsBackward({ ...inputs, ...upstream, dLogProbs: f32(g) }),
+          work,
         )
         expectClose(await d.dHidden.toFloat32(), expected.dHidden, bound)
         const sums = here(backward('f32'), dtype, expected.terms)
