@@ -1,6 +1,7 @@
 import { cropResample, pixelValues } from 'p2r-kernels'
 import { picture, uniforms } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
+import { pillowPatches, pillowResize } from './peers/pillow.js'
 import { type Cut, sharpPatches, sharpResize } from './peers/sharp.js'
 
 const height = 4320
@@ -43,7 +44,9 @@ function workload(name: string, patches: boolean, cuts: (seed: number) => Cut[])
             },
           }
         },
-        peers: [(patches ? sharpPatches : sharpResize)(image, regions)],
+        peers: (patches ? [sharpPatches, pillowPatches] : [sharpResize, pillowResize]).map((peer) =>
+          peer(image, regions),
+        ),
       }
     },
   }

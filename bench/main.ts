@@ -7,6 +7,7 @@ import { openDevice } from 'p2r-kernels'
 import { better, ceilingMeter, disturbances } from './ceilings.js'
 import { type Benchmark, type Effort, measure, quick, thorough } from './harness.js'
 import { installPeers, peerVersion } from './peers/install.js'
+import { pythonVersions, stopPython } from './peers/python.js'
 import {
   cacheBytes,
   compare,
@@ -80,10 +81,8 @@ async function measured(ops: readonly string[], options: Options): Promise<Resul
     ? (options.threads ?? (options.quick ? [most] : [...new Set([1, most])]))
     : [undefined]
 
-  const peers = options.peers && onCpu
-  if (options.peers && !onCpu)
-    notes.add(`The peers run on the CPU and were not measured beside ${info.id}.`)
-  if (peers) {
+  const { peers } = options
+  if (peers && onCpu) {
     progress('installing the peers')
     const missing = installPeers()
     if (missing) notes.add(missing)
@@ -127,6 +126,8 @@ async function measured(ops: readonly string[], options: Options): Promise<Resul
         )
     }
   }
+  Object.assign(results.versions, await pythonVersions())
+  await stopPython()
   const after = ceilings()
   results.ceilings = before.map((c, i) => better(c, after[i]!))
   for (const sentence of disturbances(before, after)) notes.add(sentence)

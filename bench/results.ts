@@ -46,7 +46,10 @@ export interface Row extends Quantiles {
   threads?: number
   simd?: string
   flops?: number
+  products?: 'f32' | 'bf16'
   traffic?: Traffic
+  /** Bytes of the device's memory at the height of a run, beyond its inputs. */
+  peakBytes?: number
   /** The least time that the ceilings allow over the median, and the ceiling that sets it. */
   share?: number
   ceiling?: 'fma' | 'read' | 'copy' | 'update'

@@ -1,9 +1,11 @@
 // The benchmarks' own logic: statistics, shares, tables, comparisons, and the measuring of a fake task
 // and of a tiny real one. No time is asserted.
-import { readdirSync, readFileSync } from 'node:fs'
+import { spawnSync } from 'node:child_process'
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
 import { fileURLToPath } from 'node:url'
 import { gelu, openDevice } from 'p2r-kernels'
-import { describe, expect, test, vi } from 'vitest'
+import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { better, disturbances } from '../dist/bench/ceilings.js'
 import { integers, normals, picture } from '../dist/bench/data.js'
 import {
@@ -17,6 +19,12 @@ import {
   type Workload,
 } from '../dist/bench/harness.js'
 import { onnxModel } from '../dist/bench/peers/onnx.js'
+import {
+  type PythonArray,
+  pythonPeer,
+  pythonVersions,
+  stopPython,
+} from '../dist/bench/peers/python.js'
 import {
   type Ceilings,
   compare,
@@ -289,6 +297,9 @@ describe('measuring', () => {
       expect(r.median).toBeLessThanOrEqual(r.p75)
     }
     expect(rows[0]).toHaveProperty('simd')
+    expect(rows[0]!.peakBytes).toBeGreaterThanOrEqual(256)
+    expect(rows[0]!.peakBytes).toBeLessThan(1 << 20)
+    expect(rows[1]).not.toHaveProperty('peakBytes')
     expect(notes).toEqual([
       expect.stringMatching(/^gelu 64 f32: wrong is \d.* from our result/),
       'absent is not here.',
@@ -312,6 +323,77 @@ describe('measuring', () => {
     }
     await expect(measure('x', workload, device, effort, expect.fail)).rejects.toThrow('broken')
     expect(() => device.zeros([1])).toThrow(expect.objectContaining({ code: 'ERR_DISPOSED' }))
+  })
+})
+
+const python = spawnSync('python3', ['--version']).status === 0
+
+describe.skipIf(!python)(`peers in Python${python ? '' : ' (skipped: no python3 here)'}`, () => {
+  const folder = mkdtempSync(`${tmpdir()}/p2r-python-`)
+  const path = process.env.PYTHONPATH
+  beforeAll(() => {
+    process.env.PYTHONPATH = folder
+    writeFileSync(
+      `${folder}/scaling.py`,
+      `import array as arrays
+print('what a library says')
+versions = {'scaling': '1'}
+def begin(threads, device):
+    versions['on'] = f'{threads} of {device}'
+def array(data, dtype, shape, repeat):
+    assert (dtype, shape) == ('f32', [3])
+    return arrays.array('f', bytes(data)) * repeat
+def timed(run, runs):
+    return 4.0 / runs
+def numbers(result):
+    return result.tobytes()
+def scale(given, options):
+    return lambda: arrays.array('f', [options['by'] * x for x in given['x']])
+def broken(given, options):
+    raise ValueError('no such number')
+def leaving(given, options):
+    import os
+    os._exit(3)
+`,
+    )
+    writeFileSync(`${folder}/lacking.py`, 'import a_package_that_is_not_here\n')
+  })
+  afterAll(async () => {
+    await stopPython()
+    if (path === undefined) delete process.env.PYTHONPATH
+    else process.env.PYTHONPATH = path
+    rmSync(folder, { recursive: true })
+  })
+
+  const x: PythonArray = { data: Float32Array.of(1, 2, 3), dtype: 'f32', shape: [3], repeat: 2 }
+  const peer = (script: string, call: string): Peer =>
+    pythonPeer({
+      name: 'Python',
+      script,
+      call,
+      tolerance: 0,
+      backends: ['cpu'],
+      arrays: () => ({ x }),
+      options: { by: 10 },
+    })
+
+  test('computes on the arrays it is given, and times by its own clock', async () => {
+    const run = await peer('scaling', 'scale').open(2, 'cpu')
+    expect(await run.run()).toEqual(Float32Array.of(10, 20, 30, 10, 20, 30))
+    expect(await run.time!(8)).toBe(0.5)
+    expect(await pythonVersions()).toEqual({ scaling: '1', on: '2 of cpu' })
+    run.close!()
+    await expect(run.run()).rejects.toThrow(/Python was skipped: KeyError/)
+  })
+
+  test.each([
+    ['without its package', 'lacking', 'any', /^lacking\.py .*a_package_that_is_not_here/],
+    ['that throws', 'scaling', 'broken', /^Python was skipped: ValueError: no such number\.$/],
+    ['whose process ends', 'scaling', 'leaving', /^Python was skipped: its process ended/],
+  ])('%s is skipped with a sentence', async (_, script, call, sentence) => {
+    const opening = peer(script, call).open(1, 'cpu')
+    await expect(opening).rejects.toThrow(PeerAbsent)
+    await expect(opening).rejects.toThrow(sentence)
   })
 })
 
