@@ -69,7 +69,12 @@ Napi::Object describe(Napi::Env env, const DeviceInfo& info) {
   o.Set("name", info.name);
   o.Set("memoryBytes", static_cast<double>(info.memory_bytes));
   if (info.threads) o.Set("threads", info.threads);
-  if (!info.simd.empty()) o.Set("simd", info.simd);
+  if (!info.simd.empty()) {
+    o.Set("simd", info.simd);
+    Napi::Array features = Napi::Array::New(env, info.features.size());
+    for (uint32_t i = 0; i < info.features.size(); ++i) features[i] = info.features[i];
+    o.Set("features", features);
+  }
   if (!info.capability.empty()) o.Set("computeCapability", info.capability);
   return o;
 }

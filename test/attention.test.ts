@@ -13,6 +13,7 @@ import { describe, expect, test } from 'vitest'
 import { golden } from './golden.js'
 import {
   type Backend,
+  cpuPaths,
   expectClose,
   expectGradient,
   expectRefusal,
@@ -109,9 +110,9 @@ function random(c: Case, dtype: Float, seed = 1) {
 }
 type Data = ReturnType<typeof random>
 
-function upload(b: Backend, x: Data, dtype: Float) {
+function upload({ device }: Pick<Backend, 'device'>, x: Data, dtype: Float) {
   const shape = [x.cu.at(-1)!, x.heads, x.d]
-  const put = (values: Float32Array) => b.device.tensor(values, shape, dtype)
+  const put = (values: Float32Array) => device.tensor(values, shape, dtype)
   return { q: put(x.q), k: put(x.k), v: put(x.v), dOut: put(x.dOut) }
 }
 
@@ -540,12 +541,12 @@ onEveryBackend('attention', (b) => {
   })
 })
 
-test('attention does not depend on the number of threads', async () => {
+test.for(cpuPaths)('attention does not depend on the number of threads on $name', async (path) => {
   const c = { d: 32, heads: 3, lengths: [40, 1300, 1, 300] }
   const x = random(c, 'f32', 11)
   const run = async (threads: number) => {
-    using device = openDevice('cpu', { threads })
-    const { q, k, v, dOut } = upload({ device, name: '' }, x, 'f32')
+    using device = openDevice('cpu', { ...path.options, threads })
+    const { q, k, v, dOut } = upload({ device }, x, 'f32')
     const { out, lse } = attention({ q, k, v, cuSeqlens: x.cu })
     const mass = attentionMass({ q, k, lse, cuSeqlens: x.cu })
     const { dQ, dK, dV } = attentionBackward({ dOut, q, k, v, out, lse, cuSeqlens: x.cu })

@@ -10,23 +10,42 @@ export const roundoff = { f32: 2 ** -24, f16: 2 ** -11, bf16: 2 ** -8 } as const
 export type Float = keyof typeof roundoff
 export const floats: readonly Float[] = ['f32', 'f16', 'bf16']
 
-const simds = ['avx512', 'avx2', 'neon', 'scalar'] as const
-type Simd = (typeof simds)[number]
-
-/** The instruction sets of this CPU, best first. */
-export const cpuPaths: Simd[] = simds.filter((simd) => {
-  try {
-    openDevice('cpu', { simd }).dispose()
-    return true
-  } catch {
-    return false
+export interface CpuPath {
+  /** 'avx512', 'avx512 without features', ... */
+  name: string
+  options: {
+    simd: 'avx512' | 'avx2' | 'neon' | 'scalar'
+    features: { bf16: boolean; vnni: boolean }
   }
-})
+}
+
+/** The instruction sets of this CPU with what it has beyond them, and without; the best first. */
+export const cpuPaths: CpuPath[] = (['avx512', 'avx2', 'neon', 'scalar'] as const).flatMap(
+  (simd) => {
+    let has: readonly string[]
+    try {
+      using device = openDevice('cpu', { simd })
+      has = device.info.features!
+    } catch {
+      return []
+    }
+    const path = (name: string, features: readonly string[]): CpuPath => ({
+      name,
+      options: {
+        simd,
+        features: { bf16: features.includes('bf16'), vnni: features.includes('vnni') },
+      },
+    })
+    return [path(simd, has), ...(has.length ? [path(`${simd} without features`, [])] : [])]
+  },
+)
 
 export interface Backend {
   device: Device
   /** 'cpu avx512', ..., 'cuda'. */
   name: string
+  /** Another device of the kind. */
+  open: (options?: { threads?: number }) => Device
 }
 
 /**
@@ -34,22 +53,22 @@ export interface Backend {
  * skipped; with REQUIRE_CUDA=1 that is a failure.
  */
 export function onEveryBackend(title: string, suite: (backend: Backend) => void): void {
-  for (const simd of cpuPaths) {
-    describe(`${title} on cpu ${simd}`, () =>
-      run({ name: `cpu ${simd}`, open: () => openDevice('cpu', { simd }) }, suite))
+  for (const { name, options } of cpuPaths) {
+    describe(`${title} on cpu ${name}`, () =>
+      run(`cpu ${name}`, (more) => openDevice('cpu', { ...options, ...more }), suite))
   }
   const cuda = cudaStatus()
   if (cuda.available)
-    describe(`${title} on cuda`, () => run({ name: 'cuda', open: () => openDevice('cuda') }, suite))
+    describe(`${title} on cuda`, () => run('cuda', () => openDevice('cuda'), suite))
   else if (process.env.REQUIRE_CUDA === '1')
     test(`${title} on cuda`, () => expect.fail(`REQUIRE_CUDA=1, but: ${cuda.reason}`))
   else describe.skip(`${title} on cuda (${cuda.reason})`, () => void test('needs a GPU', () => {}))
 }
 
-function run(b: { name: string; open: () => Device }, suite: (backend: Backend) => void): void {
-  const backend = { name: b.name } as Backend
+function run(name: string, open: Backend['open'], suite: (backend: Backend) => void): void {
+  const backend = { name, open } as Backend
   beforeAll(() => {
-    backend.device = b.open()
+    backend.device = open()
   })
   afterAll(() => backend.device.dispose())
   suite(backend)
@@ -68,7 +87,7 @@ export function recorded<R>(
   bound: { absolute?: number; relative?: number; ofLargest?: number },
   f: () => R,
 ): R {
-  if (backend.name !== `cpu ${cpuPaths[0]}`) return f()
+  if (backend.name !== `cpu ${cpuPaths[0]!.name}`) return f()
   const folder = `${caseFolder}/${name.replaceAll(/[^\w.-]+/g, '-')}`
   mkdirSync(folder, { recursive: true })
   native().record(folder, bound.absolute, bound.relative, bound.ofLargest)

@@ -388,7 +388,7 @@ onEveryBackend('linear', (b) => {
       const l = layer(rows, rows, c, f, 'f32', 'f32')
       const results: Buffer[] = []
       for (const threads of [1, 2, 5]) {
-        using device = openDevice('cpu', { simd: b.device.info.simd as 'scalar', threads })
+        using device = b.open({ threads })
         const t = tensors({ ...b, device }, l, [rows], 'f32', 'f32')
         const y = linear(t)
         const g = linearBackward(t)

@@ -4,7 +4,6 @@ import {
   linearLogProbs,
   linearLogProbsBackward,
   linearPolicyLoss,
-  openDevice,
   type PolicyLossOptions,
   policyLoss,
   scope,
@@ -429,7 +428,7 @@ onEveryBackend('linear_log_probs', (b) => {
     for (const k of [0, 1]) expect(some.rows[k]).toEqual(all.rows[k]!.slice(60, 63))
     if (b.device.info.backend !== 'cpu') return
     for (const threads of [1, 3]) {
-      using device = openDevice('cpu', { threads, simd: b.device.info.simd as 'scalar' })
+      using device = b.open({ threads })
       expect(await run(device, 0, 150)).toEqual(all)
     }
   })

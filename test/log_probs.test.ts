@@ -311,7 +311,7 @@ onEveryBackend('log_probs', (b) => {
       }
       if (b.device.info.backend !== 'cpu') continue
       for (const threads of [1, 3]) {
-        using device = openDevice('cpu', { threads, simd: b.device.info.simd as 'scalar' })
+        using device = b.open({ threads })
         expect(await run(device, 0, 5)).toEqual(all)
       }
     }

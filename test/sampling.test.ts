@@ -195,9 +195,9 @@ describe('sample', () => {
   test('draws alike on every instruction set and thread count', async () => {
     const logits = rounded(new Random(20).normals(257 * 2000, 4), 'f16')
     const results = new Set<string>()
-    for (const simd of cpuPaths)
+    for (const { options } of cpuPaths)
       for (const threads of [1, 3]) {
-        using device = openDevice('cpu', { simd, threads })
+        using device = openDevice('cpu', { ...options, threads })
         for (const dtype of ['f32', 'f16'] as const) {
           const x = device.tensor(logits, [257, 2000], dtype)
           results.add(String(await sample({ logits: x, temperature: 0.9, seed: 99 }).read()))
