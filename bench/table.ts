@@ -1,6 +1,14 @@
 // The results as text for a terminal.
 import { ourName } from './harness.js'
-import type { Ceilings, Change, Comparison, Results, Row } from './results.js'
+import {
+  bytesOf,
+  type Ceilings,
+  type Change,
+  type Comparison,
+  ceilingKinds,
+  type Results,
+  type Row,
+} from './results.js'
 
 /** Columns padded to their widest cell; numbers, that is all but the `left` first, to the right. */
 export function aligned(rows: readonly (readonly string[])[], left: number): string {
@@ -35,8 +43,10 @@ function giga(x: number, unit: string): string {
 /** Useful work a second, in the unit of the ceiling that binds the row. */
 export function rate(row: Row): string {
   const seconds = row.median / 1e3
-  const bytes = row.traffic ? row.traffic.read + row.traffic.write : 0
-  const computes = row.ceiling ? row.ceiling === 'fma' : (row.flops ?? 0) > 4 * bytes
+  const bytes = bytesOf(row)
+  const computes = row.ceiling
+    ? row.ceiling === 'fma' || row.ceiling === 'bf16'
+    : (row.flops ?? 0) > 4 * bytes
   if (computes && row.flops) return giga(row.flops / seconds, 'FLOP')
   return bytes ? giga(bytes / seconds, 'B') : ''
 }
@@ -84,14 +94,14 @@ export function resultTable(rows: readonly Row[]): string {
 }
 
 export function ceilingTable(ceilings: readonly Ceilings[]): string {
+  const kinds = ceilingKinds.filter((kind) => ceilings.some((c) => c[kind]))
   const lines = ceilings.map((c) => [
-    `${c.threads} thread${c.threads > 1 ? 's' : ''}`,
-    giga(c.fma, 'FLOP'),
-    giga(c.read, 'B'),
-    giga(c.copy, 'B'),
-    giga(c.update, 'B'),
+    c.threads === undefined ? 'device' : `${c.threads} thread${c.threads > 1 ? 's' : ''}`,
+    ...kinds.map((kind) =>
+      c[kind] ? giga(c[kind], kind === 'fma' || kind === 'bf16' ? 'FLOP' : 'B') : '',
+    ),
   ])
-  return aligned([['ceilings', 'fma', 'read', 'copy', 'update'], ...lines], 1)
+  return aligned([['ceilings', ...kinds], ...lines], 1)
 }
 
 export function report(results: Results): string {

@@ -7,7 +7,7 @@ import { fileURLToPath } from 'node:url'
 import { gelu, openDevice } from 'p2r-kernels'
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { better, disturbances } from '../dist/bench/ceilings.js'
-import { integers, normals, picture } from '../dist/bench/data.js'
+import { type Block, bf16Bits, integers, normals, picture, tiled } from '../dist/bench/data.js'
 import {
   type Benchmark,
   distance,
@@ -19,12 +19,7 @@ import {
   type Workload,
 } from '../dist/bench/harness.js'
 import { onnxModel } from '../dist/bench/peers/onnx.js'
-import {
-  type PythonArray,
-  pythonPeer,
-  pythonVersions,
-  stopPython,
-} from '../dist/bench/peers/python.js'
+import { pythonPeer, pythonVersions, stopPython } from '../dist/bench/peers/python.js'
 import {
   type Ceilings,
   compare,
@@ -98,6 +93,20 @@ describe('shares', () => {
     const limited = withShare(row(fields), [limits])
     expect(limited.ceiling).toBe(ceiling)
     expect(limited.share).toBeCloseTo(share, 6)
+  })
+
+  test('of products of bf16, where the machine has them', () => {
+    const products = row({ flops: 400e6, products: 'bf16' })
+    expect(withShare(products, [{ ...limits, bf16: 800e9 }])).toMatchObject({
+      ceiling: 'bf16',
+      share: 0.25,
+    })
+    expect(withShare(products, [limits])).toMatchObject({ ceiling: 'fma', share: 0.5 })
+  })
+
+  test('a device that was only copied on reads and updates as fast as it copies', () => {
+    const { threads: _, ...reading } = row({ traffic: { read: 80e6, write: 0 }, flops: 1e12 })
+    expect(withShare(reading, [{ copy: 80e9 }])).toMatchObject({ ceiling: 'copy', share: 0.5 })
   })
 
   test('none without work or without ceilings of these threads', () => {
@@ -340,15 +349,18 @@ print('what a library says')
 versions = {'scaling': '1'}
 def begin(threads, device):
     versions['on'] = f'{threads} of {device}'
-def array(data, dtype, shape, repeat):
-    assert (dtype, shape) == ('f32', [3])
-    return arrays.array('f', bytes(data)) * repeat
+def array(data, dtype, shape):
+    assert dtype == 'f32'
+    return arrays.array('f', bytes(data)) * (shape[0] * 4 // len(data))
 def timed(run, runs):
     return 4.0 / runs
 def numbers(result):
     return result.tobytes()
+def closed():
+    versions['closed'] = True
 def scale(given, options):
-    return lambda: arrays.array('f', [options['by'] * x for x in given['x']])
+    run = lambda: arrays.array('f', [options['by'] * x for x in given['x']])
+    return None, run
 def broken(given, options):
     raise ValueError('no such number')
 def leaving(given, options):
@@ -365,7 +377,7 @@ def leaving(given, options):
     rmSync(folder, { recursive: true })
   })
 
-  const x: PythonArray = { data: Float32Array.of(1, 2, 3), dtype: 'f32', shape: [3], repeat: 2 }
+  const x: Block = { data: Float32Array.of(1, 2, 3), dtype: 'f32', shape: [6] }
   const peer = (script: string, call: string): Peer =>
     pythonPeer({
       name: 'Python',
@@ -428,6 +440,18 @@ test('seeded data is the same each time and within its range', () => {
   expect(normals(8, 3)).not.toEqual(normals(8, 4))
   for (const i of integers(1000, 7, 1)) expect([0, 1, 2, 3, 4, 5, 6]).toContain(i)
   expect(new Set(picture(8, 8, 1)).size).toBeGreaterThan(20)
+})
+
+test('a block is repeated to a tensor; bf16 is rounded to nearest even', async () => {
+  const x = Float32Array.of(1, 1.00390625, 1.01171875, -2.5)
+  expect(bf16Bits(x)).toEqual(Uint16Array.of(0x3f80, 0x3f80, 0x3f82, 0xc020))
+  const device = openDevice('cpu', { threads: 1 })
+  const block: Block = { data: x, dtype: 'f32', shape: [5, 2] }
+  expect(await tiled(device, block).read()).toEqual(
+    Float32Array.of(...x, ...x, ...x.subarray(0, 2)),
+  )
+  expect(await tiled(device, { ...block, shape: [2, 2] }).read()).toEqual(x)
+  device.dispose()
 })
 
 /** The fields of a protobuf message: numbers, or the bytes of what is length-delimited. */

@@ -6,17 +6,10 @@ import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import type { Readable, Writable } from 'node:stream'
 import { fileURLToPath } from 'node:url'
+import type { Block } from '../data.js'
 import { type Backend, type Peer, PeerAbsent } from '../harness.js'
 
 const folder = fileURLToPath(new URL('../../../bench/peers', import.meta.url))
-
-/** A host array as a script gets it: `repeat` times along its first axis. */
-export interface PythonArray {
-  data: Float32Array | Uint16Array | Int32Array | Uint8Array
-  dtype: 'f32' | 'f16' | 'bf16' | 'i32' | 'u8'
-  shape: readonly number[]
-  repeat?: number
-}
 
 interface Script {
   versions: Record<string, string>
@@ -128,7 +121,7 @@ export function pythonPeer(peer: {
   call: string
   tolerance: number
   backends: readonly Backend[]
-  arrays: () => Record<string, PythonArray>
+  arrays: () => Record<string, Block>
   options?: object
   slow?: boolean
 }): Peer {

@@ -4,16 +4,16 @@
 
 One JSON object a line on stdin, one answer a line on stdout; arrays are raw bytes in files.
 
-    {"open": id, "call": name, "arrays": {name: {file, dtype, shape, repeat}}, "options": {}} -> {}
+    {"open": id, "call": name, "arrays": {name: {file, dtype, shape}}, "options": {}} -> {}
     {"time": id, "runs": n} -> {"ms": of one of n runs, back to back}
     {"answer": id, "file": path} -> {}, and the result as f32 in the file
     {"close": id} -> {}
 
-A module has `versions`; `begin(threads, device)`; `array(bytes, dtype, shape)`, given each array once
-and then repeated along its first axis; `timed(run, runs)` in milliseconds; `numbers(result)` as f32
-bytes; and the functions themselves, which take the arrays and options and return what is timed. The
-first line answered is {"versions"}, or {"absent": why} where a package is not here. A function that
-cannot run here raises Absent.
+A module has `versions`; `begin(threads, device)`; `array(bytes, dtype, shape)`, whose bytes may be the
+first rows alone, to be repeated; `timed(run, runs)` in milliseconds; `numbers(result)` as f32 bytes;
+`closed()`; and the functions themselves. They take the arrays and the options and return two functions:
+what is timed, and what gives the result to compare. The first line answered is {"versions"}, or
+{"absent": why} where a package is not here. What cannot run here raises Absent.
 """
 
 import importlib
@@ -48,7 +48,7 @@ def main():
     def load(array):
         with open(array["file"], "rb") as file:
             data = bytearray(file.read())
-        return module.array(data, array["dtype"], array["shape"], array.get("repeat", 1))
+        return module.array(data, array["dtype"], array["shape"])
 
     runs = {}
     for line in sys.stdin:
@@ -59,13 +59,14 @@ def main():
                 runs[ask["open"]] = getattr(module, ask["call"])(arrays, ask["options"])
                 reply({})
             elif "time" in ask:
-                reply({"ms": module.timed(runs[ask["time"]], ask["runs"])})
+                reply({"ms": module.timed(runs[ask["time"]][0], ask["runs"])})
             elif "answer" in ask:
                 with open(ask["file"], "wb") as file:
-                    file.write(module.numbers(runs[ask["answer"]]()))
+                    file.write(module.numbers(runs[ask["answer"]][1]()))
                 reply({})
             else:
-                del runs[ask["close"]]
+                runs.pop(ask["close"], None)
+                module.closed()
                 reply({})
         except Absent as error:
             reply({"absent": str(error)})
