@@ -13,6 +13,12 @@ export interface Benchmark {
   workloads: readonly Workload[]
 }
 
+/** Where a row stands among others of its kind, for the growth of time and memory with size. */
+export interface Series {
+  name: string
+  size: number
+}
+
 /** One row of the table: an operation on shapes that somebody has. */
 export interface Workload {
   name: string
@@ -26,6 +32,8 @@ export interface Workload {
   backend?: Backend
   /** Left out by --quick. */
   slow?: boolean
+  /** Measured by --scaling, and by that alone. */
+  series?: Series
   inputs(seed: number): Inputs
 }
 
@@ -186,6 +194,7 @@ export async function measure(
       ...(workload.flops === undefined ? {} : { flops: workload.flops }),
       ...(workload.products === undefined ? {} : { products: workload.products }),
       ...(workload.traffic === undefined ? {} : { traffic: workload.traffic }),
+      ...(workload.series === undefined ? {} : { series: workload.series }),
       ...(contender === own ? { peakBytes } : {}),
     }))
   } finally {

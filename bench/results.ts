@@ -2,7 +2,7 @@
 import { spawnSync } from 'node:child_process'
 import { readFileSync } from 'node:fs'
 import { arch, cpus, platform, release, totalmem } from 'node:os'
-import type { Traffic } from './harness.js'
+import type { Series, Traffic } from './harness.js'
 import { type Quantiles, verdict } from './statistics.js'
 
 export interface Results {
@@ -53,6 +53,7 @@ export interface Row extends Quantiles {
   flops?: number
   products?: 'f32' | 'bf16'
   traffic?: Traffic
+  series?: Series
   /** Bytes of the device's memory at the height of a run, beyond its inputs. */
   peakBytes?: number
   /** The least time that the ceilings allow over the median, and the ceiling that sets it. */

@@ -9,6 +9,16 @@ import {
   type Results,
   type Row,
 } from './results.js'
+import { exponent, seriesOf } from './series.js'
+import {
+  judged,
+  outcome,
+  type Predictions,
+  type Target,
+  type Verdict,
+  verdicts,
+  whereTimeWent,
+} from './targets.js'
 
 /** Columns padded to their widest cell; numbers, that is all but the `left` first, to the right. */
 export function aligned(rows: readonly (readonly string[])[], left: number): string {
@@ -62,9 +72,12 @@ const heading = [
   'share',
   'of',
   'time',
+  'reach',
 ]
 
-export function resultTable(rows: readonly Row[]): string {
+/** With a column for what was predicted of a row, where something was. */
+export function resultTable(results: Results, targets: readonly Target[] = []): string {
+  const { rows } = results
   const lines: string[][] = []
   let last = ''
   for (const row of rows) {
@@ -87,10 +100,59 @@ export function resultTable(rows: readonly Row[]): string {
       row.share === undefined ? '' : `${(row.share * 100).toFixed(0)} %`,
       row.ceiling ?? '',
       ours && ours !== row ? `x${(row.median / ours.median).toPrecision(3)}` : '',
+      reached(judged(row, results, targets)),
     ])
     last = group
   }
   return aligned([heading, ...lines], 3)
+}
+
+function reached(verdict: Verdict | undefined): string {
+  return verdict ? `${verdict.reach}: ${outcome(verdict)}` : ''
+}
+
+/** What was predicted against what was measured, and where the time of a miss went. */
+export function verdictTable(results: Results, predicted: Predictions): string {
+  const all = verdicts(results, predicted)
+  if (!all.length) return ''
+  const lines = all.map((v) => [
+    v.row.op,
+    v.row.case,
+    v.reach,
+    v.got,
+    outcome(v),
+    outcome(v) === 'missed' ? whereTimeWent(v.row, results) : '',
+  ])
+  const met = all.filter((v) => outcome(v) === 'met').length
+  return `Predicted: ${met} of ${all.length} met\n${aligned(lines, 6)}`
+}
+
+/** How time and memory grow along each series: the exponent of size that fits its larger half. */
+export function seriesTable(rows: readonly Row[]): string {
+  const lines = seriesOf(rows).map(({ op, name, implementation, rows }) => {
+    const sizes = rows.map((row) => row.series!.size)
+    const memory = rows.every((row) => row.peakBytes)
+      ? exponent(
+          sizes,
+          rows.map((row) => row.peakBytes!),
+        ).toFixed(2)
+      : ''
+    const last = rows.at(-1)!
+    return [
+      op,
+      implementation,
+      `${name} ${sizes[0]}..${sizes.at(-1)}`,
+      last.threads === undefined ? '' : `${last.threads} thr`,
+      exponent(
+        sizes,
+        rows.map((row) => row.median),
+      ).toFixed(2),
+      memory,
+      last.peakBytes === undefined ? '' : `${(last.peakBytes / 2 ** 20).toFixed(1)} MiB`,
+    ]
+  })
+  const heading = ['series', 'by', 'over', '', 'time ~ size^', 'memory ~ size^', 'at the largest']
+  return lines.length ? aligned([heading, ...lines], 3) : ''
 }
 
 export function ceilingTable(ceilings: readonly Ceilings[]): string {
@@ -104,7 +166,7 @@ export function ceilingTable(ceilings: readonly Ceilings[]): string {
   return aligned([['ceilings', ...kinds], ...lines], 1)
 }
 
-export function report(results: Results): string {
+export function report(results: Results, predicted: Predictions): string {
   const { machine, versions, commit } = results
   const parts = [
     `${machine.cpu}, ${machine.cpus} CPUs, ${machine.platform} ${machine.arch}; measured: ${machine.device}`,
@@ -115,7 +177,9 @@ export function report(results: Results): string {
     '',
   ]
   if (results.ceilings.length) parts.push(ceilingTable(results.ceilings), '')
-  parts.push(resultTable(results.rows))
+  parts.push(resultTable(results, predicted.targets))
+  for (const table of [seriesTable(results.rows), verdictTable(results, predicted)])
+    if (table) parts.push('', table)
   if (results.notes.length) parts.push('', ...results.notes)
   return parts.join('\n')
 }

@@ -29,10 +29,22 @@ import {
   type Row,
   withShare,
 } from '../dist/bench/results.js'
+import { scaling } from '../dist/bench/scaling.js'
+import { exponent, seriesOf } from '../dist/bench/series.js'
 import { quantile, quantiles, verdict } from '../dist/bench/statistics.js'
-import { aligned, comparisonReport, milliseconds, rate, report } from '../dist/bench/table.js'
+import {
+  aligned,
+  comparisonReport,
+  milliseconds,
+  rate,
+  report,
+  seriesTable,
+  verdictTable,
+} from '../dist/bench/table.js'
+import { judged, outcome, predictions, sameCase } from '../dist/bench/targets.js'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
+const predicted = predictions(root)
 
 describe('statistics', () => {
   test('quantiles interpolate between neighbours', () => {
@@ -153,7 +165,7 @@ describe('tables', () => {
   test('a peer stands below, with its time as a multiple of ours', () => {
     const ours = withShare(row({ flops: 400e6 }), [limits])
     const peer = row({ implementation: 'a peer', median: 5, p25: 4.5, p75: 5.5 })
-    const text = report(results([ours, peer], { notes: ['Another peer was skipped.'] }))
+    const text = report(results([ours, peer], { notes: ['Another peer was skipped.'] }), predicted)
     const lines = text.split('\n')
     expect(lines.find((l) => l.includes('p2r-kernels  '))).toMatch(
       /gelu +8 f32 +p2r-kernels +2 +2\.00 +1\.95\.\.2\.05 +200 GFLOP\/s +50 % +fma$/,
@@ -409,7 +421,119 @@ def leaving(given, options):
   })
 })
 
+describe('predictions', () => {
+  const target = { device: 'cpu', op: 'gelu', case: '8 f32' }
+  const peer = row({ implementation: 'a peer', median: 5 })
+  const slow = row({ implementation: 'a slow peer', median: 9 })
+  const bf16 = row({ case: '8 bf16', median: 1 })
+  const run = results([row({ flops: 400e6, share: 0.5, ceiling: 'fma' }), slow, peer, bf16])
+  const [ours] = run.rows as [Row]
+
+  test.each([
+    [{ times: 2 }, 'x2 of a peer', 'x2.50', 'met'],
+    [{ times: 4, than: 'a slow peer' }, 'x4 of a slow peer', 'x4.50', 'met'],
+    [{ times: 3, than: 'a peer' }, 'x3 of a peer', 'x2.50', 'missed'],
+    [{ times: 3, than: 'an absent peer' }, 'x3 of an absent peer', 'not measured', 'not measured'],
+    [{ share: 0.6 }, '60 % of fma', '50 %', 'missed'],
+    [{ teraflops: 0.1 }, '0.1 TFLOP/s', '0 TFLOP/s', 'met'],
+    [{ ms: 1.5 }, '1.5 ms', '2.00 ms', 'missed'],
+  ] as const)('%j', (reach, words, got, how) => {
+    const verdict = judged(ours, run, [{ ...target, ...reach }])!
+    expect([verdict.reach, verdict.got, outcome(verdict)]).toEqual([words, got, how])
+  })
+
+  test('of another case of ours, and of nothing', () => {
+    const than = { ...target, case: '8 bf16', times: 1.7, than: '8 f32' }
+    expect(judged(bf16, run, [than])).toMatchObject({ got: 'x2.00', ratio: 2 / 1.7 })
+    expect(judged(ours, run, [than])).toBeUndefined()
+    expect(judged(peer, run, [{ ...target, ms: 1 }])).toBeUndefined()
+    expect(judged(ours, run, [{ ...target, device: 'H200', ms: 1 }])).toBeUndefined()
+  })
+
+  test('the table counts what was met and says where the time of a miss went', () => {
+    const text = verdictTable(run, { groups: {}, targets: [{ ...target, ms: 1.5 }] })
+    expect(text).toMatch(/^Predicted: 0 of 1 met\ngelu {2}8 f32 {2}1\.5 ms {2}2\.00 ms {2}missed/)
+    expect(text).toContain('2.00 ms: products 1.00 ms at the ceilings; beyond the larger, 1.00 ms')
+  })
+
+  test('name cases that are measured, each with one figure', async () => {
+    const cases = new Map<string, string[]>()
+    for (const { op, case: pattern, times, share, teraflops, ms } of predicted.targets) {
+      if (!cases.has(op)) {
+        const { default: benchmark } = (await import(`../dist/bench/${op}.bench.js`)) as {
+          default: Benchmark
+        }
+        cases.set(
+          op,
+          benchmark.workloads.map(({ name }) => name),
+        )
+      }
+      expect(
+        cases.get(op)!.some((name) => sameCase(pattern, name)),
+        `${op} ${pattern}`,
+      ).toBe(true)
+      expect([times, share, teraflops, ms].filter((x) => x !== undefined)).toHaveLength(1)
+    }
+  })
+})
+
+describe('scaling', () => {
+  test('an exponent is that of the larger half', () => {
+    const sizes = [1, 10, 100, 1000, 10_000]
+    expect(exponent(sizes, [5, 5, 2e4, 2e6, 2e8])).toBeCloseTo(2, 10)
+    expect(exponent([1, 2, 4], [3, 6, 12])).toBeCloseTo(1, 10)
+  })
+
+  test('rows of one kind make a series, sorted by size, and its table', () => {
+    const rows = [4000, 2000, 1000].map((size) =>
+      row({
+        case: `${size}`,
+        median: size ** 2,
+        peakBytes: size * 1024,
+        series: { name: 'n', size },
+      }),
+    )
+    const [only, ...others] = seriesOf([...rows, row(), row({ series: { name: 'm', size: 1 } })])
+    expect(others).toEqual([])
+    expect(only!.rows.map((r) => r.series!.size)).toEqual([1000, 2000, 4000])
+    expect(seriesTable(rows)).toMatch(/gelu .* n 1000\.\.4000 +2 thr +2\.00 +1\.00 +3\.9 MiB$/)
+    expect(seriesTable([row()])).toBe('')
+  })
+
+  test('covers attention, log-probabilities and crops, on both backends', () => {
+    for (const backend of ['cpu', 'cuda']) {
+      const series = scaling.flatMap(({ op, workloads }) =>
+        workloads
+          .filter((w) => !w.backend || w.backend === backend)
+          .map(({ series }) => `${op} ${series!.name}`),
+      )
+      expect(new Set(series)).toEqual(
+        new Set([
+          'attention tokens',
+          'log_probs rows',
+          'log_probs vocabulary',
+          'crop_resample crops',
+          'crop_resample pixels',
+        ]),
+      )
+    }
+  })
+})
+
 describe('the benchmarks', () => {
+  const source = readdirSync(`${root}/bench`, { recursive: true, encoding: 'utf8' })
+    .filter((name) => name.endsWith('.ts'))
+    .map((name) => readFileSync(`${root}/bench/${name}`, 'utf8'))
+    .join('\n')
+    .replaceAll(/^import [\s\S]*? from .*$/gm, '')
+  const operations = [
+    ...readFileSync(`${root}/ops/ops.def`, 'utf8').matchAll(/^OP\(\w+, (\w+),/gm),
+  ].map(([, name]) => name!.replaceAll(/_(\w)/g, (_, letter) => letter.toUpperCase()))
+
+  test.each(operations)('%s is measured', (name) => {
+    expect(source).toMatch(new RegExp(`\\b${name}\\b`))
+  })
+
   const families = [
     ...new Set(
       [...readFileSync(`${root}/ops/ops.def`, 'utf8').matchAll(/^OP\((\w+),/gm)].map(([, f]) => f!),
