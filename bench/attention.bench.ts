@@ -55,7 +55,11 @@ function workload(s: Shape, backward: boolean, slow = false): Workload {
               const { out, lse } = attention(a)
               if (gradient) attentionBackward({ ...a, dOut: gradient, out, lse })
             },
-            answer: () => attention(a).out.read(),
+            answer() {
+              const { out, lse } = attention(a)
+              if (!gradient) return out.read()
+              return attentionBackward({ ...a, dOut: gradient, out, lse }).dK.read()
+            },
           }
         },
         peers: [
@@ -68,7 +72,7 @@ function workload(s: Shape, backward: boolean, slow = false): Workload {
               v: { data: v, dtype: 'f32', shape: dims },
               dOut: { data: dOut, dtype: 'f32', shape: dims },
             },
-            { sequences: s.batch, pass: backward ? 'fwd+bwd' : 'fwd' },
+            { sequences: s.batch, pass: backward ? 'fwd+bwd' : 'fwd', last: 0 },
           ),
         ],
       }

@@ -7,6 +7,7 @@ import { Command, InvalidArgumentError } from 'commander'
 import { openDevice } from 'p2r-kernels'
 import { better, ceilingMeter, cudaCeilings, disturbances } from './ceilings.js'
 import { type Benchmark, type Effort, measure, quick, thorough } from './harness.js'
+import { html } from './html.js'
 import { installPeers, peerVersion } from './peers/install.js'
 import { pythonVersions, stopPython } from './peers/python.js'
 import {
@@ -56,7 +57,10 @@ const program = new Command('npm run bench --')
   .description(
     'Measures every operation, beside what else computes it and what the machine can do.',
   )
-  .argument('[op...]', `of ${[...stems, ...Object.keys(groups)].join(', ')}; all unless given`)
+  .argument(
+    '[op...]',
+    `of ${[...stems, ...Object.keys(groups)].join(', ')}; all, in the order of their names, unless given`,
+  )
   .option('--device <id>', "'cpu', 'cuda', 'cuda:1'; as openDevice chooses unless given")
   .option(
     '--threads <list>',
@@ -81,7 +85,7 @@ function progress(what: string): void {
 
 /** The operations by these names, each that of an operation or a group. */
 function named(names: readonly string[]): string[] {
-  const ops = names.flatMap((name) => groups[name] ?? name)
+  const ops = names.flatMap((name) => (name === 'all' ? stems : (groups[name] ?? name)))
   for (const op of ops)
     if (!stems.includes(op))
       program.error(
@@ -139,6 +143,14 @@ async function measured(names: readonly string[]): Promise<Results> {
     cacheBytes: onCpu ? cacheBytes() : 2 ** 26,
     peers,
   }
+  // What there is of them, so that a run that is cut off leaves something.
+  const save = (ceilings: readonly Ceilings[]) => {
+    const rows = results.rows.map((row) => withShare(row, ceilings))
+    const whole: Results = { ...results, ceilings: [...ceilings], rows, notes: [...notes] }
+    if (options.json !== undefined)
+      writeFileSync(options.json, `${JSON.stringify(whole, undefined, 2)}\n`)
+    return whole
+  }
   for (const [at, { op, workloads }] of benchmarks.entries())
     for (const workload of workloads) {
       if (workload.slow && !effort.slow) continue
@@ -154,16 +166,14 @@ async function measured(names: readonly string[]): Promise<Results> {
             (what) => progress(`[${at + 1}/${benchmarks.length}] ${what}`),
           )),
         )
+      save(before)
     }
   Object.assign(results.versions, await pythonVersions())
   const after = await ceilings()
   await stopPython()
-  results.ceilings = before.map((c, i) => better(c, after[i]!))
   for (const sentence of disturbances(before, after)) notes.add(sentence)
-  results.rows = results.rows.map((row) => withShare(row, results.ceilings))
-  results.notes = [...notes]
   progress('')
-  return results
+  return save(before.map((c, i) => better(c, after[i]!)))
 }
 
 function read(file: string): Results {
@@ -176,7 +186,6 @@ function read(file: string): Results {
 // Before an hour is spent on measuring.
 const baseline = options.baseline === undefined ? undefined : read(options.baseline)
 const results = options.input === undefined ? await measured(program.args) : read(options.input)
-if (options.json !== undefined)
-  writeFileSync(options.json, `${JSON.stringify(results, undefined, 2)}\n`)
+if (options.html !== undefined) writeFileSync(options.html, await html(results, predicted))
 console.log(report(results, predicted))
 if (baseline) console.log(`\n${comparisonReport(compare(baseline, results), options.baseline!)}`)

@@ -166,16 +166,19 @@ export function ceilingTable(ceilings: readonly Ceilings[]): string {
   return aligned([['ceilings', ...kinds], ...lines], 1)
 }
 
-export function report(results: Results, predicted: Predictions): string {
-  const { machine, versions, commit } = results
-  const parts = [
+/** The machine and the versions, a line each. */
+export function headingLines({ machine, versions, commit }: Results): string[] {
+  return [
     `${machine.cpu}, ${machine.cpus} CPUs, ${machine.platform} ${machine.arch}; measured: ${machine.device}`,
     Object.entries(versions)
       .map(([name, version]) => `${name} ${version}`)
       .join(', ') +
       (commit ? `, commit ${commit.slice(0, 12)}${commit.endsWith('+') ? '+' : ''}` : ''),
-    '',
   ]
+}
+
+export function report(results: Results, predicted: Predictions): string {
+  const parts = [...headingLines(results), '']
   if (results.ceilings.length) parts.push(ceilingTable(results.ceilings), '')
   parts.push(resultTable(results, predicted.targets))
   for (const table of [seriesTable(results.rows), verdictTable(results, predicted)])

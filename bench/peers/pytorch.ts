@@ -20,7 +20,13 @@ export const lastRows = 512
 export function scaledDotProductAttention(
   backend: 'cudnn' | 'flash' | '',
   arrays: { q: Block; k: Block; v: Block; dOut?: Block },
-  options: { sequences: number; pass: 'fwd' | 'bwd' | 'fwd+bwd'; deterministic?: boolean },
+  options: {
+    sequences: number
+    pass: 'fwd' | 'bwd' | 'fwd+bwd'
+    deterministic?: boolean
+    /** 0 for all rows. */
+    last?: number
+  },
 ): Peer {
   const names = { cudnn: 'PyTorch SDPA, cuDNN', flash: 'PyTorch SDPA, flash', '': 'PyTorch SDPA' }
   return pythonPeer({
@@ -30,7 +36,7 @@ export function scaledDotProductAttention(
     tolerance: toleranceOf(arrays.q),
     backends: backend ? ['cuda'] : both,
     arrays: () => arrays,
-    options: { deterministic: false, ...options, backend, last: lastRows },
+    options: { deterministic: false, last: lastRows, ...options, backend },
   })
 }
 
