@@ -13,7 +13,13 @@ const others = ['#c8553d', '#7a8b3c', '#8d6aa8', '#d39a2d', '#5f6b73']
 const config = {
   font: 'system-ui, sans-serif',
   axis: { labelFontSize: 11, titleFontSize: 12, gridColor: '#e8e8e8', titleFontWeight: 'normal' },
-  legend: { labelFontSize: 11, titleFontSize: 12, labelLimit: 280, titleFontWeight: 'normal' },
+  legend: {
+    titleLimit: 600,
+    labelFontSize: 11,
+    titleFontSize: 12,
+    labelLimit: 600,
+    titleFontWeight: 'normal',
+  },
   view: { stroke: '#cccccc' },
 } as const
 
@@ -49,8 +55,10 @@ async function roofline(results: Results): Promise<string | undefined> {
     products: row.products ?? 'f32',
   }))
   const names = [...new Set(points.filter((p) => p.by === ourName).map((p) => p.case))]
-  const low = Math.min(...points.map((p) => p.intensity)) / 4
-  const high = Math.max(...points.map((p) => p.intensity)) * 4
+  // With the corner of the roof and some of its slope.
+  const corner = (limits.fma ?? limits.bf16 ?? limits.copy) / bandwidthOf(limits)
+  const low = Math.min(corner, ...points.map((p) => p.intensity)) / 4
+  const high = Math.max(corner, ...points.map((p) => p.intensity)) * 4
   const roofs = roofLines(limits, low, high, new Set(points.map((p) => p.products)))
   const x = {
     field: 'intensity',
@@ -100,13 +108,15 @@ async function roofline(results: Results): Promise<string | undefined> {
   })
 }
 
+const bandwidthOf = ({ copy, read }: Ceilings): number => Math.max(copy, read ?? 0)
+
 function roofLines(limits: Ceilings, low: number, high: number, products: ReadonlySet<string>) {
   const steps = Array.from({ length: 60 }, (_, i) => low * (high / low) ** (i / 59))
   const peaks = [
     ...(limits.fma && products.has('f32') ? [['f32 and memory', limits.fma] as const] : []),
     ...(limits.bf16 && products.has('bf16') ? [['bf16 and memory', limits.bf16] as const] : []),
   ]
-  const bandwidth = Math.max(limits.copy, limits.read ?? 0)
+  const bandwidth = bandwidthOf(limits)
   return peaks.flatMap(([roof, peak]) =>
     // The corner is a point of its own, or the roof would be cut there.
     [...steps, peak / bandwidth]
@@ -152,7 +162,7 @@ async function shares(results: Results): Promise<string | undefined> {
             field: 'case',
             type: 'nominal',
             scale: { domain: names },
-            axis: { title: null, labelLimit: 380, grid: true },
+            axis: { title: null, labelLimit: 600, grid: true },
           },
           color: colours([ourName, 'peers'], [ours, '#b9b9b9']),
           order: { field: 'by', sort: 'descending' },
@@ -194,13 +204,17 @@ async function ratios(results: Results): Promise<string | undefined> {
     field: 'case',
     type: 'nominal',
     sort: null,
-    axis: { title: null, labelLimit: 380 },
+    axis: { title: null, labelLimit: 600 },
   } as const
   const x = {
     field: 'ratio',
     type: 'quantitative',
     // Room for the words behind the longest bar.
-    scale: { type: 'log', domain: [Math.min(0.5, ...values.map((v) => v.ratio)), most * 8] },
+    scale: {
+      type: 'log',
+      nice: false,
+      domain: [Math.min(0.5, ...values.map((v) => v.ratio)), most * 20],
+    },
     axis: {
       title: "the best peer's time over ours",
       values: [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500],
@@ -275,7 +289,7 @@ async function growth(series: readonly RowSeries[]): Promise<string> {
         field: 'value',
         type: 'quantitative',
         scale: { type: 'log' },
-        axis: { title: unit, format: '~s', tickCount: 5 },
+        axis: { title: unit, format: unit === 'milliseconds' ? '~g' : '~s', tickCount: 5 },
       },
       color: colours(
         series.map((s) => s.implementation),
@@ -294,7 +308,7 @@ async function growth(series: readonly RowSeries[]): Promise<string> {
   const memory = counted.map((s) =>
     panel(
       `memory ~ size^${grows(s.rows.map((row) => row.peakBytes!))}`,
-      'bytes beyond the inputs, at the height of a run',
+      'bytes beyond the inputs',
       [s],
       (row) => row.peakBytes!,
     ),
@@ -352,7 +366,7 @@ export async function html(results: Results, predicted: Predictions): Promise<st
   for (const list of series.values()) grown.push(`<figure>${await growth(list)}</figure>`)
   section(
     'Growth with size',
-    'Exponents are fitted to the larger half of the sizes.',
+    'Exponents are fitted to the larger half of the sizes. Memory is what a run takes at its height: results and scratch.',
     grown.join('\n'),
   )
   const judgements = verdicts(results, predicted)

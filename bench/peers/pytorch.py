@@ -94,12 +94,15 @@ def sdpa(arrays, options):
     for x in (q, k, v):
         x.requires_grad_()
     d_out = split(arrays["dOut"])
-    torch.use_deterministic_algorithms(options["deterministic"])
     kept = forward() if options["pass"] == "bwd" else None
 
     def backward():
-        out = forward() if kept is None else kept
-        return torch.autograd.grad(out, (q, k, v), d_out, retain_graph=kept is not None)
+        torch.use_deterministic_algorithms(options["deterministic"])
+        try:
+            out = forward() if kept is None else kept
+            return torch.autograd.grad(out, (q, k, v), d_out, retain_graph=kept is not None)
+        finally:
+            torch.use_deterministic_algorithms(False)
 
     return backward, lambda: joined(backward()[1])[-options["last"] :]
 
