@@ -12,6 +12,7 @@ import {
   type Predictions,
   peersOf,
   predictions,
+  reachOf,
   sameCase,
   type Target,
   type Verdict,
@@ -113,12 +114,6 @@ function table(kind: string, targets: readonly Target[], results: Results | unde
     '| --- | --- | --- | --- | --- | --- |',
     ...lines,
   ].join('\n')
-}
-
-function reachOf({ times, than, share, teraflops, ms }: Target): string {
-  if (times !== undefined) return `x${times} of ${than ?? 'the best peer'}`
-  if (share !== undefined) return `${share * 100} % of the ceiling`
-  return teraflops === undefined ? `${ms} ms` : `${teraflops} TFLOP/s`
 }
 
 /** The README with its tables as they should be. */

@@ -82,7 +82,11 @@ export function bytesOf({ traffic }: Row): number {
   return traffic ? traffic.read + traffic.write : 0
 }
 
-function memoryKind(traffic: Traffic | undefined, limits: Ceilings): CeilingKind | undefined {
+/** Which of the ceilings of memory binds such traffic. */
+export function memoryKind(
+  traffic: Traffic | undefined,
+  limits: Ceilings,
+): CeilingKind | undefined {
   if (!traffic) return undefined
   // Little enough is written to be lost in the reading.
   const reads = traffic.write * 16 <= traffic.read

@@ -1,7 +1,7 @@
 // What was predicted, and whether a measurement met it (results/predictions.json).
 import { readFileSync } from 'node:fs'
 import { ourName } from './harness.js'
-import { bytesOf, type Results, type Row } from './results.js'
+import { bytesOf, memoryKind, type Results, type Row } from './results.js'
 
 export interface Predictions {
   /** Names under which several operations are measured together. */
@@ -22,6 +22,8 @@ export interface Target {
   /** Of the ceiling that binds the row. */
   share?: number
   teraflops?: number
+  /** What may be reached after that; not judged. */
+  then?: number
   ms?: number
 }
 
@@ -75,10 +77,10 @@ export function judged(
   const target = targets.find((t) => matches(t, row, results))
   if (!target) return undefined
   const { times, than, share, teraflops, ms } = target
-  const told = (reach: string, got: string | undefined, ratio?: number): Verdict => ({
+  const told = (got: string | undefined, ratio?: number, whom?: string): Verdict => ({
     target,
     row,
-    reach,
+    reach: reachOf(target, whom),
     got: got ?? 'not measured',
     ...(ratio === undefined ? {} : { ratio }),
   })
@@ -93,24 +95,27 @@ export function judged(
               : r.case === than && r.implementation === ourName),
         )
       : peersOf(row, results)[0]
-    const got = other === undefined ? undefined : other.median / row.median
-    const whom = than ?? other?.implementation ?? 'the best peer'
-    return told(
-      `x${times} of ${whom}`,
-      got === undefined ? undefined : `x${got.toPrecision(3)}`,
-      got && got / times,
-    )
+    if (!other) return told(undefined)
+    const got = other.median / row.median
+    return told(`x${got.toPrecision(3)}`, got / times, than ?? other.implementation)
   }
   if (share !== undefined) {
-    const got = row.share === undefined ? undefined : `${(row.share * 100).toFixed(0)} %`
-    const of = row.ceiling ?? 'the ceiling'
-    return told(`${share * 100} % of ${of}`, got, row.share && row.share / share)
+    if (row.share === undefined) return told(undefined)
+    return told(`${(row.share * 100).toFixed(0)} %`, row.share / share, row.ceiling)
   }
   if (teraflops !== undefined) {
     const got = (row.flops ?? 0) / row.median / 1e9
-    return told(`${teraflops} TFLOP/s`, `${got.toFixed(0)} TFLOP/s`, got / teraflops)
+    return told(`${got.toFixed(0)} TFLOP/s`, got / teraflops)
   }
-  return told(`${ms} ms`, `${row.median.toPrecision(3)} ms`, ms! / row.median)
+  return told(`${row.median.toPrecision(3)} ms`, ms! / row.median)
+}
+
+/** A target in words; `of` whom or what, where that was measured. */
+export function reachOf({ times, than, share, teraflops, then, ms }: Target, of?: string): string {
+  if (times !== undefined) return `x${times} of ${than ?? of ?? 'the best peer'}`
+  if (share !== undefined) return `${share * 100} % of ${of ?? 'the ceiling'}`
+  if (teraflops === undefined) return `${ms} ms`
+  return `${teraflops}${then === undefined ? '' : `, then ${then}`} TFLOP/s`
 }
 
 /** 'met', 'missed' or 'not measured'. */
@@ -125,9 +130,8 @@ export function whereTimeWent(row: Row, results: Results): string {
   const parts: string[] = []
   const peak = row.products === 'bf16' ? (limits.bf16 ?? limits.fma) : limits.fma
   if (row.flops && peak) parts.push(`products ${((row.flops / peak) * 1e3).toPrecision(3)} ms`)
-  const rate = row.ceiling === 'read' ? limits.read : limits.copy
-  const bytes = bytesOf(row)
-  if (bytes && rate) parts.push(`memory ${((bytes / rate) * 1e3).toPrecision(3)} ms`)
+  const kind = memoryKind(row.traffic, limits)
+  if (kind) parts.push(`memory ${((bytesOf(row) / limits[kind]!) * 1e3).toPrecision(3)} ms`)
   const rest = row.median * (1 - row.share)
   return `${row.median.toPrecision(3)} ms: ${parts.join(', ')} at the ceilings; beyond the larger, ${rest.toPrecision(3)} ms`
 }

@@ -81,8 +81,8 @@ function measured(out, name) {
 }
 
 /**
- * The steps in order: a command, the most seconds it gets, and what its files say after it. A step that
- * may be cut off keeps what it has.
+ * The steps in order: a command, the seconds kept for it, and what its files say after it. What a step leaves
+ * of its time goes to those after it; one that may be cut keeps what it has by then.
  */
 export function plan(out, suites = cudaSuites(), lacking = withoutTools()) {
   const left = lacking.map(([file, tool]) => `; left out: ${file}, which needs ${tool}`).join('')
@@ -96,7 +96,7 @@ export function plan(out, suites = cudaSuites(), lacking = withoutTools()) {
   ]
   const sanitized = (tool) => ({
     name: tool,
-    seconds: 90,
+    seconds: 50,
     cut: true,
     // Not its status: tests fail there for want of time, which the log does not count as errors.
     command: [
@@ -108,7 +108,7 @@ export function plan(out, suites = cudaSuites(), lacking = withoutTools()) {
       ...vitest(
         out,
         `${tool}-tests`,
-        '--maxWorkers=4',
+        '--maxWorkers=8',
         '--testTimeout=600000',
         '--testNamePattern=on cuda',
         ...suites,
@@ -119,13 +119,13 @@ export function plan(out, suites = cudaSuites(), lacking = withoutTools()) {
   return [
     {
       name: 'probe',
-      seconds: 120,
+      seconds: 60,
       command: vitest(out, 'probe', 'test/probe.test.ts'),
       judge: () => tested(out, 'probe'),
     },
     {
       name: 'tests',
-      seconds: 240,
+      seconds: 190,
       command: vitest(
         out,
         'tests',
@@ -139,7 +139,7 @@ export function plan(out, suites = cudaSuites(), lacking = withoutTools()) {
     },
     {
       name: 'bench',
-      seconds: 240,
+      seconds: 160,
       cut: true,
       // What was predicted comes first, then everything else.
       command: bench('bench', 'attention', 'logprob', 'evidence', 'all'),
@@ -149,7 +149,7 @@ export function plan(out, suites = cudaSuites(), lacking = withoutTools()) {
     sanitized('racecheck'),
     {
       name: 'scaling',
-      seconds: 90,
+      seconds: 60,
       cut: true,
       command: bench('scaling', '--scaling', '--no-peers'),
       judge: () => measured(out, 'scaling'),
@@ -167,10 +167,18 @@ export function sanitizerWords(out, tool) {
     /^.*(not supported|Unable to|initialization failed|Internal Sanitizer).*$/im,
   )
   if (unusable) return { skipped: true, words: `it does not work here: ${plain(unusable[0])}` }
-  const errors = [...text.matchAll(/(?:ERROR|RACECHECK) SUMMARY: (\d+)/g)]
-  if (!errors.length) return { skipped: true, words: 'it wrote no summary' }
-  const found = errors.reduce((n, [, count]) => n + Number(count), 0)
-  return { words: `${found} errors in ${errors.length} processes`, failed: found }
+  if (!logs.length) return { skipped: true, words: 'it wrote nothing' }
+  let found = 0
+  let ended = 0
+  for (const log of logs) {
+    const [, sum] = log.match(/(?:ERROR|RACECHECK) SUMMARY: (\d+)/) ?? []
+    // A process that was stopped has no summary, but what was found until then.
+    found += sum ? Number(sum) : (log.match(/^=+ (?:Invalid|Error: |Program hit)/gm) ?? []).length
+    if (sum) ended++
+  }
+  const stopped = logs.length - ended
+  const words = `${found} errors in ${ended} processes`
+  return { words: words + (stopped ? ` and ${stopped} that were stopped` : ''), failed: found }
 }
 
 const plain = (line) => line.replace(/^=+\s*/, '').trim()
@@ -220,16 +228,17 @@ export async function gpuCheck({
   const save = () =>
     writeFileSync(join(out, 'summary.json'), `${JSON.stringify(summary, undefined, 2)}\n`)
   save()
-  for (const { name, seconds: most, command, cut = false, judge } of steps) {
-    const left = seconds - (now() - start)
+  for (const [at, { name, command, cut = false, judge }] of steps.entries()) {
     const began = now()
+    const kept = steps.slice(at + 1).reduce((sum, later) => sum + later.seconds, 0)
+    const left = seconds - (began - start) - kept
     let step
     if (left < 5) step = { state: 'not reached', words: 'the time was up' }
     else {
       print(`${name} ...`)
       const { status, late } = await run(command, {
         log: join(out, `${name}.log`),
-        seconds: Math.min(most, left),
+        seconds: left,
         env: { ...process.env, REQUIRE_CUDA: '1' },
       })
       const { words, failed, skipped } =

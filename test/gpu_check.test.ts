@@ -142,14 +142,17 @@ test('within its time: measurements may be cut short, tests may not, what is lef
   const tests = await check({ ...healthy, tests: { ...healthy.tests, seconds: 10_000 } })
   expect([tests.code, tests.states.tests]).toEqual([1, 'FAILED'])
 
-  const short = await check({ ...healthy, tests: { ...healthy.tests, seconds: 80 } }, 100)
-  expect(short.seen.map(({ seconds }) => seconds)).toEqual([100, 90, 10])
-  expect(short.states).toMatchObject({
-    bench: 'ok',
-    memcheck: 'not reached',
-    scaling: 'not reached',
-  })
-  expect(short.code).toBe(1)
+  // Each has what is kept for it and what the others left over, and all of it is less than ten minutes.
+  const kept = plan(out).map(({ seconds }) => seconds)
+  expect(kept.reduce((a, b) => a + b)).toBeLessThan(600)
+  const limits = tests.seen.map(({ seconds }) => seconds)
+  expect(limits.slice(0, 3)).toEqual([kept[0], kept[0]! - 10 + kept[1]!, kept[2]])
+  expect(limits[3]).toBe(kept[2]! - 10 + kept[3]!)
+
+  const short = await check(healthy, 530)
+  expect(new Set(Object.values(short.states))).toEqual(new Set(['ok']))
+  const none = await check(healthy, 100)
+  expect([none.code, none.states.probe, none.states.scaling]).toEqual([1, 'not reached', 'ok'])
 })
 
 test('a tool that is not here or does not work is told, and fails nothing', async () => {
@@ -172,6 +175,11 @@ test('errors are summed over the processes that a sanitizer saw', () => {
   for (const [i, errors] of [2, 0, 1].entries())
     writeFileSync(join(out, `memcheck-${i}.txt`), `========= ERROR SUMMARY: ${errors} errors\n`)
   expect(sanitizerWords(out, 'memcheck')).toEqual({ words: '3 errors in 3 processes', failed: 3 })
+  writeFileSync(join(out, 'memcheck-9.txt'), '=== COMPUTE-SANITIZER\n=== Invalid __global__ read\n')
+  expect(sanitizerWords(out, 'memcheck')).toEqual({
+    words: '4 errors in 3 processes and 1 that were stopped',
+    failed: 4,
+  })
   expect(sanitizerWords(out, 'racecheck')).toMatchObject({ skipped: true })
 })
 
