@@ -15,7 +15,7 @@ const quantity = new RegExp(
 )
 /** A number on its own in a text: not a part of a word, a date or another number. */
 const standing = new RegExp(
-  String.raw`(?<![\p{L}\d.,/:-])[-+]?[$€£¥]?(?:\d+ +\d+/\d+|(?:${decimal})(?: *[/:÷] *(?:${decimal}))?)(?![\d/:]|[.,]\d|\p{L}*\d)`,
+  String.raw`(?<![\p{L}\d.,/:-])[-+]?[$€£¥]?(?:\d+ +\d+/\d+|(?:${decimal})(?: *[/:÷] *(?:${decimal}))?)(?![\d/:]|[-.,]\d|\p{L}*\d)`,
   'giu',
 )
 const scales: Record<string, number> = {
