@@ -21,21 +21,25 @@ export interface ChatServer {
   requests: ChatRequest[]
   /** The most requests that were under way at once. */
   most: number
+  /** What it says it serves. */
+  models: string[]
   close(): Promise<void>
 }
 
 /** Answers each request by the script, whose last entry answers all that come after it. */
 export async function chatServer(...script: Reply[]): Promise<ChatServer> {
   let open = 0
-  const state: Omit<ChatServer, 'close'> = { baseURL: '', requests: [], most: 0 }
+  const state: Omit<ChatServer, 'close'> = { baseURL: '', requests: [], most: 0, models: ['m'] }
   const server = createServer(async (message, response) => {
     open++
     state.most = Math.max(state.most, open)
     response.on('close', () => open--)
     const chunks: Buffer[] = []
     for await (const chunk of message) chunks.push(chunk)
-    const body = JSON.parse(Buffer.concat(chunks).toString())
+    if (message.url === '/v1/models')
+      return send(response, 200, { object: 'list', data: state.models.map((id) => ({ id })) })
     if (message.url !== '/v1/chat/completions') return response.writeHead(404).end()
+    const body = JSON.parse(Buffer.concat(chunks).toString())
     const user = body.messages.find((m: { role: string }) => m.role === 'user')
     const request: ChatRequest = {
       body,
