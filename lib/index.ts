@@ -10,6 +10,7 @@ export {
 export { type ErrorCode, P2RError } from './errors.js'
 export type { Grid } from './grid.js'
 export { encodeImage, loadImage, saveImage } from './image.js'
+export type { IpcDescription, IpcHandle } from './ipc.js'
 export {
   type AdvantageEstimator,
   type GroupAdvantages,
@@ -61,6 +62,7 @@ export { type Answer, answer } from './p2r/answer.js'
 export { type EvidenceBox, parseBoxes } from './p2r/boxes.js'
 export { evaluate, type Judged, type Question } from './p2r/evaluate.js'
 export { collectEvidence, type Evidence, type EvidenceSizes } from './p2r/evidence.js'
+export { loadRollouts, saveRollouts } from './p2r/exchange.js'
 export { type GrpoBatch, type GrpoModel, type GrpoStep, grpoStep } from './p2r/grpo.js'
 export { type OpenAIOptions, OpenAIPolicy } from './p2r/openai.js'
 export { Perceiver, type PerceiverOptions } from './p2r/perceiver.js'
@@ -102,6 +104,6 @@ export {
   type RewardRules,
   type Verifier,
 } from './p2r/reward.js'
-export { loadTensors, saveTensors } from './safetensors.js'
+export { loadMetadata, loadTensors, saveTensors } from './safetensors.js'
 export { scope, scopeAsync } from './scope.js'
 export type { DType, Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'
