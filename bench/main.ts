@@ -15,6 +15,7 @@ import {
   type Results,
   withShare,
 } from './results.js'
+import { serving, servingReport } from './serving.js'
 import { comparisonReport, report } from './table.js'
 
 const here = dirname(fileURLToPath(import.meta.url))
@@ -46,7 +47,7 @@ const program = new Command('npm run bench --')
   .description(
     'Measures every operation, beside what else computes it and what the machine can do.',
   )
-  .argument('[op...]', `of ${stems.join(', ')}; all unless given`)
+  .argument('[op...]', `of ${stems.join(', ')}; all unless given; or serving, by itself`)
   .option('--device <id>', "'cpu', 'cuda', 'cuda:1'; as openDevice chooses unless given")
   .option(
     '--threads <list>',
@@ -137,6 +138,15 @@ async function measured(ops: readonly string[], options: Options): Promise<Resul
 }
 
 const options = program.opts<Options>()
+// No operation: it has no device time, no ceilings and no peers.
+if (program.args.length === 1 && program.args[0] === 'serving') {
+  const rows = await serving(options.quick, progress)
+  progress('')
+  if (options.json !== undefined)
+    writeFileSync(options.json, `${JSON.stringify({ serving: rows }, undefined, 2)}\n`)
+  console.log(servingReport(rows))
+  process.exit()
+}
 function read(file: string): Results {
   try {
     return parseResults(readFileSync(file, 'utf8'), file)
