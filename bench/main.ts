@@ -15,7 +15,7 @@ import {
   type Results,
   withShare,
 } from './results.js'
-import { serving, servingReport } from './serving.js'
+import { quickSamples, serving, servingReport, thoroughSamples } from './serving.js'
 import { comparisonReport, report } from './table.js'
 
 const here = dirname(fileURLToPath(import.meta.url))
@@ -140,7 +140,7 @@ async function measured(ops: readonly string[], options: Options): Promise<Resul
 const options = program.opts<Options>()
 // No operation: it has no device time, no ceilings and no peers.
 if (program.args.length === 1 && program.args[0] === 'serving') {
-  const rows = await serving(options.quick, progress)
+  const rows = await serving(options.quick ? quickSamples : thoroughSamples, progress)
   progress('')
   if (options.json !== undefined)
     writeFileSync(options.json, `${JSON.stringify({ serving: rows }, undefined, 2)}\n`)

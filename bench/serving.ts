@@ -19,13 +19,16 @@ import { aligned } from './table.js'
 
 const answerMs = 100
 const concurrency = 32
+/** Of images whose work takes the processor and not the server. */
+const largeConcurrency = 8
 
 export interface Serving {
   name: string
   samples: number
   requests: number
+  inFlight: number
   seconds: number
-  /** The time that the requests would take with `concurrency` of them always in flight. */
+  /** The time that the requests would take with that many of them always in flight. */
   idealSeconds: number
   /** Processor time of this process, all of its threads, a sample. */
   cpuMsPerSample: number
@@ -35,9 +38,18 @@ export interface Serving {
   peakMiB: number
 }
 
+/** How many samples of each kind are measured. */
+export interface Samples {
+  small: number
+  rollout: number
+  large: number
+}
+export const thoroughSamples: Samples = { small: 2000, rollout: 250, large: 160 }
+export const quickSamples: Samples = { small: 400, rollout: 50, large: 32 }
+
 /** Measures all of it, on a CPU device with as many threads as it chooses. */
 export async function serving(
-  quick: boolean,
+  samples: Samples,
   progress: (what: string) => void,
 ): Promise<Serving[]> {
   const script = fileURLToPath(new URL('./serving_server.js', import.meta.url))
@@ -46,21 +58,27 @@ export async function serving(
     const [port] = (await once(server, 'message')) as [number]
     const baseURL = `http://127.0.0.1:${port}/v1`
     using device = openDevice('cpu')
-    const scale = quick ? 5 : 1
     const small = await jpeg(224, 224)
     const large = await jpeg(2160, 3840)
     // What the first requests of a process cost once.
     await evaluated('warm-up', device, baseURL, server, small, 2 * concurrency)
     const rows: Serving[] = []
-    for (const [name, image, samples] of [
-      ['evaluate, 224 x 224', small, 2000 / scale],
-      ['evaluate, 3840 x 2160', large, 80 / scale],
-    ] as const) {
-      progress(name)
-      rows.push(await evaluated(name, device, baseURL, server, image, samples))
-    }
+    progress('evaluate')
+    rows.push(await evaluated('evaluate, 224 x 224', device, baseURL, server, small, samples.small))
     progress('rollout')
-    rows.push(await rolledOut(device, baseURL, server, small, 250 / scale))
+    rows.push(await rolledOut(device, baseURL, server, small, samples.rollout))
+    progress('evaluate, 4K')
+    rows.push(
+      await evaluated(
+        'evaluate, 3840 x 2160',
+        device,
+        baseURL,
+        server,
+        large,
+        samples.large,
+        largeConcurrency,
+      ),
+    )
     return rows
   } finally {
     server.kill()
@@ -74,8 +92,9 @@ async function evaluated(
   server: ChildProcess,
   image: Uint8Array,
   samples: number,
+  inFlight = concurrency,
 ): Promise<Serving> {
-  const policy = new OpenAIPolicy({ baseURL, model: 'm', concurrency, tokens: false })
+  const policy = new OpenAIPolicy({ baseURL, model: 'm', concurrency: inFlight, tokens: false })
   const [perceiver, reasoner] = [new Perceiver(policy), new Reasoner(policy)]
   const one = {
     question: 'Which?',
@@ -86,12 +105,12 @@ async function evaluated(
   const questions = (function* () {
     for (let i = 0; i < samples; i++) yield one
   })()
-  return measured(name, device, server, samples, async (tick) => {
+  return measured(name, device, server, samples, inFlight, async (tick) => {
     for await (const { error, reward } of evaluate({
       perceiver,
       reasoner,
       questions,
-      concurrency,
+      concurrency: inFlight,
     })) {
       if (error) throw error
       if (reward !== 1) throw new Error(`${name}: the server's answer was not understood`)
@@ -111,13 +130,9 @@ async function rolledOut(
   const trainer = new PraGrpo({ perceiver: policy, reasoner: policy, device, concurrency })
   using image = await loadImage(bytes, device)
   const sample = { image, question: 'Which?', answerForm: 'mca' as const, truth: 'A' }
-  return await measured('rollout, groups of 8', device, server, samples, async (tick) => {
-    const batches = 5
-    for (let i = 0; i < batches; i++) {
-      using batch = await trainer.rollout(Array(samples / batches).fill(sample))
-      for (const { error } of batch.items) if (error) throw error
-      for (let k = 0; k < samples / batches; k++) tick()
-    }
+  return await measured('rollout, groups of 8', device, server, samples, concurrency, async () => {
+    using batch = await trainer.rollout(Array(samples).fill(sample))
+    for (const { error } of batch.items) if (error) throw error
   })
 }
 
@@ -126,6 +141,7 @@ async function measured(
   device: Device,
   server: ChildProcess,
   samples: number,
+  inFlight: number,
   run: (tick: () => void) => Promise<void>,
 ): Promise<Serving> {
   const answered = async (): Promise<number> => {
@@ -151,7 +167,8 @@ async function measured(
     samples,
     requests,
     seconds,
-    idealSeconds: (requests * answerMs) / 1000 / concurrency,
+    inFlight,
+    idealSeconds: (requests * answerMs) / 1000 / inFlight,
     cpuMsPerSample: (user + system) / 1000 / samples,
     rssMiB: [early, rss()],
     peakMiB: device.memory().peakBytes / 2 ** 20,
@@ -167,11 +184,23 @@ async function jpeg(height: number, width: number): Promise<Uint8Array> {
 
 export function servingReport(rows: readonly Serving[]): string {
   const table = [
-    ['', 'samples', 'requests', 'seconds', 'of ideal', 'CPU/sample', 'of a core', 'RSS', 'tensors'],
+    [
+      '',
+      'samples',
+      'requests',
+      'in flight',
+      'seconds',
+      'of ideal',
+      'CPU/sample',
+      'of a core',
+      'RSS',
+      'tensors',
+    ],
     ...rows.map((r) => [
       r.name,
       String(r.samples),
       String(r.requests),
+      String(r.inFlight),
       r.seconds.toFixed(2),
       `${((100 * r.idealSeconds) / r.seconds).toFixed(1)} %`,
       `${r.cpuMsPerSample.toFixed(1)} ms`,
@@ -180,8 +209,7 @@ export function servingReport(rows: readonly Serving[]): string {
       `${r.peakMiB.toFixed(1)} MiB`,
     ]),
   ]
-  return [
-    `A server that answers in ${answerMs} ms, ${concurrency} requests in flight; a sample is an image`,
-    aligned(table, 1),
-  ].join('\n')
+  return [`A server that answers in ${answerMs} ms; a sample is an image`, aligned(table, 1)].join(
+    '\n',
+  )
 }

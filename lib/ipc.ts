@@ -22,7 +22,8 @@ export interface IpcDescription {
 
 /**
  * A tensor's memory as other processes open it, until it is disposed. As long as it is not, the memory
- * stays where it is and is not used again, whatever becomes of the tensor.
+ * stays where it is and is not used again, whatever becomes of the tensor. A process that is killed
+ * leaves its files in /dev/shm.
  */
 export interface IpcHandle extends IpcDescription, Disposable {
   /**

@@ -165,6 +165,10 @@ onEveryBackend('PraGrpo', (b) => {
         ...(await expected.metrics()),
         ...batch.metrics,
         step: before,
+        sampledEntropy: expect.closeTo(
+          -(await expected.logProbs.toFloat32()).reduce((s, x) => s + x, 0) / T,
+          5,
+        ),
       })
       expectRefusal(() => pra.step(batch, model), 'ERR_VALUE', 'step', /turn/)
     }

@@ -2,7 +2,7 @@ import type { AbortSignalLike } from '../abort.js'
 import { refuse } from '../errors.js'
 import { describeValue, type Tensor } from '../tensor.js'
 import { answer } from './answer.js'
-import { mapUnordered } from './gate.js'
+import { mapUnordered, underWay } from './gate.js'
 import type { Perceiver } from './perceiver.js'
 import type { AnswerForm } from './prompts.js'
 import type { Reasoner } from './reasoner.js'
@@ -31,8 +31,7 @@ export interface Judged<Q extends Question> {
 
 /**
  * Answers and scores questions, as they finish: a failure is one question's, and memory does not grow
- * with their number. Half as many again as `concurrency` are under way, so that a policy with that
- * many requests in flight has the next one ready while images are read, cut and encoded.
+ * with their number: some more than `concurrency` of them are under way, each with its image.
  *
  * @param a.concurrency 32 unless given; it should be the policies' own.
  */
@@ -85,5 +84,5 @@ export async function* evaluate<Q extends Question>(a: {
       image?.dispose()
     }
   }
-  yield* mapUnordered(a.questions, Math.ceil(1.5 * concurrency) + 4, judge)
+  yield* mapUnordered(a.questions, underWay(concurrency), judge)
 }

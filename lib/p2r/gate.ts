@@ -1,5 +1,11 @@
 import { type AbortSignalLike, onAbort } from '../abort.js'
 
+/**
+ * How much to have under way for `concurrency` requests in flight: half as much again, so that the next
+ * one is ready while images are read, cut and encoded.
+ */
+export const underWay = (concurrency: number): number => Math.ceil(1.5 * concurrency) + 4
+
 /** Lets at most `width` callers in at once, in the order of their coming. */
 export class Gate {
   #free: number

@@ -5,7 +5,7 @@ import { type AdvantageEstimator, groupAdvantages } from '../ops/advantages.js'
 import type { LossMetrics, PolicyLossOptions } from '../ops/policy_loss.js'
 import { describeValue, handleOf, type Tensor } from '../tensor.js'
 import { collectEvidence, type Evidence } from './evidence.js'
-import { Gate, mapUnordered } from './gate.js'
+import { Gate, mapUnordered, underWay } from './gate.js'
 import { type GrpoModel, type GrpoStep, grpoStep } from './grpo.js'
 import { Perceiver, type PerceiverOptions } from './perceiver.js'
 import {
@@ -57,7 +57,10 @@ export interface PraGrpoOptions extends PraGrpoSettings {
   verifier?: Verifier
   /** Where rewards, advantages and losses are computed. */
   device: Device
-  /** Samples under way at once, and evidences whose images are in memory: 32 unless given. */
+  /**
+   * The policies' requests in flight: 32 unless given. Half as many samples again are under way, and as
+   * many evidences have their images in memory.
+   */
   concurrency?: number
   /** Of extraction, rewards and faults: 'reference' unless given. */
   rules?: RewardRules
@@ -152,7 +155,15 @@ export interface RolloutBatch extends Disposable {
 }
 
 /** RolloutMetrics and the loss's own, of a role's latest step. */
-export type RoleMetrics = RolloutMetrics & LossMetrics & { step: number }
+export type RoleMetrics = RolloutMetrics &
+  LossMetrics & {
+    step: number
+    /**
+     * The mean of -log p of the sampled tokens, in nats: an estimate of the policy's entropy that
+     * costs nothing. `entropy` is the exact one, where the loss has an entropyCoef, else 0.
+     */
+    sampledEntropy: number
+  }
 
 /** What the trained role's engine gives for the tokens of a batch, in their order. */
 export type TrainedModel = GrpoModel & {
@@ -175,6 +186,7 @@ export class PraGrpo {
   readonly #options: PraGrpoOptions
   readonly #settings: Required<Pick<PraGrpoSettings, 'groupSize' | 'schedule' | 'temperature'>>
   readonly #policies: Record<Role, Policy>
+  readonly #underWay: number
   readonly #evidences: Gate
   readonly #stepped = new WeakSet<RolloutBatch>()
   readonly #metrics: Partial<Record<Role, Promise<RoleMetrics>>> = {}
@@ -205,7 +217,8 @@ export class PraGrpo {
       reasoner: checkPolicy(options.reasoner, 'reasoner', op),
     }
     this.#step = options.step ?? 0
-    this.#evidences = new Gate(positive(options.concurrency ?? 32, 'concurrency', op))
+    this.#underWay = underWay(positive(options.concurrency ?? 32, 'concurrency', op))
+    this.#evidences = new Gate(this.#underWay)
   }
 
   /** Steps made so far, of both roles together: what a later run gives as its `step`. */
@@ -258,11 +271,10 @@ export class PraGrpo {
     const { signal } = options
     const groups: RolloutItem[][] = []
     const roll = role === 'perceiver' ? this.#perceive : this.#reason
-    const rolled = mapUnordered(
-      samples as Sample[],
-      this.#options.concurrency ?? 32,
-      async (sample, at) => ({ at, items: await roll.call(this, sample, at, signal) }),
-    )
+    const rolled = mapUnordered(samples as Sample[], this.#underWay, async (sample, at) => ({
+      at,
+      items: await roll.call(this, sample, at, signal),
+    }))
     for await (const { at, items } of rolled) groups[at] = items
     signal?.throwIfAborted()
     return this.#batch(role, groups.flat())
@@ -301,7 +313,11 @@ export class PraGrpo {
     this.#stepped.add(batch)
     const step = this.#step++
     // Read now, so that they are there after the step was disposed.
-    const read = made.metrics().then((m) => ({ ...batch.metrics, ...m, step }))
+    const read = Promise.all([made.metrics(), made.logProbs.read()]).then(([metrics, logProbs]) => {
+      const sum = (logProbs as Float32Array).reduce((s, x) => s - x, 0)
+      const sampledEntropy = logProbs.length ? sum / logProbs.length : 0
+      return { ...batch.metrics, ...metrics, step, sampledEntropy }
+    })
     read.catch(() => {})
     this.#metrics[batch.role] = read
     return made
