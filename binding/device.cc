@@ -69,7 +69,12 @@ Napi::Object describe(Napi::Env env, const DeviceInfo& info) {
   o.Set("name", info.name);
   o.Set("memoryBytes", static_cast<double>(info.memory_bytes));
   if (info.threads) o.Set("threads", info.threads);
-  if (!info.simd.empty()) o.Set("simd", info.simd);
+  if (!info.simd.empty()) {
+    o.Set("simd", info.simd);
+    Napi::Array features = Napi::Array::New(env, info.features.size());
+    for (uint32_t i = 0; i < info.features.size(); ++i) features[i] = info.features[i];
+    o.Set("features", features);
+  }
   if (!info.capability.empty()) o.Set("computeCapability", info.capability);
   return o;
 }
@@ -217,10 +222,10 @@ Napi::Value DeviceHandle::MemoryUse(const Napi::CallbackInfo& info) {
 
 Napi::Value DeviceHandle::KernelNames(const Napi::CallbackInfo& info) {
   const std::string op = info[0].ToString();
-  const std::vector<std::string> names = kernel_names(op, open()->device->info());
-  if (names.empty()) throw Error(Code::value, "'" + op + "' has no choice of kernels");
-  Napi::Array out = Napi::Array::New(info.Env(), names.size());
-  for (size_t i = 0; i < names.size(); ++i) out.Set(static_cast<uint32_t>(i), names[i]);
+  const std::vector<KernelChoice> choices = kernel_choices(op, open()->device->info());
+  if (choices.empty()) throw Error(Code::value, "'" + op + "' has no choice of kernels");
+  Napi::Array out = Napi::Array::New(info.Env(), choices.size());
+  for (size_t i = 0; i < choices.size(); ++i) out.Set(static_cast<uint32_t>(i), choices[i].name);
   return out;
 }
 

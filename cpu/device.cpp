@@ -66,14 +66,34 @@ const Simd* choose_simd(const std::string& name) {
   throw Error(Code::device, "simd '" + name + "' is not to be had on this CPU, which has " + have);
 }
 
+std::vector<std::string> names_of(const SimdFeatures& features) {
+  std::vector<std::string> names;
+  if (features.bf16) names.push_back("bf16");
+  if (features.vnni) names.push_back("vnni");
+  return names;
+}
+
+SimdFeatures choose_features(const Simd& simd, const OpenOptions& options) {
+  const SimdFeatures have = simd_features(simd);
+  auto choose = [&](const char* name, int wanted, bool has) {
+    if (wanted == 1 && !has)
+      throw Error(Code::device, std::string("features.") + name + " is not to be had with simd '" +
+                                    simd.name + "' on this CPU");
+    return has && wanted != 0;
+  };
+  return {choose("bf16", options.bf16, have.bf16), choose("vnni", options.vnni, have.vnni)};
+}
+
 }  // namespace
 
 CpuDevice::CpuDevice(const OpenOptions& options)
     : info_(cpu_info()),
       simd_(choose_simd(options.simd)),
+      features_(choose_features(*simd_, options)),
       threads_(options.threads > 0 ? options.threads : info_.threads) {
   info_.threads = threads_.count();
   info_.simd = simd_->name;
+  info_.features = names_of(features_);
   thread_ = std::thread([this] { run(); });
 }
 
@@ -277,7 +297,9 @@ DeviceInfo cpu_info() {
   info.name = cpu::processor_name();
   info.memory_bytes = cpu::memory_limit();
   info.threads = cpu::thread_limit();
-  info.simd = cpu::simd_tables(&count)[0]->name;
+  const cpu::Simd& best = *cpu::simd_tables(&count)[0];
+  info.simd = best.name;
+  info.features = cpu::names_of(cpu::simd_features(best));
   return info;
 }
 

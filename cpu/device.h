@@ -63,6 +63,7 @@ class CpuDevice final : public Device {
   const DeviceInfo& info() const override { return info_; }
   const Kernels& kernels() const override;
   const Simd& simd() const { return *simd_; }
+  const SimdFeatures& features() const { return features_; }
   int threads() const { return threads_.count(); }
 
   void submit(std::function<void()> work);
@@ -102,6 +103,7 @@ class CpuDevice final : public Device {
 
   DeviceInfo info_;
   const Simd* simd_ = nullptr;
+  SimdFeatures features_;
   Threads threads_;
   std::mutex mutex_;
   std::condition_variable wake_, space_;

@@ -20,6 +20,8 @@ export interface DeviceInfo {
   /** CPU: worker threads and the instruction set chosen at run time ('avx512', 'avx2', 'neon', 'scalar'). */
   threads?: number
   simd?: string
+  /** CPU: what is used beyond that set: 'bf16' (AVX512-BF16), 'vnni' (AVX512-VNNI). */
+  features?: readonly string[]
   /** CUDA: for example '9.0'. */
   computeCapability?: string
 }
@@ -29,6 +31,7 @@ export interface OpenOptions {
   threads?: number
   /** Forces a path that the CPU has, for tests and measurements. */
   simd?: 'avx512' | 'avx2' | 'neon' | 'scalar'
+  /** Uses AVX512-BF16 or AVX512-VNNI, or does without; what the CPU has unless given. */
   features?: { bf16?: boolean; vnni?: boolean }
 }
 

@@ -55,6 +55,7 @@ export {
   policyLoss,
   trlDefaults,
 } from './ops/policy_loss.js'
+export { visionPositions } from './ops/positions.js'
 export { applyRotary, visionRotary } from './ops/rotary.js'
 export * from './ops/rows.js'
 export * from './ops/sampling.js'
@@ -107,3 +108,4 @@ export {
 export { loadMetadata, loadTensors, saveTensors } from './safetensors.js'
 export { scope, scopeAsync } from './scope.js'
 export type { DType, Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'
+export { type VisionEncoding, VisionTower, type VisionTowerConfig } from './vision/tower.js'

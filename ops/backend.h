@@ -42,9 +42,10 @@ struct Fault {
 struct DeviceInfo {
   std::string backend, id, name;
   uint64_t memory_bytes = 0;
-  int threads = 0;         // CPU
-  std::string simd;        // CPU
-  std::string capability;  // CUDA, "9.0"
+  int threads = 0;                    // CPU
+  std::string simd;                   // CPU
+  std::vector<std::string> features;  // CPU: what is used beyond the set
+  std::string capability;             // CUDA, "9.0"
 };
 
 struct OpenOptions {

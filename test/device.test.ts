@@ -1,6 +1,6 @@
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
-import { cudaStatus, type Device, devices, gelu, openDevice, type Tensor } from 'p2r-kernels'
+import { cudaStatus, devices, gelu, openDevice, type Tensor } from 'p2r-kernels'
 import { afterEach, expect, test, vi } from 'vitest'
 import { cpuPaths, expectRefusal, onEveryBackend } from './harness.js'
 
@@ -12,7 +12,7 @@ afterEach(() => vi.unstubAllEnvs())
 
 test('the CPU is the first device, CUDA devices follow', () => {
   const [cpu, ...rest] = devices()
-  expect(cpu).toMatchObject({ backend: 'cpu', id: 'cpu', simd: cpuPaths[0] })
+  expect(cpu).toMatchObject({ backend: 'cpu', id: 'cpu', simd: cpuPaths[0]!.options.simd })
   expect(cpu!.name).not.toBe('')
   expect(cpu!.memoryBytes).toBeGreaterThan(2 ** 20)
   expect(cpu!.threads).toBeGreaterThan(0)
@@ -53,9 +53,11 @@ test('without a name: P2R_DEVICE, else the first CUDA device, else the CPU', () 
 })
 
 test('threads and simd force what the CPU has, and are refused when wrong', () => {
-  for (const simd of cpuPaths) {
-    using device = openDevice('cpu', { threads: 3, simd })
-    expect(device.info).toMatchObject({ threads: 3, simd })
+  for (const { options } of cpuPaths) {
+    using device = openDevice('cpu', { threads: 3, ...options })
+    const { bf16, vnni } = options.features
+    const features = [...(bf16 ? ['bf16'] : []), ...(vnni ? ['vnni'] : [])]
+    expect(device.info).toMatchObject({ threads: 3, simd: options.simd, features })
   }
   for (const threads of [0, -1, 1.5, NaN, Infinity, 1025, '2'])
     expectRefusal(
@@ -72,8 +74,16 @@ test('threads and simd force what the CPU has, and are refused when wrong', () =
       /simd/,
     )
   for (const simd of ['avx512', 'avx2', 'neon', 'scalar'] as const)
-    if (!cpuPaths.includes(simd))
+    if (!cpuPaths.some((path) => path.options.simd === simd))
       expectRefusal(() => openDevice('cpu', { simd }), 'ERR_DEVICE', 'openDevice', /which has/)
+  for (const feature of ['bf16', 'vnni'])
+    expectRefusal(
+      () =>
+        openDevice('cpu', { simd: cpuPaths.at(-1)!.options.simd, features: { [feature]: true } }),
+      'ERR_DEVICE',
+      'openDevice',
+      new RegExp(`features.${feature}`),
+    )
   expectRefusal(() => openDevice('cpu', null as never), 'ERR_VALUE', 'openDevice', /options/)
   expectRefusal(() => openDevice('cpu', { features: 1 as never }), 'ERR_VALUE', 'openDevice')
   expectRefusal(
@@ -85,7 +95,7 @@ test('threads and simd force what the CPU has, and are refused when wrong', () =
 })
 
 onEveryBackend('device', (b) => {
-  const open = () => openDevice(b.device.info.id, cpuOptions(b.device))
+  const open = () => b.open()
 
   test('dispose drains the queue, settles what is awaited and disposes the tensors', async () => {
     const device = open()
@@ -224,10 +234,6 @@ onEveryBackend('device', (b) => {
     expect(Array.from(await x.read())).toEqual([1, 2, 3])
   })
 })
-
-function cpuOptions(device: Device): Parameters<typeof openDevice>[1] {
-  return device.info.simd ? { simd: device.info.simd as 'scalar' } : {}
-}
 
 test('tensors keep their device alive', async () => {
   const x = (() => openDevice('cpu').tensor([1, 2], [2]))()

@@ -2,7 +2,7 @@
 import { mkdirSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { cudaStatus, type Device, openDevice } from 'p2r-kernels'
-import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { native } from '../dist/lib/native.js'
 
 /** Unit roundoff: half the distance from 1 to the next number of the type. */
@@ -10,23 +10,42 @@ export const roundoff = { f32: 2 ** -24, f16: 2 ** -11, bf16: 2 ** -8 } as const
 export type Float = keyof typeof roundoff
 export const floats: readonly Float[] = ['f32', 'f16', 'bf16']
 
-const simds = ['avx512', 'avx2', 'neon', 'scalar'] as const
-type Simd = (typeof simds)[number]
-
-/** The instruction sets of this CPU, best first. */
-export const cpuPaths: Simd[] = simds.filter((simd) => {
-  try {
-    openDevice('cpu', { simd }).dispose()
-    return true
-  } catch {
-    return false
+export interface CpuPath {
+  /** 'avx512', 'avx512 without features', ... */
+  name: string
+  options: {
+    simd: 'avx512' | 'avx2' | 'neon' | 'scalar'
+    features: { bf16: boolean; vnni: boolean }
   }
-})
+}
+
+/** The instruction sets of this CPU with what it has beyond them, and without; the best first. */
+export const cpuPaths: CpuPath[] = (['avx512', 'avx2', 'neon', 'scalar'] as const).flatMap(
+  (simd) => {
+    let has: readonly string[]
+    try {
+      using device = openDevice('cpu', { simd })
+      has = device.info.features!
+    } catch {
+      return []
+    }
+    const path = (name: string, features: readonly string[]): CpuPath => ({
+      name,
+      options: {
+        simd,
+        features: { bf16: features.includes('bf16'), vnni: features.includes('vnni') },
+      },
+    })
+    return [path(simd, has), ...(has.length ? [path(`${simd} without features`, [])] : [])]
+  },
+)
 
 export interface Backend {
   device: Device
   /** 'cpu avx512', ..., 'cuda'. */
   name: string
+  /** Another device of the kind. */
+  open: (options?: { threads?: number }) => Device
 }
 
 /**
@@ -34,44 +53,75 @@ export interface Backend {
  * skipped; with REQUIRE_CUDA=1 that is a failure.
  */
 export function onEveryBackend(title: string, suite: (backend: Backend) => void): void {
-  for (const simd of cpuPaths) {
-    describe(`${title} on cpu ${simd}`, () =>
-      run({ name: `cpu ${simd}`, open: () => openDevice('cpu', { simd }) }, suite))
+  for (const { name, options } of cpuPaths) {
+    describe(`${title} on cpu ${name}`, () =>
+      run(`cpu ${name}`, (more) => openDevice('cpu', { ...options, ...more }), suite))
   }
   const cuda = cudaStatus()
   if (cuda.available)
-    describe(`${title} on cuda`, () => run({ name: 'cuda', open: () => openDevice('cuda') }, suite))
+    describe(`${title} on cuda`, () => run('cuda', () => openDevice('cuda'), suite))
   else if (process.env.REQUIRE_CUDA === '1')
     test(`${title} on cuda`, () => expect.fail(`REQUIRE_CUDA=1, but: ${cuda.reason}`))
   else describe.skip(`${title} on cuda (${cuda.reason})`, () => void test('needs a GPU', () => {}))
 }
 
-function run(b: { name: string; open: () => Device }, suite: (backend: Backend) => void): void {
-  const backend = { name: b.name } as Backend
+function run(name: string, open: Backend['open'], suite: (backend: Backend) => void): void {
+  const backend = { name, open } as Backend
   beforeAll(() => {
-    backend.device = b.open()
+    backend.device = open()
   })
   afterAll(() => backend.device.dispose())
+  recordUnasked(backend)
   suite(backend)
 }
 
+// ---- Cases for the kernel twin ----
+
 const caseFolder = fileURLToPath(new URL('../build/twin/cases', import.meta.url))
+// What a call may do, in multiply-adds and entries (ops/fields.h), to be run by the twin, which takes
+// some 0.1 s for it, and ten times that under a sanitizer. As many small calls of each test go in
+// unasked; the rest of a test that repeats itself would tell the twin nothing new.
+const twinWork = 2 ** 21
+const callsUnasked = 4
+// How exact such a call is nobody has said: two digits of bf16 still tell any wrong index, race or
+// neighbour's value.
+const unasked = { absolute: 2 ** -14, ofLargest: 2 ** -7 }
+
+interface Bound {
+  absolute?: number
+  relative?: number
+  ofLargest?: number
+}
+
+const recordsCases = (backend: Backend) => backend.name === `cpu ${cpuPaths[0]!.name}`
+
+function record(name: string, calls: number, bound: Bound, work = twinWork): void {
+  const folder = `${caseFolder}/${name.replaceAll(/[^\w.-]+/g, '-')}`
+  mkdirSync(folder, { recursive: true })
+  native().record(folder, work, calls, bound.absolute, bound.relative, bound.ofLargest)
+}
+
+/** Every test on the best CPU path writes its first small calls down as cases for the kernel twin. */
+function recordUnasked(backend: Backend): void {
+  if (!recordsCases(backend)) return
+  beforeEach(({ task }) => record(task.fullTestName ?? task.name, callsUnasked, unasked))
+  afterEach(() => native().record(''))
+}
 
 /**
- * Runs f, and on the best CPU path also writes its calls down as cases for the kernel twin, which
- * must reproduce the CPU's results within twice the bound (both sides may err), which means what it
- * means for expectClose. Only for calls that are small enough: some 1e6 multiply-adds.
+ * Runs f; on the best CPU path all of its calls that are small enough are written down as cases for
+ * the kernel twin, which must reproduce the CPU's results within twice the bound (both sides may
+ * err), which means what it means for expectClose. `work` may allow for more.
  */
 export function recorded<R>(
   backend: Backend,
   name: string,
-  bound: { absolute?: number; relative?: number; ofLargest?: number },
+  bound: Bound,
   f: () => R,
+  work = twinWork,
 ): R {
-  if (backend.name !== `cpu ${cpuPaths[0]}`) return f()
-  const folder = `${caseFolder}/${name.replaceAll(/[^\w.-]+/g, '-')}`
-  mkdirSync(folder, { recursive: true })
-  native().record(folder, bound.absolute, bound.relative, bound.ofLargest)
+  if (!recordsCases(backend)) return f()
+  record(name, Number.MAX_SAFE_INTEGER, bound, work)
   try {
     return f()
   } finally {
@@ -136,7 +186,7 @@ function toF16(x: number): number {
 export function expectClose(
   actual: ArrayLike<number>,
   expected: ArrayLike<number>,
-  bound: { absolute?: number; relative?: number; ofLargest?: number },
+  bound: Bound,
 ): void {
   expect(actual.length).toBe(expected.length)
   let largest = 0

@@ -207,13 +207,13 @@ onEveryBackend('layerNorm', (b) => {
 })
 
 describe('layerNormBackward', () => {
-  for (const simd of cpuPaths)
-    test(`does not depend on the thread count (${simd})`, async () => {
+  for (const { name, options } of cpuPaths)
+    test(`does not depend on the thread count (${name})`, async () => {
       const [rows, c] = [3000, 40]
       const data = new Random(8).normals(rows * c)
       const results: string[] = []
       for (const threads of [1, 2, 5]) {
-        using device = openDevice('cpu', { simd, threads })
+        using device = openDevice('cpu', { ...options, threads })
         const x = device.tensor(data, [rows, c])
         const weight = device.tensor(data.subarray(0, c), [c])
         const { stats } = layerNorm({ x, weight, bias: weight })

@@ -21,6 +21,20 @@ extern const Simd table;
 }
 #endif
 
+SimdFeatures simd_features(const Simd& table) {
+  SimdFeatures features;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (&table == &avx512::table) {
+    features.bf16 = __builtin_cpu_supports("avx512bf16");
+    features.vnni = __builtin_cpu_supports("avx512vnni");
+  }
+#else
+  (void)table;
+#endif
+  return features;
+}
+
 const Simd* const* simd_tables(int* count) {
   static const Simd* tables[3];
   static const int found = [] {

@@ -22,6 +22,15 @@ struct Simd {
 #undef KERNEL
 };
 
+// Instructions beyond a set that some of its kernels use, in functions compiled for them by
+// attribute: AVX512-BF16 (dot products of bf16 pairs) and AVX512-VNNI (of bytes and of 16-bit
+// pairs).
+struct SimdFeatures {
+  bool bf16 = false, vnni = false;
+};
+// Which of them this CPU has beside the set.
+SimdFeatures simd_features(const Simd& table);
+
 // The tables that this build and this CPU have, best first; `count` is at least 1.
 const Simd* const* simd_tables(int* count);
 
