@@ -20,6 +20,7 @@ import {
   withShare,
 } from './results.js'
 import { scaling } from './scaling.js'
+import { quickSamples, serving, servingReport, thoroughSamples } from './serving.js'
 import { comparisonReport, report } from './table.js'
 import { predictions } from './targets.js'
 
@@ -59,7 +60,7 @@ const program = new Command('npm run bench --')
   )
   .argument(
     '[op...]',
-    `of ${[...stems, ...Object.keys(groups)].join(', ')}; all, in the order of their names, unless given`,
+    `of ${[...stems, ...Object.keys(groups)].join(', ')}; all, in the order of their names, unless given; or serving, by itself`,
   )
   .option('--device <id>', "'cpu', 'cuda', 'cuda:1'; as openDevice chooses unless given")
   .option(
@@ -176,6 +177,16 @@ async function measured(names: readonly string[]): Promise<Results> {
   return save(before.map((c, i) => better(c, after[i]!)))
 }
 
+const options = program.opts<Options>()
+// No operation: it has no device time, no ceilings and no peers.
+if (program.args.length === 1 && program.args[0] === 'serving') {
+  const rows = await serving(options.quick ? quickSamples : thoroughSamples, progress)
+  progress('')
+  if (options.json !== undefined)
+    writeFileSync(options.json, `${JSON.stringify({ serving: rows }, undefined, 2)}\n`)
+  console.log(servingReport(rows))
+  process.exit()
+}
 function read(file: string): Results {
   try {
     return parseResults(readFileSync(file, 'utf8'), file)

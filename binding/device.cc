@@ -87,6 +87,8 @@ Napi::Function DeviceHandle::Init(Napi::Env env) {
                           "tensor", napi_default, name("tensor")),
                       InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Zeros>>(
                           "zeros", napi_default, name("zeros")),
+                      InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::OpenShared>>(
+                          "openShared", napi_default, name("fromIpcHandle")),
                       InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Synchronize>>(
                           "synchronize", napi_default, name("synchronize")),
                       InstanceMethod<&DeviceHandle::guarded<&DeviceHandle::Time>>(
@@ -152,6 +154,21 @@ Napi::Value DeviceHandle::Zeros(const Napi::CallbackInfo& info) {
   auto storage = std::make_shared<Storage>(device, bytes);
   device->device->zero(storage->data, bytes);
   return TensorHandle::Make(info.Env(), storage, dtype, shape);
+}
+
+Napi::Value DeviceHandle::OpenShared(const Napi::CallbackInfo& info) {
+  std::shared_ptr<OpenDevice> device = open();
+  const double bytes = info[1].ToNumber(), offset = info[2].ToNumber();
+  const Shape shape = parse_shape(info[3]);
+  const DType dtype = parse_dtype(info[4].ToString());
+  const double size = static_cast<double>(shape.size()) * static_cast<double>(size_of(dtype));
+  if (!(bytes >= 0 && offset >= 0 && bytes <= 9007199254740991.0 && offset + size <= bytes) ||
+      bytes != static_cast<double>(static_cast<int64_t>(bytes)) ||
+      offset != static_cast<double>(static_cast<int64_t>(offset)) ||
+      static_cast<int64_t>(offset) % static_cast<int64_t>(size_of(dtype)) != 0)
+    throw Error(Code::value, "the tensor does not lie within the memory that its handle names");
+  auto storage = std::make_shared<Storage>(device, info[0].ToString(), static_cast<size_t>(bytes));
+  return TensorHandle::Make(info.Env(), storage, dtype, shape, static_cast<size_t>(offset));
 }
 
 Napi::Value DeviceHandle::Synchronize(const Napi::CallbackInfo& info) {

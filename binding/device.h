@@ -28,8 +28,9 @@ class DeviceHandle : public Napi::ObjectWrap<DeviceHandle> {
     }
   }
   Napi::Value Info(const Napi::CallbackInfo& info);
-  Napi::Value Tensor(const Napi::CallbackInfo& info);  // (data, shape, dtype)
-  Napi::Value Zeros(const Napi::CallbackInfo& info);   // (shape, dtype)
+  Napi::Value Tensor(const Napi::CallbackInfo& info);      // (data, shape, dtype)
+  Napi::Value Zeros(const Napi::CallbackInfo& info);       // (shape, dtype)
+  Napi::Value OpenShared(const Napi::CallbackInfo& info);  // (name, bytes, offset, shape, dtype)
   Napi::Value Synchronize(const Napi::CallbackInfo& info);
   Napi::Value Time(const Napi::CallbackInfo& info);
   Napi::Value MemoryUse(const Napi::CallbackInfo& info);

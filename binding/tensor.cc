@@ -20,8 +20,21 @@ Storage::Storage(std::shared_ptr<OpenDevice> d, size_t n) : device(std::move(d))
   data = device->device->allocate(n);
 }
 
+Storage::Storage(std::shared_ptr<OpenDevice> d, const std::string& name, size_t n)
+    : device(std::move(d)), bytes(n), mapped(true) {
+  data = device->device->open_shared(name, n);
+  device->device->adopt(n);
+}
+
 Storage::~Storage() {
-  if (device->device) device->device->release(data);
+  if (!device->device) return;
+  if (!shared.empty()) device->device->unshare(shared);
+  if (mapped) {
+    device->device->close_shared(data);
+    device->device->disown(bytes);
+  } else {
+    device->device->release(data);
+  }
 }
 
 Napi::Function TensorHandle::Init(Napi::Env env) {
@@ -42,6 +55,10 @@ Napi::Function TensorHandle::Init(Napi::Env env) {
                                                                       name("dispose")),
        InstanceMethod<&TensorHandle::guarded<&TensorHandle::Join>>("join", napi_default,
                                                                    name("join")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::Share>>("share", napi_default,
+                                                                    name("ipcHandle")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::Unshare>>("unshare", napi_default,
+                                                                      name("ipcHandle")),
        InstanceAccessor<&TensorHandle::GetShape>("shape"),
        InstanceAccessor<&TensorHandle::GetDType>("dtype"),
        InstanceAccessor<&TensorHandle::GetDisposed>("disposed")});
@@ -225,6 +242,54 @@ Napi::Value TensorHandle::Dispose(const Napi::CallbackInfo& info) {
 Napi::Value TensorHandle::Join(const Napi::CallbackInfo& info) {
   for (Composite& c : State::of(info.Env()).composites)
     if (c.fault && storage_) storage_->faults.push_back(c.fault);
+  return info.Env().Undefined();
+}
+
+Napi::Value TensorHandle::Share(const Napi::CallbackInfo& info) {
+  view("the tensor");
+  const std::shared_ptr<Storage> storage = storage_;
+  std::shared_ptr<OpenDevice> device = storage->device;
+  if (storage->shared.empty()) {
+    void* block = storage->data;
+    storage->shared = device->device->share(block, storage->bytes, info[0].ToString());
+    if (block != storage->data) {
+      if (storage->mapped) {
+        device->device->close_shared(storage->data);
+        device->device->disown(storage->bytes);
+      } else {
+        device->device->release(storage->data);
+      }
+      device->device->adopt(storage->bytes);
+      storage->data = block;
+      storage->mapped = true;
+    }
+  }
+  ++storage->shares;
+  // Another process reads what was queued so far.
+  auto deferred = std::make_shared<Napi::Promise::Deferred>(info.Env());
+  State::of(info.Env())
+      .when_done(device, [deferred, device, name = storage->shared, offset = offset_,
+                          bytes = storage->bytes,
+                          faults = storage->faults](Napi::Env env, const std::string& lost) {
+        try {
+          throw_faults(faults, lost, env, "ipcHandle");
+          Napi::Array out = Napi::Array::New(env, 3);
+          out.Set(0u, name);
+          out.Set(1u, static_cast<double>(offset));
+          out.Set(2u, static_cast<double>(bytes));
+          deferred->Resolve(out);
+        } catch (const Napi::Error& e) {
+          deferred->Reject(e.Value());
+        }
+      });
+  return deferred->Promise();
+}
+
+Napi::Value TensorHandle::Unshare(const Napi::CallbackInfo& info) {
+  if (storage_ && --storage_->shares == 0) {
+    if (storage_->device->device) storage_->device->device->unshare(storage_->shared);
+    storage_->shared.clear();
+  }
   return info.Env().Undefined();
 }
 

@@ -14,13 +14,18 @@ namespace p2r::binding {
 // device hands memory out again in the order of its queue.
 struct Storage {
   Storage(std::shared_ptr<OpenDevice> device, size_t bytes);
+  // What another process shares under this name, from its first byte on.
+  Storage(std::shared_ptr<OpenDevice> device, const std::string& name, size_t bytes);
   ~Storage();
   Storage(const Storage&) = delete;
 
   std::shared_ptr<OpenDevice> device;
   void* data = nullptr;
   size_t bytes = 0;
-  int handles = 0;                             // JavaScript's, this one and its views
+  bool mapped = false;  // not of the device's pool
+  std::string shared;   // the name by which other processes open it; empty: none
+  int shares = 0;       // how often it was shared and not taken back
+  int handles = 0;      // JavaScript's, this one and its views
   std::vector<std::shared_ptr<Fault>> faults;  // that its contents may depend on
 };
 
@@ -58,6 +63,8 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
   Napi::Value To(const Napi::CallbackInfo& info);
   Napi::Value Dispose(const Napi::CallbackInfo& info);
   Napi::Value Join(const Napi::CallbackInfo& info);
+  Napi::Value Share(const Napi::CallbackInfo& info);  // (path): a promise of [name, offset, bytes]
+  Napi::Value Unshare(const Napi::CallbackInfo& info);  // once for each time that it was shared
   Napi::Value GetShape(const Napi::CallbackInfo& info);
   Napi::Value GetDType(const Napi::CallbackInfo& info);
   Napi::Value GetDisposed(const Napi::CallbackInfo& info);

@@ -1,10 +1,14 @@
 #include "cpu/device.h"
 
+#include <fcntl.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/sysinfo.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -101,6 +105,8 @@ CpuDevice::~CpuDevice() {
   wake_.notify_one();
   thread_.join();
   release_everything();
+  for (const auto& [block, bytes] : mapped_) munmap(block, bytes);
+  for (const std::string& path : shared_) unlink(path.c_str());
 }
 
 void CpuDevice::run() {
@@ -168,6 +174,67 @@ void CpuDevice::zero(void* destination, size_t bytes) {
 
 void CpuDevice::notify(Completion done) {
   submit([done = std::move(done)] { done(""); });
+}
+
+void* CpuDevice::map(int file, size_t bytes) {
+  // An empty file cannot be mapped; nothing reads the byte.
+  const size_t length = std::max<size_t>(bytes, 1);
+  void* block = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  if (block == MAP_FAILED)
+    throw Error(Code::memory, "a shared file of " + std::to_string(bytes) +
+                                  " bytes could not be mapped: " + std::strerror(errno));
+  mapped_[block] = length;
+  return block;
+}
+
+namespace {
+
+struct OpenFile {
+  OpenFile(const std::string& path, int flags, int mode = 0)
+      : number(open(path.c_str(), flags | O_CLOEXEC, mode)) {
+    if (number < 0) throw Error(Code::io, path + " could not be opened: " + std::strerror(errno));
+  }
+  ~OpenFile() { close(number); }
+  const int number;
+};
+
+}  // namespace
+
+std::string CpuDevice::share(void*& block, size_t bytes, const std::string& path) {
+  const OpenFile file(path, O_RDWR | O_CREAT | O_EXCL, 0600);
+  shared_.insert(path);
+  // Space is taken now: where there is none left, writing to a mapping would end the process.
+  if (const int e =
+          posix_fallocate(file.number, 0, static_cast<off_t>(std::max<size_t>(bytes, 1)))) {
+    unshare(path);
+    throw Error(Code::memory, "no room for " + std::to_string(bytes) + " bytes in " + path + ": " +
+                                  std::strerror(e));
+  }
+  void* mapped = map(file.number, bytes);
+  copy(mapped, block, bytes);
+  block = mapped;
+  return path;
+}
+
+void* CpuDevice::open_shared(const std::string& name, size_t bytes) {
+  const OpenFile file(name, O_RDWR);
+  struct stat s;
+  if (fstat(file.number, &s) != 0 || !S_ISREG(s.st_mode) ||
+      static_cast<uint64_t>(s.st_size) < bytes)
+    throw Error(Code::format, name + " must be a file of at least " + std::to_string(bytes) +
+                                  " bytes, got " + std::to_string(s.st_size));
+  return map(file.number, bytes);
+}
+
+void CpuDevice::close_shared(void* block) {
+  const auto it = mapped_.find(block);
+  const size_t length = it->second;
+  mapped_.erase(it);
+  submit([block, length] { munmap(block, length); });
+}
+
+void CpuDevice::unshare(const std::string& name) {
+  if (shared_.erase(name)) unlink(name.c_str());
 }
 
 using Clock = std::chrono::steady_clock;

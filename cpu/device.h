@@ -17,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
@@ -80,6 +81,11 @@ class CpuDevice final : public Device {
   void zero(void* destination, size_t bytes) override;
   void host(std::function<void()> f) override { submit(std::move(f)); }
   void notify(Completion done) override;
+  // Files that are mapped: under /dev/shm they are memory and nothing else.
+  std::string share(void*& block, size_t bytes, const std::string& path) override;
+  void* open_shared(const std::string& name, size_t bytes) override;
+  void close_shared(void* block) override;
+  void unshare(const std::string& name) override;
   std::shared_ptr<void> mark() override;
   double elapsed(const std::shared_ptr<void>& from, const std::shared_ptr<void>& to) override;
   std::shared_ptr<Fault> new_fault(std::string op, std::string text) override;
@@ -93,6 +99,7 @@ class CpuDevice final : public Device {
 
  private:
   void run();
+  void* map(int file, size_t bytes);
 
   DeviceInfo info_;
   const Simd* simd_ = nullptr;
@@ -104,6 +111,8 @@ class CpuDevice final : public Device {
   uint64_t queued_ = 0;
   std::atomic<uint64_t> completed_{0};
   bool stop_ = false;
+  std::unordered_map<void*, size_t> mapped_;
+  std::unordered_set<std::string> shared_;  // files of ours that others may open
   std::thread thread_;
 };
 

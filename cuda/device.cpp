@@ -6,6 +6,7 @@
 #include <deque>
 #include <map>
 #include <mutex>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -83,6 +84,7 @@ class CudaDevice final : public Device {
     wake_.notify_one();
     waiter_.join();
     release_everything();
+    for (void* block : opened_) cudaIpcCloseMemHandle(block);
     for (Staging& s : staging_) {
       cudaFreeHost(s.data);
       cudaEventDestroy(s.done);
@@ -157,6 +159,51 @@ class CudaDevice final : public Device {
     }
     wake_.notify_one();
   }
+
+  std::string share(void*& block, size_t, const std::string&) override {
+    bind();
+    cudaIpcMemHandle_t handle;
+    const cudaError_t e = cudaIpcGetMemHandle(&handle, block);
+    if (e != cudaSuccess) {
+      cudaGetLastError();  // not sticky
+      throw Error(Code::device,
+                  std::string("CUDA cannot share this memory with other processes: ") +
+                      cudaGetErrorString(e));
+    }
+    std::string name;
+    for (const char byte : handle.reserved)
+      for (const int nibble : {(byte >> 4) & 15, byte & 15}) name += "0123456789abcdef"[nibble];
+    return name;
+  }
+
+  void* open_shared(const std::string& name, size_t) override {
+    bind();
+    cudaIpcMemHandle_t handle;
+    if (name.size() != 2 * sizeof handle.reserved ||
+        name.find_first_not_of("0123456789abcdef") != std::string::npos)
+      throw Error(Code::value, "a handle of CUDA memory has 128 hexadecimal digits");
+    for (size_t i = 0; i < sizeof handle.reserved; ++i)
+      handle.reserved[i] = static_cast<char>(std::stoi(name.substr(2 * i, 2), nullptr, 16));
+    void* block = nullptr;
+    const cudaError_t e = cudaIpcOpenMemHandle(&block, handle, cudaIpcMemLazyEnablePeerAccess);
+    if (e != cudaSuccess) {
+      cudaGetLastError();
+      throw Error(Code::device, std::string("CUDA cannot open this memory of another process: ") +
+                                    cudaGetErrorString(e));
+    }
+    opened_.insert(block);
+    return block;
+  }
+
+  void close_shared(void* block) override {
+    opened_.erase(opened_.find(block));
+    notify([index = index_, block](const std::string&) {
+      cudaSetDevice(index);
+      cudaIpcCloseMemHandle(block);
+    });
+  }
+
+  void unshare(const std::string&) override {}
 
   std::shared_ptr<void> mark() override {
     cudaEvent_t event = new_event(cudaEventDefault);
@@ -268,6 +315,7 @@ class CudaDevice final : public Device {
   cudaStream_t stream_ = nullptr;
   std::shared_ptr<FaultWords> words_ = std::make_shared<FaultWords>();
   std::deque<Staging> staging_;
+  std::multiset<void*> opened_;  // the runtime counts how often a handle is opened
   uint64_t queued_ = 0;
   std::atomic<uint64_t> completed_{0};
   std::mutex mutex_;

@@ -1,4 +1,5 @@
 import { P2RError, refuse } from './errors.js'
+import { type IpcDescription, openShared } from './ipc.js'
 import { type DeviceHandle, native } from './native.js'
 import {
   type DType,
@@ -94,6 +95,18 @@ export class Device implements Disposable {
     const type = dtype ?? 'f32'
     checkDType(type, 'zeros')
     return wrap(this, this.handle.zeros(shape, type))
+  }
+
+  /**
+   * A tensor on memory that another process shares by `ipcHandle()`, or that PyTorch does (see
+   * examples/exchange): the same memory, not a copy. It must stay shared until this tensor is disposed
+   * and the work on it done.
+   *
+   * @throws ERR_DEVICE for memory of the other backend, or that CUDA cannot open; ERR_IO and ERR_FORMAT
+   *   for a file that is not there or too short; ERR_VALUE for anything but a handle's fields.
+   */
+  fromIpcHandle<D extends DType = DType>(handle: IpcDescription & { dtype: D }): Tensor<D> {
+    return wrap(this, openShared(this.handle, this.info.backend, handle))
   }
 
   /** Waits for all queued work; throws each fault of it once. */

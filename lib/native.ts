@@ -17,6 +17,8 @@ export interface TensorHandle {
   copyFrom(other: TensorHandle): void
   to(device: DeviceHandle | undefined): TensorHandle
   join(): void
+  share(path: string): Promise<[name: string, offset: number, bytes: number]>
+  unshare(): void
   dispose(): void
 }
 
@@ -26,6 +28,13 @@ export interface DeviceHandle {
   info(): NativeInfo
   tensor(data: TypedArray, shape: readonly number[], dtype: string): TensorHandle
   zeros(shape: readonly number[], dtype: string): TensorHandle
+  openShared(
+    name: string,
+    bytes: number,
+    offset: number,
+    shape: readonly number[],
+    dtype: string,
+  ): TensorHandle
   synchronize(): Promise<void>
   time(f: () => void): Promise<number>
   memory(): { liveBytes: number; peakBytes: number; reservedBytes: number }

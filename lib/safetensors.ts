@@ -131,6 +131,26 @@ export async function loadSome(
   return Object.fromEntries(loaded)
 }
 
+/**
+ * The strings that saveTensors put into a file's header; none where there are none.
+ *
+ * @throws as loadTensors.
+ */
+export async function loadMetadata(path: string): Promise<Record<string, string>> {
+  const op = 'loadMetadata'
+  checkPath(path, op)
+  try {
+    const file = await open(path, 'r')
+    try {
+      return (await readHeader(file, path, op)).metadata
+    } finally {
+      await file.close()
+    }
+  } catch (cause) {
+    fail(cause, path, 'read', op)
+  }
+}
+
 interface Entry {
   name: string
   type: FileType
@@ -146,7 +166,7 @@ async function readHeader(
   file: FileHandle,
   path: string,
   op: string,
-): Promise<{ entries: Entry[]; dataStart: number }> {
+): Promise<{ entries: Entry[]; dataStart: number; metadata: Record<string, string> }> {
   const bad = (why: string): never => refuse('ERR_FORMAT', op, `${path}: ${why}`)
   const bytes = (await file.stat()).size
   if (bytes < 8) bad(`a safetensors file has at least 8 bytes, got ${bytes}`)
@@ -169,10 +189,12 @@ async function readHeader(
     return bad(`the header must be a JSON object, got ${describeValue(header)}`)
 
   const entries: Entry[] = []
+  let metadata: Record<string, string> = {}
   for (const [name, entry] of Object.entries(header)) {
     if (name === '__metadata__') {
       if (!isObject(entry) || !Object.values(entry).every((value) => typeof value === 'string'))
         bad('__metadata__ must hold strings by name')
+      metadata = entry as Record<string, string>
       continue
     }
     entries.push(readEntry(name, entry, bad))
@@ -188,7 +210,7 @@ async function readHeader(
   }
   if (end !== bytes - dataStart)
     bad(`the tensors have ${end} bytes, but the file has ${bytes - dataStart} bytes of data`)
-  return { entries, dataStart }
+  return { entries, dataStart, metadata }
 }
 
 function readEntry(name: string, entry: unknown, bad: (why: string) => never): Entry {

@@ -1,5 +1,6 @@
 import type { Device } from './device.js'
 import { P2RError, refuse } from './errors.js'
+import { type IpcHandle, share } from './ipc.js'
 import { native, type TensorHandle, type TypedArray } from './native.js'
 import { holds, track, untrack } from './scope.js'
 
@@ -104,6 +105,20 @@ export class Tensor<D extends DType = DType> implements Disposable {
   /** A copy on another device, ordered on both queues. */
   to(device: Device): Tensor<D> {
     return wrap(device, this.#handle.to((device as Device | undefined)?.handle))
+  }
+
+  /**
+   * A handle by which another process opens this tensor's memory: the same memory, in which each sees
+   * what the other writes. It comes when the work that was queued is done; later writes are the two
+   * processes' to order, as by `device.synchronize()` and a message. On CUDA it is an IPC handle; on the
+   * CPU the tensor moves into a file in shared memory, its views with it.
+   *
+   * @throws ERR_DEVICE where the platform cannot share CUDA memory; ERR_MEMORY or ERR_IO where there is
+   *   no room for the file. A fault of the tensor is thrown as by `read`.
+   */
+  async ipcHandle(): Promise<IpcHandle> {
+    const { shape, dtype } = this
+    return share(this.#handle, { backend: this.device.info.backend, shape, dtype })
   }
 
   /** Gives the storage back; a second call does nothing. Shape and dtype stay readable. */

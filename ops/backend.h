@@ -75,6 +75,20 @@ class Device : public Memory {
   using Completion = std::function<void(const std::string& error)>;
   virtual void notify(Completion done) = 0;
 
+  // Memory that another process can open; Code::device where that cannot be.
+  // Shares a block of `bytes` and returns what open_shared takes in the other process: CUDA's
+  // handle of the block in hexadecimal digits, or the path, which the CPU fills. Where the block
+  // cannot be shared as it lies it is replaced by one that can, and the caller gives the old one
+  // back; what was queued before still uses that, in the order of the queue.
+  virtual std::string share(void*& block, size_t bytes, const std::string& path);
+  // At least `bytes` that another process shares.
+  virtual void* open_shared(const std::string& name, size_t bytes);
+  // Gives back what share put in a block's place or open_shared opened, when the queue is done with
+  // it.
+  virtual void close_shared(void* block);
+  // No process opens it any more from now on; those that have it keep it.
+  virtual void unshare(const std::string& name);
+
   // A point in the queue; the time between two points that have been passed, in milliseconds.
   virtual std::shared_ptr<void> mark() = 0;
   virtual double elapsed(const std::shared_ptr<void>& from, const std::shared_ptr<void>& to) = 0;

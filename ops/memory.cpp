@@ -50,6 +50,11 @@ void Memory::release(void* data) {
   free_.emplace(block.capacity, data);
 }
 
+void Memory::adopt(size_t bytes) {
+  live_ += bytes;
+  if (live_ > peak_) peak_ = live_;
+}
+
 void Memory::trim() {
   drain();
   for (auto [capacity, data] : free_) {

@@ -21,6 +21,10 @@ class Memory {
   // Gives every cached block back to the system, once the queue is drained.
   void trim();
 
+  // Memory that is not from here, but in use like what is: it counts among the live bytes.
+  void adopt(size_t bytes);
+  void disown(size_t bytes) { live_ -= bytes; }
+
   size_t live() const { return live_; }
   size_t peak() const { return peak_; }
   size_t reserved() const { return reserved_; }

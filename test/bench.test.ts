@@ -31,6 +31,7 @@ import {
 } from '../dist/bench/results.js'
 import { scaling } from '../dist/bench/scaling.js'
 import { exponent, seriesOf } from '../dist/bench/series.js'
+import { serving, servingReport } from '../dist/bench/serving.js'
 import { quantile, quantiles, verdict } from '../dist/bench/statistics.js'
 import {
   aligned,
@@ -557,6 +558,19 @@ describe('the benchmarks', () => {
     expect(new Set(names).size).toBe(names.length)
     expect(benchmark.workloads.some(({ slow }) => !slow)).toBe(true)
   })
+})
+
+test('serving: every sample is asked for, and the table says how fast', async () => {
+  const progress = vi.fn()
+  const rows = await serving({ small: 10, rollout: 2, large: 1 }, progress)
+  // Two requests a sample; one for a group's perceptions and one for each of their answers.
+  expect(rows.map(({ requests }) => requests)).toEqual([20, 2 * 9, 2])
+  for (const { seconds, idealSeconds, cpuMsPerSample } of rows) {
+    expect(seconds).toBeGreaterThan(idealSeconds)
+    expect(cpuMsPerSample).toBeGreaterThan(0)
+  }
+  expect(progress).toHaveBeenCalledTimes(3)
+  expect(servingReport(rows)).toMatch(/evaluate, 224 x 224 +10 +20 +32 +\d+\.\d\d +\d+\.\d % .* ms/)
 })
 
 test('seeded data is the same each time and within its range', () => {

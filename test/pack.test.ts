@@ -75,6 +75,20 @@ test('a fresh project imports and requires it', () => {
     )
 })
 
+test('its command runs, and a policy tells what is missing without the optional peer', () => {
+  const command = join(installed, manifest.bin['p2r-kernels'])
+  expect(readFileSync(command, 'utf8')).toMatch(/^#!\/usr\/bin\/env node\n/)
+  expect(run(process.execPath, [command, '--version'], folder)).toBe(`${manifest.version}\n`)
+  writeFileSync(
+    join(folder, 'e.mjs'),
+    `import { OpenAIPolicy } from 'p2r-kernels'
+     const policy = new OpenAIPolicy({ baseURL: 'http://127.0.0.1:1/v1', model: 'm' })
+     const request = { role: 'reasoner', system: '', prompt: 'x', images: [] }
+     await policy.generate(request).catch((e) => console.log(e.code, e.message))`,
+  )
+  expect(run(process.execPath, ['e.mjs'], folder)).toMatch(/^ERR_POLICY .*npm install openai/)
+})
+
 test('with the addon beside it, it computes', () => {
   const addon = 'build/Release/p2r_kernels.node'
   cpSync(join(root, addon), join(installed, addon))

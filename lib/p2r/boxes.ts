@@ -1,4 +1,5 @@
 import { type Json, NotJson, parseJson, TooDeep } from './python_json.js'
+import { blanks, strip } from './python_text.js'
 
 /** Coordinates in thousandths of the image's size, as the model writes them: x0, y0, x1, y1. */
 export interface EvidenceBox {
@@ -6,10 +7,6 @@ export interface EvidenceBox {
   label: string
 }
 
-// Python's str.isspace and \s, as a class of characters.
-const blanks =
-  '\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000'
-const outerBlanks = new RegExp(`^[${blanks}]+|[${blanks}]+$`, 'g')
 const opensList = new RegExp(`[${blanks}]*:[${blanks}]*\\[`, 'y')
 const key = '"bbox_2d"'
 
@@ -26,7 +23,7 @@ const key = '"bbox_2d"'
 export function parseBoxes(text: string): EvidenceBox[] {
   if (typeof text !== 'string') return []
   try {
-    const data = parseJson(text.replace(outerBlanks, ''))
+    const data = parseJson(strip(text))
     if (data instanceof Map || Array.isArray(data)) return [data].flat().flatMap(boxOf)
   } catch (error) {
     if (error instanceof TooDeep) return []

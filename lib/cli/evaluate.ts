@@ -1,0 +1,158 @@
+import { appendFile, open, readFile, writeFile } from 'node:fs/promises'
+import { basename, dirname, extname, join } from 'node:path'
+import { SingleBar } from 'cli-progress'
+import { openDevice } from '../device.js'
+import { loadImage } from '../image.js'
+import { evaluate, type Question } from '../p2r/evaluate.js'
+import type { AnswerForm } from '../p2r/prompts.js'
+import { type Result, type Row, readResults, readRows } from './questions.js'
+import { summaryOf, tableOf } from './report.js'
+import { type RoleOptions, rolesOf, verifierOf } from './roles.js'
+import { UsageError } from './usage.js'
+
+export interface EvaluateOptions extends RoleOptions {
+  form: AnswerForm
+  out?: string
+  json?: string
+  limit?: number
+  device?: string
+}
+
+/** Answers and scores the questions of a file; its exit code. */
+export async function evaluateCommand(data: string, options: EvaluateOptions): Promise<number> {
+  const results =
+    options.out ?? join(dirname(data), `${basename(data, extname(data))}.results.jsonl`)
+  const before = await readResults(results)
+  const [total, todo] = await survey(data, options, before, results)
+  const roles = await rolesOf(options)
+  const verifier = todo.free ? await verifierOf(options) : undefined
+  using device = openDevice(options.device)
+
+  const stop = new AbortController()
+  const interrupt = (): void => {
+    // A second Ctrl-C does not wait.
+    if (stop.signal.aborted) process.exit(130)
+    stop.abort()
+  }
+  process.on('SIGINT', interrupt)
+  const bar = new SingleBar({
+    format:
+      'evaluate {bar} {value}/{total}  {accuracy} % right  {failed} failed  {eta_formatted} left',
+    barsize: 24,
+    hideCursor: true,
+    gracefulExit: false,
+  })
+  let right = 0
+  let judged = 0
+  let failed = 0
+  for (const { reward } of before.values())
+    if (reward !== undefined) {
+      right += reward
+      judged++
+    }
+  const shown = () => ({ accuracy: judged ? ((100 * right) / judged).toFixed(1) : '-', failed })
+  bar.start(total, total - todo.count, shown())
+  await completeLastLine(results)
+  try {
+    const questions = (async function* (): AsyncGenerator<Question & { row: Row }> {
+      for await (const row of limited(readRows(data, options.form), options.limit)) {
+        if (isDone(before.get(row.line))) continue
+        const { question, truth, form: answerForm } = row
+        yield { row, question, truth, answerForm, load: () => loadImage(row.image, device) }
+      }
+    })()
+    const all = evaluate({
+      ...roles,
+      questions,
+      concurrency: options.concurrency,
+      rules: options.rules,
+      signal: stop.signal,
+      ...(verifier && { verifier }),
+    })
+    for await (const { question, error, ...rest } of all) {
+      const { line, id, category, truth } = question.row
+      const asked = { line, id, category, question: question.question, truth }
+      const result: Result = error ? { ...asked, error: error.message } : { ...asked, ...rest }
+      await appendFile(results, `${JSON.stringify(result)}\n`)
+      // What the models wrote is in the file; memory keeps what the table needs.
+      const { perception: _, reasoning: __, question: ___, ...kept } = result
+      before.set(line, { ...kept, question: '' })
+      right += result.reward ?? 0
+      judged += +(result.reward !== undefined)
+      failed += +(error !== undefined)
+      bar.increment(1, shown())
+    }
+  } catch (error) {
+    if (!stop.signal.aborted) throw error
+  } finally {
+    bar.stop()
+    process.off('SIGINT', interrupt)
+  }
+
+  const summary = summaryOf(before.values())
+  console.log(tableOf(summary))
+  if (options.json !== undefined)
+    await writeFile(options.json, `${JSON.stringify(summary, null, 2)}\n`)
+  if (stop.signal.aborted) {
+    console.error(`Stopped after ${before.size} of ${total}; the same command goes on from here.`)
+    return 130
+  }
+  if (failed) {
+    const first = [...before.values()].find(({ error }) => error)!
+    console.error(
+      `${failed} of ${total} questions failed, first line ${first.line}: ${first.error}\n` +
+        'The same command tries them again.',
+    )
+    return 1
+  }
+  return 0
+}
+
+function isDone(result: Result | undefined): boolean {
+  return result !== undefined && result.error === undefined
+}
+
+async function* limited<T>(items: AsyncIterable<T>, count = Number.POSITIVE_INFINITY) {
+  let taken = 0
+  for await (const item of items) {
+    if (taken++ >= count) return
+    yield item as T
+  }
+}
+
+/**
+ * Reads the whole file of questions once before anything is asked: a mistake in its last line is told
+ * now, and the bar knows its end.
+ */
+async function survey(
+  data: string,
+  options: EvaluateOptions,
+  before: Map<number, Result>,
+  results: string,
+): Promise<[total: number, todo: { count: number; free: boolean }]> {
+  let total = 0
+  const todo = { count: 0, free: false }
+  for await (const row of limited(readRows(data, options.form), options.limit)) {
+    total++
+    const known = before.get(row.line)
+    if (known && (known.question !== row.question || known.truth !== row.truth))
+      throw new UsageError(
+        `${results} holds results of other questions (line ${row.line} differs); name another file by --out`,
+      )
+    if (isDone(known)) continue
+    todo.count++
+    todo.free ||= row.form === 'free_form'
+  }
+  if (!total) throw new UsageError(`${data} holds no questions`)
+  return [total, todo]
+}
+
+/** What a crash cut off in the middle of a line goes, so that the next line is one of its own. */
+async function completeLastLine(path: string): Promise<void> {
+  const text = await readFile(path, 'utf8').catch(() => '')
+  if (text === '' || text.endsWith('\n')) return
+  const whole = Buffer.byteLength(text.slice(0, text.lastIndexOf('\n') + 1))
+  const file = await open(path, 'r+')
+  await file.truncate(whole)
+  await file.close()
+}

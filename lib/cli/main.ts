@@ -1,0 +1,224 @@
+#!/usr/bin/env node
+// The command p2r-kernels. Results go to standard output, everything else to standard error. Exit
+// codes: 0; 1 when something failed; 2 for a command line that cannot be; 130 after Ctrl-C.
+import { readFileSync } from 'node:fs'
+import { mkdir, readFile, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { Command, CommanderError, InvalidArgumentError, Option } from 'commander'
+import { cudaStatus, devices, openDevice } from '../device.js'
+import { loadImage, saveImage } from '../image.js'
+import { answer } from '../p2r/answer.js'
+import { parseBoxes } from '../p2r/boxes.js'
+import { collectEvidence, type Evidence } from '../p2r/evidence.js'
+import type { AnswerForm } from '../p2r/prompts.js'
+import { type EvaluateOptions, evaluateCommand } from './evaluate.js'
+import { type RoleOptions, rolesOf } from './roles.js'
+import { UsageError } from './usage.js'
+
+const { version } = JSON.parse(
+  readFileSync(new URL('../../../package.json', import.meta.url), 'utf8'),
+) as { version: string }
+
+function whole(least: number): (text: string) => number {
+  return (text) => {
+    const value = Number(text)
+    if (/^\d+$/.test(text) && value >= least && Number.isSafeInteger(value)) return value
+    throw new InvalidArgumentError(`It should be a whole number from ${least} on.`)
+  }
+}
+
+function number(text: string): number {
+  const value = Number(text)
+  if (text.trim() !== '' && value >= 0 && Number.isFinite(value)) return value
+  throw new InvalidArgumentError('It should be a number of at least 0.')
+}
+
+function url(text: string, before: string[] = []): string[] {
+  if (/^https?:\/\//.test(text) && URL.canParse(text)) return [...before, text]
+  throw new InvalidArgumentError('It should be an address such as http://localhost:8000/v1.')
+}
+
+const program = new Command('p2r-kernels')
+  .description('Perceive-to-Reason on served vision-language models: perceive, cut out, reason.')
+  .version(version)
+  .exitOverride()
+  .configureOutput({
+    outputError: (text, write) => write(text.replace(/^error: /, 'p2r-kernels: ')),
+  })
+
+const formOption = () =>
+  new Option('--form <form>', 'how questions are answered: by a letter, a number or text')
+    .choices(['mca', 'na', 'free_form'])
+    .default('mca')
+const deviceOption = () =>
+  new Option('--device <id>', "'cpu', 'cuda', 'cuda:1' (default: $P2R_DEVICE, else CUDA, else CPU)")
+const cutOptions = (command: Command): Command =>
+  command
+    .option('--max-evidence <n>', 'regions cut out of the image', whole(0), 3)
+    .option('--padding <share>', "of a region on each side, of the image's size", number, 0.1)
+    .option('--max-pixels <n>', 'of the image and of each region', whole(1), 4096 * 32 * 32)
+    .option('--min-pixels <n>', 'likewise', whole(1), 16 * 32 * 32)
+
+/** What tells where the models are and how they are asked. */
+function servedOptions(command: Command, concurrency: number): Command {
+  command
+    .option('--base-url <url>', 'of the OpenAI API; again for more servers of the same model', url)
+    .option('--model <name>', 'the served model (default: the only one that is served)')
+  for (const part of ['perceiver', 'reasoner'])
+    command
+      .option(`--${part}-url <url>`, `of the ${part}, where it has a server of its own`, url)
+      .option(`--${part}-model <name>`, `of the ${part}`)
+  return cutOptions(command)
+    .option('--api-key <key>', 'default: $OPENAI_API_KEY')
+    .option('--temperature <t>', 'of both roles', number, 0)
+    .option('--timeout <seconds>', 'of one request', number, 300)
+    .option('--retries <n>', 'after the first attempt', whole(0), 3)
+    .option('--concurrency <n>', 'requests in flight', whole(1), concurrency)
+    .addOption(
+      new Option('--image-format <format>', 'how images travel')
+        .choices(['jpeg', 'png'])
+        .default('jpeg'),
+    )
+    .addOption(
+      new Option('--rules <rules>', 'how answers are read and scored')
+        .choices(['reference', 'strict'])
+        .default('reference'),
+    )
+    .addOption(formOption())
+    .addOption(deviceOption())
+}
+
+program
+  .command('devices')
+  .description('lists the devices that tensors can live on')
+  .option('--json', 'as JSON')
+  .action(({ json }: { json?: boolean }) => {
+    const all = devices()
+    if (json) return console.log(JSON.stringify({ devices: all, cuda: cudaStatus() }, null, 2))
+    for (const { id, name, memoryBytes, threads, simd, computeCapability } of all)
+      console.log(
+        [
+          id.padEnd(8),
+          name,
+          `${(memoryBytes / 2 ** 30).toFixed(1)} GiB`,
+          ...(threads ? [`${threads} threads`] : []),
+          ...(simd ? [simd] : []),
+          ...(computeCapability ? [`compute capability ${computeCapability}`] : []),
+        ].join('  '),
+      )
+    console.error(cudaStatus().reason)
+  })
+
+servedOptions(
+  program
+    .command('answer')
+    .description('answers a question about an image')
+    .argument('<image>', 'a file: JPEG, PNG, WebP, TIFF or AVIF')
+    .argument('<question>', 'with its options, if it has any')
+    .option('--out <folder>', 'where the annotated image and the crops go')
+    .option('--json', 'prints the whole result as JSON'),
+  4,
+).action(
+  async (
+    file: string,
+    question: string,
+    options: RoleOptions & { form: AnswerForm; device?: string; out?: string; json?: boolean },
+  ) => {
+    const roles = await rolesOf(options)
+    using device = openDevice(options.device)
+    const image = await loadImage(file, device)
+    const made = await answer({ ...roles, image, question, answerForm: options.form })
+    const { evidence, perception, reasoning } = made
+    const files = options.out === undefined ? [] : await saveEvidence(evidence, options.out)
+    if (options.json) {
+      const { boxes, hasEvidence } = evidence
+      const result = { answer: made.answer, boxes, hasEvidence, perception, reasoning, files }
+      console.log(JSON.stringify(result, null, 2))
+    } else console.log(made.answer)
+  },
+)
+
+cutOptions(
+  program
+    .command('evidence')
+    .description('draws boxes on an image and cuts them out, as the reasoner sees them')
+    .argument('<image>', 'a file: JPEG, PNG, WebP, TIFF or AVIF')
+    .requiredOption('--boxes <json>', 'what a perceiver wrote, or @FILE that holds it')
+    .requiredOption('--out <folder>', 'where the annotated image and the crops go'),
+)
+  .addOption(deviceOption())
+  .action(
+    async (
+      file: string,
+      options: Pick<RoleOptions, 'maxEvidence' | 'padding' | 'maxPixels' | 'minPixels'> & {
+        boxes: string
+        out: string
+        device?: string
+      },
+    ) => {
+      const text = options.boxes.startsWith('@')
+        ? await readFile(options.boxes.slice(1), 'utf8')
+        : options.boxes
+      const boxes = parseBoxes(text)
+      if (!boxes.length)
+        throw new UsageError(
+          'there is no box in --boxes; expected [{"bbox_2d": [x0, y0, x1, y1], "label": "..."}] in thousandths',
+        )
+      using device = openDevice(options.device)
+      const image = await loadImage(file, device)
+      const { maxEvidence, maxPixels, minPixels, padding } = options
+      using evidence = collectEvidence({
+        image,
+        boxes,
+        maxEvidence,
+        maxPixels,
+        minPixels,
+        padding: [padding, padding],
+      })
+      for (const path of await saveEvidence(evidence, options.out)) console.log(path)
+      if (!evidence.hasEvidence)
+        console.error('No box lies inside the image: the reasoner would see it as it is.')
+    },
+  )
+
+servedOptions(
+  program
+    .command('evaluate')
+    .description('answers and scores a file of questions; the same command again goes on')
+    .argument(
+      '<data.jsonl>',
+      'a question a line: image, question or text, options or A to D, answer or label, category',
+    )
+    .option('--out <file>', 'results, a line a question (default: DATA.results.jsonl)')
+    .option('--json <file>', 'where the table goes as JSON')
+    .option('--limit <n>', 'the first n questions alone', whole(1))
+    .option('--verifier-url <url>', 'of the model that judges free-form answers', url)
+    .option('--verifier-model <name>', 'likewise'),
+  32,
+).action(async (data: string, options: EvaluateOptions) => {
+  process.exitCode = await evaluateCommand(data, options)
+})
+
+/** The images that the reasoner is shown, as PNG, and the boxes. */
+async function saveEvidence(evidence: Evidence, folder: string): Promise<string[]> {
+  await mkdir(folder, { recursive: true })
+  const paths = [join(folder, 'annotated.png'), join(folder, 'boxes.json')]
+  await saveImage(evidence.annotated, paths[0]!)
+  const boxes = evidence.boxes.map(({ bbox2d, label }) => ({ bbox_2d: bbox2d, label }))
+  await writeFile(paths[1]!, `${JSON.stringify(boxes, null, 2)}\n`)
+  for (const [i, crop] of evidence.crops.entries()) {
+    paths.push(join(folder, `crop-${i + 1}.png`))
+    await saveImage(crop, paths.at(-1)!)
+  }
+  return paths
+}
+
+try {
+  await program.parseAsync()
+} catch (error) {
+  if (error instanceof CommanderError) process.exitCode = error.exitCode === 0 ? 0 : 2
+  else {
+    console.error(`p2r-kernels: ${error instanceof Error ? error.message : error}`)
+    process.exitCode = error instanceof UsageError ? 2 : 1
+  }
+}

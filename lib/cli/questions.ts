@@ -1,0 +1,163 @@
+// The files that `evaluate` reads and writes, a line of JSON a question.
+import { createReadStream, existsSync } from 'node:fs'
+import { readFile } from 'node:fs/promises'
+import { dirname, resolve } from 'node:path'
+import { createInterface } from 'node:readline'
+import type { AnswerForm } from '../p2r/prompts.js'
+import { UsageError } from './usage.js'
+
+export interface Row {
+  /** Where it stands in the file, from 1: its identity. */
+  line: number
+  id: string
+  category: string
+  question: string
+  truth: string
+  form: AnswerForm
+  /** A path, or the bytes of an image. */
+  image: string | Uint8Array
+}
+
+/** What became of a question. */
+export interface Result {
+  line: number
+  id: string
+  category: string
+  question: string
+  truth: string
+  answer?: string
+  reward?: number
+  boxes?: number
+  perception?: string
+  reasoning?: string
+  error?: string
+}
+
+const letters = ['A', 'B', 'C', 'D', 'E', 'F', 'G', 'H']
+const forms = ['mca', 'na', 'free_form']
+/** What V-Star's questions end with; the reasoner is told how to answer in its own words. */
+const lettersOnly = /\s*Answer with the option'?s letter from the given choices directly\.?\s*$/
+
+/**
+ * The questions of a file, one after the other: as V-Star has them (image, text, label, category), as
+ * HR-Bench has them (image, question, A to D, answer, category), or with `options` as a list or by
+ * letter.
+ */
+export async function* readRows(path: string, form: AnswerForm): AsyncGenerator<Row> {
+  let line = 0
+  for await (const text of readLines(path)) {
+    line++
+    if (text.trim() !== '') yield rowOf(text, line, path, form)
+  }
+}
+
+async function* readLines(path: string): AsyncGenerator<string> {
+  const input = createReadStream(path, 'utf8')
+  try {
+    yield* createInterface({ input, crlfDelay: Number.POSITIVE_INFINITY })
+  } catch (cause) {
+    throw new Error(`${path} could not be read: ${(cause as Error).message}`, { cause })
+  } finally {
+    input.destroy()
+  }
+}
+
+function rowOf(text: string, line: number, path: string, form: AnswerForm): Row {
+  const bad = (why: string): never => {
+    throw new Error(`${path}:${line}: ${why}`)
+  }
+  let row: Record<string, unknown>
+  try {
+    row = JSON.parse(text)
+  } catch {
+    return bad('this is not JSON; a file of questions has one object a line')
+  }
+  if (typeof row !== 'object' || row === null || Array.isArray(row))
+    return bad('a question must be an object')
+  const first = (...names: string[]): string | undefined => {
+    for (const name of names) {
+      const value = row[name]
+      if (typeof value === 'string' || typeof value === 'number') return String(value)
+    }
+    return undefined
+  }
+  const asked = first('question', 'text') ?? bad("there is no 'question' or 'text'")
+  const truth = first('answer', 'label', 'truth') ?? bad("there is no 'answer' or 'label'")
+  const image = first('image', 'image_path') ?? bad("there is no 'image'")
+  const own = first('answer_form', 'form') ?? form
+  if (!forms.includes(own)) bad(`the form must be ${forms.join(', ')}, got '${own}'`)
+  const options = optionsOf(row)
+  const benchmark = first('benchmark')
+  const category = first('category') ?? 'all'
+  return {
+    line,
+    id: first('question_id', 'index', 'id') ?? String(line),
+    category: benchmark === undefined ? category : `${benchmark} ${category}`,
+    question:
+      asked.replace(lettersOnly, '').trim() +
+      (options.length ? `\nOptions:\n${options.join('\n')}` : ''),
+    truth,
+    form: own as AnswerForm,
+    image: imageOf(image, path) ?? bad(`there is no image ${image.slice(0, 200)}`),
+  }
+}
+
+function optionsOf(row: Record<string, unknown>): string[] {
+  const { options } = row
+  const all: [string, unknown][] = Array.isArray(options)
+    ? options.map((option, i) => [letters[i] ?? String(i + 1), option])
+    : typeof options === 'object' && options !== null
+      ? Object.entries(options)
+      : letters.map((letter) => [letter, row[letter]])
+  return all
+    .filter(
+      ([, text]) => (typeof text === 'string' && text.trim() !== '') || typeof text === 'number',
+    )
+    .map(([letter, text]) => {
+      const option = String(text).trim()
+      // Some files have the letter in the text already.
+      return option.startsWith(`${letter}.`) || option.startsWith(`(${letter})`)
+        ? option
+        : `${letter}. ${option}`
+    })
+}
+
+/** A path from the file's folder, or the image itself in base64, as HR-Bench has it. */
+function imageOf(image: string, path: string): string | Uint8Array | undefined {
+  const data = /^data:image\/[\w.+-]+;base64,/.exec(image)
+  if (data) return Buffer.from(image.slice(data[0].length), 'base64')
+  if (image.length < 4096) {
+    const file = resolve(dirname(path), image)
+    if (existsSync(file)) return file
+  }
+  if (image.length >= 100 && /^[A-Za-z0-9+/\s]+={0,2}\s*$/.test(image))
+    return Buffer.from(image, 'base64')
+  return undefined
+}
+
+/**
+ * What an earlier run left in a file of results, by line; empty where there is no file. A last line
+ * that was cut off by a crash does not count.
+ */
+export async function readResults(path: string): Promise<Map<number, Result>> {
+  const results = new Map<number, Result>()
+  if (!existsSync(path)) return results
+  const lines = (await readFile(path, 'utf8')).split('\n')
+  for (const [i, text] of lines.entries()) {
+    if (text.trim() === '') continue
+    try {
+      const result = JSON.parse(text) as Result
+      if (!Number.isInteger(result?.line)) throw new Error('no line')
+      results.set(result.line, result)
+    } catch (cause) {
+      if (i === lines.length - 1) break
+      throw new UsageError(
+        `${path}:${i + 1} is no result of evaluate; name another file by --out`,
+        {
+          cause,
+        },
+      )
+    }
+  }
+  return results
+}

@@ -1,0 +1,89 @@
+import { OpenAIPolicy } from '../p2r/openai.js'
+import { Perceiver } from '../p2r/perceiver.js'
+import { Reasoner } from '../p2r/reasoner.js'
+import { modelVerifier, type RewardRules, type Verifier } from '../p2r/reward.js'
+import { UsageError } from './usage.js'
+
+/** What the command line says of the served models. */
+export interface RoleOptions {
+  baseUrl?: string[]
+  model?: string
+  perceiverUrl?: string[]
+  perceiverModel?: string
+  reasonerUrl?: string[]
+  reasonerModel?: string
+  verifierUrl?: string[]
+  verifierModel?: string
+  apiKey?: string
+  timeout: number
+  retries: number
+  concurrency: number
+  temperature: number
+  maxPixels: number
+  minPixels: number
+  maxEvidence: number
+  padding: number
+  imageFormat: 'jpeg' | 'png'
+  rules: RewardRules
+}
+
+export async function rolesOf(
+  options: RoleOptions,
+): Promise<{ perceiver: Perceiver; reasoner: Reasoner }> {
+  const { temperature, maxPixels, minPixels, maxEvidence, padding, rules } = options
+  const [sees, thinks] = [await served('perceiver', options), await served('reasoner', options)]
+  return {
+    perceiver: new Perceiver(sees, {
+      temperature,
+      maxPixels,
+      minPixels,
+      maxEvidence,
+      padding: [padding, padding],
+    }),
+    reasoner: new Reasoner(thinks, { temperature, rules }),
+  }
+}
+
+export async function verifierOf(options: RoleOptions): Promise<Verifier> {
+  return modelVerifier(await served('verifier', options), { rules: options.rules })
+}
+
+type Part = 'perceiver' | 'reasoner' | 'verifier'
+
+async function served(part: Part, options: RoleOptions): Promise<OpenAIPolicy> {
+  const baseURL = options[`${part}Url`] ?? options.baseUrl
+  if (!baseURL)
+    throw new UsageError(`the ${part} needs --base-url, where its server is, or --${part}-url`)
+  const apiKey = options.apiKey ?? process.env.OPENAI_API_KEY
+  const model =
+    options[`${part}Model`] ?? options.model ?? (await onlyModel(baseURL[0]!, part, apiKey))
+  return new OpenAIPolicy({
+    baseURL,
+    model,
+    ...(apiKey && { apiKey }),
+    timeoutMs: 1000 * options.timeout,
+    maxRetries: options.retries,
+    concurrency: options.concurrency,
+    imageFormat: options.imageFormat,
+    tokens: false,
+  })
+}
+
+/** The model that a server serves, where it serves one. */
+async function onlyModel(url: string, part: Part, apiKey: string | undefined): Promise<string> {
+  const name = `name the model by --model or --${part}-model`
+  let models: unknown
+  try {
+    const response = await fetch(`${url.replace(/\/$/, '')}/models`, {
+      headers: apiKey ? { authorization: `Bearer ${apiKey}` } : {},
+      signal: AbortSignal.timeout(10_000),
+    })
+    models = ((await response.json()) as { data?: unknown }).data
+  } catch (cause) {
+    throw new Error(`${url} does not tell which models it serves; ${name}`, { cause })
+  }
+  const ids = Array.isArray(models) ? models.map(({ id }) => id).filter((id) => id) : []
+  if (ids.length !== 1)
+    throw new UsageError(`${url} serves ${ids.length ? ids.join(', ') : 'no model'}; ${name}`)
+  return String(ids[0])
+}

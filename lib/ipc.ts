@@ -1,0 +1,112 @@
+import { randomUUID } from 'node:crypto'
+import { existsSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { refuse } from './errors.js'
+import type { DeviceHandle, TensorHandle } from './native.js'
+import { type DType, describeValue } from './tensor.js'
+
+/** What another process needs to open a tensor's memory. Plain data: it survives JSON. */
+export interface IpcDescription {
+  backend: 'cpu' | 'cuda'
+  /** CUDA: the 64 bytes of cudaIpcMemHandle_t in hexadecimal digits. CPU: the path of a file to map. */
+  name: string
+  /** Of the memory that the name stands for, and of the tensor in it. */
+  bytes: number
+  offset: number
+  shape: readonly number[]
+  dtype: DType
+  /** The process whose memory it is. */
+  pid: number
+}
+
+/**
+ * A tensor's memory as other processes open it, until it is disposed. As long as it is not, the memory
+ * stays where it is and is not used again, whatever becomes of the tensor. A process that is killed
+ * leaves its files in /dev/shm.
+ */
+export interface IpcHandle extends IpcDescription, Disposable {
+  /**
+   * Lets go of the memory, and on the CPU removes the file. Who has it open keeps it on the CPU; on
+   * CUDA it must be closed there before.
+   */
+  dispose(): void
+}
+
+/** @internal The handle of a tensor's memory, once the work that is queued on it is done. */
+export async function share(
+  tensor: TensorHandle,
+  what: { backend: 'cpu' | 'cuda'; shape: readonly number[]; dtype: DType },
+): Promise<IpcHandle> {
+  // Under /dev/shm a file is memory; elsewhere the system may write it to a disk in its own time.
+  const folder = existsSync('/dev/shm') ? '/dev/shm' : tmpdir()
+  // A handle of its own on the same storage holds the memory.
+  const held = tensor.reshape(what.shape)
+  try {
+    const path = join(folder, `p2r-kernels-${process.pid}-${randomUUID()}`)
+    const [name, offset, bytes] = await held.share(path)
+    let open = true
+    const dispose = (): void => {
+      if (!open) return
+      open = false
+      shared.delete(handle)
+      if (!held.disposed) held.unshare()
+      held.dispose()
+    }
+    const { backend, shape, dtype } = what
+    const handle: IpcHandle = {
+      backend,
+      name,
+      bytes,
+      offset,
+      shape,
+      dtype,
+      pid: process.pid,
+      dispose,
+      [Symbol.dispose]: dispose,
+    }
+    for (const key of ['dispose', Symbol.dispose])
+      Object.defineProperty(handle, key, { enumerable: false })
+    // Without this the collector could free what another process reads.
+    shared.add(handle)
+    return handle
+  } catch (error) {
+    held.dispose()
+    throw error
+  }
+}
+
+const shared = new Set<IpcHandle>()
+
+/** @internal */
+export function openShared(
+  device: DeviceHandle,
+  backend: 'cpu' | 'cuda',
+  description: IpcDescription,
+): TensorHandle {
+  const op = 'fromIpcHandle'
+  const { name, bytes, offset, shape, dtype, pid } = checked(description, op)
+  if (description.backend !== backend)
+    refuse(
+      'ERR_DEVICE',
+      op,
+      `a handle of ${description.backend} memory cannot be opened on a ${backend} device`,
+    )
+  if (backend === 'cuda' && pid === process.pid)
+    refuse('ERR_DEVICE', op, 'CUDA opens handles of other processes only, and this is its own')
+  return device.openShared(name, bytes, offset, shape, dtype)
+}
+
+function checked(description: IpcDescription, op: string): IpcDescription {
+  const { backend, name, bytes, offset, shape, dtype } = description ?? {}
+  if (
+    !['cpu', 'cuda'].includes(backend as string) ||
+    typeof name !== 'string' ||
+    typeof bytes !== 'number' ||
+    typeof offset !== 'number' ||
+    !Array.isArray(shape) ||
+    !['f32', 'f16', 'bf16', 'i32', 'u8'].includes(dtype as string)
+  )
+    refuse('ERR_VALUE', op, `expected what ipcHandle() gave, got ${describeValue(description)}`)
+  return description
+}

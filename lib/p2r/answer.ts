@@ -1,0 +1,42 @@
+import type { AbortSignalLike } from '../abort.js'
+import type { Tensor } from '../tensor.js'
+import type { Evidence } from './evidence.js'
+import type { Perceiver } from './perceiver.js'
+import type { AnswerForm } from './prompts.js'
+import type { Reasoner } from './reasoner.js'
+
+export interface Answer {
+  answer: string
+  /** The caller's to dispose; its images, where they were made, are there still. */
+  evidence: Evidence
+  /** What the two roles wrote. */
+  perception: string
+  reasoning: string
+}
+
+/** Perceive, then reason: one answer with its evidence. Nothing stays alive when it fails. */
+export async function answer(a: {
+  perceiver: Perceiver
+  reasoner: Reasoner
+  image: Tensor
+  question: string
+  answerForm: AnswerForm
+  signal?: AbortSignalLike
+}): Promise<Answer> {
+  const { perceiver, reasoner, image, question, answerForm } = a
+  const signal = a.signal && { signal: a.signal }
+  const [perceived] = await perceiver.perceive({ image, question, ...signal })
+  const { completion, evidence } = perceived!
+  try {
+    const [reasoned] = await reasoner.reason({ evidence, question, answerForm, ...signal })
+    return {
+      answer: reasoned!.answer,
+      evidence,
+      perception: completion.text,
+      reasoning: reasoned!.completion.text,
+    }
+  } catch (error) {
+    evidence.dispose()
+    throw error
+  }
+}

@@ -1,0 +1,106 @@
+import type { Device } from '../device.js'
+import { P2RError, refuse } from '../errors.js'
+import { loadMetadata, loadTensors, saveTensors } from '../safetensors.js'
+import { describeValue, type Tensor } from '../tensor.js'
+import { type RolloutBatch, type RolloutItem, Rollouts } from './pra_grpo.js'
+
+// A batch as a safetensors file, which a trainer in any language reads: the numbers are tensors, what
+// is not is JSON in the header.
+const format = 'p2r-rollouts'
+const version = '1'
+
+/**
+ * Writes a batch into a safetensors file: `rewards` and `advantages` f32 [B], `groups` i32 [B], and where
+ * the batch has them `tokens` i32 [T], `cu_seqlens` i32 [B + 1] and `old_log_probs` f32 [T]. The header
+ * holds the role, the metrics and the items, without images. The file appears whole or not at all.
+ *
+ * @throws ERR_IO, with its cause, when the file cannot be written.
+ */
+export async function saveRollouts(path: string, batch: RolloutBatch): Promise<void> {
+  const { role, groups, rewards, advantages, cuSeqlens, tokens, oldLogProbs, metrics } = batch
+  const made: Tensor[] = []
+  const ints = (data: Int32Array): Tensor => {
+    const tensor = rewards.device.tensor(data, [data.length])
+    made.push(tensor)
+    return tensor
+  }
+  const items = batch.items.map(({ evidence, error, reward, ...item }) => ({
+    ...item,
+    ...(evidence && { boxes: evidence.boxes }),
+    ...(error ? { error: error.message } : { reward }),
+  }))
+  const written = saveTensors(
+    path,
+    {
+      rewards,
+      advantages,
+      groups: ints(groups),
+      ...(tokens && { tokens: ints(tokens) }),
+      ...(cuSeqlens && { cu_seqlens: ints(cuSeqlens) }),
+      ...(oldLogProbs && { old_log_probs: oldLogProbs }),
+    },
+    { format, version, role, metrics: JSON.stringify(metrics), items: JSON.stringify(items) },
+  )
+  // Queued reads have what they need.
+  for (const tensor of made) tensor.dispose()
+  await written
+}
+
+/**
+ * A batch that saveRollouts wrote, for PraGrpo's `step` in another process. Its items have no evidence:
+ * the images are not in the file, the boxes are (`parseBoxes` of a perceiver's completion).
+ *
+ * @throws ERR_IO for a file that cannot be read; ERR_FORMAT for one that holds no batch.
+ */
+export async function loadRollouts(path: string, device: Device): Promise<RolloutBatch> {
+  const op = 'loadRollouts'
+  const header = await loadMetadata(path)
+  const bad = (why: string, cause?: unknown): never =>
+    refuse('ERR_FORMAT', op, `${path}: ${why}`, { cause })
+  if (header.format !== format || header.version !== version)
+    bad(`expected a file of ${format} ${version}, got ${describeValue(header.format)}`)
+  const { role } = header
+  if (role !== 'perceiver' && role !== 'reasoner')
+    return bad(`the role must be perceiver or reasoner, got ${describeValue(role)}`)
+  const tensors = await loadTensors(path, device)
+  try {
+    const { rewards, advantages, old_log_probs: oldLogProbs } = tensors
+    const ints = async (name: string): Promise<Int32Array | undefined> =>
+      tensors[name]?.dtype === 'i32' ? ((await tensors[name].read()) as Int32Array) : undefined
+    const [groups, tokens, cuSeqlens] = [
+      await ints('groups'),
+      await ints('tokens'),
+      await ints('cu_seqlens'),
+    ]
+    if (!rewards || !advantages || !groups || rewards.size !== groups.length)
+      return bad('rewards, advantages and groups of one length are needed')
+    if (!!tokens !== !!cuSeqlens || (cuSeqlens && cuSeqlens.length !== groups.length + 1))
+      bad('tokens and cu_seqlens must come together')
+    for (const name of ['groups', 'tokens', 'cu_seqlens']) tensors[name]?.dispose()
+    return new Rollouts({
+      role,
+      items: itemsOf(header.items, bad),
+      groups,
+      rewards,
+      advantages,
+      metrics: JSON.parse(header.metrics ?? 'null'),
+      ...(tokens && cuSeqlens && { tokens, cuSeqlens }),
+      ...(oldLogProbs && { oldLogProbs }),
+    })
+  } catch (error) {
+    for (const tensor of Object.values(tensors)) tensor.dispose()
+    if (error instanceof P2RError) throw error
+    return bad('its header does not describe a batch', error)
+  }
+}
+
+function itemsOf(text: string | undefined, bad: (why: string) => never): RolloutItem[] {
+  const items: unknown = JSON.parse(text ?? 'null')
+  if (!Array.isArray(items)) return bad('its header has no items')
+  return items.map(({ boxes: _, error, reward, ...item }) => ({
+    ...item,
+    ...(error === undefined
+      ? { reward }
+      : { error: new P2RError('ERR_POLICY', error, { op: 'rollout' }), reward: Number.NaN }),
+  }))
+}

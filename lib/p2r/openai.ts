@@ -1,0 +1,381 @@
+import type { OpenAI } from 'openai'
+import { type AbortSignalLike, onAbort } from '../abort.js'
+import { choice, P2RError, refuse } from '../errors.js'
+import { encodeImage } from '../image.js'
+import { describeValue, handleOf, type Tensor } from '../tensor.js'
+import { Gate, sleep } from './gate.js'
+import { type Completion, messageOf, type Policy, type PolicyRequest } from './policy.js'
+
+export interface OpenAIOptions {
+  /**
+   * Where the API is, with its version: 'http://localhost:8000/v1'. Of several, requests take one
+   * after the other, and a retry takes the next.
+   */
+  baseURL: string | readonly string[]
+  /** The served model's name. */
+  model: string
+  /** Servers of one's own want none: 'EMPTY' unless given. */
+  apiKey?: string
+  /** Of one attempt, from its request to the end of its answer: 300 000 unless given. */
+  timeoutMs?: number
+  /** Attempts after the first: 3 unless given. */
+  maxRetries?: number
+  /** Requests in flight at once: 32 unless given. */
+  concurrency?: number
+  /** How images travel: 'jpeg' (default, as the reference sends them) or 'png', which is lossless. */
+  imageFormat?: 'jpeg' | 'png'
+  /** Of JPEG, 1 to 100: 75 unless given, which is Pillow's default and so the reference's. */
+  imageQuality?: number
+  /**
+   * Whether to ask for token ids and log-probabilities where a request does not say: true unless
+   * given. Asking takes vLLM's fields beside the API's own, which servers that know them only ignore,
+   * but for api.openai.com, which refuses them.
+   */
+  tokens?: boolean
+  /**
+   * Reads answers as streams: false unless given. Node's fetch waits 300 seconds for a whole answer to
+   * begin, and a stream begins at once.
+   */
+  stream?: boolean
+  /** Fields that are added to each request: { chat_template_kwargs: { enable_thinking: false } }. */
+  extraBody?: Readonly<Record<string, unknown>>
+}
+
+const op = 'OpenAIPolicy'
+/** Seconds between attempts: doubled each time from the first, at most the last. */
+const backoff = { first: 500, most: 30_000 }
+/** A server that asks for longer than this is not waited for. */
+const longestWait = 120_000
+/** Image encodings ahead of the requests that are in flight: they keep the server busy. */
+const ahead = 8
+
+/**
+ * A model behind the OpenAI chat API, as vLLM and SGLang serve it. Needs the optional peer dependency
+ * `openai`, which is loaded with the first request.
+ *
+ * Connections that break, answers that end early or are no answers, timeouts, 408, 409, 429 and 5xx
+ * are tried again, after what Retry-After says, else after 0.5 s, 1 s, 2 s, ... with some chance in it.
+ * What fails for good is ERR_POLICY with its cause; an abort rejects with the signal's reason.
+ *
+ * A model that declines gives completions with `refusal`. Token ids come from vLLM's
+ * `return_token_ids` or `return_tokens_as_token_ids`, whichever the server knows; log-probabilities
+ * are the server's, which for vLLM are those of temperature 1 unless it was started otherwise.
+ */
+export class OpenAIPolicy implements Policy {
+  readonly #options: Required<Omit<OpenAIOptions, 'baseURL'>>
+  readonly #urls: readonly string[]
+  readonly #requests: Gate
+  readonly #encodings: Gate
+  #clients: Promise<OpenAI[]> | undefined
+  #turn = 0
+
+  constructor(options: OpenAIOptions) {
+    if (typeof options !== 'object' || options === null)
+      refuse('ERR_VALUE', op, `options must be an object, got ${describeValue(options)}`)
+    this.#urls = urlsOf(options.baseURL)
+    this.#options = {
+      model: text(options.model, 'model'),
+      apiKey: text(options.apiKey ?? 'EMPTY', 'apiKey'),
+      timeoutMs: whole(options.timeoutMs ?? 300_000, 1, 'timeoutMs'),
+      maxRetries: whole(options.maxRetries ?? 3, 0, 'maxRetries'),
+      concurrency: whole(options.concurrency ?? 32, 1, 'concurrency'),
+      imageFormat: choice(options.imageFormat ?? 'jpeg', ['jpeg', 'png'], 'imageFormat', op),
+      imageQuality: whole(options.imageQuality ?? 75, 1, 'imageQuality'),
+      tokens: options.tokens ?? true,
+      stream: options.stream ?? false,
+      extraBody: options.extraBody ?? {},
+    }
+    if (this.#options.imageQuality > 100)
+      refuse('ERR_VALUE', op, `imageQuality must be at most 100, got ${options.imageQuality}`)
+    this.#requests = new Gate(this.#options.concurrency)
+    this.#encodings = new Gate(this.#options.concurrency + ahead)
+  }
+
+  async generate(request: PolicyRequest): Promise<Completion[]> {
+    const { system, prompt, n = 1, temperature, maxTokens, signal } = request
+    whole(n, 1, 'n')
+    text(prompt, 'prompt')
+    for (const [i, image] of request.images.entries()) handleOf(image, `images[${i}]`, op)
+    const { model, extraBody, stream } = this.#options
+    return this.#encodings.through(async () => {
+      const images = await Promise.all(request.images.map((image) => this.#dataURL(image)))
+      signal?.throwIfAborted()
+      const body = {
+        model,
+        messages: [
+          ...(system ? [{ role: 'system' as const, content: system }] : []),
+          {
+            role: 'user' as const,
+            content: [
+              ...images.map((url) => ({ type: 'image_url' as const, image_url: { url } })),
+              { type: 'text' as const, text: prompt },
+            ],
+          },
+        ],
+        ...(n !== 1 && { n }),
+        ...(temperature !== undefined && { temperature }),
+        ...(maxTokens !== undefined && { max_tokens: maxTokens }),
+        ...((request.tokens ?? this.#options.tokens) && {
+          logprobs: true,
+          return_token_ids: true,
+          return_tokens_as_token_ids: true,
+        }),
+        ...(stream && { stream }),
+        ...extraBody,
+      }
+      return this.#requests.through(() => this.#persist(body, n, signal), signal)
+    }, signal)
+  }
+
+  async #dataURL(image: Tensor): Promise<string> {
+    const { imageFormat: format, imageQuality: quality } = this.#options
+    const bytes = await encodeImage(image, format === 'jpeg' ? { format, quality } : { format })
+    return `data:image/${format};base64,${Buffer.from(bytes).toString('base64')}`
+  }
+
+  /** The request, again where another attempt may help. */
+  async #persist(body: Body, n: number, signal?: AbortSignalLike): Promise<Completion[]> {
+    const { maxRetries, timeoutMs } = this.#options
+    for (let attempt = 0; ; attempt++) {
+      const url = this.#urls[this.#turn++ % this.#urls.length]!
+      let failure: Failure
+      try {
+        return await this.#attempt(url, body, n, signal)
+      } catch (error) {
+        if (signal?.aborted) throw signal.reason
+        if (error instanceof P2RError) throw error
+        failure = failureOf(error, timeoutMs)
+      }
+      const wait = failure.after ?? Math.min(backoff.first * 2 ** attempt, backoff.most)
+      if (!failure.again || attempt === maxRetries || wait > longestWait)
+        refuse(
+          'ERR_POLICY',
+          op,
+          `${url}, model ${this.#options.model}: ${failure.message}${
+            attempt ? ` (after ${attempt + 1} attempts)` : ''
+          }`,
+          { cause: failure.cause },
+        )
+      // What the server asks for is kept; our own guess is spread, so that clients do not come together.
+      await sleep(failure.after ?? wait * (0.75 + 0.5 * Math.random()), signal)
+    }
+  }
+
+  /** One request with a deadline over all of it: the client's own ends with the headers. */
+  async #attempt(
+    url: string,
+    body: Body,
+    n: number,
+    signal?: AbortSignalLike,
+  ): Promise<Completion[]> {
+    const clients = await this.#load()
+    const client = clients[this.#urls.indexOf(url)]!
+    const deadline = new AbortController()
+    const timer = setTimeout(() => deadline.abort(new TimedOut()), this.#options.timeoutMs)
+    const forget = onAbort(signal, () => deadline.abort(signal?.reason))
+    try {
+      const answer = await client.chat.completions.create(
+        body as unknown as OpenAI.Chat.ChatCompletionCreateParams,
+        { signal: deadline.signal, maxRetries: 0, timeout: 2 ** 31 - 1 },
+      )
+      const streamed =
+        typeof answer === 'object' && answer !== null && Symbol.asyncIterator in answer
+      return completionsOf(streamed ? await gather(answer as AsyncIterable<unknown>) : answer, n)
+    } catch (error) {
+      throw deadline.signal.aborted && !signal?.aborted ? deadline.signal.reason : error
+    } finally {
+      clearTimeout(timer)
+      forget()
+    }
+  }
+
+  #load(): Promise<OpenAI[]> {
+    this.#clients ??= (async () => {
+      let library: typeof import('openai')
+      try {
+        library = await import('openai')
+      } catch (cause) {
+        refuse(
+          'ERR_POLICY',
+          op,
+          'the package `openai`, an optional peer dependency, could not be loaded: install it with `npm install openai`',
+          { cause },
+        )
+      }
+      const { apiKey } = this.#options
+      return this.#urls.map((baseURL) => new library.OpenAI({ baseURL, apiKey, logLevel: 'off' }))
+    })()
+    return this.#clients
+  }
+}
+
+type Body = Record<string, unknown>
+
+class TimedOut extends Error {}
+/** An answer that another attempt may better. */
+class BadAnswer extends Error {}
+
+interface Failure {
+  message: string
+  again: boolean
+  /** Milliseconds that the server asks to wait. */
+  after?: number | undefined
+  cause: unknown
+}
+
+function failureOf(cause: unknown, timeoutMs: number): Failure {
+  if (cause instanceof TimedOut)
+    return { message: `no answer within ${timeoutMs} ms`, again: true, cause }
+  const { status, headers } = cause as { status?: number; headers?: Headers }
+  if (typeof status !== 'number') {
+    // Refused and broken connections, bodies that end early: the reason is at the end of the chain.
+    let reason = cause
+    while ((reason as Error)?.cause) reason = (reason as Error).cause
+    const message =
+      cause instanceof BadAnswer ? cause.message : `the connection failed: ${messageOf(reason)}`
+    return { message, again: true, cause }
+  }
+  return {
+    message: `the server answered ${messageOf(cause)}`,
+    again: status === 408 || status === 409 || status === 429 || status >= 500,
+    after: retryAfter(headers),
+    cause,
+  }
+}
+
+/** Retry-After in seconds or as a date (RFC 9110, 10.2.3). */
+function retryAfter(headers: Headers | undefined): number | undefined {
+  const value = headers?.get?.('retry-after')
+  if (!value) return undefined
+  const seconds = Number(value)
+  const wait = Number.isFinite(seconds) ? 1000 * seconds : Date.parse(value) - Date.now()
+  return Number.isFinite(wait) ? Math.max(0, wait) : undefined
+}
+
+/** The choices of an answer, in their order. Nothing that a server says is trusted. */
+function completionsOf(answer: unknown, n: number): Completion[] {
+  const choices = (answer as { choices?: unknown } | null | undefined)?.choices
+  if (!Array.isArray(choices)) {
+    const said = (answer as { error?: { message?: unknown } } | null)?.error?.message
+    throw new BadAnswer(
+      `the answer holds no choices${typeof said === 'string' ? `: ${said}` : ''}, got ${
+        typeof answer === 'string' ? 'text instead of JSON' : describeValue(answer)
+      }`,
+    )
+  }
+  if (choices.length !== n)
+    refuse('ERR_POLICY', op, `the server must give ${n} choices, got ${choices.length}`)
+  const at = (c: unknown): number => Number((c as { index?: unknown } | null)?.index) || 0
+  return [...choices].sort((a, b) => at(a) - at(b)).map(completionOf)
+}
+
+function completionOf(choice: unknown): Completion {
+  const { message, logprobs, ...fields } = (choice ?? {}) as {
+    message?: { content?: unknown; refusal?: unknown }
+    logprobs?: { content?: unknown }
+    [field: string]: unknown
+  }
+  const { content, refusal } = message ?? {}
+  const declined = typeof refusal === 'string' && refusal !== ''
+  // Content without a text is what a server sends that was cut before the first token.
+  const completion: Completion = {
+    text: !declined && typeof content === 'string' ? content : '',
+    ...(declined && { refusal }),
+  }
+  if (!declined && message === undefined) throw new BadAnswer('a choice holds no message')
+  const each = Array.isArray(logprobs?.content) ? (logprobs.content as unknown[]) : undefined
+  const listed = [fields.token_ids, fields.response_token_ids].find(isNumbers)
+  const tokens = listed ?? each?.map(tokenId)
+  if (tokens && isNumbers(tokens)) completion.tokens = tokens
+  const logProbs = each?.map((entry) => (entry as { logprob?: unknown } | null)?.logprob)
+  if (isNumbers(logProbs) && (!completion.tokens || completion.tokens.length === logProbs.length))
+    completion.logProbs = logProbs
+  return completion
+}
+
+/** 'token_id:123', which is what vLLM writes for a token when asked to. */
+function tokenId(entry: unknown): number | undefined {
+  const token = (entry as { token?: unknown } | null)?.token
+  const digits = typeof token === 'string' ? /^token_id:(\d+)$/.exec(token)?.[1] : undefined
+  return digits === undefined ? undefined : Number(digits)
+}
+
+function isNumbers(list: unknown): list is number[] {
+  return Array.isArray(list) && list.every((x) => typeof x === 'number')
+}
+
+/** A stream's pieces as the answer that they make. */
+async function gather(stream: AsyncIterable<unknown>): Promise<unknown> {
+  interface Piece {
+    index?: number
+    delta?: { content?: unknown; refusal?: unknown }
+    logprobs?: { content?: unknown[] }
+    token_ids?: number[]
+    finish_reason?: unknown
+  }
+  const choices = new Map<
+    number,
+    {
+      index: number
+      finished: boolean
+      message: { content: string; refusal?: string }
+      logprobs?: { content: unknown[] }
+      token_ids?: number[]
+    }
+  >()
+  for await (const event of stream) {
+    const { choices: pieces, error } = event as { choices?: Piece[]; error?: { message?: string } }
+    if (error) throw new BadAnswer(`the stream broke off: ${error.message ?? 'no reason given'}`)
+    for (const piece of Array.isArray(pieces) ? pieces : []) {
+      const index = Number(piece.index) || 0
+      const whole = choices.get(index) ?? { index, finished: false, message: { content: '' } }
+      choices.set(index, whole)
+      const { content, refusal } = piece.delta ?? {}
+      if (typeof content === 'string') whole.message.content += content
+      if (typeof refusal === 'string')
+        whole.message.refusal = (whole.message.refusal ?? '') + refusal
+      if (Array.isArray(piece.logprobs?.content)) {
+        whole.logprobs ??= { content: [] }
+        whole.logprobs.content.push(...piece.logprobs.content)
+      }
+      if (isNumbers(piece.token_ids)) {
+        whole.token_ids ??= []
+        whole.token_ids.push(...piece.token_ids)
+      }
+      if (piece.finish_reason) whole.finished = true
+    }
+  }
+  const all = [...choices.values()]
+  if (!all.length || !all.every(({ finished }) => finished))
+    throw new BadAnswer('the stream ended before the answer did')
+  return { choices: all }
+}
+
+function urlsOf(baseURL: unknown): string[] {
+  const urls = (Array.isArray(baseURL) ? baseURL : [baseURL]) as unknown[]
+  if (!urls.length) refuse('ERR_VALUE', op, 'baseURL must name at least one server')
+  for (const url of urls)
+    if (typeof url !== 'string' || !URL.canParse(url) || !/^https?:/.test(url))
+      refuse('ERR_VALUE', op, `baseURL must be an http address, got ${describeValue(url)}`)
+  return urls as string[]
+}
+
+function text(value: unknown, name: string): string {
+  if (typeof value !== 'string' || value === '')
+    refuse(
+      'ERR_VALUE',
+      op,
+      `${name} must be a string that is not empty, got ${describeValue(value)}`,
+    )
+  return value
+}
+
+function whole(value: unknown, least: number, name: string): number {
+  if (!Number.isSafeInteger(value) || (value as number) < least)
+    refuse(
+      'ERR_VALUE',
+      op,
+      `${name} must be an integer of at least ${least}, got ${describeValue(value)}`,
+    )
+  return value as number
+}

@@ -1,0 +1,604 @@
+import type { AbortSignalLike } from '../abort.js'
+import { Device } from '../device.js'
+import { P2RError, refuse } from '../errors.js'
+import { type AdvantageEstimator, groupAdvantages } from '../ops/advantages.js'
+import type { LossMetrics, PolicyLossOptions } from '../ops/policy_loss.js'
+import { describeValue, handleOf, type Tensor } from '../tensor.js'
+import { collectEvidence, type Evidence } from './evidence.js'
+import { Gate, mapUnordered, underWay } from './gate.js'
+import { type GrpoModel, type GrpoStep, grpoStep } from './grpo.js'
+import { Perceiver, type PerceiverOptions } from './perceiver.js'
+import {
+  answered,
+  type Completion,
+  checkPolicy,
+  messageOf,
+  type Policy,
+  type PolicyRequest,
+  type Role,
+} from './policy.js'
+import { type AnswerForm, checkForm, type PromptOverrides } from './prompts.js'
+import { Reasoner } from './reasoner.js'
+import { answerReward, perceptionFault, type RewardRules, type Verifier } from './reward.js'
+
+/** A question about an image whose answer is known. */
+export interface Sample {
+  image: Tensor
+  question: string
+  answerForm: AnswerForm
+  truth: string
+}
+
+/** How long each role is trained before the other's turn, in steps; the perceiver begins. */
+export interface Schedule {
+  perceiver: number
+  reasoner: number
+}
+
+/** What a schedule and its settings are, for PraGrpo's constructor. */
+export interface PraGrpoSettings {
+  /** Rollouts a sample: 8 unless given. */
+  groupSize?: number
+  /** One step each unless given. */
+  schedule?: Schedule
+  /** How often both turns come; without end unless given. */
+  rounds?: number
+  /** 'grpo' unless given. */
+  estimator?: AdvantageEstimator
+  loss?: PolicyLossOptions
+  /** Of the trained role's rollouts: 1 unless given. The frozen one answers greedily. */
+  temperature?: number
+}
+
+export interface PraGrpoOptions extends PraGrpoSettings {
+  perceiver: Policy
+  reasoner: Policy
+  /** For samples of free form. */
+  verifier?: Verifier
+  /** Where rewards, advantages and losses are computed. */
+  device: Device
+  /**
+   * The policies' requests in flight: 32 unless given. Half as many samples again are under way, and as
+   * many evidences have their images in memory.
+   */
+  concurrency?: number
+  /** Of extraction, rewards and faults: 'reference' unless given. */
+  rules?: RewardRules
+  /** What the perceiver sees and how evidence is cut out, as in Perceiver. */
+  evidence?: Omit<PerceiverOptions, 'temperature' | 'maxTokens' | 'prompts'>
+  prompts?: PromptOverrides
+  /** 1024 and 2048 unless given. */
+  maxTokens?: Partial<Record<Role, number>>
+  /** Steps that were made before, by a run that this one continues. */
+  step?: number
+}
+
+/**
+ * The paper's training: one perceiver stage, then one reasoner stage, each an epoch of `samples` in
+ * batches of `batch`. Its loss is grpoStep's default: PPO with clip 0.2 and dual clip 3, mean over tokens,
+ * k3 with 0.01 to the weights that the stage began with, where their log-probabilities are given.
+ * Source: Perceive-to-Reason, example/qwen3_vl_4b_p2r.
+ */
+export function p2r(
+  options: { samples?: number; batch?: number } = {},
+): Required<
+  Pick<PraGrpoSettings, 'groupSize' | 'schedule' | 'rounds' | 'estimator' | 'loss' | 'temperature'>
+> {
+  const { samples = 10_000, batch = 64 } = options
+  for (const [name, value] of Object.entries({ samples, batch })) positive(value, name, 'p2r')
+  // verl leaves out a last batch that is not full.
+  const steps = Math.max(1, Math.floor(samples / batch))
+  return {
+    groupSize: 8,
+    schedule: { perceiver: steps, reasoner: steps },
+    rounds: 1,
+    estimator: 'grpo',
+    loss: {},
+    temperature: 1,
+  }
+}
+
+/** The paper's settings, but the roles take turns every `steps` steps, 1 unless given, without end. */
+export function alternating(options: { steps?: number } = {}): PraGrpoSettings {
+  const steps = positive(options.steps ?? 1, 'steps', 'alternating')
+  const { rounds: _, ...settings } = p2r()
+  return { ...settings, schedule: { perceiver: steps, reasoner: steps } }
+}
+
+export interface RolloutItem {
+  /** Which of the samples. */
+  sample: number
+  /** What the trained role wrote; its text is '' where it failed. */
+  completion: Completion
+  /** Images are made anew when asked for; the sample's image must live until then. */
+  evidence?: Evidence
+  /** Why a perception earns nothing, whatever the answer; it was not shown to the reasoner. */
+  fault?: 'overlap' | 'label'
+  /** What the other role's part in it was: the reasoner's answer, or the perception that was answered. */
+  counterpart?: string
+  /** The answer that was rewarded. */
+  answer?: string
+  /** Why there is no reward. Such an item is in no group. */
+  error?: Error
+  /** NaN where there is an error. */
+  reward: number
+}
+
+/** Of one batch, known when it is rolled out. */
+export interface RolloutMetrics {
+  /** Over the items without an error; 0 where there are none. */
+  rewardMean: number
+  /** Share of groups whose rewards are all equal, which teach nothing; groups of one aside. */
+  groupsWithoutSignal: number
+  /** Items with a fault, of each kind, and items with an error. */
+  faults: { overlap: number; label: number }
+  errors: number
+  items: number
+}
+
+export interface RolloutBatch extends Disposable {
+  role: Role
+  items: readonly RolloutItem[]
+  /** Over the items without an error, in their order; a group is one sample under one role. */
+  groups: Int32Array
+  /** f32 [B], one an item without an error. */
+  rewards: Tensor
+  advantages: Tensor
+  /** Of the completions' tokens, when the policy gives token ids. Training without them is ERR_POLICY. */
+  cuSeqlens?: Int32Array
+  tokens?: Int32Array
+  /** f32 [T], when it gives log-probabilities. */
+  oldLogProbs?: Tensor
+  metrics: RolloutMetrics
+  /** Frees tensors and evidence. The samples' images are the caller's. */
+  dispose(): void
+}
+
+/** RolloutMetrics and the loss's own, of a role's latest step. */
+export type RoleMetrics = RolloutMetrics &
+  LossMetrics & {
+    step: number
+    /**
+     * The mean of -log p of the sampled tokens, in nats: an estimate of the policy's entropy that
+     * costs nothing. `entropy` is the exact one, where the loss has an entropyCoef, else 0.
+     */
+    sampledEntropy: number
+  }
+
+/** What the trained role's engine gives for the tokens of a batch, in their order. */
+export type TrainedModel = GrpoModel & {
+  /** f32 [T]: of the weights that the stage began with. The loss has its KL term then. */
+  refLogProbs?: Tensor
+  /** f32 [T]: instead of the batch's, which the server computed in its own precision. */
+  oldLogProbs?: Tensor
+}
+
+/**
+ * Perception-Reasoning Alternating GRPO. In the perceiver's phase G box rollouts are each answered by
+ * the frozen reasoner; in the reasoner's phase one fixed perception is answered G times. Rewards come
+ * from the final answer alone.
+ *
+ * The engines are elsewhere: `rollout` asks the served policies, `step` takes the trained role's
+ * log-probabilities (or logits, or hidden states and head) and gives the gradient for them. Serving
+ * the new weights before the next rollout is the caller's.
+ */
+export class PraGrpo {
+  readonly #options: PraGrpoOptions
+  readonly #settings: Required<Pick<PraGrpoSettings, 'groupSize' | 'schedule' | 'temperature'>>
+  readonly #policies: Record<Role, Policy>
+  readonly #underWay: number
+  readonly #evidences: Gate
+  readonly #stepped = new WeakSet<RolloutBatch>()
+  readonly #metrics: Partial<Record<Role, Promise<RoleMetrics>>> = {}
+  #step: number
+
+  constructor(options: PraGrpoOptions) {
+    const op = 'PraGrpo'
+    const { schedule = { perceiver: 1, reasoner: 1 }, groupSize = 8, temperature = 1 } = options
+    if (!Device.is(options.device))
+      refuse('ERR_VALUE', op, `device must be a Device, got ${describeValue(options.device)}`)
+    positive(groupSize, 'groupSize', op)
+    if (options.rounds !== undefined) positive(options.rounds, 'rounds', op)
+    for (const role of ['perceiver', 'reasoner'] as const)
+      if (!Number.isSafeInteger(schedule[role]) || schedule[role] < 0)
+        refuse(
+          'ERR_VALUE',
+          op,
+          `schedule.${role} must be an integer of at least 0, got ${describeValue(schedule[role])}`,
+        )
+    if (schedule.perceiver + schedule.reasoner === 0)
+      refuse('ERR_VALUE', op, 'schedule must give one of the roles a step')
+    if (!Number.isSafeInteger(options.step ?? 0) || (options.step ?? 0) < 0)
+      refuse('ERR_VALUE', op, `step must be an integer of at least 0, got ${options.step}`)
+    this.#options = options
+    this.#settings = { groupSize, schedule, temperature }
+    this.#policies = {
+      perceiver: checkPolicy(options.perceiver, 'perceiver', op),
+      reasoner: checkPolicy(options.reasoner, 'reasoner', op),
+    }
+    this.#step = options.step ?? 0
+    this.#underWay = underWay(positive(options.concurrency ?? 32, 'concurrency', op))
+    this.#evidences = new Gate(this.#underWay)
+  }
+
+  /** Steps made so far, of both roles together: what a later run gives as its `step`. */
+  get steps(): number {
+    return this.#step
+  }
+
+  /** Rounds that are over. */
+  get round(): number {
+    const { perceiver, reasoner } = this.#settings.schedule
+    return Math.floor(this.#step / (perceiver + reasoner))
+  }
+
+  /** Whether all rounds are over. */
+  get finished(): boolean {
+    return this.#options.rounds !== undefined && this.round >= this.#options.rounds
+  }
+
+  /** Whose turn it is. */
+  get role(): Role {
+    const { perceiver, reasoner } = this.#settings.schedule
+    return this.#step % (perceiver + reasoner) < perceiver ? 'perceiver' : 'reasoner'
+  }
+
+  /** Of each role's latest step. Rejects as the step's own reads do. */
+  async metrics(): Promise<Partial<Record<Role, RoleMetrics>>> {
+    const all: Partial<Record<Role, RoleMetrics>> = {}
+    for (const role of ['perceiver', 'reasoner'] as const) {
+      const metrics = await this.#metrics[role]
+      if (metrics) all[role] = metrics
+    }
+    return all
+  }
+
+  /**
+   * Rollouts and rewards of one batch for the role whose turn it is. A rollout that fails, by the
+   * policy, the other role or the verifier, is an item with an `error`, and the batch goes on without
+   * it. An abort rejects.
+   */
+  async rollout(
+    samples: readonly Sample[],
+    options: { signal?: AbortSignalLike } = {},
+  ): Promise<RolloutBatch> {
+    const op = 'rollout'
+    const { role } = this
+    if (this.finished) refuse('ERR_VALUE', op, `all ${this.#options.rounds} rounds are over`)
+    if (!Array.isArray(samples))
+      refuse('ERR_VALUE', op, `samples must be an array, got ${describeValue(samples)}`)
+    for (const [i, sample] of (samples as Sample[]).entries()) this.#checkSample(sample, i, op)
+    const { signal } = options
+    const groups: RolloutItem[][] = []
+    const roll = role === 'perceiver' ? this.#perceive : this.#reason
+    const rolled = mapUnordered(samples as Sample[], this.#underWay, async (sample, at) => ({
+      at,
+      items: await roll.call(this, sample, at, signal),
+    }))
+    for await (const { at, items } of rolled) groups[at] = items
+    signal?.throwIfAborted()
+    return this.#batch(role, groups.flat())
+  }
+
+  /**
+   * Loss and gradient of a batch under the trained role's current model, and the turn passes on.
+   *
+   * @throws ERR_VALUE for a batch of the other role, or one that was stepped already; ERR_POLICY for one
+   *   without token ids.
+   */
+  step(batch: RolloutBatch, model: TrainedModel): GrpoStep {
+    const op = 'step'
+    if (batch.role !== this.role)
+      refuse('ERR_VALUE', op, `it is the ${this.role}'s turn, got a batch of the ${batch.role}`)
+    if (this.finished) refuse('ERR_VALUE', op, `all ${this.#options.rounds} rounds are over`)
+    if (this.#stepped.has(batch)) refuse('ERR_VALUE', op, 'this batch was stepped already')
+    const { cuSeqlens, rewards, groups } = batch
+    if (!cuSeqlens)
+      refuse(
+        'ERR_POLICY',
+        op,
+        `the ${batch.role}'s policy gave no token ids, and training needs them`,
+      )
+    const { estimator, loss } = this.#options
+    const oldLogProbs = model.oldLogProbs ?? batch.oldLogProbs
+    const made = grpoStep({
+      ...loss,
+      ...model,
+      rewards,
+      groups,
+      cuSeqlens,
+      ...(oldLogProbs && { oldLogProbs }),
+      ...(estimator && { estimator }),
+    })
+    this.#stepped.add(batch)
+    const step = this.#step++
+    // Read now, so that they are there after the step was disposed.
+    const read = Promise.all([made.metrics(), made.logProbs.read()]).then(([metrics, logProbs]) => {
+      const sum = (logProbs as Float32Array).reduce((s, x) => s - x, 0)
+      const sampledEntropy = logProbs.length ? sum / logProbs.length : 0
+      return { ...batch.metrics, ...metrics, step, sampledEntropy }
+    })
+    read.catch(() => {})
+    this.#metrics[batch.role] = read
+    return made
+  }
+
+  #checkSample(sample: Sample, i: number, op: string): void {
+    handleOf(sample?.image, `samples[${i}].image`, op)
+    const form = checkForm(sample.answerForm, op)
+    for (const name of ['question', 'truth'] as const)
+      if (typeof sample[name] !== 'string')
+        refuse(
+          'ERR_VALUE',
+          op,
+          `samples[${i}].${name} must be a string, got ${describeValue(sample[name])}`,
+        )
+    if (form === 'free_form' && !this.#options.verifier)
+      refuse('ERR_VALUE', op, `samples[${i}] is of free form, which needs a verifier`)
+  }
+
+  /** G perceptions, each answered by the frozen reasoner. */
+  async #perceive(sample: Sample, at: number, signal?: AbortSignalLike): Promise<RolloutItem[]> {
+    const perceiver = this.#perceiver(true)
+    const { image, question } = sample
+    let perceived: Awaited<ReturnType<Perceiver['perceive']>>
+    try {
+      const n = this.#settings.groupSize
+      const a = { image, question, n, ...(signal && { signal }) }
+      perceived = await this.#evidences.through(() => perceiver.perceive(a), signal)
+    } catch (error) {
+      signal?.throwIfAborted()
+      return this.#failed(at, error)
+    }
+    const { rules } = this.#options
+    return Promise.all(
+      perceived.map(async ({ completion, evidence }): Promise<RolloutItem> => {
+        const item = { sample: at, completion, evidence }
+        const fault = perceptionFault(evidence.boxes, rules ? { rules } : {})
+        if (fault) return { ...item, fault, reward: 0 }
+        try {
+          answered(completion, 'perceiver', 'rollout')
+          return { ...item, ...(await this.#judge(sample, evidence, signal)) }
+        } catch (error) {
+          signal?.throwIfAborted()
+          return { ...item, error: asError(error), reward: Number.NaN }
+        }
+      }),
+    )
+  }
+
+  /** The frozen reasoner's answer to a perception, and its reward. */
+  async #judge(
+    sample: Sample,
+    evidence: Evidence,
+    signal?: AbortSignalLike,
+  ): Promise<{ counterpart: string; answer: string; reward: number }> {
+    const { question, answerForm } = sample
+    const [reasoned] = await this.#withImages(sample.image, evidence, signal, (shown) =>
+      this.#reasoner(false).reason({
+        evidence: shown,
+        question,
+        answerForm,
+        ...(signal && { signal }),
+      }),
+    )
+    const { answer, completion } = reasoned!
+    const reward = await this.#reward(sample, answer)
+    return { counterpart: completion.text, answer, reward }
+  }
+
+  /** One perception by the frozen perceiver, answered G times. */
+  async #reason(sample: Sample, at: number, signal?: AbortSignalLike): Promise<RolloutItem[]> {
+    const { image, question, answerForm } = sample
+    const given = signal && { signal }
+    let evidence: Evidence
+    let perception: string
+    let reasoned: Awaited<ReturnType<Reasoner['reason']>>
+    try {
+      const [perceived] = await this.#evidences.through(
+        () => this.#perceiver(false).perceive({ image, question, ...given }),
+        signal,
+      )
+      evidence = perceived!.evidence
+      perception = perceived!.completion.text
+      const n = this.#settings.groupSize
+      reasoned = await this.#withImages(image, evidence, signal, (shown) =>
+        this.#reasoner(true).reason({ evidence: shown, question, answerForm, n, ...given }),
+      )
+    } catch (error) {
+      signal?.throwIfAborted()
+      return this.#failed(at, error)
+    }
+    return Promise.all(
+      reasoned.map(async ({ completion, answer }): Promise<RolloutItem> => {
+        const item = { sample: at, completion, evidence, counterpart: perception, answer }
+        try {
+          answered(completion, 'reasoner', 'rollout')
+          return { ...item, reward: await this.#reward(sample, answer) }
+        } catch (error) {
+          signal?.throwIfAborted()
+          return { ...item, error: asError(error), reward: Number.NaN }
+        }
+      }),
+    )
+  }
+
+  /** Shows evidence of its own to f, so that its images are gone afterwards and the item's is as new. */
+  #withImages<R>(
+    image: Tensor,
+    { boxes }: Evidence,
+    signal: AbortSignalLike | undefined,
+    f: (evidence: Evidence) => Promise<R>,
+  ): Promise<R> {
+    return this.#evidences.through(async () => {
+      const shown = collectEvidence({ ...this.#options.evidence, image, boxes })
+      try {
+        return await f(shown)
+      } finally {
+        shown.dispose()
+      }
+    }, signal)
+  }
+
+  #reward({ truth, answerForm: form, question }: Sample, answer: string): Promise<number> {
+    const { verifier, rules } = this.#options
+    return answerReward({
+      answer,
+      truth,
+      form,
+      question,
+      ...(verifier && { verifier }),
+      ...(rules && { rules }),
+    })
+  }
+
+  #perceiver(trained: boolean): Perceiver {
+    const { evidence, prompts, maxTokens } = this.#options
+    return new Perceiver(withTokens(this.#policies.perceiver, trained), {
+      ...evidence,
+      temperature: trained ? this.#settings.temperature : 0,
+      ...(prompts && { prompts }),
+      ...(maxTokens?.perceiver !== undefined && { maxTokens: maxTokens.perceiver }),
+    })
+  }
+
+  #reasoner(trained: boolean): Reasoner {
+    const { prompts, maxTokens, rules } = this.#options
+    return new Reasoner(withTokens(this.#policies.reasoner, trained), {
+      temperature: trained ? this.#settings.temperature : 0,
+      ...(prompts && { prompts }),
+      ...(rules && { rules }),
+      ...(maxTokens?.reasoner !== undefined && { maxTokens: maxTokens.reasoner }),
+    })
+  }
+
+  #failed(sample: number, error: unknown): RolloutItem[] {
+    return Array.from({ length: this.#settings.groupSize }, () => ({
+      sample,
+      completion: { text: '' },
+      error: asError(error),
+      reward: Number.NaN,
+    }))
+  }
+
+  #batch(role: Role, items: RolloutItem[]): RolloutBatch {
+    const { device, estimator } = this.#options
+    const kept = items.filter((item) => !item.error)
+    // One id a (sample, role): batches of both roles may be put together and their groups stay apart.
+    const groups = Int32Array.from(kept, ({ sample }) => 2 * sample + +(role === 'reasoner'))
+    const values = Float32Array.from(kept, ({ reward }) => reward)
+    const packed = pack(kept)
+    const rewards = device.tensor(values, [kept.length])
+    const advantages = groupAdvantages({
+      rewards,
+      groups,
+      ...(estimator && { estimator }),
+      ...(packed && { lengths: Int32Array.from(kept, (item) => item.completion.tokens!.length) }),
+    })
+    const oldLogProbs = packed?.logProbs && device.tensor(packed.logProbs, [packed.logProbs.length])
+    return new Rollouts({
+      role,
+      items,
+      groups,
+      rewards,
+      advantages,
+      metrics: rolloutMetrics(items, groups, values),
+      ...(packed && { cuSeqlens: packed.cuSeqlens, tokens: packed.tokens }),
+      ...(oldLogProbs && { oldLogProbs }),
+    })
+  }
+}
+
+/** @internal */
+export class Rollouts implements RolloutBatch {
+  readonly role: Role
+  readonly items: readonly RolloutItem[]
+  readonly groups: Int32Array
+  readonly rewards: Tensor
+  readonly advantages: Tensor
+  readonly metrics: RolloutMetrics
+  readonly cuSeqlens?: Int32Array
+  readonly tokens?: Int32Array
+  readonly oldLogProbs?: Tensor
+
+  constructor(parts: Omit<RolloutBatch, 'dispose' | typeof Symbol.dispose>) {
+    this.role = parts.role
+    this.items = parts.items
+    this.groups = parts.groups
+    this.rewards = parts.rewards
+    this.advantages = parts.advantages
+    this.metrics = parts.metrics
+    if (parts.cuSeqlens) this.cuSeqlens = parts.cuSeqlens
+    if (parts.tokens) this.tokens = parts.tokens
+    if (parts.oldLogProbs) this.oldLogProbs = parts.oldLogProbs
+  }
+
+  dispose(): void {
+    this.rewards.dispose()
+    this.advantages.dispose()
+    this.oldLogProbs?.dispose()
+    for (const { evidence } of this.items) evidence?.dispose()
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+}
+
+/** @internal Of a batch's items; groups and rewards of those without an error. */
+export function rolloutMetrics(
+  items: readonly RolloutItem[],
+  groups: Int32Array,
+  rewards: Float32Array,
+): RolloutMetrics {
+  const byGroup = new Map<number, number[]>()
+  for (const [i, group] of groups.entries())
+    byGroup.set(group, [...(byGroup.get(group) ?? []), rewards[i]!])
+  const several = [...byGroup.values()].filter((group) => group.length > 1)
+  const silent = several.filter((group) => group.every((reward) => reward === group[0]))
+  const count = (f: (item: RolloutItem) => boolean): number => items.filter(f).length
+  return {
+    rewardMean: rewards.length ? rewards.reduce((sum, r) => sum + r, 0) / rewards.length : 0,
+    groupsWithoutSignal: several.length ? silent.length / several.length : 0,
+    faults: {
+      overlap: count(({ fault }) => fault === 'overlap'),
+      label: count(({ fault }) => fault === 'label'),
+    },
+    errors: count(({ error }) => error !== undefined),
+    items: items.length,
+  }
+}
+
+/** All tokens one after the other, where every item has them; log-probabilities likewise. */
+function pack(
+  items: readonly RolloutItem[],
+): { cuSeqlens: Int32Array; tokens: Int32Array; logProbs?: Float32Array } | undefined {
+  if (!items.every(({ completion }) => completion.tokens)) return undefined
+  const cuSeqlens = new Int32Array(items.length + 1)
+  for (const [i, { completion }] of items.entries())
+    cuSeqlens[i + 1] = cuSeqlens[i]! + completion.tokens!.length
+  const tokens = Int32Array.from(items.flatMap(({ completion }) => [...completion.tokens!]))
+  const known = items.every(
+    ({ completion: { tokens, logProbs } }) => logProbs?.length === tokens!.length,
+  )
+  if (!known) return { cuSeqlens, tokens }
+  const logProbs = Float32Array.from(items.flatMap(({ completion }) => [...completion.logProbs!]))
+  return { cuSeqlens, tokens, logProbs }
+}
+
+/** Tokens are asked for where they are trained on, and nowhere else. */
+function withTokens(policy: Policy, tokens: boolean): Policy {
+  return { generate: (request: PolicyRequest) => policy.generate({ ...request, tokens }) }
+}
+
+function asError(error: unknown): Error {
+  return error instanceof Error
+    ? error
+    : new P2RError('ERR_POLICY', `[rollout] ${messageOf(error)}`, { op: 'rollout', cause: error })
+}
+
+function positive(value: number, name: string, op: string): number {
+  if (!Number.isSafeInteger(value) || value < 1)
+    refuse('ERR_VALUE', op, `${name} must be a positive integer, got ${describeValue(value)}`)
+  return value
+}

@@ -1,0 +1,86 @@
+import { choice, refuse } from '../errors.js'
+import { describeValue } from '../tensor.js'
+
+const forms = ['mca', 'na', 'free_form'] as const
+/** Multiple choice, answered by a letter; a number; any text. */
+export type AnswerForm = (typeof forms)[number]
+
+/**
+ * What the roles are told, in templates in which {question} stands for the question. A reasoner is
+ * told `reason`, or `reasonWithoutEvidence`, followed by how its form is answered.
+ *
+ * The meaning is that of Perceive-to-Reason's own prompts (verl/utils/dataset/p2r_dataset.py). A model
+ * that was trained on other words is best asked in those: give them as templates.
+ */
+export interface Prompts {
+  system: string
+  perceive: string
+  reason: string
+  /** When the perceiver found nothing to cut out. */
+  reasonWithoutEvidence: string
+  forms: Readonly<Record<AnswerForm, string>>
+}
+
+const inTags =
+  'Write down your reasoning in full between <think> and </think>, and after it, between <answer> and </answer>,'
+
+export const defaultPrompts: Prompts = Object.freeze({
+  system: 'You are a helpful assistant.',
+  perceive:
+    'Question: {question}\n' +
+    'Find the regions of the image that hold the evidence for answering this question. ' +
+    'Reply with JSON and nothing else: a list of boxes with coordinates in thousandths of the ' +
+    "image's width and height, each with a few words on what it shows, " +
+    '[{"bbox_2d": [x1, y1, x2, y2], "label": "description"}]. ' +
+    'Reply with the empty list [] if the whole image is needed.',
+  reason:
+    'Question: {question}\n' +
+    'The regions that matter are outlined in the first image and shown enlarged in the others. ' +
+    'Reason step by step.\n',
+  reasonWithoutEvidence: 'Question: {question}\nReason step by step.\n',
+  forms: Object.freeze({
+    mca: `${inTags} the letter of the right option alone (A, B, ...).\n`,
+    na: `${inTags} the answer as a number (such as 42 or 3.1).\n`,
+    free_form: `${inTags} the answer in words.\n`,
+  }),
+})
+
+/** Some of the templates, the others being the defaults. */
+export type PromptOverrides = Partial<Omit<Prompts, 'forms'>> & {
+  forms?: Partial<Record<AnswerForm, string>>
+}
+
+/** @internal */
+export function promptsOf(overrides: PromptOverrides | undefined, op: string): Prompts {
+  const all = {
+    ...defaultPrompts,
+    ...overrides,
+    forms: { ...defaultPrompts.forms, ...overrides?.forms },
+  }
+  for (const [name, template] of Object.entries({ ...all, ...all.forms }))
+    if (name !== 'forms' && typeof template !== 'string')
+      refuse('ERR_VALUE', op, `prompts.${name} must be a string, got ${describeValue(template)}`)
+  return all
+}
+
+export function perceivePrompt(prompts: Prompts, question: string): string {
+  return fill(prompts.perceive, question)
+}
+
+export function reasonPrompt(
+  prompts: Prompts,
+  a: { question: string; form: AnswerForm; hasEvidence: boolean },
+): string {
+  const start = a.hasEvidence ? prompts.reason : prompts.reasonWithoutEvidence
+  return fill(start, a.question) + fill(prompts.forms[a.form], a.question)
+}
+
+/** @internal */
+export function checkForm(form: AnswerForm, op: string): AnswerForm {
+  return choice(form, forms, 'answerForm', op)
+}
+
+// Not by a replacement string, in which a question's $& would mean something.
+function fill(template: string, question: string): string {
+  return template.split('{question}').join(question)
+}

@@ -1,0 +1,255 @@
+import { choice, refuse } from '../errors.js'
+import { describeValue } from '../tensor.js'
+import type { EvidenceBox } from './boxes.js'
+import { findQuantity, type Quantity, readQuantity, sameNumber } from './numbers.js'
+import { askOnce, checkPolicy, type Policy } from './policy.js'
+import { type AnswerForm, checkForm } from './prompts.js'
+import { strip, words } from './python_text.js'
+
+/**
+ * 'reference' scores as Perceive-to-Reason's own code does, traps and all; 'strict' without the
+ * traps. docs/rewards.md lists them side by side.
+ */
+export type RewardRules = 'reference' | 'strict'
+
+/** Whether an answer means the same as the truth. */
+export type Verifier = (a: { question: string; answer: string; truth: string }) => Promise<boolean>
+
+function rulesOf(rules: RewardRules | undefined, op: string): RewardRules {
+  return choice(rules ?? 'reference', ['reference', 'strict'], 'rules', op)
+}
+
+/**
+ * The answer in what a reasoner wrote. 'reference': what stands in the first <answer> tags, else the
+ * whole text. 'strict': what stands in the last tags after the thinking, in whatever case; an answer
+ * that was cut off counts, an unfinished thought gives ''. Never throws for a text.
+ */
+export function extractAnswer(text: string, options: { rules?: RewardRules } = {}): string {
+  const rules = rulesOf(options.rules, 'extractAnswer')
+  if (typeof text !== 'string') return ''
+  if (rules === 'reference') {
+    const open = text.indexOf('<answer>')
+    const close = open < 0 ? -1 : text.indexOf('</answer>', open)
+    return strip(close < 0 ? text : text.slice(open + '<answer>'.length, close))
+  }
+  const said = afterThinking(text)
+  const lower = said.toLowerCase()
+  // Some letters change their length with their case; tags have none of them.
+  if (lower.length !== said.length) return strip(said)
+  const open = lower.lastIndexOf('<answer>')
+  if (open < 0) return strip(said)
+  const close = lower.indexOf('</answer>', open)
+  return strip(said.slice(open + '<answer>'.length, close < 0 ? undefined : close))
+}
+
+/** What follows the last thought; '' where a thought never ends. */
+function afterThinking(text: string): string {
+  const end = text.lastIndexOf('</think>')
+  const said = end < 0 ? text : text.slice(end + '</think>'.length)
+  const open = said.indexOf('<think>')
+  return open < 0 ? said : said.slice(0, open)
+}
+
+/**
+ * 1 when right, else 0. No answer, whatever it holds, makes it throw.
+ *
+ * - 'mca': the option's letter. 'reference': the first of A to E, in upper case, wherever it stands
+ *   ('Apple' is A). 'strict': a letter that stands as an option does, and only one.
+ * - 'na': equal as numbers: percentages, fractions, mixed numbers, thousands separators and scales
+ *   (million) are read, units are dropped. 'reference' takes a percentage for its number too, as 50 %
+ *   for 50; 'strict' takes it for 0.5 alone, wants units to agree where both have one, and finds the
+ *   only number in a sentence. Texts that are no numbers count when they are the same ('reference').
+ * - 'free_form': what the verifier says; its failure is this function's.
+ *
+ * @param a.answer what extractAnswer returned.
+ * @throws ERR_VALUE for 'free_form' without a verifier, and for wrong arguments.
+ */
+export async function answerReward(a: {
+  answer: string
+  truth: string
+  form: AnswerForm
+  question?: string
+  verifier?: Verifier
+  rules?: RewardRules
+}): Promise<number> {
+  const op = 'answerReward'
+  const { truth, question = '', verifier } = a
+  const rules = rulesOf(a.rules, op)
+  const form = checkForm(a.form, op)
+  if (typeof truth !== 'string')
+    refuse('ERR_VALUE', op, `truth must be a string, got ${describeValue(truth)}`)
+  const answer = typeof a.answer === 'string' ? a.answer : ''
+  if (form === 'mca') return +optionRight[rules](answer, truth)
+  if (form === 'na') return +numberRight[rules](answer, truth)
+  if (typeof verifier !== 'function')
+    refuse('ERR_VALUE', op, `'free_form' needs a verifier, got ${describeValue(verifier)}`)
+  return +(await verifier({ question, answer, truth }))
+}
+
+/** What the reference deletes wherever it stands, one after the other. */
+const optionPhrases = [
+  'The best answer is',
+  'The correct answer is',
+  'The answer is',
+  'The answer',
+  'The best option is',
+  'The correct option is',
+  'Best answer:',
+  'Best option:',
+  'Answer:',
+  'Option:',
+  'The correct answer',
+  'The correct option',
+]
+
+const optionRight: Record<RewardRules, (answer: string, truth: string) => boolean> = {
+  reference(answer, truth) {
+    const rest = optionPhrases.reduce((text, phrase) => text.replaceAll(phrase, ''), strip(answer))
+    const letter = /[ABCDE]/.exec(rest)?.[0]
+    // An answer of many words and no letter is wrong even where the truth is empty.
+    if (!letter && words(rest).length > 10) return false
+    return (letter ?? '') === strip(truth).toUpperCase()
+  },
+  strict(answer, truth) {
+    const letter = optionLetter(answer)
+    return letter !== '' && letter === optionLetter(truth)
+  },
+}
+
+const latin = '\\p{Script=Latin}'
+const alone = new RegExp(`^[^${latin}\\d]*(${latin})[^${latin}\\d]*$`, 'u')
+const leading = new RegExp(`^[^${latin}\\d]*([A-Za-z])[*_"'\`]*[.):\\]}](?!\\S*\\.)`, 'u')
+const announced = new RegExp(
+  `(?:[Aa]nswer|ANSWER|[Oo]ption|OPTION|[Cc]hoice|CHOICE)(?:\\s+(?:is|IS))?\\s*:?\\s*[*_"'\`(\\[{]*(?:([A-Z])|([a-z])(?=[^${latin}\\s]|\\s*$))(?!['’]?${latin})`,
+  'gu',
+)
+const capital = new RegExp(`(?<![${latin}'’])([A-Z])(?!['’]?${latin})(?!\\s+[a-z])`, 'gu')
+
+/** The letter of the one option that an answer names; '' when it names none or several. */
+function optionLetter(answer: string): string {
+  const text = strip(answer).slice(0, 10_000)
+  const first = (alone.exec(text) ?? leading.exec(text))?.[1]
+  if (first) return first.toUpperCase()
+  // 'A' before a word in lower case is an article, unless it is announced.
+  for (const pattern of [announced, capital]) {
+    const letters = new Set(
+      Array.from(text.matchAll(pattern), ([, upper, lower]) => (upper ?? lower)!.toUpperCase()),
+    )
+    if (letters.size === 1) return [...letters][0]!
+    if (letters.size > 1) return ''
+  }
+  return ''
+}
+
+const numberRight: Record<RewardRules, (answer: string, truth: string) => boolean> = {
+  reference(answer, truth) {
+    const [a, b] = [readQuantity(answer), readQuantity(truth)]
+    if (!a || !b) return answer !== '' && plainText(answer) === plainText(truth)
+    return sameNumber(a.value, b.value) || sameNumber(share(a), share(b))
+  },
+  strict(answer, truth) {
+    const a = readQuantity(answer) ?? findQuantity(answer)
+    const b = readQuantity(truth) ?? findQuantity(truth)
+    if (!a || !b || (a.unit && b.unit && a.unit !== b.unit)) return false
+    return sameNumber(share(a), share(b))
+  },
+}
+
+function share({ value, percent }: Quantity): number {
+  return percent ? value / 100 : value
+}
+
+function plainText(text: string): string {
+  return words(text).join('').toLowerCase()
+}
+
+/**
+ * Why a perceiver's output earns nothing whatever the answer: two boxes that overlap by more than half
+ * (IoU > 0.5), a missing label or the placeholder 'description'; null when it is fine. No box at all is
+ * fine. 'strict' also finds labels of blanks alone and the placeholder in brackets.
+ */
+export function perceptionFault(
+  boxes: readonly EvidenceBox[],
+  options: { rules?: RewardRules } = {},
+): 'overlap' | 'label' | null {
+  const strict = rulesOf(options.rules, 'perceptionFault') === 'strict'
+  for (let i = 0; i < boxes.length; i++)
+    for (let j = 0; j < i; j++)
+      if (boxIoU(boxes[i]!.bbox2d, boxes[j]!.bbox2d) > 0.5) return 'overlap'
+  for (const { label } of boxes) {
+    const name = strip(label).toLowerCase()
+    if (label === '' || name === 'description') return 'label'
+    if (strict && /^[<[({"']*(description)?[>\])}"']*$/.test(name)) return 'label'
+  }
+  return null
+}
+
+/** Intersection over union; 0 for boxes without area. */
+export function boxIoU(a: EvidenceBox['bbox2d'], b: EvidenceBox['bbox2d']): number {
+  const width = Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0]))
+  const height = Math.max(0, Math.min(a[3], b[3]) - Math.max(a[1], b[1]))
+  const area = (c: EvidenceBox['bbox2d']) => (c[2] - c[0]) * (c[3] - c[1])
+  const intersection = width * height
+  const union = area(a) + area(b) - intersection
+  return union > 0 ? intersection / union : 0
+}
+
+/**
+ * A verifier that asks a model. 'reference': right when 'yes' occurs anywhere in the reply ('Eyes' too),
+ * thoughts aside. 'strict': right when the reply begins with yes, wrong when with no, and ERR_POLICY
+ * when it is neither, since nothing was verified then.
+ */
+export function modelVerifier(
+  policy: Policy,
+  options: { rules?: RewardRules; prompt?: string; maxTokens?: number } = {},
+): Verifier {
+  const op = 'modelVerifier'
+  checkPolicy(policy, 'policy', op)
+  const rules = rulesOf(options.rules, op)
+  const { prompt = verifierPrompt, maxTokens = 64 } = options
+  return async ({ question, answer, truth }) => {
+    const given: Record<string, string> = { question, answer, truth }
+    const { text } = await askOnce(
+      policy,
+      {
+        role: 'reasoner',
+        system: 'You grade answers.',
+        prompt: prompt.replace(/\{(question|answer|truth)\}/g, (_, name: string) => given[name]!),
+        images: [],
+        temperature: 0,
+        maxTokens,
+        tokens: false,
+      },
+      op,
+    )
+    if (rules === 'reference') return withoutThoughts(text).toLowerCase().includes('yes')
+    const [verdict] = /^(yes|no)(?![\p{L}\d])/u.exec(
+      strip(afterThinking(text))
+        .replace(/^[^\p{L}\d]+/u, '')
+        .toLowerCase(),
+    ) ?? ['']
+    if (verdict === '')
+      refuse('ERR_POLICY', op, `the verifier must say yes or no, got ${describeValue(text)}`)
+    return verdict === 'yes'
+  }
+}
+
+const verifierPrompt =
+  'Here are a question, its true answer and an answer that somebody gave. Decide whether the given ' +
+  'answer is right. What counts is its meaning, not its wording.\n\n' +
+  'Question: {question}\nTrue answer: {truth}\nGiven answer: {answer}\n\n' +
+  'Is the given answer right? Reply "Yes" or "No" and nothing else.'
+
+/** Complete thoughts taken out, as the reference's pattern takes them. */
+function withoutThoughts(text: string): string {
+  const [open, close] = ['<think>', '</think>']
+  let out = ''
+  let at = 0
+  for (;;) {
+    const start = text.indexOf(open, at)
+    const end = start < 0 ? -1 : text.indexOf(close, start)
+    if (end < 0) return out + text.slice(at)
+    out += text.slice(at, start)
+    at = end + close.length
+  }
+}

@@ -1,0 +1,497 @@
+// The command, run as its users run it: a process of its own, against a server on loopback.
+import { spawn } from 'node:child_process'
+import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import {
+  collectEvidence,
+  loadImage,
+  loadTensors,
+  openDevice,
+  parseBoxes,
+  saveImage,
+} from 'p2r-kernels'
+import sharp from 'sharp'
+import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from 'vitest'
+import { loadDigits } from '../dist/examples/mini-p2r/digits.js'
+import { cellOf, Perceiver, Reasoner } from '../dist/examples/mini-p2r/policy.js'
+import { Rng } from '../dist/examples/mini-p2r/rng.js'
+import {
+  CANVAS,
+  Canvases,
+  CELL,
+  COLOURS,
+  LATTICE,
+  OVERVIEW,
+  THUMBNAIL,
+} from '../dist/examples/mini-p2r/scene.js'
+import { copyParams } from '../dist/examples/mini-p2r/vit.js'
+import {
+  type ChatRequest,
+  type ChatServer,
+  chatServer,
+  fails,
+  type Reply,
+  says,
+} from './chat_server.js'
+
+const main = fileURLToPath(new URL('../dist/lib/cli/main.js', import.meta.url))
+let folder: string
+let server: ChatServer | undefined
+beforeAll(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'p2r-cli-'))
+})
+afterEach(async () => {
+  await server?.close()
+  server = undefined
+})
+afterAll(() => rm(folder, { recursive: true }))
+
+interface Ended {
+  code: number | null
+  out: string
+  err: string
+}
+
+function start(...args: string[]) {
+  const env = { ...process.env, P2R_DEVICE: 'cpu', NO_COLOR: '1' }
+  const child = spawn(process.execPath, [main, ...args], { cwd: folder, env })
+  const ended = new Promise<Ended>((resolve) => {
+    let [out, err] = ['', '']
+    child.stdout.on('data', (text) => {
+      out += text
+    })
+    child.stderr.on('data', (text) => {
+      err += text
+    })
+    child.on('close', (code) => resolve({ code, out, err }))
+  })
+  return { child, ended }
+}
+const run = (...args: string[]): Promise<Ended> => start(...args).ended
+const results = (path: string) =>
+  readFileSync(path, 'utf8')
+    .trim()
+    .split('\n')
+    .map((line) => JSON.parse(line))
+
+const boxes = '[{"bbox_2d": [0, 0, 500, 500], "label": "a"}]'
+/** A perceiver that names one box, and a reasoner that says what the question asks it to say. */
+const obliging = says(({ prompt }) =>
+  /JSON/.test(prompt) ? boxes : `<answer>${/say (\S+)/.exec(prompt)?.[1]}</answer>`,
+)
+
+async function picture(name: string): Promise<string> {
+  const path = join(folder, name)
+  const device = openDevice('cpu')
+  const data = Uint8Array.from({ length: 60 * 80 * 3 }, (_, i) => i % 251)
+  await saveImage(device.tensor(data, [60, 80, 3]), path)
+  device.dispose()
+  return path
+}
+
+describe('the command', () => {
+  test('its help, version and mistakes', async () => {
+    const help = await run('--help')
+    expect(help).toMatchObject({ code: 0, err: '' })
+    for (const name of ['devices', 'answer', 'evidence', 'evaluate'])
+      expect(help.out).toContain(name)
+    const { version } = JSON.parse(
+      readFileSync(new URL('../package.json', import.meta.url), 'utf8'),
+    )
+    expect(await run('--version')).toEqual({ code: 0, out: `${version}\n`, err: '' })
+    const { code, out, err } = await run('evaluate')
+    expect({ code, out }).toEqual({ code: 2, out: '' })
+    expect(err).toMatch(/^p2r-kernels: missing required argument 'data.jsonl'/)
+    for (const args of [
+      ['frobnicate'],
+      ['answer', 'a.png', 'q', '--form', 'haiku'],
+      ['answer', 'a.png', 'q', '--base-url', 'localhost:8000'],
+      ['answer', 'a.png', 'q', '--concurrency', '0'],
+      ['answer', 'a.png', 'q'],
+    ])
+      expect(await run(...args), args.join(' ')).toMatchObject({ code: 2, out: '' })
+  })
+
+  test('devices', async () => {
+    expect((await run('devices')).out).toMatch(/^cpu .*GiB.*threads/)
+    const { devices, cuda } = JSON.parse((await run('devices', '--json')).out)
+    expect(devices[0].id).toBe('cpu')
+    expect(cuda).toHaveProperty('reason')
+  })
+
+  test('evidence', async () => {
+    const image = await picture('e.png')
+    const text =
+      '[{"bbox_2d": [100, 100, 400, 500], "label": "sign"}, {"bbox_2d": [500, 500, 900, 900]}]'
+    const args = ['evidence', image, '--out', 'cut', '--max-pixels', '8192', '--min-pixels', '1024']
+    const { code, out } = await run(...args, '--boxes', text)
+    expect({ code, files: out.trim().split('\n').length }).toEqual({ code: 0, files: 4 })
+    const device = openDevice('cpu')
+    using source = await loadImage(image, device)
+    const sizes = { maxPixels: 8192, minPixels: 1024 }
+    using expected = collectEvidence({ image: source, boxes: parseBoxes(text), ...sizes })
+    const all = [expected.annotated, ...expected.crops]
+    for (const [i, name] of ['annotated.png', 'crop-1.png', 'crop-2.png'].entries()) {
+      using got = await loadImage(join(folder, 'cut', name), device)
+      expect(await got.read()).toEqual(await all[i]!.read())
+    }
+    expect(parseBoxes(readFileSync(join(folder, 'cut/boxes.json'), 'utf8'))).toEqual(expected.boxes)
+    device.dispose()
+    writeFileSync(join(folder, 'b.txt'), text)
+    expect((await run(...args, '--boxes', '@b.txt')).code).toBe(0)
+    expect(await run(...args, '--boxes', 'none')).toMatchObject({ code: 2 })
+    expect(await run('evidence', 'no.png', '--boxes', text, '--out', 'cut')).toMatchObject({
+      code: 1,
+      err: expect.stringMatching(/no\.png.*could not be read/),
+    })
+  })
+
+  test('answer', async () => {
+    const image = await picture('a.png')
+    server = await chatServer(obliging)
+    const args = ['answer', image, 'Now say B', '--base-url', server.baseURL, '--model', 'm']
+    expect(await run(...args)).toEqual({ code: 0, out: 'B\n', err: '' })
+    const { out } = await run(...args, '--json', '--out', 'shown', '--form', 'free_form')
+    expect(JSON.parse(out)).toMatchObject({
+      answer: 'B',
+      boxes: [{ bbox2d: [0, 0, 500, 500], label: 'a' }],
+      hasEvidence: true,
+      perception: boxes,
+    })
+    expect(readdirSync(join(folder, 'shown')).sort()).toEqual([
+      'annotated.png',
+      'boxes.json',
+      'crop-1.png',
+    ])
+    expect(server.requests[1]!.images.length).toBe(2)
+    // Inference asks for no tokens.
+    expect(server.requests[0]!.body).not.toHaveProperty('logprobs')
+    // Without --model it is the only one that is served.
+    expect((await run(...args.slice(0, -2))).out).toBe('B\n')
+    expect(server.requests.at(-1)!.body.model).toBe('m')
+    server.models.push('other')
+    expect(await run(...args.slice(0, -2))).toMatchObject({
+      code: 2,
+      err: expect.stringMatching(/serves m, other; name the model by --model/),
+    })
+    await server.close()
+    expect(await run(...args, '--retries', '0')).toMatchObject({
+      code: 1,
+      out: '',
+      err: expect.stringMatching(/^p2r-kernels: .*ECONNREFUSED/),
+    })
+  })
+})
+
+describe('evaluate', () => {
+  const write = (name: string, rows: object[]) => {
+    const path = join(folder, name)
+    writeFileSync(path, rows.map((row) => `${JSON.stringify(row)}\n`).join(''))
+    return path
+  }
+
+  test('V-Star’s and HR-Bench’s rows, options in every form, images by path and in base64', async () => {
+    const image = await picture('v.png')
+    const base64 = readFileSync(image).toString('base64')
+    const end = "\nAnswer with the option's letter from the given choices directly."
+    const data = write('rows.jsonl', [
+      {
+        question_id: 7,
+        image: 'v.png',
+        text: `say A\n(A) red${end}`,
+        label: 'A',
+        category: 'attr',
+      },
+      {
+        index: 1,
+        image: base64,
+        question: 'say B',
+        A: 'one',
+        B: 'two',
+        C: '',
+        answer: 'B',
+        category: 'single',
+        benchmark: '4k',
+      },
+      {
+        image: `data:image/png;base64,${base64}`,
+        question: 'say C',
+        options: ['x', 'B. y'],
+        answer: 'B',
+        category: 'single',
+        benchmark: '4k',
+      },
+      { image: 'v.png', question: 'say 7', answer: 7, answer_form: 'na', category: 'count' },
+      { image: 'v.png', question: 'say cap', options: {}, answer: 'a cap', form: 'free_form' },
+    ])
+    server = await chatServer((request, response) =>
+      (/Yes/.test(request.prompt) ? says('Yes') : obliging)(request, response),
+    )
+    const { code, out, err } = await run(
+      'evaluate',
+      data,
+      '--base-url',
+      server.baseURL,
+      '--model',
+      'm',
+      '--json',
+      'summary.json',
+    )
+    expect({ code, err }).toEqual({ code: 0, err: '' })
+    expect(out.split('\n').map((line) => line.trim().split(/ {2,}/))).toEqual([
+      ['category', 'questions', 'correct', 'accuracy', 'boxes', 'failed'],
+      ['4k single', '2', '1', '50.0 %', '1.00', '0'],
+      ['all', '1', '1', '100.0 %', '1.00', '0'],
+      ['attr', '1', '1', '100.0 %', '1.00', '0'],
+      ['count', '1', '1', '100.0 %', '1.00', '0'],
+      ['all', '5', '4', '80.0 %', '1.00', '0'],
+      [''],
+    ])
+    const summary = JSON.parse(readFileSync(join(folder, 'summary.json'), 'utf8'))
+    expect(summary.overall).toEqual({ questions: 5, correct: 4, accuracy: 80, boxes: 1, failed: 0 })
+    expect(summary.categories['4k single'].accuracy).toBe(50)
+    const made = results(join(folder, 'rows.results.jsonl')).sort((a, b) => a.line - b.line)
+    expect(made.map(({ id }) => id)).toEqual(['7', '1', '3', '4', '5'])
+    expect(made.map(({ answer }) => answer)).toEqual(['A', 'B', 'C', '7', 'cap'])
+    expect(made[0].question).toBe('say A\n(A) red')
+    expect(made[1].question).toBe('say B\nOptions:\nA. one\nB. two')
+    expect(made[2].question).toBe('say C\nOptions:\nA. x\nB. y')
+  })
+
+  test('goes on where it stopped, and tries failures again', async () => {
+    await picture('r.png')
+    const data = write(
+      'more.jsonl',
+      Array.from({ length: 12 }, (_, i) => ({
+        image: 'r.png',
+        question: `${i}: say A`,
+        answer: 'A',
+      })),
+    )
+    server = await chatServer((request, response) =>
+      (/^Question: 5:/.test(request.prompt) ? fails(400, 'not this one') : obliging)(
+        request,
+        response,
+      ),
+    )
+    const args = ['evaluate', data, '--model', 'm', '--base-url', server.baseURL]
+    expect((await run(...args, '--limit', '4')).code).toBe(0)
+    expect(server.requests.length).toBe(8)
+    // A run that was killed in the middle of a line.
+    const path = join(folder, 'more.results.jsonl')
+    writeFileSync(path, `${readFileSync(path, 'utf8').trimEnd()}\n{"line": 9, "ans`)
+    const { code, out, err } = await run(...args)
+    expect(code).toBe(1)
+    expect(out).toMatch(/all +12 +11 +100.0 % +1.00 +1/)
+    expect(err).toMatch(/1 of 12 questions failed, first line 6: .*not this one/)
+    expect(server.requests.length).toBe(8 + 7 * 2 + 1)
+    await server.close()
+    server = await chatServer(obliging)
+    args.splice(-1, 1, server.baseURL)
+    expect((await run(...args)).code).toBe(0)
+    expect(server.requests.length).toBe(2)
+    expect(await run(...args)).toMatchObject({
+      code: 0,
+      out: expect.stringMatching(/all +12 +12 /),
+    })
+    expect(server.requests.length).toBe(2)
+    expect(new Set(results(path).map(({ line }) => line)).size).toBe(12)
+  })
+
+  test('Ctrl-C: what there is is kept, and the next run needs the rest only', async () => {
+    await picture('c.png')
+    const rows = Array.from({ length: 40 }, (_, i) => ({
+      image: 'c.png',
+      question: `${i}: say A`,
+      answer: 'A',
+    }))
+    const data = write('long.jsonl', rows)
+    const slow: Reply = async (request, response) => {
+      await new Promise((resolve) => setTimeout(resolve, 60))
+      obliging(request, response)
+    }
+    server = await chatServer(slow)
+    const args = [
+      'evaluate',
+      data,
+      '--model',
+      'm',
+      '--base-url',
+      server.baseURL,
+      '--concurrency',
+      '2',
+    ]
+    const { child, ended } = start(...args)
+    const path = join(folder, 'long.results.jsonl')
+    await vi.waitFor(() => expect(existsSync(path)).toBe(true), { timeout: 20_000 })
+    child.kill('SIGINT')
+    const { code, err } = await ended
+    expect(code).toBe(130)
+    expect(err).toMatch(/Stopped after \d+ of 40; the same command goes on/)
+    const done = results(path).length
+    expect(done).toBeLessThan(40)
+    await server.close()
+    server = await chatServer(obliging)
+    args.splice(5, 1, server.baseURL)
+    expect((await run(...args)).code).toBe(0)
+    expect(server.requests.length).toBe(2 * (40 - done))
+  })
+
+  test('mistakes in the data are told before anything is asked', async () => {
+    await picture('m.png')
+    server = await chatServer(obliging)
+    const good = { image: 'm.png', question: 'say A', answer: 'A' }
+    const told = async (rows: object[], code: number, message: RegExp, ...more: string[]) => {
+      const data = write('bad.jsonl', rows)
+      const args = ['evaluate', data, '--model', 'm', '--base-url', server!.baseURL, ...more]
+      expect(await run(...args)).toMatchObject({ code, err: expect.stringMatching(message) })
+    }
+    await told([good, { ...good, image: 'none.png' }], 1, /bad.jsonl:2: there is no image none.png/)
+    await told([good, { image: 'm.png', answer: 'A' }], 1, /bad.jsonl:2: there is no 'question'/)
+    await told([{ ...good, answer: null }], 1, /bad.jsonl:1: there is no 'answer'/)
+    await told([{ ...good, form: 'x' }], 1, /bad.jsonl:1: the form/)
+    await told([], 2, /holds no questions/)
+    writeFileSync(join(folder, 'other.jsonl'), '{"line": 1, "question": "else", "truth": "A"}\n')
+    await told([good], 2, /other questions/, '--out', 'other.jsonl')
+    writeFileSync(join(folder, 'junk.jsonl'), 'hello\nworld\n')
+    await told([good], 2, /no result/, '--out', 'junk.jsonl')
+    expect(server.requests.length).toBe(0)
+    expect(await run('evaluate', 'none.jsonl')).toMatchObject({
+      code: 1,
+      err: expect.stringMatching(/none.jsonl could not be read/),
+    })
+  })
+})
+
+/** The miniature of examples/mini-p2r, trained by `npm run demo -- --seed 1`, as both roles. */
+async function miniature() {
+  const device = openDevice('cpu')
+  const roles = { perceiver: new Perceiver(device, 0), reasoner: new Reasoner(device, 0) }
+  const weights = fileURLToPath(new URL('./golden/mini_p2r.safetensors', import.meta.url))
+  const loaded = await loadTensors(weights, device)
+  for (const role of ['perceiver', 'reasoner'] as const)
+    copyParams(
+      roles[role].params,
+      Object.fromEntries(
+        Object.keys(roles[role].params).map((name) => [
+          name,
+          loaded[`${role}.${name}`]!.cast('f32'),
+        ]),
+      ),
+    )
+  const seeds = new Rng(0)
+  const reduced = async (bytes: Buffer, side: number) =>
+    device.tensor(
+      new Uint8Array(
+        await sharp(bytes).resize(side, side, { kernel: 'cubic' }).removeAlpha().raw().toBuffer(),
+      ),
+      [side, side, 3],
+    )
+  const colourOf = (prompt: string) => COLOURS.findIndex((c) => prompt.includes(`is ${c}?`))
+
+  return {
+    close: () => device.dispose(),
+    /** Names the cell as a box in thousandths; a little inside it, so that it is cut out exactly. */
+    async perceive({ prompt, images }: ChatRequest): Promise<string> {
+      const seen = roles.perceiver.see(await reduced(images[0]!, OVERVIEW), [colourOf(prompt)])
+      const cell = cellOf(await roles.perceiver.act(seen, [0], 0, seeds), 0)
+      const [x, y] = [cell % LATTICE, Math.floor(cell / LATTICE)]
+      const at = (i: number) => (i * CELL * 1000) / CANVAS + 0.001
+      const bbox_2d = [at(x), at(y), at(x + 1), at(y + 1)]
+      return JSON.stringify([{ bbox_2d, label: 'digit' }])
+    },
+    async reason({ prompt, images }: ChatRequest): Promise<string> {
+      const [annotated, crop] = images as [Buffer, Buffer]
+      const read = roles.reasoner.read(
+        {
+          crops: await reduced(crop, CELL),
+          thumbnails: await reduced(annotated, THUMBNAIL),
+          cells: [await outlinedCell(annotated)],
+        },
+        [colourOf(prompt)],
+      )
+      const [digit] = await roles.reasoner.act(read, [0], 0, seeds)
+      return `<think>I see it.</think><answer>${digit}</answer>`
+    },
+  }
+}
+
+/** Where the red outline is: no digit is as pure a red. */
+async function outlinedCell(bytes: Buffer): Promise<number> {
+  const { data, info } = await sharp(bytes)
+    .removeAlpha()
+    .raw()
+    .toBuffer({ resolveWithObject: true })
+  const columns = new Int32Array(info.width)
+  const rows = new Int32Array(info.height)
+  for (let i = 0, p = 0; p < data.length; i++, p += 3)
+    if (data[p]! > 150 && data[p + 1]! < 60 && data[p + 2]! < 60) {
+      columns[i % info.width]!++
+      rows[Math.floor(i / info.width)]!++
+    }
+  const middle = (counts: Int32Array) => {
+    const lines = [...counts.keys()].filter((i) => counts[i]! >= CELL / 2)
+    return Math.floor((lines[0]! + lines.at(-1)!) / 2 / CELL)
+  }
+  return middle(rows) * LATTICE + middle(columns)
+}
+
+test('the miniature serves both roles, and evaluate scores it on 50 needle images', async () => {
+  const canvases = new Canvases(loadDigits('test'), 11, 50)
+  const rows = await Promise.all(
+    Array.from({ length: 50 }, async (_, i) => {
+      const { label, colour } = canvases.question(3 * i + (i % 3))
+      const image = `needle-${i}.jpg`
+      const raw = { width: CANVAS, height: CANVAS, channels: 3 as const }
+      await sharp(canvases.canvas(i), { raw }).jpeg({ quality: 95 }).toFile(join(folder, image))
+      const question = `Which digit is ${COLOURS[colour]}?`
+      return { image, question, answer: String(label), category: COLOURS[colour] }
+    }),
+  )
+  const data = join(folder, 'needles.jsonl')
+  writeFileSync(data, rows.map((row) => JSON.stringify(row)).join('\n'))
+  const mini = await miniature()
+  server = await chatServer(async (request, response) => {
+    const role = /JSON/.test(request.prompt) ? 'perceive' : 'reason'
+    says(await mini[role](request))(request, response)
+  })
+  const { code, out, err } = await run(
+    'evaluate',
+    data,
+    '--base-url',
+    server.baseURL,
+    '--model',
+    'mini',
+    '--form',
+    'na',
+    '--padding',
+    '0',
+    '--min-pixels',
+    '1024',
+    '--concurrency',
+    '8',
+    '--json',
+    'needles.json',
+  )
+  expect({ code, err }).toEqual({ code: 0, err: '' })
+  expect(server.requests.length).toBe(100)
+  mini.close()
+  const made = results(join(folder, 'needles.results.jsonl'))
+  expect(made.length).toBe(50)
+  const right = made.filter(({ line, answer }) => answer === rows[line - 1]!.answer).length
+  const { overall, categories } = JSON.parse(readFileSync(join(folder, 'needles.json'), 'utf8'))
+  expect(overall).toEqual({
+    questions: 50,
+    correct: right,
+    accuracy: 2 * right,
+    boxes: 1,
+    failed: 0,
+  })
+  expect(Object.keys(categories)).toEqual(['blue', 'green', 'red'])
+  expect(out).toMatch(new RegExp(`all +50 +${right} `))
+  // On 768 questions asked without a server it gets 74 % right; guessing gets 10 %. JPEG costs some.
+  expect(right).toBeGreaterThanOrEqual(25)
+})

@@ -1,0 +1,236 @@
+import { spawn, spawnSync } from 'node:child_process'
+import { existsSync, readdirSync, rmSync, statSync, truncateSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { add, type Device, gelu, openDevice, type Tensor, tokenLogProbs } from 'p2r-kernels'
+import { expect, test } from 'vitest'
+import { cpuPaths, expectRefusal, onEveryBackend } from './harness.js'
+
+const library = new URL('../dist/lib/index.js', import.meta.url).href
+
+/** A process of its own, in which `handle` is what is given and `device` is open. */
+async function elsewhere(device: Device, handle: object, body: string): Promise<string> {
+  const code = `
+    import { openDevice, add } from '${library}'
+    const device = openDevice('${device.info.id}')
+    const handle = ${JSON.stringify(handle)}
+    ${body}`
+  const child = spawn(process.execPath, ['--input-type=module', '-e', code], {
+    stdio: ['ignore', 'pipe', 'pipe'],
+  })
+  let [out, err] = ['', '']
+  child.stdout.on('data', (text) => {
+    out += text
+  })
+  child.stderr.on('data', (text) => {
+    err += text
+  })
+  const status = await new Promise((resolve) => child.on('close', resolve))
+  expect(err).toBe('')
+  expect(status).toBe(0)
+  return out.trim()
+}
+
+onEveryBackend('memory shared between processes', (b) => {
+  test.each(['f32', 'f16', 'bf16', 'i32', 'u8'] as const)(
+    '%s: another process reads it and writes it',
+    async (dtype) => {
+      using tensor = b.device.tensor([1, 2, 3, 4, 5, 6], [2, 3], dtype)
+      using handle = await tensor.ipcHandle()
+      expect(handle).toMatchObject({ dtype, shape: [2, 3], offset: 0, pid: process.pid })
+      const read = await elsewhere(
+        b.device,
+        handle,
+        `const tensor = device.fromIpcHandle(handle)
+         console.log(JSON.stringify([tensor.shape, tensor.dtype, [...await tensor.toFloat32()]]))
+         tensor.write([6, 5, 4, 3, 2, 1])
+         await device.synchronize()`,
+      )
+      expect(JSON.parse(read)).toEqual([[2, 3], dtype, [1, 2, 3, 4, 5, 6]])
+      expect([...(await tensor.toFloat32())]).toEqual([6, 5, 4, 3, 2, 1])
+    },
+  )
+
+  test('what was queued before is in it, views go along, and a view is shared where it lies', async () => {
+    let x: Tensor = b.device.tensor(new Float32Array(3000).fill(1), [1000, 3])
+    const view = x.slice(10, 12)
+    for (let i = 0; i < 20; i++) x = gelu({ x })
+    using row = x.slice(500, 501)
+    using handle = await row.ipcHandle()
+    expect(handle.offset).toBe(500 * 12)
+    const { device } = b
+    const got = await elsewhere(
+      device,
+      handle,
+      `const tensor = device.fromIpcHandle(handle)
+       console.log((await tensor.read()).join())
+       tensor.copyFrom(add({ x: tensor, y: tensor }))
+       await device.synchronize()`,
+    )
+    const [value] = await x.slice(0, 1).read()
+    expect(got).toBe([value, value, value].join())
+    expect([...(await x.slice(499, 501).read())].slice(0, 4)).toEqual([
+      value,
+      value,
+      value,
+      2 * (value as number),
+    ])
+    expect([...(await view.read())]).toEqual(new Array(6).fill(1))
+  })
+
+  test('it outlives its tensor until the handle goes, and is not used again', async () => {
+    const tensor = b.device.tensor(new Float32Array(1000).fill(7), [1000])
+    const handle = await tensor.ipcHandle()
+    tensor.dispose()
+    // What would take a block that was free.
+    const others = Array.from({ length: 4 }, () => b.device.tensor(new Float32Array(1000), [1000]))
+    const sum = await elsewhere(
+      b.device,
+      handle,
+      `const tensor = device.fromIpcHandle(handle)
+       console.log((await tensor.read()).reduce((s, x) => s + x, 0))`,
+    )
+    expect(sum).toBe('7000')
+    handle.dispose()
+    handle.dispose()
+    for (const other of others) other.dispose()
+  })
+
+  test('accounts: a thousand handles leave nothing behind', async () => {
+    const before = b.device.memory().liveBytes
+    for (let i = 0; i < 1000; i++) {
+      using tensor = b.device.zeros([256])
+      using handle = await tensor.ipcHandle()
+      expect(handle.bytes).toBe(1024)
+    }
+    expect(b.device.memory().liveBytes).toBeLessThanOrEqual(before)
+  })
+
+  test('a fault comes with the handle', async () => {
+    const logits = b.device.zeros([2, 5])
+    const targets = b.device.tensor(Int32Array.of(1, 9), [2])
+    const { logProbs } = tokenLogProbs({ logits, targets })
+    await expect(logProbs.ipcHandle()).rejects.toMatchObject({ op: 'tokenLogProbs' })
+    await expect(b.device.synchronize()).rejects.toMatchObject({ op: 'tokenLogProbs' })
+  })
+
+  test('refusals', async () => {
+    using tensor = b.device.zeros([4])
+    using handle = await tensor.ipcHandle()
+    const opens = (extra: object, code: string, message?: RegExp) =>
+      expectRefusal(
+        () => b.device.fromIpcHandle({ ...handle, pid: 0, ...extra } as never),
+        code,
+        'fromIpcHandle',
+        message,
+      )
+    opens({ shape: [5] }, 'ERR_VALUE', /does not lie within/)
+    opens({ offset: 4 }, 'ERR_VALUE', /does not lie within/)
+    opens({ offset: -4 }, 'ERR_VALUE')
+    opens({ dtype: 'f64' }, 'ERR_VALUE', /ipcHandle/)
+    opens({ name: 3 }, 'ERR_VALUE')
+    opens(
+      { backend: b.device.info.backend === 'cpu' ? 'cuda' : 'cpu' },
+      'ERR_DEVICE',
+      /cannot be opened on/,
+    )
+    expectRefusal(() => b.device.fromIpcHandle(null as never), 'ERR_VALUE', 'fromIpcHandle')
+    const gone = b.device.zeros([4])
+    gone.dispose()
+    await expect(gone.ipcHandle()).rejects.toMatchObject({ code: 'ERR_DISPOSED' })
+  })
+})
+
+const cpu = () => openDevice('cpu', { simd: cpuPaths[0]! })
+
+test('on the CPU: one file a handle, gone with the last of them, or with the device', async () => {
+  const device = cpu()
+  const tensor = device.tensor([1, 2, 3], [3])
+  const one = await tensor.ipcHandle()
+  const two = await tensor.reshape([3, 1]).ipcHandle()
+  expect(two.name).toBe(one.name)
+  expect(statSync(one.name).mode & 0o777).toBe(0o600)
+  using here = device.fromIpcHandle({ ...one, dtype: 'f32' })
+  one.dispose()
+  expect(existsSync(two.name)).toBe(true)
+  two.dispose()
+  expect(existsSync(two.name)).toBe(false)
+  // Who has it open keeps it; a new handle is a new file.
+  expect([...(await here.read())]).toEqual([1, 2, 3])
+  const again = await tensor.ipcHandle()
+  expect(again.name).not.toBe(one.name)
+  tensor.write([4, 5, 6])
+  expect([...(await device.fromIpcHandle(again).read())]).toEqual([4, 5, 6])
+  const empty = await device.zeros([0, 4]).ipcHandle()
+  expect((await device.fromIpcHandle(empty).read()).length).toBe(0)
+  device.dispose()
+  expect(existsSync(again.name)).toBe(false)
+  again.dispose()
+})
+
+test('on the CPU: files that are not there, too short, or no files', async () => {
+  const device = cpu()
+  const path = join(tmpdir(), `p2r-ipc-${process.pid}`)
+  const description = {
+    backend: 'cpu' as const,
+    name: path,
+    bytes: 16,
+    offset: 0,
+    shape: [4],
+    dtype: 'f32' as const,
+    pid: 1,
+  }
+  const refused = (code: string, extra = {}) =>
+    expectRefusal(() => device.fromIpcHandle({ ...description, ...extra }), code, 'fromIpcHandle')
+  refused('ERR_IO')
+  writeFileSync(path, new Uint8Array(16))
+  device.fromIpcHandle(description).dispose()
+  truncateSync(path, 15)
+  refused('ERR_FORMAT')
+  refused('ERR_IO', { name: tmpdir() })
+  rmSync(path)
+  device.dispose()
+})
+
+test('on the CPU: Python reads and writes it by the example', async () => {
+  const python = spawnSync('python3', ['--version'])
+  // The machine that builds may have no Python; the example is for those who have.
+  if (python.status !== 0) return expect(python.error).toBeDefined()
+  const device = cpu()
+  const tensor = device.tensor([1, 2, 3], [3])
+  using handle = await tensor.ipcHandle()
+  const folder = fileURLToPath(new URL('../examples/exchange', import.meta.url))
+  const code = `import json, struct, sys
+sys.dont_write_bytecode = True
+sys.path.insert(0, ${JSON.stringify(folder)})
+import tensors
+memory, close = tensors.open_memory(json.loads(sys.argv[1]))
+values = struct.unpack("<3f", memory)
+memory[:] = struct.pack("<3f", *[-x for x in values])
+memory.release()
+print(values)`
+  const { stdout, stderr } = spawnSync('python3', ['-c', code, JSON.stringify(handle)], {
+    encoding: 'utf8',
+  })
+  expect(stderr).toBe('')
+  expect(stdout.trim()).toBe('(1.0, 2.0, 3.0)')
+  expect([...(await tensor.read())]).toEqual([-1, -2, -3])
+  device.dispose()
+})
+
+test('no file of ours is left', () => {
+  const own = new RegExp(`^p2r-kernels-${process.pid}-`)
+  for (const folder of ['/dev/shm', tmpdir()])
+    if (existsSync(folder)) expect(readdirSync(folder).filter((name) => own.test(name))).toEqual([])
+})
+
+test('a sum of both sides', async () => {
+  const device = cpu()
+  using a = device.tensor([1, 2], [2])
+  using handle = await a.ipcHandle()
+  using same = device.fromIpcHandle(handle)
+  using sum = add({ x: a, y: same })
+  expect([...(await sum.read())]).toEqual([2, 4])
+  device.dispose()
+})

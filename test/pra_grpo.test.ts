@@ -1,0 +1,350 @@
+import {
+  alternating,
+  functionPolicy,
+  grpoStep,
+  informativeGroups,
+  type Policy,
+  PraGrpo,
+  type PraGrpoOptions,
+  p2r,
+  type Sample,
+  type Tensor,
+} from 'p2r-kernels'
+import { expect, test } from 'vitest'
+import { expectRefusal, onEveryBackend, Random } from './harness.js'
+
+const boxes = (label: string) => `[{"bbox_2d": [0, 0, 250, 500], "label": "${label}"}]`
+const overlapping = `[${['a', 'b'].map((l) => boxes(l).slice(1, -1))}]`
+
+onEveryBackend('PraGrpo', (b) => {
+  const image = () => b.device.zeros([40, 50, 3], 'u8')
+  const sample = (question: string, truth = 'A'): Sample => ({
+    image: image(),
+    question,
+    answerForm: 'mca',
+    truth,
+  })
+  /** Says these texts for n, each token a character; the questions it was asked are kept. */
+  const sampler = (f: (prompt: string, i: number, n: number) => string) => {
+    const asked: { prompt: string; n: number; temperature?: number; tokens?: boolean }[] = []
+    const policy: Policy = {
+      async generate({ prompt, n = 1, images, ...rest }) {
+        asked.push({ prompt, n, ...rest })
+        for (const one of images) await one.read()
+        return Array.from({ length: n }, (_, i) => {
+          const text = f(prompt, i, n)
+          const tokens = [...text].map((c) => c.charCodeAt(0) % 32)
+          return { text, tokens, logProbs: tokens.map((t) => -(t + 1) / 64) }
+        })
+      },
+    }
+    return { policy, asked }
+  }
+  const trainer = (options: Partial<PraGrpoOptions>) =>
+    new PraGrpo({
+      perceiver: functionPolicy(() => boxes('sign')),
+      reasoner: functionPolicy(() => '<answer>A</answer>'),
+      device: b.device,
+      groupSize: 4,
+      ...options,
+    })
+  const refLogProbs = (t: Tensor) => b.device.tensor(new Float32Array(t.size).fill(-0.3), [t.size])
+
+  test('the perceiver’s phase: rewards from the frozen reasoner, faults without asking it', async () => {
+    // A box that is labelled 'good' leads to the right answer.
+    const perceiver = sampler((_, i) => [boxes('good'), boxes('bad'), overlapping, boxes('')][i]!)
+    let shown = 0
+    const reasoner = sampler(() => `<answer>${'AB'[shown++ % 2]}</answer>`)
+    const pra = trainer({ perceiver: perceiver.policy, reasoner: reasoner.policy })
+    expect(pra.role).toBe('perceiver')
+    using batch = await pra.rollout([sample('one'), sample('two')])
+    expect(batch.role).toBe('perceiver')
+    expect(batch.items.map(({ sample }) => sample)).toEqual([0, 0, 0, 0, 1, 1, 1, 1])
+    expect(batch.items.map(({ fault }) => fault ?? null).slice(0, 4)).toEqual([
+      null,
+      null,
+      'overlap',
+      'label',
+    ])
+    expect([...(await batch.rewards.read())].reduce((s, r) => s + r, 0)).toBe(2)
+    expect(reasoner.asked.length).toBe(4)
+    expect(perceiver.asked.map(({ n, temperature, tokens }) => [n, temperature, tokens])).toEqual([
+      [4, 1, true],
+      [4, 1, true],
+    ])
+    expect(reasoner.asked[0]).toMatchObject({ n: 1, temperature: 0, tokens: false })
+    expect([...batch.groups]).toEqual([0, 0, 0, 0, 2, 2, 2, 2])
+    expect(batch.metrics).toEqual({
+      rewardMean: 0.25,
+      groupsWithoutSignal: 0,
+      faults: { overlap: 2, label: 2 },
+      errors: 0,
+      items: 8,
+    })
+    expect(batch.items[0]).toMatchObject({ answer: 'A', counterpart: '<answer>A</answer>' })
+  })
+
+  test('the reasoner’s phase: one greedy perception, answered by the group', async () => {
+    const perceiver = sampler(() => boxes('sign'))
+    const reasoner = sampler((_, i) => `<answer>${'ABAB'[i]}</answer>`)
+    const pra = trainer({
+      perceiver: perceiver.policy,
+      reasoner: reasoner.policy,
+      schedule: { perceiver: 0, reasoner: 1 },
+    })
+    using batch = await pra.rollout([sample('one'), sample('two', 'C')])
+    expect(perceiver.asked.map(({ n, temperature, tokens }) => [n, temperature, tokens])).toEqual([
+      [1, 0, false],
+      [1, 0, false],
+    ])
+    expect(reasoner.asked.map(({ n }) => n)).toEqual([4, 4])
+    expect(batch.items.map(({ reward }) => reward)).toEqual([1, 0, 1, 0, 0, 0, 0, 0])
+    expect([...batch.groups]).toEqual([1, 1, 1, 1, 3, 3, 3, 3])
+    expect(batch.metrics.groupsWithoutSignal).toBe(0.5)
+    // A silent group teaches nothing, and the device agrees on which that is.
+    const teaches = informativeGroups({ rewards: batch.rewards, groups: batch.groups })
+    expect([...(await teaches.read())]).toEqual([1, 1, 1, 1, 0, 0, 0, 0])
+    expect([...(await batch.advantages.read())].slice(4)).toEqual([0, 0, 0, 0])
+    expect(batch.items[0]).toMatchObject({ counterpart: boxes('sign'), answer: 'A' })
+  })
+
+  test('a step is grpoStep on the batch’s tokens, for every kind of model', async () => {
+    const random = new Random(3)
+    const perceiver = sampler((_, i) => boxes('abcd'.slice(0, i + 1)))
+    let right = 0
+    const reasoner = functionPolicy(() => `<answer>${'AB'[right++ % 2]}</answer>`)
+    const loss = { klCoef: 0.2, clipHigh: 0.3 }
+    const pra = trainer({ perceiver: perceiver.policy, reasoner, loss, estimator: 'opo' })
+    const [V, C] = [40, 6]
+    for (const kind of ['logProbs', 'logits', 'hidden'] as const) {
+      while (pra.role !== 'perceiver') {
+        const other = await trainer({
+          schedule: { perceiver: 0, reasoner: 1 },
+          reasoner: sampler(() => '<answer>A</answer>').policy,
+        }).rollout([sample('x')])
+        pra.step(other, { logProbs: other.oldLogProbs! }).dispose()
+      }
+      using batch = await pra.rollout([sample('one'), sample('two')])
+      const T = batch.tokens!.length
+      expect(batch.cuSeqlens!.at(-1)).toBe(T)
+      expect(T).toBe(batch.items.reduce((s, i) => s + i.completion.text.length, 0))
+      expect([...(await batch.oldLogProbs!.read())]).toEqual(
+        [...batch.tokens!].map((t) => -(t + 1) / 64),
+      )
+      const targets = b.device.tensor(batch.tokens!, [T])
+      const model = {
+        logProbs: { logProbs: b.device.tensor(random.normals(T, 0.1), [T]) },
+        logits: { logits: b.device.tensor(random.normals(T * V), [T, V]), targets },
+        hidden: {
+          hidden: b.device.tensor(random.normals(T * C), [T, C]),
+          weight: b.device.tensor(random.normals(V * C), [V, C]),
+          targets,
+        },
+      }[kind]
+      const ref = refLogProbs(batch.oldLogProbs!)
+      const { rewards, groups, cuSeqlens, oldLogProbs } = batch
+      using expected = grpoStep({
+        ...model,
+        ...loss,
+        rewards,
+        groups,
+        cuSeqlens: cuSeqlens!,
+        oldLogProbs: oldLogProbs!,
+        refLogProbs: ref,
+        estimator: 'opo',
+      })
+      const before = pra.steps
+      const step = pra.step(batch, { ...model, refLogProbs: ref })
+      for (const name of ['loss', 'dLogProbs', 'dLogits', 'dHidden', 'dWeight'] as const) {
+        expect(!!step[name], name).toBe(!!expected[name])
+        if (step[name]) expect(await step[name].read()).toEqual(await expected[name]!.read())
+      }
+      expect(await batch.advantages.read()).toEqual(await expected.advantages.read())
+      step.dispose()
+      expect((await pra.metrics()).perceiver).toEqual({
+        ...(await expected.metrics()),
+        ...batch.metrics,
+        step: before,
+        sampledEntropy: expect.closeTo(
+          -(await expected.logProbs.toFloat32()).reduce((s, x) => s + x, 0) / T,
+          5,
+        ),
+      })
+      expectRefusal(() => pra.step(batch, model), 'ERR_VALUE', 'step', /turn/)
+    }
+    expect(Object.keys(await pra.metrics())).toEqual(['perceiver', 'reasoner'])
+  })
+
+  test('a batch is stepped once', async () => {
+    const perceiver = sampler(() => boxes('x')).policy
+    const pra = trainer({ perceiver, schedule: { perceiver: 2, reasoner: 1 } })
+    using batch = await pra.rollout([sample('q')])
+    pra.step(batch, { logProbs: batch.oldLogProbs! }).dispose()
+    expect(pra.role).toBe('perceiver')
+    expectRefusal(
+      () => pra.step(batch, { logProbs: batch.oldLogProbs! }),
+      'ERR_VALUE',
+      'step',
+      /stepped already/,
+    )
+  })
+
+  test('turns: by steps and rounds, as the paper’s and step by step; a run goes on', async () => {
+    const policies = {
+      perceiver: sampler(() => boxes('x')).policy,
+      reasoner: sampler(() => '<answer>A</answer>').policy,
+    }
+    const turns = async (pra: PraGrpo, most: number) => {
+      let all = ''
+      while (all.length < most && !pra.finished) {
+        all += pra.role[0]
+        using batch = await pra.rollout([sample('q')])
+        pra.step(batch, { logProbs: batch.oldLogProbs! }).dispose()
+      }
+      return all
+    }
+    const schedule = { perceiver: 2, reasoner: 1 }
+    expect(await turns(trainer({ ...policies, schedule }), 7)).toBe('pprpprp')
+    expect(await turns(trainer({ ...policies, schedule, rounds: 2 }), 99)).toBe('pprppr')
+    expect(await turns(trainer({ ...policies, schedule, step: 2 }), 3)).toBe('rpp')
+    expect(await turns(trainer({ ...policies, ...alternating() }), 4)).toBe('prpr')
+    expect(await turns(trainer({ ...policies, ...p2r({ samples: 130, batch: 64 }) }), 99)).toBe(
+      'pprr',
+    )
+    expect(p2r()).toMatchObject({
+      groupSize: 8,
+      schedule: { perceiver: 156, reasoner: 156 },
+      rounds: 1,
+    })
+    const over = trainer({ ...policies, schedule, rounds: 1, step: 3 })
+    await expect(over.rollout([])).rejects.toMatchObject({ code: 'ERR_VALUE' })
+  })
+
+  test('single failures are reported, and the batch goes on', async () => {
+    const perceiver = sampler((prompt) => {
+      if (/broken/.test(prompt)) throw new Error('perceiver down')
+      return boxes('x')
+    })
+    let n = 0
+    const reasoner = functionPolicy(() => {
+      if (n++ % 4 === 0) throw new Error('reasoner down')
+      return `<answer>${'AB'[n % 2]}</answer>`
+    })
+    const pra = trainer({ perceiver: perceiver.policy, reasoner, concurrency: 1 })
+    using batch = await pra.rollout([sample('fine'), sample('broken'), sample('also fine')])
+    expect(batch.items.length).toBe(12)
+    const failed = batch.items.filter(({ error }) => error)
+    expect(failed.map(({ error }) => error!.message)).toEqual([
+      expect.stringContaining('reasoner down'),
+      ...Array(4).fill(expect.stringContaining('perceiver down')),
+      expect.stringContaining('reasoner down'),
+    ])
+    for (const { error, reward } of failed) {
+      expect(error).toMatchObject({ code: 'ERR_POLICY' })
+      expect(reward).toBeNaN()
+    }
+    expect([...batch.groups]).toEqual([0, 0, 0, 4, 4, 4])
+    expect(batch.metrics).toMatchObject({ errors: 6, items: 12 })
+    const step = pra.step(batch, { logProbs: batch.oldLogProbs! })
+    expect((await step.metrics()).tokens).toBe(batch.tokens!.length)
+    step.dispose()
+  })
+
+  test('everything fails: an empty batch, which says so', async () => {
+    const down = functionPolicy(() => {
+      throw new Error('down')
+    })
+    using batch = await trainer({ perceiver: down }).rollout([sample('q')])
+    expect(batch.metrics).toMatchObject({ errors: 4, items: 4, rewardMean: 0 })
+    expect(batch.rewards.shape).toEqual([0])
+  })
+
+  test('free form by a verifier, whose failure is one rollout’s', async () => {
+    let n = 0
+    const pra = trainer({
+      perceiver: sampler(() => boxes('x')).policy,
+      verifier: async ({ answer, truth, question }) => {
+        if (n++ === 0) throw new Error('no verdict')
+        return answer === 'A' && truth === 'an A' && question === 'q'
+      },
+    })
+    const free = { ...sample('q', 'an A'), answerForm: 'free_form' as const }
+    using batch = await pra.rollout([free])
+    expect(batch.items.map(({ reward }) => reward)).toEqual([NaN, 1, 1, 1])
+    expect(batch.items[0]!.error!.message).toBe('no verdict')
+    await expect(trainer({}).rollout([free])).rejects.toMatchObject({
+      code: 'ERR_VALUE',
+      message: expect.stringMatching(/verifier/),
+    })
+  })
+
+  test('refused rollouts are errors, not zeros', async () => {
+    const perceiver: Policy = {
+      generate: async () => [
+        { text: boxes('x'), tokens: [1] },
+        { text: '', refusal: 'no' },
+        { text: boxes('x'), tokens: [2, 3] },
+        { text: boxes('x'), tokens: [4] },
+      ],
+    }
+    using batch = await trainer({ perceiver }).rollout([sample('q')])
+    expect(batch.items[1]!.error!.message).toMatch(/refused to answer: no/)
+    expect([...batch.tokens!]).toEqual([1, 2, 3, 4])
+    expect([...batch.cuSeqlens!]).toEqual([0, 1, 3, 4])
+    expect(batch.oldLogProbs).toBeUndefined()
+  })
+
+  test('an abort rejects, and leaves nothing', async () => {
+    const stop = new AbortController()
+    const perceiver = functionPolicy(() => {
+      stop.abort(new Error('enough'))
+      return boxes('x')
+    })
+    const one = sample('q')
+    const before = b.device.memory().liveBytes
+    await expect(
+      trainer({ perceiver }).rollout([one, one], { signal: stop.signal }),
+    ).rejects.toThrow('enough')
+    expect(b.device.memory().liveBytes).toBeLessThanOrEqual(before)
+  })
+
+  test('evidence is there for the trainer, and its images are made when asked for', async () => {
+    const one = sample('q')
+    const before = b.device.memory().liveBytes
+    const batch = await trainer({ groupSize: 8 }).rollout([one])
+    const { rewards, advantages } = batch
+    expect(b.device.memory().liveBytes).toBeLessThanOrEqual(
+      before + rewards.byteLength + advantages.byteLength,
+    )
+    expect(batch.items[3]!.evidence!.crops.length).toBe(1)
+    batch.dispose()
+    expect(b.device.memory().liveBytes).toBeLessThanOrEqual(before)
+    expect(await one.image.read()).toHaveLength(40 * 50 * 3)
+  })
+
+  test('refusals', async () => {
+    const wrong = (extra: object, message: RegExp) =>
+      expectRefusal(() => trainer(extra), 'ERR_VALUE', 'PraGrpo', message)
+    wrong({ device: 'cpu' }, /device/)
+    wrong({ groupSize: 0 }, /groupSize/)
+    wrong({ rounds: 0.5 }, /rounds/)
+    wrong({ schedule: { perceiver: 0, reasoner: 0 } }, /schedule/)
+    wrong({ schedule: { perceiver: -1, reasoner: 2 } }, /schedule.perceiver/)
+    wrong({ reasoner: null }, /reasoner/)
+    wrong({ step: -1 }, /step/)
+    expectRefusal(() => p2r({ batch: 0 }), 'ERR_VALUE', 'p2r', /batch/)
+    const pra = trainer({})
+    await expect(pra.rollout([{ ...sample('q'), question: 3 } as never])).rejects.toMatchObject({
+      code: 'ERR_VALUE',
+      message: expect.stringMatching(/samples\[0\].question/),
+    })
+    await expect(pra.rollout('x' as never)).rejects.toMatchObject({ code: 'ERR_VALUE' })
+    using batch = await pra.rollout([sample('q')])
+    expectRefusal(
+      () => pra.step(batch, { logProbs: b.device.zeros([4]) }),
+      'ERR_POLICY',
+      'step',
+      /no token ids/,
+    )
+  })
+})
