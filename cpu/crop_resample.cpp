@@ -314,6 +314,7 @@ void walk(const Job& job, const Piece& piece, const Simd& simd, char* scratch, E
   a.index = rows.index.data() + (rows.bytes ? from : 0);
   a.weights = rows.weights.data() + block * rows.steps * words * lanes;
   a.quad_pitch = pitch * 4;
+  a.ahead_pitch = job.images[r.image].shape[1] * 3;
   const auto resample_rows = rows.bytes ? simd.resample_rows_vnni : simd.resample_rows;
   const auto resample_column = job.vnni ? simd.resample_column_vnni : simd.resample_column;
 
@@ -332,6 +333,9 @@ void walk(const Job& job, const Piece& piece, const Simd& simd, char* scratch, E
         for (int64_t row = 0; row < 4 && 4 * have + row < r.crop_height(); ++row)
           read_planes(job, r, 4 * have + row, begin, end, simd, planes + row * a.row_pitch,
                       a.plane_pitch);
+        const Source next = source_of(job, r, 4 * have + 4, begin, end);
+        a.ahead = next.row ? next.row + next.left * 3 : nullptr;
+        a.ahead_bytes = (next.right - next.left) * 3;
         a.quads = ring + have % job.ring_slots * job.slot_bytes;
         resample_rows(&a);
       }

@@ -38,6 +38,8 @@ struct ResampleRows {
   const int32_t* weights;
   uint8_t* quads;
   int64_t quad_pitch;  // bytes from channel to channel
+  const uint8_t* ahead;  // what will be read next, four rows of ahead_bytes; null: nothing
+  int64_t ahead_pitch, ahead_bytes;
 };
 
 // Rows of pixels, all of one row of patches, as values; see ops/crop_resample.h for the order.
