@@ -1,8 +1,8 @@
 // Crop, overlay, resample and patch layout in one walk over a region. Four rows at a time are split
-// into planes, resampled along x into a ring of quads (cpu/simd/resample.h) that stays in the cache,
-// and combined along y from there; a band of rows of the result then goes out as patches or pixels.
-// Large regions are cut into strips of rows, which threads take one by one, and into tiles of
-// columns where a thread's share of the cache would not hold them.
+// into planes, resampled along x into a ring of quads (cpu/simd/resample.h) that stays in the
+// cache, and combined along y from there; a band of rows of the result then goes out as patches or
+// pixels. Large regions are cut into strips of rows, which threads take one by one, and into tiles
+// of columns where a thread's share of the cache would not hold them.
 //
 // What it should cost (8K to 1920 x 1056, AVX-512 with VNNI, written down before it was measured).
 // Along x 24.9 M sums of 17 taps, five steps of four taps for 16 sums at a time: three products and
@@ -27,8 +27,8 @@ namespace {
 constexpr int64_t kSlack = 192;  // that the SIMD kernels may touch behind a row
 // Of the ring and the band, and of the planes, of one thread: together half of a common L2.
 constexpr int64_t kTileBytes = 384 << 10, kPlaneBytes = 256 << 10;
-constexpr int64_t kBand = 16;             // rows of the result that go out together
-constexpr int64_t kStreamed = 8 << 20;    // bytes of a result that no cache keeps until it is used
+constexpr int64_t kBand = 16;           // rows of the result that go out together
+constexpr int64_t kStreamed = 8 << 20;  // bytes of a result that no cache keeps until it is used
 
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -110,9 +110,9 @@ struct RowWeights {
         int32_t k[4];
         for (int i = 0; i < 4; ++i) k[i] = taps.weight(x, tap + i - before);
         const int64_t step = tap / 4 / width;
-        write_words(k, bytes, lanes,
-                    &weights[(block * steps + step) * words * lanes + lane * width +
-                             tap / 4 % width]);
+        write_words(
+            k, bytes, lanes,
+            &weights[(block * steps + step) * words * lanes + lane * width + tap / 4 % width]);
       }
     }
   }
@@ -168,15 +168,14 @@ struct Job {
       const RegionPlan& r = plan.regions[i];
       const Taps x{*r.x}, y{*r.y};
       const int64_t slots = columns.at(r.y).steps;
-      const int64_t fit =
-          std::min(kTileBytes / (12 * slots + 3 * kBand),
-                   (kPlaneBytes / 12 - x.count()) * r.width / r.crop_width());
+      const int64_t fit = std::min(kTileBytes / (12 * slots + 3 * kBand),
+                                   (kPlaneBytes / 12 - x.count()) * r.width / r.crop_width());
       const int64_t tile = std::max(round_up(64, unit), fit / unit * unit);
       // The rows that neighbouring strips both need stay few against the rows that they own.
       const int64_t shared = r.y->copy ? 0 : 8 * y.count() * r.height / r.crop_height();
       const int64_t parts = std::max<int64_t>(1, work_of(r) / share);
-      const int64_t strip = round_up(
-          std::max({(r.height + parts - 1) / parts, shared, kBand}), unit);
+      const int64_t strip =
+          round_up(std::max({(r.height + parts - 1) / parts, shared, kBand}), unit);
       for (int64_t y0 = 0; y0 < r.height; y0 += strip)
         for (int64_t x0 = 0; x0 < r.width; x0 += tile)
           pieces.push_back({static_cast<int64_t>(i), y0, std::min(y0 + strip, r.height), x0,
@@ -208,8 +207,8 @@ struct Job {
   int64_t planes_bytes = 0, slot_bytes = 0, per_thread = 0;
 };
 
-// Where columns [x0, x1) of a row of a region's crop come from: columns [left, right) of a row of the
-// image, black beside them; null: all black.
+// Where columns [x0, x1) of a row of a region's crop come from: columns [left, right) of a row of
+// the image, black beside them; null: all black.
 struct Source {
   const uint8_t* row;
   int64_t y, left, right;
@@ -401,29 +400,29 @@ void pixel_values(const PixelValuesArgs& a, Device& device) {
   layout.value_bytes = static_cast<int>(size_of(a.out.dtype));
   layout.stream = static_cast<int64_t>(a.out.bytes()) > kStreamed &&
                   reinterpret_cast<uintptr_t>(a.out.data) % 64 == 0;
-  launch_job(cpu, std::move(job),
-             [out = a.out.as<char>(), start = std::move(start), layout,
-              table = pixel_table(a.mean, a.std, a.out.dtype)](
-                 const Job& job, const Piece& piece, const Simd& simd, char* scratch) {
-               walk(job, piece, simd, scratch, [&](const Band& band) {
-                 PatchRow row = layout;
-                 const int64_t patch = row.patch, merge = row.merge, py = band.y0 / patch;
-                 const int64_t columns = job.plan.regions[piece.region].width / patch;
-                 const int64_t depth = 3 * row.temporal * patch * patch;
-                 const int64_t first_row =
-                     (py / merge * (columns / merge) * merge + py % merge) * merge;
-                 row.rows = band.rows;
-                 row.row_pitch = band.row_pitch;
-                 row.plane_pitch = band.plane_pitch;
-                 row.lines = band.y1 - band.y0;
-                 row.first = piece.x0 / patch;
-                 row.count = (piece.x1 - piece.x0) / patch;
-                 row.table = table.data();
-                 row.out = out + (start[piece.region] + first_row * depth + band.y0 % patch * patch) *
-                                     row.value_bytes;
-                 simd.patch_row(&row);
-               });
-             });
+  launch_job(
+      cpu, std::move(job),
+      [out = a.out.as<char>(), start = std::move(start), layout,
+       table = pixel_table(a.mean, a.std, a.out.dtype)](const Job& job, const Piece& piece,
+                                                        const Simd& simd, char* scratch) {
+        walk(job, piece, simd, scratch, [&](const Band& band) {
+          PatchRow row = layout;
+          const int64_t patch = row.patch, merge = row.merge, py = band.y0 / patch;
+          const int64_t columns = job.plan.regions[piece.region].width / patch;
+          const int64_t depth = 3 * row.temporal * patch * patch;
+          const int64_t first_row = (py / merge * (columns / merge) * merge + py % merge) * merge;
+          row.rows = band.rows;
+          row.row_pitch = band.row_pitch;
+          row.plane_pitch = band.plane_pitch;
+          row.lines = band.y1 - band.y0;
+          row.first = piece.x0 / patch;
+          row.count = (piece.x1 - piece.x0) / patch;
+          row.table = table.data();
+          row.out = out + (start[piece.region] + first_row * depth + band.y0 % patch * patch) *
+                              row.value_bytes;
+          simd.patch_row(&row);
+        });
+      });
 }
 
 }  // namespace p2r::cpu

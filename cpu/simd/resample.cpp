@@ -4,8 +4,8 @@
 //   out = clamp8((2^21 + sum of pixel * weight) >> 22)
 //
 // How weights are cut into parts and laid out: resample.h. A row of the image is first split into
-// planes, so that the taps of a channel are neighbours; what comes out is a lane of four rows' bytes
-// a column, which is what the second pass multiplies, four rows a step.
+// planes, so that the taps of a channel are neighbours; what comes out is a lane of four rows'
+// bytes a column, which is what the second pass multiplies, four rows a step.
 #include "cpu/simd/resample.h"
 
 #include "cpu/simd/simd.h"
@@ -78,8 +78,10 @@ inline vu sums_of_four(vu a, vu b, vu c, vu d) {
   return (vu)_mm256_hadd_epi32(_mm256_hadd_epi32((__m256i)a, (__m256i)b),
                                _mm256_hadd_epi32((__m256i)c, (__m256i)d));
 #else
-  const vu ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const vu cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const vu ab =
+      __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const vu cd =
+      __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 #endif
 }
@@ -107,9 +109,7 @@ typedef __m512i Piece;
 inline Piece shuffled(Piece v, const int8_t by[16]) {
   return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)by)));
 }
-inline Piece any_of(Piece a, Piece b, Piece c) {
-  return _mm512_ternarylogic_epi64(a, b, c, 0xFE);
-}
+inline Piece any_of(Piece a, Piece b, Piece c) { return _mm512_ternarylogic_epi64(a, b, c, 0xFE); }
 inline void load_pieces(const uint8_t* p, Piece v[3]) {
   const Piece a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 64),
               c = _mm512_loadu_si512(p + 128);
@@ -136,9 +136,7 @@ typedef __m256i Piece;
 inline Piece shuffled(Piece v, const int8_t by[16]) {
   return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)by)));
 }
-inline Piece any_of(Piece a, Piece b, Piece c) {
-  return _mm256_or_si256(_mm256_or_si256(a, b), c);
-}
+inline Piece any_of(Piece a, Piece b, Piece c) { return _mm256_or_si256(_mm256_or_si256(a, b), c); }
 inline void load_pieces(const uint8_t* p, Piece v[3]) {
   const Piece a = _mm256_loadu_si256((const Piece*)p),
               b = _mm256_loadu_si256((const Piece*)(p + 32)),
@@ -160,9 +158,9 @@ inline void split_pixels(const uint8_t* rgb, uint8_t* planes, int64_t pitch) {
   Piece v[3];
   load_pieces(rgb, v);
   for (int c = 0; c < 3; ++c) {
-    const Piece plane = any_of(shuffled(v[0], kShuffles.split[0][c]),
-                               shuffled(v[1], kShuffles.split[1][c]),
-                               shuffled(v[2], kShuffles.split[2][c]));
+    const Piece plane =
+        any_of(shuffled(v[0], kShuffles.split[0][c]), shuffled(v[1], kShuffles.split[1][c]),
+               shuffled(v[2], kShuffles.split[2][c]));
     memcpy(planes + c * pitch, &plane, sizeof plane);
   }
 }
@@ -233,14 +231,12 @@ void resample_rows(const ResampleRows* a) {
       Sums sums[4] = {};
       for (int64_t s = 0; s < a->steps; ++s, p += 16) {
         vi w[kPairWords];
-        for (int k = 0; k < kPairWords; ++k)
-          w[k] = load<vi>(weights + (s * kPairWords + k) * W);
-        for (int row = 0; row < 4; ++row)
-          sums[row].add(gather16(p + row * a->row_pitch, first), w);
+        for (int k = 0; k < kPairWords; ++k) w[k] = load<vi>(weights + (s * kPairWords + k) * W);
+        for (int row = 0; row < 4; ++row) sums[row].add(gather16(p + row * a->row_pitch, first), w);
       }
-      store(a->quads + c * a->quad_pitch + b * W,
-            clamp8(sums_of_four(sums[0].total(), sums[1].total(), sums[2].total(),
-                                sums[3].total())));
+      store(
+          a->quads + c * a->quad_pitch + b * W,
+          clamp8(sums_of_four(sums[0].total(), sums[1].total(), sums[2].total(), sums[3].total())));
     }
   }
 }
@@ -305,8 +301,7 @@ void resample_rows_vnni(const ResampleRows* a) {
           w[k] = _mm512_loadu_si512(weights + (s * kByteWords + k) * W);
         for (int row = 0; row < 4; ++row) {
           const __m512i v = _mm512_permutex2var_epi32(low[row], index, high[row]);
-          for (int k = 0; k < kByteWords; ++k)
-            add_products(sum[row][k], v, w[k]);
+          for (int k = 0; k < kByteWords; ++k) add_products(sum[row][k], v, w[k]);
         }
         index = _mm512_add_epi32(index, one);
       }
@@ -331,8 +326,7 @@ void resample_column_vnni(const uint8_t* const* quads, uint8_t* out, int64_t n,
       for (int k = 0; k < kByteWords; ++k) w[k] = _mm512_set1_epi32(weights[s * kByteWords + k]);
       for (int i = 0; i < 4; ++i) {
         const __m512i v = _mm512_loadu_si512(quads[s] + (x + i * W) * 4);
-        for (int k = 0; k < kByteWords; ++k)
-          add_products(sum[i][k], v, w[k]);
+        for (int k = 0; k < kByteWords; ++k) add_products(sum[i][k], v, w[k]);
       }
     }
     _mm512_storeu_si512(out + x, _mm512_permutexvar_epi32(order, bytes_of(sum)));
@@ -348,8 +342,8 @@ void resample_column_vnni(const uint8_t* const*, uint8_t*, int64_t, const int32_
 
 namespace {
 
-// Calls line(to, from, c) for each line of each patch, where `from` are its bytes and `to` its place
-// in the patch's first frame.
+// Calls line(to, from, c) for each line of each patch, where `from` are its bytes and `to` its
+// place in the patch's first frame.
 template <class T, class Line>
 inline void for_each_patch(const PatchRow& a, int c, Line&& patch) {
   const int64_t plane = a.patch * a.patch, depth = 3 * a.temporal * plane;
@@ -418,7 +412,8 @@ void patches_of_16(const PatchRow& a) {
         const __m512i i = _mm512_cvtepu8_epi16(
             wide ? _mm256_set_m128i(_mm_unpackhi_epi32(x, y), _mm_unpacklo_epi32(x, y))
                  : _mm256_set_m128i(y, x));
-        const __mmask32 is6 = _mm512_test_epi16_mask(i, bit6), is7 = _mm512_test_epi16_mask(i, bit7);
+        const __mmask32 is6 = _mm512_test_epi16_mask(i, bit6),
+                        is7 = _mm512_test_epi16_mask(i, bit7);
         if constexpr (wide) {
           const __m512i l = low.at(i, is6, is7), h = high.at(i, is6, is7);
           const __m512i first = _mm512_unpacklo_epi16(l, h), second = _mm512_unpackhi_epi16(l, h);

@@ -32,12 +32,12 @@ struct ResampleRows {
   const uint8_t* planes;
   int64_t row_pitch, plane_pitch;  // bytes
   int64_t blocks, steps;
-  const int32_t* first;    // pairs: of each output; bytes: of each block. Columns of the planes
-  int64_t origin;          // that is subtracted from them
-  const int32_t* index;    // bytes: [block][W], the words of a block's window that lanes start at
+  const int32_t* first;  // pairs: of each output; bytes: of each block. Columns of the planes
+  int64_t origin;        // that is subtracted from them
+  const int32_t* index;  // bytes: [block][W], the words of a block's window that lanes start at
   const int32_t* weights;
   uint8_t* quads;
-  int64_t quad_pitch;  // bytes from channel to channel
+  int64_t quad_pitch;    // bytes from channel to channel
   const uint8_t* ahead;  // what will be read next, four rows of ahead_bytes; null: nothing
   int64_t ahead_pitch, ahead_bytes;
 };
