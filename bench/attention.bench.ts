@@ -1,7 +1,9 @@
-import { attention, attentionBackward, type Tensor } from 'p2r-kernels'
+import { attention, attentionBackward, attentionMass, type Tensor } from 'p2r-kernels'
 import { evenly, normals } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
+import { attentionOnCuda, longAttention } from './large/attention.js'
 import { multiHeadAttention } from './peers/onnxruntime.js'
+import { scaledDotProductAttention } from './peers/pytorch.js'
 
 interface Shape {
   batch: number
@@ -53,12 +55,53 @@ function workload(s: Shape, backward: boolean, slow = false): Workload {
               const { out, lse } = attention(a)
               if (gradient) attentionBackward({ ...a, dOut: gradient, out, lse })
             },
-            answer: () => attention(a).out.read(),
+            answer() {
+              const { out, lse } = attention(a)
+              if (!gradient) return out.read()
+              return attentionBackward({ ...a, dOut: gradient, out, lse }).dK.read()
+            },
           }
         },
-        peers: backward ? [] : [multiHeadAttention(s, q, k, v)],
+        peers: [
+          ...(backward ? [] : [multiHeadAttention(s, q, k, v)]),
+          scaledDotProductAttention(
+            '',
+            {
+              q: { data: q, dtype: 'f32', shape: dims },
+              k: { data: k, dtype: 'f32', shape: dims },
+              v: { data: v, dtype: 'f32', shape: dims },
+              dOut: { data: dOut, dtype: 'f32', shape: dims },
+            },
+            { sequences: s.batch, pass: backward ? 'fwd+bwd' : 'fwd', last: 0 },
+          ),
+        ],
       }
     },
+  }
+}
+
+/** The column sums: half a forward pass. */
+function mass(s: Shape): Workload {
+  const { inputs, ...rest } = workload(s, false)
+  const size = s.batch * s.length * s.heads * s.headDim
+  return {
+    ...rest,
+    name: rest.name.replace('fwd', 'mass'),
+    flops: products(s),
+    traffic: { read: size * 8, write: s.batch * s.length * s.heads * 4 },
+    inputs: (seed) => ({
+      byteLength: size * 8,
+      load(device) {
+        const dims = [s.batch * s.length, s.heads, s.headDim]
+        const [q, k] = [
+          device.tensor(normals(size, seed), dims),
+          device.tensor(normals(size, seed + 1), dims),
+        ]
+        const cuSeqlens = evenly(s.batch, s.length)
+        const { lse } = attention({ q, k, v: k, cuSeqlens })
+        return { run: () => attentionMass({ q, k, lse, cuSeqlens }) }
+      },
+    }),
   }
 }
 
@@ -70,5 +113,9 @@ export default {
     workload(shape(16, 256, 16, 72), false),
     workload(shape(1, 2048, 16, 80), false),
     workload(shape(1, 1024, 16, 64), true),
+    workload(shape(4096, 64, 16, 80), false, true),
+    longAttention(1024, 64, 'bf16', 'fwd', { backend: 'cpu' }),
+    mass(shape(1, 1024, 16, 64)),
+    ...attentionOnCuda,
   ],
 } satisfies Benchmark

@@ -1,9 +1,13 @@
-// The machine's ceilings, by a small program of their own (ceilings/ceilings.cpp) that is compiled for
-// this very machine when they are wanted.
+// The machine's ceilings: a CPU's by a small program of their own (ceilings/ceilings.cpp) that is compiled
+// for this very machine when they are wanted.
 import { spawnSync } from 'node:child_process'
 import { mkdirSync } from 'node:fs'
 import { join } from 'node:path'
-import type { Ceilings } from './results.js'
+import { openDevice } from 'p2r-kernels'
+import { normalBlock, tiled } from './data.js'
+import { PeerAbsent } from './harness.js'
+import { matmul } from './peers/pytorch.js'
+import { type Ceilings, ceilingKinds, ofThreads } from './results.js'
 
 const flags = ['-std=c++20', '-O3', '-march=native', '-ffp-contract=fast', '-pthread']
 
@@ -24,26 +28,65 @@ export function ceilingMeter(root: string): ((threads: number) => Ceilings) | st
   }
 }
 
+const copied = 2 ** 31
+
+/**
+ * A CUDA device's: our own copy within its memory and, where PyTorch is here, its products of large
+ * matrices. A sentence where they could not be measured.
+ */
+export async function cudaCeilings(id: string): Promise<[Ceilings, string | undefined]> {
+  const device = openDevice(id)
+  const out: Ceilings = { copy: 0 }
+  try {
+    const bytes = Math.min(copied, Math.floor(device.info.memoryBytes / 8))
+    const source = tiled(device, normalBlock([bytes >> 12, 1024], 'f32', 1))
+    const target = device.zeros(source.shape, source.dtype)
+    for (let round = 0; round < 8; round++) {
+      const ms = await device.time(() => target.copyFrom(source))
+      out.copy = Math.max(out.copy, (2 * source.byteLength * 1e3) / ms)
+    }
+  } finally {
+    device.dispose()
+  }
+  try {
+    for (const [kind, dtype] of [
+      ['bf16', 'bf16'],
+      ['fma', 'f32'],
+    ] as const) {
+      const run = await matmul(8192, dtype).open(1, id)
+      // The first products wake the chip up.
+      await run.time!(8)
+      const times = [await run.time!(8), await run.time!(8), await run.time!(8)]
+      out[kind] = (2 * 8192 ** 3 * 1e3) / Math.min(...times)
+      run.close?.()
+    }
+  } catch (error) {
+    if (!(error instanceof PeerAbsent)) throw error
+    return [out, `No ceiling of matrix products, and so no shares of it: ${error.message}`]
+  }
+  return [out, undefined]
+}
+
 /** Each figure's larger one: what disturbs a measurement only makes it smaller. */
 export function better(a: Ceilings, b: Ceilings): Ceilings {
-  return {
-    threads: a.threads,
-    fma: Math.max(a.fma, b.fma),
-    read: Math.max(a.read, b.read),
-    copy: Math.max(a.copy, b.copy),
-    update: Math.max(a.update, b.update),
-  }
+  const out = { ...a }
+  for (const kind of ceilingKinds)
+    if (b[kind] !== undefined) out[kind] = Math.max(a[kind] ?? 0, b[kind])
+  return out
 }
 
 /** Sentences on figures that differ between the begin and the end of a run, which only disturbance does. */
 export function disturbances(before: readonly Ceilings[], after: readonly Ceilings[]): string[] {
   const out: string[] = []
   for (const [i, a] of before.entries())
-    for (const kind of ['fma', 'read', 'copy', 'update'] as const) {
-      const [low, high] = [a[kind], after[i]![kind]].sort((x, y) => x - y) as [number, number]
+    for (const kind of ceilingKinds) {
+      const [low, high] = [a[kind] ?? 0, after[i]![kind] ?? 0].sort((x, y) => x - y) as [
+        number,
+        number,
+      ]
       if (high > 1.15 * low)
         out.push(
-          `The ceiling '${kind}' of ${a.threads} thread(s) was ${Math.round((low / high) * 100)} % of ` +
+          `The ceiling '${kind}'${ofThreads(a)} was ${Math.round((low / high) * 100)} % of ` +
             'itself at one end of the run: something else used the machine, so read the times as noisy.',
         )
     }

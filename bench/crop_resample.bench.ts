@@ -1,6 +1,8 @@
 import { cropResample, pixelValues } from 'p2r-kernels'
 import { picture, uniforms } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
+import { cropResampleOnCuda } from './large/crop_resample.js'
+import { pillowPatches, pillowResize } from './peers/pillow.js'
 import { type Cut, sharpPatches, sharpResize } from './peers/sharp.js'
 
 const height = 4320
@@ -43,7 +45,9 @@ function workload(name: string, patches: boolean, cuts: (seed: number) => Cut[])
             },
           }
         },
-        peers: [(patches ? sharpPatches : sharpResize)(image, regions)],
+        peers: (patches ? [sharpPatches, pillowPatches] : [sharpResize, pillowResize]).map((peer) =>
+          peer(image, regions),
+        ),
       }
     },
   }
@@ -60,5 +64,6 @@ export default {
     workload('8 of 900x700 -> 640x480 f32 patches', true, (seed) => crops(8, to(480, 640), seed)),
     workload('8 of 900x700 -> 640x480 u8', false, (seed) => crops(8, to(480, 640), seed)),
     workload('8 of 900x700 -> 896x704 f32 patches', true, (seed) => crops(8, to(704, 896), seed)),
+    ...cropResampleOnCuda,
   ],
 } satisfies Benchmark

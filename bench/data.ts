@@ -1,4 +1,5 @@
 // Seeded inputs, made quickly: a block of normal numbers of prime length, laid end to end.
+import type { Device, DType, Tensor } from 'p2r-kernels'
 
 const block = 65_537
 
@@ -50,4 +51,47 @@ export function picture(height: number, width: number, seed: number): Uint8Array
 
 export function evenly(sequences: number, length: number): Int32Array {
   return Int32Array.from({ length: sequences + 1 }, (_, i) => i * length)
+}
+
+/** Host data of a tensor: all of it, or its first rows, which are then repeated. */
+export interface Block {
+  data: Float32Array | Uint16Array | Int32Array | Uint8Array
+  dtype: DType
+  shape: readonly number[]
+}
+
+const width = (shape: readonly number[]): number => shape.slice(1).reduce((n, d) => n * d, 1)
+
+/** Normal numbers of at most so many rows for a tensor that may have many more. */
+export function normalBlock(
+  shape: readonly number[],
+  dtype: 'f32' | 'bf16',
+  seed: number,
+  scale = 1,
+  rows = 1024,
+): Block {
+  const data = normals(Math.min(rows, shape[0]!) * width(shape), seed, scale)
+  return { data: dtype === 'bf16' ? bf16Bits(data) : data, dtype, shape }
+}
+
+/** The bits of the nearest bf16, ties to even. */
+export function bf16Bits(x: Float32Array): Uint16Array {
+  const bits = new Uint32Array(x.buffer, x.byteOffset, x.length)
+  const out = new Uint16Array(x.length)
+  for (let i = 0; i < out.length; i++) out[i] = (bits[i]! + 0x7fff + ((bits[i]! >>> 16) & 1)) >>> 16
+  return out
+}
+
+/** The tensor; what is repeated is copied on the device. */
+export function tiled(device: Device, { data, dtype, shape }: Block): Tensor {
+  const rows = data.length / width(shape)
+  const all = shape[0]!
+  if (rows === all) return device.tensor(data, shape, dtype)
+  const out = device.zeros(shape, dtype)
+  out.slice(0, rows).write(data)
+  for (let filled = rows; filled < all; filled *= 2) {
+    const more = Math.min(filled, all - filled)
+    out.slice(filled, filled + more).copyFrom(out.slice(0, more))
+  }
+  return out
 }

@@ -5,10 +5,18 @@ import { Bench } from 'tinybench'
 import type { Row } from './results.js'
 import { quantiles } from './statistics.js'
 
+export type Backend = 'cpu' | 'cuda'
+
 /** One file `<stem>.bench.ts`, its default export. */
 export interface Benchmark {
   op: string
   workloads: readonly Workload[]
+}
+
+/** Where a row stands among others of its kind, for the growth of time and memory with size. */
+export interface Series {
+  name: string
+  size: number
 }
 
 /** One row of the table: an operation on shapes that somebody has. */
@@ -16,10 +24,16 @@ export interface Workload {
   name: string
   /** Useful floating-point operations: those of the formula, whatever the kernel does besides. */
   flops?: number
+  /** The type of their factors, and so the peak that they are measured against; f32 unless given. */
+  products?: 'f32' | 'bf16'
   /** Bytes that must cross memory, each input and output once. */
   traffic?: Traffic
+  /** Where it is measured, if not on both. */
+  backend?: Backend
   /** Left out by --quick. */
   slow?: boolean
+  /** Measured by --scaling, and by that alone. */
+  series?: Series
   inputs(seed: number): Inputs
 }
 
@@ -47,18 +61,25 @@ export interface Loaded {
   answer?(): Promise<ArrayLike<number>>
 }
 
-/** The same computation by somebody else, on the CPU. */
+/** The same computation by somebody else. */
 export interface Peer {
   name: string
   slow?: boolean
+  /** Beside which devices it can run; the CPU alone unless given. */
+  backends?: readonly Backend[]
   /** How far its results may be from ours: by root mean square, relative to ours. */
   tolerance: number
-  /** For so many threads, if it can. Throws PeerAbsent, with a sentence, where it is not here. */
-  open(threads: number): Promise<PeerRun>
+  /**
+   * For so many threads, if it can, or on a CUDA device. Throws PeerAbsent, with a sentence, where it
+   * is not here.
+   */
+  open(threads: number, device: string): Promise<PeerRun>
 }
 
 export interface PeerRun {
   run(): Promise<ArrayLike<number>> | ArrayLike<number>
+  /** Milliseconds by its own clock, of one of so many runs; without it, those from call to result. */
+  time?(runs: number): Promise<number>
   close?(): void
 }
 
@@ -80,6 +101,14 @@ export const thorough = { rounds: 5, time: 300, warmup: 200, slow: true }
 export const quick = { rounds: 2, time: 60, warmup: 30, slow: false }
 
 const mostSets = 16
+
+/**
+ * How many runs follow each other in one sample: on a CUDA device, so many that they take a
+ * millisecond, since between two events a single short kernel would be measured by its launch.
+ */
+function together(backend: Backend, ms: number): number {
+  return backend === 'cpu' ? 1 : Math.min(64, Math.max(1, Math.ceil(1 / ms)))
+}
 
 /** The input sets that are together larger than the caches, so that none is found there again. */
 export function setsFor(byteLength: number, cacheBytes: number): number {
@@ -127,25 +156,34 @@ export async function measure(
   try {
     const own = ours(device, inputs)
     contenders.push(own)
-    if (effort.peers && first.peers?.length) {
-      const expected = await own.answer()
-      for (const [at, peer] of first.peers.entries()) {
-        if (peer.slow && !effort.slow) continue
-        const threads = device.info.threads ?? 1
-        progress(`${label}: checking ${peer.name}`)
-        const opened = await theirs(peer, at, threads, inputs, expected, label, note)
-        if (opened) contenders.push(opened)
-      }
+    const peakBytes = await own.peakBytes()
+    const peers = effort.peers
+      ? (first.peers ?? []).filter(
+          (peer) =>
+            (peer.backends ?? ['cpu']).includes(device.info.backend) && (effort.slow || !peer.slow),
+        )
+      : []
+    const expected = peers.length ? await own.answer() : []
+    for (const peer of peers) {
+      progress(`${label}: checking ${peer.name}`)
+      const at = first.peers!.indexOf(peer)
+      const opened = await theirs(peer, at, device, inputs, expected, label, note)
+      if (opened) contenders.push(opened)
     }
     const samples = new Map(contenders.map((c) => [c, [] as number[]]))
     for (let round = 0; round < effort.rounds; round++)
-      for (const contender of contenders) {
+      for (const [contender, list] of samples) {
         progress(`${label}: ${contender.name}, round ${round + 1} of ${effort.rounds}`)
-        const taken = await sampled(contender, round === 0, effort)
-        samples.get(contender)!.push(...taken)
+        try {
+          list.push(...(await sampled(contender, round === 0, effort)))
+        } catch (error) {
+          if (!(error instanceof PeerAbsent)) throw error
+          note(`${label}: ${error.message}`)
+          samples.delete(contender)
+        }
       }
     const { id, threads, simd } = device.info
-    return contenders.map((contender) => ({
+    return [...samples.keys()].map((contender) => ({
       op,
       case: workload.name,
       implementation: contender.name,
@@ -154,7 +192,10 @@ export async function measure(
       ...(simd === undefined || contender !== own ? {} : { simd }),
       ...quantiles(samples.get(contender)!),
       ...(workload.flops === undefined ? {} : { flops: workload.flops }),
+      ...(workload.products === undefined ? {} : { products: workload.products }),
       ...(workload.traffic === undefined ? {} : { traffic: workload.traffic }),
+      ...(workload.series === undefined ? {} : { series: workload.series }),
+      ...(contender === own ? { peakBytes } : {}),
     }))
   } finally {
     for (const contender of contenders) contender.close()
@@ -167,18 +208,34 @@ export const ourName = 'p2r-kernels'
 function ours(device: Device, inputs: readonly Inputs[]) {
   const sets = inputs.map((set) => set.load(device))
   let next = 0
+  let runs = 1
+  const one = (set: Loaded) =>
+    scope(() => {
+      set.run()
+    })
   return {
     name: ourName,
     async once() {
-      const set = sets[next++ % sets.length]!
       const start = performance.now()
-      set.before?.()
-      const ms = await device.time(() => {
-        scope(() => {
-          set.run()
-        })
+      sets[next % sets.length]!.before?.()
+      const all = await device.time(() => {
+        for (let i = 0; i < runs; i++) one(sets[next++ % sets.length]!)
       })
+      const ms = all / runs
+      // What works in place is restored between two runs, so they cannot follow each other.
+      if (!sets[0]!.before) runs = together(device.info.backend, ms)
       return { overriddenDuration: ms, overriddenIterationCost: performance.now() - start }
+    },
+    /** What a run takes beyond its inputs: results and scratch. */
+    async peakBytes() {
+      await device.synchronize()
+      const { liveBytes } = device.memory()
+      device.resetPeak()
+      const set = sets[next++ % sets.length]!
+      set.before?.()
+      one(set)
+      await device.synchronize()
+      return device.memory().peakBytes - liveBytes
     },
     async answer() {
       const set = sets[0]!
@@ -195,7 +252,7 @@ function ours(device: Device, inputs: readonly Inputs[]) {
 async function theirs(
   peer: Peer,
   at: number,
-  threads: number,
+  device: Device,
   inputs: readonly Inputs[],
   expected: ArrayLike<number>,
   label: string,
@@ -206,7 +263,8 @@ async function theirs(
     for (const run of runs) run.close?.()
   }
   try {
-    for (const set of inputs) runs.push(await set.peers![at]!.open(threads))
+    const { threads, id } = device.info
+    for (const set of inputs) runs.push(await set.peers![at]!.open(threads ?? 1, id))
     const apart = distance(await runs[0]!.run(), expected)
     if (!(apart <= peer.tolerance)) {
       note(
@@ -223,14 +281,17 @@ async function theirs(
     return undefined
   }
   let next = 0
+  let times = 1
   return {
     name: peer.name,
     async once() {
       const run = runs[next++ % runs.length]!
       const start = performance.now()
-      await run.run()
-      const ms = performance.now() - start
-      return { overriddenDuration: ms, overriddenIterationCost: ms }
+      const own = run.time ? await run.time(times) : void (await run.run())
+      const wall = performance.now() - start
+      const ms = own ?? wall
+      if (run.time) times = together(device.info.backend, ms)
+      return { overriddenDuration: ms, overriddenIterationCost: wall }
     },
     close,
   }

@@ -1,6 +1,7 @@
 import { linearLogProbs, linearLogProbsBackward } from 'p2r-kernels'
 import { integers, normals } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
+import { headOf, linearLogProbsOnCuda } from './large/linear_log_probs.js'
 
 const rows = 256
 const channels = 1024
@@ -46,5 +47,12 @@ function workload(backward: boolean): Workload {
 
 export default {
   op: 'linear_log_probs',
-  workloads: [workload(false), workload(true)],
+  workloads: [
+    workload(false),
+    workload(true),
+    headOf(rows, channels, vocabulary, 'f32', true),
+    headOf(rows, channels, 151_936, 'f32', false, { slow: true }),
+    headOf(rows, channels, 151_936, 'bf16', false, { slow: true }),
+    ...linearLogProbsOnCuda,
+  ],
 } satisfies Benchmark

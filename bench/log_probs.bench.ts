@@ -1,6 +1,12 @@
-import { tokenLogProbs, tokenLogProbsBackward } from 'p2r-kernels'
+import {
+  mergeLogProbs,
+  tokenLogProbs,
+  tokenLogProbsBackward,
+  tokenLogProbsShard,
+} from 'p2r-kernels'
 import { integers, normals } from './data.js'
 import type { Benchmark, Inputs, Workload } from './harness.js'
+import { logProbsOnCuda } from './large/log_probs.js'
 import { logProbsLoop } from './peers/loops.js'
 import { logSoftmaxGather, softmaxScatter } from './peers/onnxruntime.js'
 
@@ -58,4 +64,28 @@ const both: Workload = {
   },
 }
 
-export default { op: 'log_probs', workloads: [forward, both] } satisfies Benchmark
+/** As one process would hold them all: each shard read once, and what is joined is small. */
+const sharded: Workload = {
+  name: `${rows}x${vocabulary} f32 in 8 shards`,
+  traffic: { read: bytes, write: 0 },
+  inputs(seed) {
+    const width = vocabulary / 8
+    const targets = integers(rows, vocabulary, seed)
+    return {
+      byteLength: bytes,
+      load(device) {
+        const shards = Array.from({ length: 8 }, (_, i) => ({
+          logits: device.tensor(normals(rows * width, 8 * seed + i, 3), [rows, width]),
+          targets: device.tensor(targets, [rows]),
+          vocabOffset: i * width,
+        }))
+        return { run: () => mergeLogProbs(shards.map((shard) => tokenLogProbsShard(shard))) }
+      },
+    }
+  },
+}
+
+export default {
+  op: 'log_probs',
+  workloads: [forward, both, sharded, ...logProbsOnCuda],
+} satisfies Benchmark

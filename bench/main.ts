@@ -1,13 +1,17 @@
-// npm run bench -- [op...] [--device id] [--threads n,n] [--json FILE] [--quick] [--baseline FILE]
+// npm run bench -- [op...] [--device id] [--threads n,n] [--json FILE] [--html FILE] [--quick]
+//   [--scaling] [--baseline FILE]
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { dirname } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Command, InvalidArgumentError } from 'commander'
 import { openDevice } from 'p2r-kernels'
-import { better, ceilingMeter, disturbances } from './ceilings.js'
+import { better, ceilingMeter, cudaCeilings, disturbances } from './ceilings.js'
 import { type Benchmark, type Effort, measure, quick, thorough } from './harness.js'
+import { html } from './html.js'
 import { installPeers, peerVersion } from './peers/install.js'
+import { pythonVersions, stopPython } from './peers/python.js'
 import {
+  type Ceilings,
   cacheBytes,
   compare,
   emptyResults,
@@ -15,7 +19,9 @@ import {
   type Results,
   withShare,
 } from './results.js'
+import { scaling } from './scaling.js'
 import { comparisonReport, report } from './table.js'
+import { predictions } from './targets.js'
 
 const here = dirname(fileURLToPath(import.meta.url))
 const root = dirname(dirname(here))
@@ -26,6 +32,8 @@ interface Options {
   json?: string
   quick: boolean
   peers: boolean
+  html?: string
+  scaling: boolean
   baseline?: string
   input?: string
 }
@@ -42,11 +50,17 @@ const stems = readdirSync(here)
   .map((name) => name.slice(0, -'.bench.js'.length))
   .sort()
 
+const predicted = predictions(root)
+const { groups } = predicted
+
 const program = new Command('npm run bench --')
   .description(
     'Measures every operation, beside what else computes it and what the machine can do.',
   )
-  .argument('[op...]', `of ${stems.join(', ')}; all unless given`)
+  .argument(
+    '[op...]',
+    `of ${[...stems, ...Object.keys(groups)].join(', ')}; all, in the order of their names, unless given`,
+  )
   .option('--device <id>', "'cpu', 'cuda', 'cuda:1'; as openDevice chooses unless given")
   .option(
     '--threads <list>',
@@ -54,21 +68,41 @@ const program = new Command('npm run bench --')
     threadList,
   )
   .option('--json <file>', 'writes the results')
+  .option('--html <file>', 'writes a report with plots')
+  .option('--scaling', 'measures how time and memory grow with size', false)
   .option('--quick', 'fewer samples, fewer cases', false)
   .option('--no-peers', 'measures this package alone, and installs nothing')
   .option('--baseline <file>', 'an earlier --json: names what got slower beyond the noise')
   .option('--input <file>', 'shows and compares an earlier --json instead of measuring')
   .parse()
 
+const options = program.opts<Options>()
+
 const tty = process.stderr.isTTY
 function progress(what: string): void {
   if (tty) process.stderr.write(`\r\x1b[K${what.slice(0, (process.stderr.columns ?? 80) - 1)}`)
 }
 
-async function measured(ops: readonly string[], options: Options): Promise<Results> {
+/** The operations by these names, each that of an operation or a group. */
+function named(names: readonly string[]): string[] {
+  const ops = names.flatMap((name) => (name === 'all' ? stems : (groups[name] ?? name)))
   for (const op of ops)
     if (!stems.includes(op))
-      program.error(`error: no benchmark '${op}'; there are ${stems.join(', ')}`)
+      program.error(
+        `error: no benchmark '${op}'; there are ${[...stems, ...Object.keys(groups)].join(', ')}`,
+      )
+  return ops.length ? [...new Set(ops)] : stems
+}
+
+async function chosen(ops: readonly string[]): Promise<readonly Benchmark[]> {
+  if (options.scaling) return scaling.filter(({ op }) => ops.includes(op))
+  return Promise.all(
+    ops.map(async (op) => ((await import(`./${op}.bench.js`)) as { default: Benchmark }).default),
+  )
+}
+
+async function measured(names: readonly string[]): Promise<Results> {
+  const benchmarks = await chosen(named(names))
   const probe = openDevice(options.device)
   const { info } = probe
   probe.dispose()
@@ -80,10 +114,8 @@ async function measured(ops: readonly string[], options: Options): Promise<Resul
     ? (options.threads ?? (options.quick ? [most] : [...new Set([1, most])]))
     : [undefined]
 
-  const peers = options.peers && onCpu
-  if (options.peers && !onCpu)
-    notes.add(`The peers run on the CPU and were not measured beside ${info.id}.`)
-  if (peers) {
+  const { peers } = options
+  if (peers && onCpu) {
     progress('installing the peers')
     const missing = installPeers()
     if (missing) notes.add(missing)
@@ -93,50 +125,57 @@ async function measured(ops: readonly string[], options: Options): Promise<Resul
     results.versions.sharp = sharp.version
   }
 
-  const meter = onCpu ? ceilingMeter(root) : 'No ceilings of CUDA devices yet, and so no shares.'
+  const meter = onCpu ? ceilingMeter(root) : undefined
   if (typeof meter === 'string') notes.add(meter)
-  const ceilings = () =>
-    typeof meter === 'string'
-      ? []
-      : threads.map((n) => {
-          progress(`ceilings of ${n} thread(s)`)
-          return meter(n ?? 1)
-        })
-  const before = ceilings()
+  const ceilings = async (): Promise<Ceilings[]> => {
+    progress('ceilings')
+    if (typeof meter === 'function') return threads.map((n) => meter(n ?? 1))
+    if (onCpu) return []
+    const [device, missing] = await cudaCeilings(info.id)
+    if (missing) notes.add(missing)
+    return [device]
+  }
+  const before = await ceilings()
 
   const effort: Effort = {
     ...(options.quick ? quick : thorough),
-    cacheBytes: cacheBytes(),
+    // A GPU says nothing of its cache: twice the largest.
+    cacheBytes: onCpu ? cacheBytes() : 2 ** 26,
     peers,
   }
-  const chosen = ops.length ? ops : stems
-  for (const [at, stem] of chosen.entries()) {
-    const { default: benchmark } = (await import(`./${stem}.bench.js`)) as { default: Benchmark }
-    for (const workload of benchmark.workloads) {
+  // What there is of them, so that a run that is cut off leaves something.
+  const save = (ceilings: readonly Ceilings[]) => {
+    const rows = results.rows.map((row) => withShare(row, ceilings))
+    const whole: Results = { ...results, ceilings: [...ceilings], rows, notes: [...notes] }
+    if (options.json !== undefined)
+      writeFileSync(options.json, `${JSON.stringify(whole, undefined, 2)}\n`)
+    return whole
+  }
+  for (const [at, { op, workloads }] of benchmarks.entries())
+    for (const workload of workloads) {
       if (workload.slow && !effort.slow) continue
+      if (workload.backend && workload.backend !== info.backend) continue
       for (const n of threads)
         results.rows.push(
           ...(await measure(
-            benchmark.op,
+            op,
             workload,
             openDevice(info.id, n === undefined ? {} : { threads: n }),
             effort,
             (sentence) => notes.add(sentence),
-            (what) => progress(`[${at + 1}/${chosen.length}] ${what}`),
+            (what) => progress(`[${at + 1}/${benchmarks.length}] ${what}`),
           )),
         )
+      save(before)
     }
-  }
-  const after = ceilings()
-  results.ceilings = before.map((c, i) => better(c, after[i]!))
+  Object.assign(results.versions, await pythonVersions())
+  const after = await ceilings()
+  await stopPython()
   for (const sentence of disturbances(before, after)) notes.add(sentence)
-  results.rows = results.rows.map((row) => withShare(row, results.ceilings))
-  results.notes = [...notes]
   progress('')
-  return results
+  return save(before.map((c, i) => better(c, after[i]!)))
 }
 
-const options = program.opts<Options>()
 function read(file: string): Results {
   try {
     return parseResults(readFileSync(file, 'utf8'), file)
@@ -146,9 +185,7 @@ function read(file: string): Results {
 }
 // Before an hour is spent on measuring.
 const baseline = options.baseline === undefined ? undefined : read(options.baseline)
-const results =
-  options.input === undefined ? await measured(program.args, options) : read(options.input)
-if (options.json !== undefined)
-  writeFileSync(options.json, `${JSON.stringify(results, undefined, 2)}\n`)
-console.log(report(results))
+const results = options.input === undefined ? await measured(program.args) : read(options.input)
+if (options.html !== undefined) writeFileSync(options.html, await html(results, predicted))
+console.log(report(results, predicted))
 if (baseline) console.log(`\n${comparisonReport(compare(baseline, results), options.baseline!)}`)

@@ -2,7 +2,7 @@
 import { spawnSync } from 'node:child_process'
 import { readFileSync } from 'node:fs'
 import { arch, cpus, platform, release, totalmem } from 'node:os'
-import type { Traffic } from './harness.js'
+import type { Series, Traffic } from './harness.js'
 import { type Quantiles, verdict } from './statistics.js'
 
 export interface Results {
@@ -27,15 +27,20 @@ export interface Results {
   notes: string[]
 }
 
-/** What some threads of this machine can do at most: FLOP/s of f32, and bytes/s. */
-export interface Ceilings {
-  threads: number
-  fma: number
-  read: number
-  /** Read and written bytes together. */
+export const ceilingKinds = ['fma', 'bf16', 'read', 'copy', 'update'] as const
+export type CeilingKind = (typeof ceilingKinds)[number]
+
+/** What some threads of this machine, or a CUDA device, can do at most. */
+export interface Ceilings extends Partial<Record<CeilingKind, number>> {
+  /** Absent for a CUDA device. */
+  threads?: number
+  /** FLOP/s of f32 and of products of bf16; absent where they could not be measured. */
+  fma?: number
+  bf16?: number
+  /** bytes/s; written ones count too, and 'update' is 'copy' in place. */
+  read?: number
   copy: number
-  /** As copy, in place. */
-  update: number
+  update?: number
 }
 
 export interface Row extends Quantiles {
@@ -46,30 +51,47 @@ export interface Row extends Quantiles {
   threads?: number
   simd?: string
   flops?: number
+  products?: 'f32' | 'bf16'
   traffic?: Traffic
+  series?: Series
+  /** Bytes of the device's memory at the height of a run, beyond its inputs. */
+  peakBytes?: number
   /** The least time that the ceilings allow over the median, and the ceiling that sets it. */
   share?: number
-  ceiling?: 'fma' | 'read' | 'copy' | 'update'
+  ceiling?: CeilingKind
 }
 
 /** The row with its share of the ceiling that binds it. */
 export function withShare(row: Row, ceilings: readonly Ceilings[]): Row {
   const limits = ceilings.find((c) => c.threads === row.threads)
   if (!limits) return row
-  const compute = (row.flops ?? 0) / limits.fma
-  const kind = trafficKind(row.traffic)
-  const memory = kind ? (row.traffic!.read + row.traffic!.write) / limits[kind] : 0
-  const least = Math.max(compute, memory)
+  const compute: CeilingKind = row.products === 'bf16' && limits.bf16 ? 'bf16' : 'fma'
+  const computing = row.flops && limits[compute] ? row.flops / limits[compute] : 0
+  const memory = memoryKind(row.traffic, limits)
+  const moving = memory ? bytesOf(row) / limits[memory]! : 0
+  const least = Math.max(computing, moving)
   if (least === 0) return row
-  const ceiling = memory > compute ? kind! : 'fma'
-  return { ...row, share: (least * 1e3) / row.median, ceiling }
+  return {
+    ...row,
+    share: (least * 1e3) / row.median,
+    ceiling: moving > computing ? memory! : compute,
+  }
 }
 
-function trafficKind(traffic: Traffic | undefined): 'read' | 'copy' | 'update' | undefined {
+export function bytesOf({ traffic }: Row): number {
+  return traffic ? traffic.read + traffic.write : 0
+}
+
+/** Which of the ceilings of memory binds such traffic. */
+export function memoryKind(
+  traffic: Traffic | undefined,
+  limits: Ceilings,
+): CeilingKind | undefined {
   if (!traffic) return undefined
-  if (traffic.inPlace) return 'update'
   // Little enough is written to be lost in the reading.
-  return traffic.write * 16 <= traffic.read ? 'read' : 'copy'
+  const reads = traffic.write * 16 <= traffic.read
+  const kind = traffic.inPlace ? 'update' : reads ? 'read' : 'copy'
+  return limits[kind] ? kind : 'copy'
 }
 
 const key = (row: Row): string =>
@@ -130,14 +152,20 @@ function caveats(before: Results, after: Results): string[] {
       )
   for (const now of after.ceilings) {
     const was = before.ceilings.find((c) => c.threads === now.threads)
-    for (const kind of ['fma', 'read', 'copy', 'update'] as const)
-      if (was && Math.abs(now[kind] / was[kind] - 1) > 0.1)
+    for (const kind of ceilingKinds) {
+      const ratio = (now[kind] ?? Number.NaN) / (was?.[kind] ?? Number.NaN)
+      if (Math.abs(ratio - 1) > 0.1)
         out.push(
-          `The ceiling '${kind}' of ${now.threads} thread(s) changed by ` +
-            `${((now[kind] / was[kind] - 1) * 100).toFixed(0)} %, so the machine did, or was disturbed.`,
+          `The ceiling '${kind}'${ofThreads(now)} changed by ` +
+            `${((ratio - 1) * 100).toFixed(0)} %, so the machine did, or was disturbed.`,
         )
+    }
   }
   return out
+}
+
+export function ofThreads({ threads }: Ceilings): string {
+  return threads === undefined ? '' : ` of ${threads} thread(s)`
 }
 
 export function parseResults(text: string, name: string): Results {

@@ -1,4 +1,11 @@
-import { add, gatherRows, gatherRowsBackward, meanPool, type Tensor } from 'p2r-kernels'
+import {
+  add,
+  gatherRows,
+  gatherRowsBackward,
+  meanPool,
+  meanPoolBackward,
+  type Tensor,
+} from 'p2r-kernels'
 import { evenly, integers, normals } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
 
@@ -43,6 +50,11 @@ export default {
     workload('mean of 64 tokens', { read: all, write: all / 64 }, (x) => {
       const cuSeqlens = evenly(rows / 64, 64)
       return () => meanPool({ x, cuSeqlens })
+    }),
+    workload('mean of 64 tokens bwd', { read: all / 64, write: all }, (x) => {
+      const cuSeqlens = evenly(rows / 64, 64)
+      const dOut = x.slice(0, rows / 64)
+      return () => meanPoolBackward({ dOut, cuSeqlens })
     }),
   ],
 } satisfies Benchmark

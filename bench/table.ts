@@ -1,6 +1,24 @@
 // The results as text for a terminal.
 import { ourName } from './harness.js'
-import type { Ceilings, Change, Comparison, Results, Row } from './results.js'
+import {
+  bytesOf,
+  type Ceilings,
+  type Change,
+  type Comparison,
+  ceilingKinds,
+  type Results,
+  type Row,
+} from './results.js'
+import { exponent, seriesOf } from './series.js'
+import {
+  judged,
+  outcome,
+  type Predictions,
+  type Target,
+  type Verdict,
+  verdicts,
+  whereTimeWent,
+} from './targets.js'
 
 /** Columns padded to their widest cell; numbers, that is all but the `left` first, to the right. */
 export function aligned(rows: readonly (readonly string[])[], left: number): string {
@@ -35,8 +53,10 @@ function giga(x: number, unit: string): string {
 /** Useful work a second, in the unit of the ceiling that binds the row. */
 export function rate(row: Row): string {
   const seconds = row.median / 1e3
-  const bytes = row.traffic ? row.traffic.read + row.traffic.write : 0
-  const computes = row.ceiling ? row.ceiling === 'fma' : (row.flops ?? 0) > 4 * bytes
+  const bytes = bytesOf(row)
+  const computes = row.ceiling
+    ? row.ceiling === 'fma' || row.ceiling === 'bf16'
+    : (row.flops ?? 0) > 4 * bytes
   if (computes && row.flops) return giga(row.flops / seconds, 'FLOP')
   return bytes ? giga(bytes / seconds, 'B') : ''
 }
@@ -52,9 +72,12 @@ const heading = [
   'share',
   'of',
   'time',
+  'reach',
 ]
 
-export function resultTable(rows: readonly Row[]): string {
+/** With a column for what was predicted of a row, where something was. */
+export function resultTable(results: Results, targets: readonly Target[] = []): string {
+  const { rows } = results
   const lines: string[][] = []
   let last = ''
   for (const row of rows) {
@@ -77,35 +100,89 @@ export function resultTable(rows: readonly Row[]): string {
       row.share === undefined ? '' : `${(row.share * 100).toFixed(0)} %`,
       row.ceiling ?? '',
       ours && ours !== row ? `x${(row.median / ours.median).toPrecision(3)}` : '',
+      reached(judged(row, results, targets)),
     ])
     last = group
   }
   return aligned([heading, ...lines], 3)
 }
 
-export function ceilingTable(ceilings: readonly Ceilings[]): string {
-  const lines = ceilings.map((c) => [
-    `${c.threads} thread${c.threads > 1 ? 's' : ''}`,
-    giga(c.fma, 'FLOP'),
-    giga(c.read, 'B'),
-    giga(c.copy, 'B'),
-    giga(c.update, 'B'),
-  ])
-  return aligned([['ceilings', 'fma', 'read', 'copy', 'update'], ...lines], 1)
+function reached(verdict: Verdict | undefined): string {
+  return verdict ? `${verdict.reach}: ${outcome(verdict)}` : ''
 }
 
-export function report(results: Results): string {
-  const { machine, versions, commit } = results
-  const parts = [
+/** What was predicted against what was measured, and where the time of a miss went. */
+export function verdictTable(results: Results, predicted: Predictions): string {
+  const all = verdicts(results, predicted)
+  if (!all.length) return ''
+  const lines = all.map((v) => [
+    v.row.op,
+    v.row.case,
+    v.reach,
+    v.got,
+    outcome(v),
+    outcome(v) === 'missed' ? whereTimeWent(v.row, results) : '',
+  ])
+  const met = all.filter((v) => outcome(v) === 'met').length
+  return `Predicted: ${met} of ${all.length} met\n${aligned(lines, 6)}`
+}
+
+/** How time and memory grow along each series: the exponent of size that fits its larger half. */
+export function seriesTable(rows: readonly Row[]): string {
+  const lines = seriesOf(rows).map(({ op, name, implementation, rows }) => {
+    const sizes = rows.map((row) => row.series!.size)
+    const memory = rows.every((row) => row.peakBytes)
+      ? exponent(
+          sizes,
+          rows.map((row) => row.peakBytes!),
+        ).toFixed(2)
+      : ''
+    const last = rows.at(-1)!
+    return [
+      op,
+      implementation,
+      `${name} ${sizes[0]}..${sizes.at(-1)}`,
+      last.threads === undefined ? '' : `${last.threads} thr`,
+      exponent(
+        sizes,
+        rows.map((row) => row.median),
+      ).toFixed(2),
+      memory,
+      last.peakBytes === undefined ? '' : `${(last.peakBytes / 2 ** 20).toFixed(1)} MiB`,
+    ]
+  })
+  const heading = ['series', 'by', 'over', '', 'time ~ size^', 'memory ~ size^', 'at the largest']
+  return lines.length ? aligned([heading, ...lines], 3) : ''
+}
+
+export function ceilingTable(ceilings: readonly Ceilings[]): string {
+  const kinds = ceilingKinds.filter((kind) => ceilings.some((c) => c[kind]))
+  const lines = ceilings.map((c) => [
+    c.threads === undefined ? 'device' : `${c.threads} thread${c.threads > 1 ? 's' : ''}`,
+    ...kinds.map((kind) =>
+      c[kind] ? giga(c[kind], kind === 'fma' || kind === 'bf16' ? 'FLOP' : 'B') : '',
+    ),
+  ])
+  return aligned([['ceilings', ...kinds], ...lines], 1)
+}
+
+/** The machine and the versions, a line each. */
+export function headingLines({ machine, versions, commit }: Results): string[] {
+  return [
     `${machine.cpu}, ${machine.cpus} CPUs, ${machine.platform} ${machine.arch}; measured: ${machine.device}`,
     Object.entries(versions)
       .map(([name, version]) => `${name} ${version}`)
       .join(', ') +
       (commit ? `, commit ${commit.slice(0, 12)}${commit.endsWith('+') ? '+' : ''}` : ''),
-    '',
   ]
+}
+
+export function report(results: Results, predicted: Predictions): string {
+  const parts = [...headingLines(results), '']
   if (results.ceilings.length) parts.push(ceilingTable(results.ceilings), '')
-  parts.push(resultTable(results.rows))
+  parts.push(resultTable(results, predicted.targets))
+  for (const table of [seriesTable(results.rows), verdictTable(results, predicted)])
+    if (table) parts.push('', table)
   if (results.notes.length) parts.push('', ...results.notes)
   return parts.join('\n')
 }

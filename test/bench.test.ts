@@ -1,11 +1,13 @@
 // The benchmarks' own logic: statistics, shares, tables, comparisons, and the measuring of a fake task
 // and of a tiny real one. No time is asserted.
-import { readdirSync, readFileSync } from 'node:fs'
+import { spawnSync } from 'node:child_process'
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
 import { fileURLToPath } from 'node:url'
 import { gelu, openDevice } from 'p2r-kernels'
-import { describe, expect, test, vi } from 'vitest'
+import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { better, disturbances } from '../dist/bench/ceilings.js'
-import { integers, normals, picture } from '../dist/bench/data.js'
+import { type Block, bf16Bits, integers, normals, picture, tiled } from '../dist/bench/data.js'
 import {
   type Benchmark,
   distance,
@@ -17,6 +19,7 @@ import {
   type Workload,
 } from '../dist/bench/harness.js'
 import { onnxModel } from '../dist/bench/peers/onnx.js'
+import { pythonPeer, pythonVersions, stopPython } from '../dist/bench/peers/python.js'
 import {
   type Ceilings,
   compare,
@@ -26,10 +29,22 @@ import {
   type Row,
   withShare,
 } from '../dist/bench/results.js'
+import { scaling } from '../dist/bench/scaling.js'
+import { exponent, seriesOf } from '../dist/bench/series.js'
 import { quantile, quantiles, verdict } from '../dist/bench/statistics.js'
-import { aligned, comparisonReport, milliseconds, rate, report } from '../dist/bench/table.js'
+import {
+  aligned,
+  comparisonReport,
+  milliseconds,
+  rate,
+  report,
+  seriesTable,
+  verdictTable,
+} from '../dist/bench/table.js'
+import { judged, outcome, predictions, sameCase } from '../dist/bench/targets.js'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
+const predicted = predictions(root)
 
 describe('statistics', () => {
   test('quantiles interpolate between neighbours', () => {
@@ -92,6 +107,20 @@ describe('shares', () => {
     expect(limited.share).toBeCloseTo(share, 6)
   })
 
+  test('of products of bf16, where the machine has them', () => {
+    const products = row({ flops: 400e6, products: 'bf16' })
+    expect(withShare(products, [{ ...limits, bf16: 800e9 }])).toMatchObject({
+      ceiling: 'bf16',
+      share: 0.25,
+    })
+    expect(withShare(products, [limits])).toMatchObject({ ceiling: 'fma', share: 0.5 })
+  })
+
+  test('a device that was only copied on reads and updates as fast as it copies', () => {
+    const { threads: _, ...reading } = row({ traffic: { read: 80e6, write: 0 }, flops: 1e12 })
+    expect(withShare(reading, [{ copy: 80e9 }])).toMatchObject({ ceiling: 'copy', share: 0.5 })
+  })
+
   test('none without work or without ceilings of these threads', () => {
     expect(withShare(row(), [limits])).not.toHaveProperty('share')
     expect(withShare(row({ flops: 1, threads: 7 }), [limits])).not.toHaveProperty('share')
@@ -136,7 +165,7 @@ describe('tables', () => {
   test('a peer stands below, with its time as a multiple of ours', () => {
     const ours = withShare(row({ flops: 400e6 }), [limits])
     const peer = row({ implementation: 'a peer', median: 5, p25: 4.5, p75: 5.5 })
-    const text = report(results([ours, peer], { notes: ['Another peer was skipped.'] }))
+    const text = report(results([ours, peer], { notes: ['Another peer was skipped.'] }), predicted)
     const lines = text.split('\n')
     expect(lines.find((l) => l.includes('p2r-kernels  '))).toMatch(
       /gelu +8 f32 +p2r-kernels +2 +2\.00 +1\.95\.\.2\.05 +200 GFLOP\/s +50 % +fma$/,
@@ -289,6 +318,9 @@ describe('measuring', () => {
       expect(r.median).toBeLessThanOrEqual(r.p75)
     }
     expect(rows[0]).toHaveProperty('simd')
+    expect(rows[0]!.peakBytes).toBeGreaterThanOrEqual(256)
+    expect(rows[0]!.peakBytes).toBeLessThan(1 << 20)
+    expect(rows[1]).not.toHaveProperty('peakBytes')
     expect(notes).toEqual([
       expect.stringMatching(/^gelu 64 f32: wrong is \d.* from our result/),
       'absent is not here.',
@@ -315,7 +347,193 @@ describe('measuring', () => {
   })
 })
 
+const python = spawnSync('python3', ['--version']).status === 0
+
+describe.skipIf(!python)(`peers in Python${python ? '' : ' (skipped: no python3 here)'}`, () => {
+  const folder = mkdtempSync(`${tmpdir()}/p2r-python-`)
+  const path = process.env.PYTHONPATH
+  beforeAll(() => {
+    process.env.PYTHONPATH = folder
+    writeFileSync(
+      `${folder}/scaling.py`,
+      `import array as arrays
+print('what a library says')
+versions = {'scaling': '1'}
+def begin(threads, device):
+    versions['on'] = f'{threads} of {device}'
+def array(data, dtype, shape):
+    assert dtype == 'f32'
+    return arrays.array('f', bytes(data)) * (shape[0] * 4 // len(data))
+def timed(run, runs):
+    return 4.0 / runs
+def numbers(result):
+    return result.tobytes()
+def closed():
+    versions['closed'] = True
+def scale(given, options):
+    run = lambda: arrays.array('f', [options['by'] * x for x in given['x']])
+    return None, run
+def broken(given, options):
+    raise ValueError('no such number')
+def leaving(given, options):
+    import os
+    os._exit(3)
+`,
+    )
+    writeFileSync(`${folder}/lacking.py`, 'import a_package_that_is_not_here\n')
+  })
+  afterAll(async () => {
+    await stopPython()
+    if (path === undefined) delete process.env.PYTHONPATH
+    else process.env.PYTHONPATH = path
+    rmSync(folder, { recursive: true })
+  })
+
+  const x: Block = { data: Float32Array.of(1, 2, 3), dtype: 'f32', shape: [6] }
+  const peer = (script: string, call: string): Peer =>
+    pythonPeer({
+      name: 'Python',
+      script,
+      call,
+      tolerance: 0,
+      backends: ['cpu'],
+      arrays: () => ({ x }),
+      options: { by: 10 },
+    })
+
+  test('computes on the arrays it is given, and times by its own clock', async () => {
+    const run = await peer('scaling', 'scale').open(2, 'cpu')
+    expect(await run.run()).toEqual(Float32Array.of(10, 20, 30, 10, 20, 30))
+    expect(await run.time!(8)).toBe(0.5)
+    expect(await pythonVersions()).toEqual({ scaling: '1', on: '2 of cpu' })
+    run.close!()
+    await expect(run.run()).rejects.toThrow(/Python was skipped: KeyError/)
+  })
+
+  test.each([
+    ['without its package', 'lacking', 'any', /^lacking\.py .*a_package_that_is_not_here/],
+    ['that throws', 'scaling', 'broken', /^Python was skipped: ValueError: no such number\.$/],
+    ['whose process ends', 'scaling', 'leaving', /^Python was skipped: its process ended/],
+  ])('%s is skipped with a sentence', async (_, script, call, sentence) => {
+    const opening = peer(script, call).open(1, 'cpu')
+    await expect(opening).rejects.toThrow(PeerAbsent)
+    await expect(opening).rejects.toThrow(sentence)
+  })
+})
+
+describe('predictions', () => {
+  const target = { device: 'cpu', op: 'gelu', case: '8 f32' }
+  const peer = row({ implementation: 'a peer', median: 5 })
+  const slow = row({ implementation: 'a slow peer', median: 9 })
+  const bf16 = row({ case: '8 bf16', median: 1 })
+  const run = results([row({ flops: 400e6, share: 0.5, ceiling: 'fma' }), slow, peer, bf16])
+  const [ours] = run.rows as [Row]
+
+  test.each([
+    [{ times: 2 }, 'x2 of a peer', 'x2.50', 'met'],
+    [{ times: 4, than: 'a slow peer' }, 'x4 of a slow peer', 'x4.50', 'met'],
+    [{ times: 3, than: 'a peer' }, 'x3 of a peer', 'x2.50', 'missed'],
+    [{ times: 3, than: 'an absent peer' }, 'x3 of an absent peer', 'not measured', 'not measured'],
+    [{ share: 0.6 }, '60 % of fma', '50 %', 'missed'],
+    [{ teraflops: 0.1 }, '0.1 TFLOP/s', '0 TFLOP/s', 'met'],
+    [{ ms: 1.5 }, '1.5 ms', '2.00 ms', 'missed'],
+  ] as const)('%j', (reach, words, got, how) => {
+    const verdict = judged(ours, run, [{ ...target, ...reach }])!
+    expect([verdict.reach, verdict.got, outcome(verdict)]).toEqual([words, got, how])
+  })
+
+  test('of another case of ours, and of nothing', () => {
+    const than = { ...target, case: '8 bf16', times: 1.7, than: '8 f32' }
+    expect(judged(bf16, run, [than])).toMatchObject({ got: 'x2.00', ratio: 2 / 1.7 })
+    expect(judged(ours, run, [than])).toBeUndefined()
+    expect(judged(peer, run, [{ ...target, ms: 1 }])).toBeUndefined()
+    expect(judged(ours, run, [{ ...target, device: 'H200', ms: 1 }])).toBeUndefined()
+  })
+
+  test('the table counts what was met and says where the time of a miss went', () => {
+    const text = verdictTable(run, { groups: {}, targets: [{ ...target, ms: 1.5 }] })
+    expect(text).toMatch(/^Predicted: 0 of 1 met\ngelu {2}8 f32 {2}1\.5 ms {2}2\.00 ms {2}missed/)
+    expect(text).toContain('2.00 ms: products 1.00 ms at the ceilings; beyond the larger, 1.00 ms')
+  })
+
+  test('name cases that are measured, each with one figure', async () => {
+    const cases = new Map<string, string[]>()
+    for (const { op, case: pattern, times, share, teraflops, ms } of predicted.targets) {
+      if (!cases.has(op)) {
+        const { default: benchmark } = (await import(`../dist/bench/${op}.bench.js`)) as {
+          default: Benchmark
+        }
+        cases.set(
+          op,
+          benchmark.workloads.map(({ name }) => name),
+        )
+      }
+      expect(
+        cases.get(op)!.some((name) => sameCase(pattern, name)),
+        `${op} ${pattern}`,
+      ).toBe(true)
+      expect([times, share, teraflops, ms].filter((x) => x !== undefined)).toHaveLength(1)
+    }
+  })
+})
+
+describe('scaling', () => {
+  test('an exponent is that of the larger half', () => {
+    const sizes = [1, 10, 100, 1000, 10_000]
+    expect(exponent(sizes, [5, 5, 2e4, 2e6, 2e8])).toBeCloseTo(2, 10)
+    expect(exponent([1, 2, 4], [3, 6, 12])).toBeCloseTo(1, 10)
+  })
+
+  test('rows of one kind make a series, sorted by size, and its table', () => {
+    const rows = [4000, 2000, 1000].map((size) =>
+      row({
+        case: `${size}`,
+        median: size ** 2,
+        peakBytes: size * 1024,
+        series: { name: 'n', size },
+      }),
+    )
+    const [only, ...others] = seriesOf([...rows, row(), row({ series: { name: 'm', size: 1 } })])
+    expect(others).toEqual([])
+    expect(only!.rows.map((r) => r.series!.size)).toEqual([1000, 2000, 4000])
+    expect(seriesTable(rows)).toMatch(/gelu .* n 1000\.\.4000 +2 thr +2\.00 +1\.00 +3\.9 MiB$/)
+    expect(seriesTable([row()])).toBe('')
+  })
+
+  test('covers attention, log-probabilities and crops, on both backends', () => {
+    for (const backend of ['cpu', 'cuda']) {
+      const series = scaling.flatMap(({ op, workloads }) =>
+        workloads
+          .filter((w) => !w.backend || w.backend === backend)
+          .map(({ series }) => `${op} ${series!.name}`),
+      )
+      expect(new Set(series)).toEqual(
+        new Set([
+          'attention tokens',
+          'log_probs rows',
+          'log_probs vocabulary',
+          'crop_resample crops',
+          'crop_resample pixels',
+        ]),
+      )
+    }
+  })
+})
+
 describe('the benchmarks', () => {
+  const source = readdirSync(`${root}/bench`, { recursive: true, encoding: 'utf8' })
+    .filter((name) => name.endsWith('.ts'))
+    .map((name) => readFileSync(`${root}/bench/${name}`, 'utf8'))
+    .join('\n')
+    .replaceAll(/^import [\s\S]*? from .*$/gm, '')
+  const operations = [
+    ...readFileSync(`${root}/ops/ops.def`, 'utf8').matchAll(/^OP\(\w+, (\w+),/gm),
+  ].map(([, name]) => name!.replaceAll(/_(\w)/g, (_, letter) => letter.toUpperCase()))
+
+  test.each(operations)('%s is measured', (name) => {
+    expect(source).toMatch(new RegExp(`\\b${name}\\b`))
+  })
+
   const families = [
     ...new Set(
       [...readFileSync(`${root}/ops/ops.def`, 'utf8').matchAll(/^OP\((\w+),/gm)].map(([, f]) => f!),
@@ -346,6 +564,18 @@ test('seeded data is the same each time and within its range', () => {
   expect(normals(8, 3)).not.toEqual(normals(8, 4))
   for (const i of integers(1000, 7, 1)) expect([0, 1, 2, 3, 4, 5, 6]).toContain(i)
   expect(new Set(picture(8, 8, 1)).size).toBeGreaterThan(20)
+})
+
+test('a block is repeated to a tensor; bf16 is rounded to nearest even', async () => {
+  const x = Float32Array.of(1, 1.00390625, 1.01171875, -2.5)
+  expect(bf16Bits(x)).toEqual(Uint16Array.of(0x3f80, 0x3f80, 0x3f82, 0xc020))
+  const device = openDevice('cpu', { threads: 1 })
+  const block: Block = { data: x, dtype: 'f32', shape: [5, 2] }
+  expect(await tiled(device, block).read()).toEqual(
+    Float32Array.of(...x, ...x, ...x.subarray(0, 2)),
+  )
+  expect(await tiled(device, { ...block, shape: [2, 2] }).read()).toEqual(x)
+  device.dispose()
 })
 
 /** The fields of a protobuf message: numbers, or the bytes of what is length-delimited. */

@@ -1,8 +1,9 @@
-// What this machine's cores can do at most, for the benchmarks' shares: f32 multiply-adds from
-// registers, and reading, copying and updating memory beyond the caches. Each figure is the best of
-// several rounds, since whatever disturbs a round only makes it slower.
+// What this machine's cores can do at most, for the benchmarks' shares: f32 multiply-adds and, where
+// there are such instructions, products of bf16 from registers; and reading, copying and updating
+// memory beyond the caches. Each figure is the best of several rounds, since whatever disturbs a round
+// only makes it slower.
 //
-//   ceilings THREADS  ->  {"fma":FLOP/s,"read":B/s,"copy":B/s,"update":B/s}
+//   ceilings THREADS  ->  {"fma":FLOP/s,"bf16":FLOP/s,"read":B/s,"copy":B/s,"update":B/s}
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -47,6 +48,21 @@ static float multiply_adds(int64_t steps, float m) {
     for (int l = 0; l < kLanes; l++) sum += a[i][l];
   return sum;
 }
+
+#ifdef __AVX512BF16__
+constexpr int kBf16Flops = 64;  // 16 sums of two products each
+static float bf16_products(int64_t steps, float m) {
+  __m512 a[kChains];
+  const __m512bh by = _mm512_cvtne2ps_pbh(_mm512_set1_ps(m), _mm512_set1_ps(m));
+  for (int i = 0; i < kChains; i++) a[i] = _mm512_set1_ps(static_cast<float>(i));
+  for (int64_t s = 0; s < steps; s++)
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; i++) a[i] = _mm512_dpbf16_ps(a[i], by, by);
+  float sum = 0;
+  for (int i = 0; i < kChains; i++) sum += _mm512_reduce_add_ps(a[i]);
+  return sum;
+}
+#endif
 
 static float read_all(const float* x) {
   Vec sum[8] = {};
@@ -116,6 +132,9 @@ int main(int argc, char** argv) {
 
   constexpr int64_t kSteps = 2'000'000;
   const double fma = best(threads, [&](int t) { sink[t] += multiply_adds(kSteps, m); });
+#ifdef __AVX512BF16__
+  const double bf16 = best(threads, [&](int t) { sink[t] += bf16_products(kSteps, m); });
+#endif
   const double read = best(threads, [&](int t) { sink[t] += read_all(x[t]); });
   const double copy = best(threads, [&](int t) { copy_all(x[t], y[t]); });
   const double update = best(threads, [&](int t) { update_all(x[t], m); });
@@ -123,7 +142,10 @@ int main(int argc, char** argv) {
   volatile float used = 0;
   for (int t = 0; t < threads; t++) used = used + sink[t] + y[t][kFloats / 2];
   const double bytes = static_cast<double>(kBytes) * threads;
-  printf("{\"fma\":%.0f,\"read\":%.0f,\"copy\":%.0f,\"update\":%.0f}\n",
-         2.0 * kChains * kLanes * kSteps * threads / fma, bytes / read, 2 * bytes / copy,
+  printf("{\"fma\":%.0f,", 2.0 * kChains * kLanes * kSteps * threads / fma);
+#ifdef __AVX512BF16__
+  printf("\"bf16\":%.0f,", 1.0 * kChains * kBf16Flops * kSteps * threads / bf16);
+#endif
+  printf("\"read\":%.0f,\"copy\":%.0f,\"update\":%.0f}\n", bytes / read, 2 * bytes / copy,
          2 * bytes / update);
 }

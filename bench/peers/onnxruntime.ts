@@ -197,6 +197,34 @@ export function gemm(
   )
 }
 
+/** log softmax of hidden weightᵀ at the targets; the logits are held. */
+export function linearLogSoftmax(
+  hidden: Float32Array,
+  weight: Float32Array,
+  targets: Int32Array,
+): Peer {
+  const rows = targets.length
+  const channels = hidden.length / rows
+  return onnxruntime(
+    'onnxruntime Gemm, LogSoftmax',
+    1e-5,
+    {
+      nodes: [
+        { op: 'Gemm', inputs: ['hidden', 'weight'], outputs: ['logits'], ints: { transB: 1 } },
+        { op: 'LogSoftmax', inputs: ['logits'], outputs: ['all'], ints: { axis: -1 } },
+        { op: 'GatherElements', inputs: ['all', 'targets'], outputs: ['out'], ints: { axis: 1 } },
+      ],
+      inputs: [
+        { name: 'hidden', type: 'float', shape: [rows, channels] },
+        { name: 'weight', type: 'float', shape: [weight.length / channels, channels] },
+        { name: 'targets', type: 'int64', shape: [rows, 1] },
+      ],
+      outputs: [{ name: 'out', type: 'float', shape: [rows, 1] }],
+    },
+    { hidden, weight, targets: BigInt64Array.from(targets, BigInt) },
+  )
+}
+
 /** LayerNormalization over the last axis. */
 export function layerNormalization(
   x: Float32Array,

@@ -9,7 +9,7 @@ export interface Cut {
   width: number
 }
 
-interface Picture {
+export interface Picture {
   data: Uint8Array
   height: number
   width: number

@@ -1,0 +1,145 @@
+// What was predicted, and whether a measurement met it (results/predictions.json).
+import { readFileSync } from 'node:fs'
+import { ourName } from './harness.js'
+import { bytesOf, memoryKind, type Results, type Row } from './results.js'
+
+export interface Predictions {
+  /** Names under which several operations are measured together. */
+  groups: Record<string, string[]>
+  targets: Target[]
+}
+
+/** One prediction: of `times`, `share`, `teraflops` and `ms` exactly one. */
+export interface Target {
+  /** 'cpu' for every CPU, else a part of the GPU's name. */
+  device: string
+  op: string
+  /** Of the benchmark; '*' stands for any digits. */
+  case: string
+  /** Faster by so much than a peer or another case of ours, `than`; than the best peer unless given. */
+  times?: number
+  than?: string
+  /** Of the ceiling that binds the row. */
+  share?: number
+  teraflops?: number
+  /** What may be reached after that; not judged. */
+  then?: number
+  ms?: number
+}
+
+export function predictions(root: string): Predictions {
+  return JSON.parse(readFileSync(`${root}/bench/results/predictions.json`, 'utf8'))
+}
+
+export function matches(
+  { device, op, case: pattern }: Target,
+  row: Row,
+  results: Results,
+): boolean {
+  const place = device === 'cpu' ? row.device === 'cpu' : results.machine.device.includes(device)
+  return place && row.op === op && row.implementation === ourName && sameCase(pattern, row.case)
+}
+
+export function sameCase(pattern: string, name: string): boolean {
+  const parts = pattern.split('*').map((part) => part.replaceAll(/[^\w ]/g, '\\$&'))
+  return new RegExp(`^${parts.join('\\d+')}$`).test(name)
+}
+
+/** The rows against which a row of ours is fast or slow: same case and threads, other hands. */
+export function peersOf(row: Row, { rows }: Results): Row[] {
+  return rows
+    .filter(
+      (r) =>
+        r.op === row.op &&
+        r.case === row.case &&
+        r.threads === row.threads &&
+        r.implementation !== ourName,
+    )
+    .sort((a, b) => a.median - b.median)
+}
+
+export interface Verdict {
+  target: Target
+  row: Row
+  /** The target in words, and what was measured of it. */
+  reach: string
+  got: string
+  /** At least 1 where the target was met; absent where it cannot be told, as without the peer. */
+  ratio?: number
+}
+
+/** On the row, if something was predicted of it. */
+export function judged(
+  row: Row,
+  results: Results,
+  targets: readonly Target[],
+): Verdict | undefined {
+  const target = targets.find((t) => matches(t, row, results))
+  if (!target) return undefined
+  const { times, than, share, teraflops, ms } = target
+  const told = (got: string | undefined, ratio?: number, whom?: string): Verdict => ({
+    target,
+    row,
+    reach: reachOf(target, whom),
+    got: got ?? 'not measured',
+    ...(ratio === undefined ? {} : { ratio }),
+  })
+  if (times !== undefined) {
+    const other = than
+      ? results.rows.find(
+          (r) =>
+            r.op === row.op &&
+            r.threads === row.threads &&
+            (r.case === row.case
+              ? r.implementation === than
+              : r.case === than && r.implementation === ourName),
+        )
+      : peersOf(row, results)[0]
+    if (!other) return told(undefined)
+    const got = other.median / row.median
+    return told(`x${got.toPrecision(3)}`, got / times, than ?? other.implementation)
+  }
+  if (share !== undefined) {
+    if (row.share === undefined) return told(undefined)
+    return told(`${(row.share * 100).toFixed(0)} %`, row.share / share, row.ceiling)
+  }
+  if (teraflops !== undefined) {
+    const got = (row.flops ?? 0) / row.median / 1e9
+    return told(`${got.toFixed(0)} TFLOP/s`, got / teraflops)
+  }
+  return told(`${row.median.toPrecision(3)} ms`, ms! / row.median)
+}
+
+/** A target in words; `of` whom or what, where that was measured. */
+export function reachOf({ times, than, share, teraflops, then, ms }: Target, of?: string): string {
+  if (times !== undefined) return `x${times} of ${than ?? of ?? 'the best peer'}`
+  if (share !== undefined) return `${share * 100} % of ${of ?? 'the ceiling'}`
+  if (teraflops === undefined) return `${ms} ms`
+  return `${teraflops}${then === undefined ? '' : `, then ${then}`} TFLOP/s`
+}
+
+/** 'met', 'missed' or 'not measured'. */
+export function outcome({ ratio }: Verdict): string {
+  return ratio === undefined ? 'not measured' : ratio >= 1 ? 'met' : 'missed'
+}
+
+/** Where the time of a row went: what its ceilings account for, and the rest. */
+export function whereTimeWent(row: Row, results: Results): string {
+  const limits = results.ceilings.find((c) => c.threads === row.threads)
+  if (!limits || row.share === undefined) return 'no ceiling was measured'
+  const parts: string[] = []
+  const peak = row.products === 'bf16' ? (limits.bf16 ?? limits.fma) : limits.fma
+  if (row.flops && peak) parts.push(`products ${((row.flops / peak) * 1e3).toPrecision(3)} ms`)
+  const kind = memoryKind(row.traffic, limits)
+  if (kind) parts.push(`memory ${((bytesOf(row) / limits[kind]!) * 1e3).toPrecision(3)} ms`)
+  const rest = row.median * (1 - row.share)
+  return `${row.median.toPrecision(3)} ms: ${parts.join(', ')} at the ceilings; beyond the larger, ${rest.toPrecision(3)} ms`
+}
+
+/** All verdicts on a run, for its comparison with what was predicted. */
+export function verdicts(results: Results, { targets }: Predictions): Verdict[] {
+  const most = Math.max(...results.rows.map(({ threads }) => threads ?? 0))
+  return results.rows
+    .filter(({ threads }) => (threads ?? 0) === most)
+    .flatMap((row) => judged(row, results, targets) ?? [])
+}

@@ -1,0 +1,223 @@
+// `npm run gpu:check` as far as it goes without a GPU: it says so and fails; its steps with a runner that only
+// pretends.
+import { spawnSync } from 'node:child_process'
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { cudaStatus } from 'p2r-kernels'
+import { afterEach, beforeEach, expect, test } from 'vitest'
+import { gpuCheck, plan, runCommand, sanitizerWords } from '../scripts/gpu_check.mjs'
+
+const root = fileURLToPath(new URL('..', import.meta.url))
+let out: string
+beforeEach(() => {
+  out = mkdtempSync(join(tmpdir(), 'p2r-gpu-'))
+})
+afterEach(() => rmSync(out, { recursive: true }))
+
+const { available } = cudaStatus()
+test.skipIf(available)(
+  `without a GPU it says so and fails${available ? ' (skipped: there is one here)' : ''}`,
+  () => {
+    const script = join(root, 'scripts/gpu_check.mjs')
+    const { status, stderr } = spawnSync(process.execPath, [script, '--out', join(out, 'none')], {
+      encoding: 'utf8',
+    })
+    expect(status).toBe(1)
+    expect(stderr).toMatch(/^gpu:check needs a GPU: ./)
+    expect(existsSync(join(out, 'none'))).toBe(false)
+  },
+)
+
+test('an unknown option is refused', () => {
+  const { status, stderr } = spawnSync(
+    process.execPath,
+    [join(root, 'scripts/gpu_check.mjs'), '--fast'],
+    { encoding: 'utf8' },
+  )
+  expect([status, stderr]).toEqual([2, expect.stringContaining('--out DIR')])
+})
+
+const machine = { devices: 'cuda:0 a GPU (9.0)', node: 'v0' }
+
+/** A runner that writes what the step's program would, and takes so many seconds of a pretended clock. */
+function pretended(results: Record<string, { seconds?: number; status?: number; files?: object }>) {
+  let clock = 0
+  const seen: { command: string[]; seconds: number; cuda: string | undefined }[] = []
+  return {
+    seen,
+    now: () => clock,
+    async run(
+      command: string[],
+      { log, seconds, env }: { log: string; seconds: number; env: NodeJS.ProcessEnv },
+    ) {
+      const name = log.replace(/^.*\/|\.log$/g, '')
+      const { seconds: takes = 10, status = 0, files = {} } = results[name] ?? {}
+      seen.push({ command, seconds, cuda: env.REQUIRE_CUDA })
+      for (const [file, content] of Object.entries(files))
+        writeFileSync(
+          join(out, file),
+          typeof content === 'string' ? content : JSON.stringify(content),
+        )
+      clock += Math.min(takes, seconds)
+      return { status: takes > seconds ? 1 : status, late: takes > seconds }
+    },
+  }
+}
+
+const passed = {
+  numPassedTests: 7,
+  numFailedTests: 0,
+  numPendingTests: 1,
+  testResults: [{ status: 'passed' }],
+}
+const healthy = {
+  probe: { files: { 'probe.json': passed } },
+  tests: { files: { 'tests.json': passed } },
+  bench: { files: { 'bench.json': { rows: [1, 2] } } },
+  memcheck: { files: { 'memcheck-1.txt': '========= ERROR SUMMARY: 0 errors\n' } },
+  racecheck: {
+    files: { 'racecheck-1.txt': '========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n' },
+  },
+  scaling: { files: { 'scaling.json': { rows: [1] } } },
+}
+
+async function check(results: Parameters<typeof pretended>[0], seconds = 570) {
+  const runner = pretended(results)
+  const lines: string[] = []
+  const code = await gpuCheck({
+    out,
+    machine,
+    seconds,
+    run: runner.run,
+    now: runner.now,
+    print: (line: string) => void lines.push(line),
+  })
+  const summary = JSON.parse(readFileSync(join(out, 'summary.json'), 'utf8'))
+  const states = Object.fromEntries(
+    summary.steps.map(({ name, state }: { name: string; state: string }) => [name, state]),
+  )
+  return { code, states, summary, lines, seen: runner.seen }
+}
+
+test('all steps, each with REQUIRE_CUDA, and a table last', async () => {
+  const { code, states, lines, seen, summary } = await check(healthy)
+  expect(code).toBe(0)
+  expect(Object.keys(states)).toEqual(Object.keys(healthy))
+  expect(new Set(Object.values(states))).toEqual(new Set(['ok']))
+  expect(seen.every(({ cuda }) => cuda === '1')).toBe(true)
+  expect(summary.machine).toEqual(machine)
+  expect(lines.slice(-8)).toEqual([
+    'devices: cuda:0 a GPU (9.0)',
+    'node: v0',
+    expect.stringMatching(/^probe +ok +10 s {2}7 passed, 0 failed, 1 skipped$/),
+    expect.stringMatching(/^tests +ok +10 s {2}7 passed/),
+    expect.stringMatching(/^bench +ok +10 s {2}2 rows$/),
+    expect.stringMatching(/^memcheck +ok +10 s {2}0 errors in 1 processes$/),
+    expect.stringMatching(/^racecheck +ok/),
+    expect.stringMatching(/^scaling +ok/),
+  ])
+})
+
+test('a step that fails fails the whole, and the others still run', async () => {
+  const failing = { ...passed, numFailedTests: 2, testResults: [{ status: 'failed' }] }
+  const { code, states } = await check({
+    ...healthy,
+    tests: { status: 1, files: { 'tests.json': failing } },
+    memcheck: { files: { 'memcheck-1.txt': '========= ERROR SUMMARY: 3 errors\n' } },
+    probe: { status: 1 },
+  })
+  expect(code).toBe(1)
+  expect(states).toMatchObject({ probe: 'FAILED', tests: 'FAILED', memcheck: 'FAILED' })
+  expect(states).toMatchObject({ bench: 'ok', scaling: 'ok' })
+})
+
+test('within its time: measurements may be cut short, tests may not, what is left is not begun', async () => {
+  const long = await check({ ...healthy, bench: { ...healthy.bench, seconds: 10_000 } })
+  expect(long.code).toBe(0)
+  expect(long.states.bench).toBe('cut short')
+  expect(long.summary.steps[2].words).toBe('2 rows; stopped after its time')
+
+  const tests = await check({ ...healthy, tests: { ...healthy.tests, seconds: 10_000 } })
+  expect([tests.code, tests.states.tests]).toEqual([1, 'FAILED'])
+
+  // Each has what is kept for it and what the others left over, and all of it is less than ten minutes.
+  const kept = plan(out).map(({ seconds }) => seconds)
+  expect(kept.reduce((a, b) => a + b)).toBeLessThan(600)
+  const limits = tests.seen.map(({ seconds }) => seconds)
+  expect(limits.slice(0, 3)).toEqual([kept[0], kept[0]! - 10 + kept[1]!, kept[2]])
+  expect(limits[3]).toBe(kept[2]! - 10 + kept[3]!)
+
+  const short = await check(healthy, 530)
+  expect(new Set(Object.values(short.states))).toEqual(new Set(['ok']))
+  const none = await check(healthy, 100)
+  expect([none.code, none.states.probe, none.states.scaling]).toEqual([1, 'not reached', 'ok'])
+})
+
+test('a tool that is not here or does not work is told, and fails nothing', async () => {
+  const { code, states, summary } = await check({
+    ...healthy,
+    memcheck: { status: 127 },
+    racecheck: {
+      status: 1,
+      files: { 'racecheck-9.txt': '========= Error: Device not supported\n' },
+    },
+  })
+  expect(code).toBe(0)
+  expect(states).toMatchObject({ memcheck: 'skipped', racecheck: 'skipped' })
+  const [, , , memcheck, racecheck] = summary.steps
+  expect(memcheck.words).toBe('compute-sanitizer is not here')
+  expect(racecheck.words).toBe('it does not work here: Error: Device not supported')
+})
+
+test('errors are summed over the processes that a sanitizer saw', () => {
+  for (const [i, errors] of [2, 0, 1].entries())
+    writeFileSync(join(out, `memcheck-${i}.txt`), `========= ERROR SUMMARY: ${errors} errors\n`)
+  expect(sanitizerWords(out, 'memcheck')).toEqual({ words: '3 errors in 3 processes', failed: 3 })
+  writeFileSync(join(out, 'memcheck-9.txt'), '=== COMPUTE-SANITIZER\n=== Invalid __global__ read\n')
+  expect(sanitizerWords(out, 'memcheck')).toEqual({
+    words: '4 errors in 3 processes and 1 that were stopped',
+    failed: 4,
+  })
+  expect(sanitizerWords(out, 'racecheck')).toMatchObject({ skipped: true })
+})
+
+test('the steps use what is built: no network, no build, every suite that runs on CUDA', () => {
+  const steps = plan(out)
+  for (const { command } of steps) expect(command.join(' ')).not.toMatch(/\b(npm|npx|build\.mjs)\b/)
+  const suites = steps
+    .find(({ name }) => name === 'memcheck')!
+    .command.filter((arg) => arg.endsWith('.test.ts'))
+  expect(suites).toContain('attention.test.ts')
+  const all = readdirSync(join(root, 'test')).filter((name) => name.endsWith('.test.ts'))
+  expect(all).toEqual(expect.arrayContaining(suites))
+})
+
+test('tests of the making of the package are left out where their tools are', () => {
+  const [, tests] = plan(out, [], [['test/pack.test.ts', 'npm']])
+  expect(tests!.command).toContain('--exclude=test/pack.test.ts')
+  writeFileSync(join(out, 'tests.json'), JSON.stringify(passed))
+  expect(tests!.judge()).toEqual({
+    words: '7 passed, 0 failed, 1 skipped; left out: test/pack.test.ts, which needs npm',
+    failed: 0,
+  })
+})
+
+test('a command beyond its time is ended with all that it started; one that is not there is 127', async () => {
+  const log = join(out, 'log')
+  const child = `require('node:child_process').spawn('sleep',['30'],{stdio:'inherit'});console.log('began')`
+  const start = performance.now()
+  const late = await runCommand([process.execPath, '-e', child], {
+    log,
+    seconds: 1,
+    env: process.env,
+  })
+  expect(late.late).toBe(true)
+  expect(performance.now() - start).toBeLessThan(20_000)
+  expect(readFileSync(log, 'utf8')).toBe('began\n')
+  expect(await runCommand(['no-such-tool'], { log, seconds: 5, env: process.env })).toEqual({
+    status: 127,
+    late: false,
+  })
+})

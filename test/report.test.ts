@@ -1,0 +1,176 @@
+// What becomes of results: the HTML report, in a browser, and the README's tables.
+import { spawnSync } from 'node:child_process'
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { expect, test } from 'vitest'
+import { html } from '../dist/bench/html.js'
+import { newest, performance, readmeWith, resultsIn } from '../dist/bench/readme.js'
+import { emptyResults, type Results, type Row, withShare } from '../dist/bench/results.js'
+import { predictions } from '../dist/bench/targets.js'
+
+const root = fileURLToPath(new URL('..', import.meta.url))
+const predicted = predictions(root)
+
+const row = (fields: Partial<Row>): Row => ({
+  op: 'attention',
+  case: '1x1024x16x64 f32 fwd',
+  implementation: 'p2r-kernels',
+  device: 'cpu',
+  threads: 2,
+  samples: 10,
+  min: 12,
+  p25: 12.5,
+  median: 13,
+  p75: 13.5,
+  ...fields,
+})
+const ceilings = [{ threads: 2, fma: 470e9, bf16: 900e9, read: 60e9, copy: 70e9, update: 80e9 }]
+const work = { flops: 4.3e9, traffic: { read: 12.6e6, write: 4.2e6 } }
+
+/** Rows of every kind that the report draws. */
+function example(): Results {
+  const rows = [
+    row(work),
+    row({ ...work, implementation: 'onnxruntime MultiHeadAttention', median: 17 }),
+    row({ op: 'log_probs', case: '256x151936 f32 fwd', traffic: { read: 156e6, write: 0 } }),
+    row({ op: 'log_probs', case: '256x151936 f32 fwd', implementation: 'slow <b>', median: 40 }),
+    ...[256, 512, 1024, 2048].flatMap((size) =>
+      ['p2r-kernels', 'PyTorch SDPA'].map((implementation) =>
+        row({
+          case: `1x${size}x16x72 f32 fwd`,
+          implementation,
+          median: (size / 256) ** 2,
+          series: { name: 'tokens', size },
+          ...(implementation === 'p2r-kernels' ? { peakBytes: size * 4608 } : {}),
+        }),
+      ),
+    ),
+  ].map((r) => withShare(r, ceilings))
+  const notes = ['PyTorch was skipped: it is not here.']
+  return { ...emptyResults(root, 'a processor', false), ceilings, rows, notes }
+}
+
+test('the report draws four kinds of plots and fetches nothing', async () => {
+  const page = await html(example(), predicted)
+  expect(page.match(/<svg/g)).toHaveLength(4)
+  expect(page).not.toMatch(/<script|\bsrc=|@import|url\((?!#|&quot;#)|href="(?!data:)/)
+  for (const title of ['Against the best peer', 'Roofline', 'Shares', 'Growth', 'Predictions'])
+    expect(page).toContain(`<h2>${title}`)
+  expect(page).toContain('time ~ size^2.00')
+  expect(page).toContain('memory ~ size^1.00')
+  expect(page).toContain('x1.15 of onnxruntime MultiHeadAttention')
+  expect(page).toContain('slow &lt;b&gt;')
+  expect(page).not.toContain('NaN')
+})
+
+test('without ceilings, peers and series there are the rows alone', async () => {
+  const page = await html({ ...example(), ceilings: [], rows: [row({})] }, predicted)
+  expect(page).not.toContain('<svg')
+  expect(page).toContain('<td>1x1024x16x64 f32 fwd</td>')
+})
+
+const browser = ['chromium', 'chromium-browser', 'google-chrome', 'chrome'].find(
+  (name) => spawnSync(name, ['--version']).status === 0,
+)
+
+test.skipIf(!browser)(
+  `opens in a browser without errors${browser ? '' : ' (skipped: no Chromium here)'}`,
+  async () => {
+    const folder = mkdtempSync(join(tmpdir(), 'p2r-report-'))
+    try {
+      const file = join(folder, 'report.html')
+      const seen = (page: string) => {
+        writeFileSync(file, page)
+        const { stdout, stderr, status } = spawnSync(
+          browser!,
+          [
+            '--headless=new',
+            '--no-sandbox',
+            '--disable-gpu',
+            `--user-data-dir=${join(folder, 'profile')}`,
+            '--enable-logging=stderr',
+            '--dump-dom',
+            `file://${file}`,
+          ],
+          { encoding: 'utf8', timeout: 60_000, maxBuffer: 1 << 28 },
+        )
+        expect(status, stderr).toBe(0)
+        return { dom: stdout, errors: stderr.split('\n').filter((line) => /CONSOLE/.test(line)) }
+      }
+      const page = await html(example(), predicted)
+      const { dom, errors } = seen(page)
+      expect(errors).toEqual([])
+      expect(dom.match(/<svg/g)).toHaveLength(4)
+      // That an error would have been seen.
+      const broken = page.replace('</body>', '<script>console.error("planted")</script></body>')
+      expect(seen(broken).errors).toEqual([expect.stringContaining('planted')])
+    } finally {
+      rmSync(folder, { recursive: true, force: true })
+    }
+  },
+)
+
+test('the newest results of each machine count', () => {
+  const of = (device: string, date: string) => ({
+    ...emptyResults(root, device, false),
+    rows: [row({})],
+    date,
+  })
+  const kept = newest([of('a', '2026-01-02'), of('b', '2026-01-01'), of('a', '2026-01-03')])
+  expect(kept.map(({ machine, date }) => [machine.device, date])).toEqual([
+    ['a', '2026-01-03'],
+    ['b', '2026-01-01'],
+  ])
+})
+
+test('a table has what was measured, its share, the best peer and the outcome', () => {
+  const tables = performance([example()], predicted)
+  const cpu = tables.slice(0, tables.indexOf('**H200**')).split('\n')
+  expect(cpu[0]).toMatch(/^\*\*a processor, \d+ CPUs, \d{4}-\d\d-\d\d, commit/)
+  expect(cpu.find((line) => line.includes('1x1024x16x64 f32 fwd '))).toBe(
+    '| attention 1x1024x16x64 f32 fwd | x1.15 of onnxruntime MultiHeadAttention | 13.0 ms | 70 % of fma | 17.0 ms, onnxruntime MultiHeadAttention | met (x1.31) |',
+  )
+  expect(cpu.find((line) => line.includes('1x4096'))).toContain('| not yet measured |')
+  const rest = tables.slice(tables.indexOf('**H200**')).match(/^\| \w.*$/gm)!
+  expect(rest.length).toBeGreaterThan(10)
+  for (const line of rest.slice(1)) expect(line).toContain('| not yet measured |')
+})
+
+test("a GPU's lengths share a line, told by the worst of them", () => {
+  const gpu: Results = example()
+  gpu.machine.device = 'NVIDIA H200'
+  const measured = (size: number, median: number) => {
+    const { threads: _, ...fields } = row({
+      case: `1x${size}x16x72 bf16 fwd`,
+      device: 'cuda:0',
+      flops: 4 * size ** 2 * 16 * 72,
+      products: 'bf16',
+      median,
+    })
+    return withShare(fields, [{ copy: 4.3e12, bf16: 790e12 }])
+  }
+  gpu.rows = [measured(15_376, 2.5), measured(62_500, 50)]
+  const line = performance([gpu], predicted)
+    .split('\n')
+    .find((l) => l.includes('x16x72 bf16 fwd'))
+  expect(line).toContain('| 2.50..50.0 ms | 46..55 % of bf16 |  | missed (360 TFLOP/s) |')
+})
+
+test('the README has the tables that the results make', () => {
+  const readme = readFileSync(join(root, 'README.md'), 'utf8')
+  expect(
+    readme === readmeWith(readme, performance(resultsIn(root), predicted)),
+    'npm run bench:readme makes them',
+  ).toBe(true)
+  expect(() => readmeWith('no place', 'tables')).toThrow(/lacks the lines/)
+})
+
+test('results are named by machine and date, as they say of themselves', () => {
+  const names = readdirSync(join(root, 'bench/results')).filter((name) => name.endsWith('.json'))
+  for (const name of names.filter((n) => n !== 'predictions.json')) {
+    const { date } = JSON.parse(readFileSync(join(root, 'bench/results', name), 'utf8'))
+    expect(name).toMatch(new RegExp(`^[\\w.-]+-${date.slice(0, 10)}\\.json$`))
+  }
+})
