@@ -1,15 +1,29 @@
+// Random cases on every path: P2R_CASES=100000 P2R_SEED=7 npx vitest run test/crop_resample.test.ts
+import fc from 'fast-check'
 import {
   cropResample,
+  cudaStatus,
+  type DType,
   drawBoxes,
   type Filter,
+  openDevice,
   type PixelBox,
   pixelValues,
   type Region,
+  scopeAsync,
   smartResize,
 } from 'p2r-kernels'
-import { describe, expect, test } from 'vitest'
+import { afterAll, describe, expect, test } from 'vitest'
 import { golden } from './golden.js'
-import { expectRefusal, floats, onEveryBackend, Random, recorded, rounded } from './harness.js'
+import {
+  cpuPaths,
+  expectRefusal,
+  floats,
+  onEveryBackend,
+  Random,
+  recorded,
+  rounded,
+} from './harness.js'
 
 const exact = {}
 const files = golden('image')
@@ -397,6 +411,144 @@ onEveryBackend('pixelValues', (b) => {
     refused({ overlay: 7 }, /overlay/)
     refused({ overlay: {} }, /boxes must be an array/)
     refused({ images: [], regions: [] }, /./)
+  })
+})
+
+describe('every path gives the bytes of the portable one', () => {
+  const cases = Number(process.env.P2R_CASES ?? 2000)
+  const seed = Number(process.env.P2R_SEED ?? 1)
+  // The last of the list is the portable one; threads differ, since they must not matter either.
+  const devices = cpuPaths.map(({ options }, i) =>
+    openDevice('cpu', { ...options, threads: i + 1 }),
+  )
+  const portable = devices.pop()!
+  if (cudaStatus().available) devices.push(openDevice('cuda'))
+  afterAll(() => {
+    for (const device of [portable, ...devices]) device.dispose()
+  })
+
+  const side = fc.oneof(
+    { weight: 4, arbitrary: fc.integer({ min: 1, max: 70 }) },
+    fc.constantFrom(300, 1111),
+  )
+  const places = fc.tuple(
+    fc.double({ min: -0.2, max: 1, noNaN: true }),
+    fc.double({ min: 0, max: 1.2, noNaN: true }),
+  )
+  const pixel = fc.integer({ min: -20, max: 90 })
+  const arbitrary = fc.record({
+    height: side,
+    width: side,
+    pixels: fc.nat(),
+    regions: fc.array(
+      fc.record({
+        x: places,
+        y: places,
+        height: side,
+        width: side,
+        keep: fc.nat(5),
+        overlay: fc.boolean(),
+      }),
+      { minLength: 1, maxLength: 2 },
+    ),
+    filter: fc.constantFrom(...filters),
+    outlines: fc.option(fc.array(fc.tuple(pixel, pixel, pixel, pixel), { maxLength: 3 }), {
+      nil: undefined,
+    }),
+    patchSize: fc.constantFrom(0, 1, 3, 14, 16),
+    mergeSize: fc.constantFrom(1, 2),
+    temporalPatchSize: fc.constantFrom(1 as const, 2 as const),
+    dtype: fc.constantFrom(...floats),
+  })
+
+  test(`${cases} random boxes, sizes and filters`, { timeout: 60_000 + cases * 60 }, async () => {
+    const run = (
+      device: typeof portable,
+      c: typeof arbitrary extends fc.Arbitrary<infer T> ? T : never,
+    ) => {
+      const image = device.tensor(randomImage(new Random(c.pixels), c.height, c.width).data, [
+        c.height,
+        c.width,
+        3,
+      ])
+      const unit = Math.max(1, c.patchSize * c.mergeSize)
+      const whole = (n: number) => Math.ceil(n / unit) * unit
+      const regions = c.regions.map((r): Region => {
+        const along = ([at, length]: readonly [number, number], n: number) => {
+          const start = Math.round(at * n)
+          return [start, start + Math.max(1, Math.round(length * n))] as const
+        }
+        const [x0, x1] = along(r.x, c.width)
+        const [y0, y1] = along(r.y, c.height)
+        const { overlay, keep } = r
+        return {
+          box: [x0, y0, x1, y1],
+          height: whole(keep === 0 ? y1 - y0 : r.height),
+          width: whole(keep <= 1 ? x1 - x0 : r.width),
+          overlay,
+        }
+      })
+      if (c.patchSize === 0) return cropResample({ image, regions, filter: c.filter })
+      const { filter, patchSize, mergeSize, temporalPatchSize, dtype } = c
+      const overlay = c.outlines && { boxes: c.outlines }
+      const sizes = { patchSize, mergeSize, temporalPatchSize, dtype, filter }
+      return [pixelValues({ image, regions, ...(overlay && { overlay }), ...sizes }).pixelValues]
+    }
+    const bytesOf = async (tensors: { read(): Promise<unknown> }[]) =>
+      Promise.all(
+        tensors.map(async (tensor) => {
+          const data = (await tensor.read()) as Uint8Array
+          return Buffer.from(data.buffer, data.byteOffset, data.byteLength)
+        }),
+      )
+    await fc.assert(
+      fc.asyncProperty(arbitrary, async (c) => {
+        const expected = await scopeAsync(() => bytesOf(run(portable, c)))
+        for (const device of devices) {
+          const actual = await scopeAsync(() => bytesOf(run(device, c)))
+          const same = actual.every((bytes, i) => bytes.equals(expected[i]!))
+          if (!same) expect.fail(`${device.info.id} ${device.info.simd} ${device.info.features}`)
+        }
+      }),
+      { numRuns: cases, seed },
+    )
+  })
+})
+
+onEveryBackend('scratch of cropResample and pixelValues', (b) => {
+  // What CUDA keeps between its two kernels is as large as the image made narrow.
+  test.skipIf(b.name === 'cuda')('is under 4 MB a thread, whatever the shape', async () => {
+    const measured = async (
+      [height, width]: readonly [number, number],
+      region: { height: number; width: number },
+      dtype: DType,
+    ) => {
+      using device = b.open({ threads: 2 })
+      const image = device.zeros([height, width, 3], 'u8')
+      const regions = [{ box: [0, 0, width, height] as const, ...region }]
+      await image.read()
+      device.resetPeak()
+      const before = device.memory().liveBytes
+      const out =
+        dtype === 'u8'
+          ? cropResample({ image, regions })[0]!
+          : pixelValues({ image, regions, dtype: dtype as 'f32' }).pixelValues
+      await device.synchronize()
+      return device.memory().peakBytes - before - out.byteLength
+    }
+    for (const [image, height, width] of [
+      [[1080, 7680], 256, 1920],
+      [[700, 900], 704, 896],
+      [[16384, 64], 32, 1920],
+      [[64, 16384], 1920, 32],
+      [[32, 64], 32, 8192],
+      [[16384, 256], 32, 256],
+    ] as const)
+      for (const dtype of ['u8', 'f32'] as const) {
+        const scratch = await measured(image, { height, width }, dtype)
+        expect(scratch, `${image} to ${height} x ${width} ${dtype}`).toBeGreaterThan(0)
+        expect(scratch, `${image} to ${height} x ${width} ${dtype}`).toBeLessThan(2 * 4e6)
+      }
   })
 })
 

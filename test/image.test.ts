@@ -58,12 +58,20 @@ describe('loadImage', () => {
     for (const encoded of [
       await raw(grey, 1).toColourspace('b-w').png().toBuffer(),
       await raw(grey, 1).toColourspace('b-w').tiff({ compression: 'lzw' }).toBuffer(),
+      await raw(grey, 1).toColourspace('b-w').webp({ lossless: true }).toBuffer(),
     ]) {
       const data = await (await loadImage(encoded, device)).read()
       expect(data).toEqual(
         Uint8Array.from({ length: data.length }, (_, i) => grey[Math.floor(i / 3)]!),
       )
     }
+  })
+
+  test('a grey JPEG is grey', async () => {
+    const encoded = await raw(noise(1), 1).toColourspace('b-w').jpeg().toBuffer()
+    const data = await (await loadImage(encoded, device)).read()
+    expect(data.length).toBe(height * width * 3)
+    expect(data.every((v, i) => v === data[i - (i % 3)])).toBe(true)
   })
 
   test('alpha over white, or dropped', async () => {
@@ -130,6 +138,22 @@ describe('loadImage', () => {
       /8 bits/,
     )
     await refusesToLoad(await raw(rgb, 3).gif().toBuffer(), 'ERR_FORMAT', /got gif/)
+    for (const encoded of [
+      await raw(rgb, 3).webp().toBuffer(),
+      await raw(rgb, 3).tiff({ compression: 'lzw' }).toBuffer(),
+      await raw(rgb, 3).avif().toBuffer(),
+    ])
+      await refusesToLoad(encoded.subarray(0, encoded.length / 2), 'ERR_FORMAT', /decoded/)
+    await refusesToLoad(
+      await raw(rgb, 3).toColourspace('cmyk').tiff().toBuffer(),
+      'ERR_FORMAT',
+      /cmyk/,
+    )
+    await refusesToLoad(
+      await raw(rgb, 3).toColourspace('rgb16').tiff({ compression: 'lzw' }).toBuffer(),
+      'ERR_FORMAT',
+      /8 bits/,
+    )
     const frames = new Uint8Array(8 * 16 * 3).map((_, i) => (i < 192 ? 0 : 200))
     const animated = await sharp(frames, {
       raw: { width: 8, height: 16, channels: 3, pageHeight: 8 },

@@ -14,6 +14,8 @@ namespace p2r::cpu {
 
 struct SoftmaxRow;  // rows.h
 struct PolicyRun;
+struct ResampleRows;  // resample.h
+struct PatchRow;
 
 struct Simd {
   const char* name;
