@@ -177,7 +177,6 @@ async function measured(names: readonly string[]): Promise<Results> {
   return save(before.map((c, i) => better(c, after[i]!)))
 }
 
-const options = program.opts<Options>()
 // No operation: it has no device time, no ceilings and no peers.
 if (program.args.length === 1 && program.args[0] === 'serving') {
   const rows = await serving(options.quick ? quickSamples : thoroughSamples, progress)
