@@ -16,7 +16,6 @@ namespace {
 constexpr int kBits = 22;
 constexpr int kPixels = W / 4;
 
-typedef uint8_t vb __attribute__((vector_size(W)));
 typedef int32_t v4 __attribute__((vector_size(16)));
 
 // kPixels RGB pixels, four lanes each; each of kPixels weights in four lanes; the sum of the
