@@ -33,6 +33,16 @@
 
 namespace p2r {
 
+// The multiply-adds of one of its matrix products over x [T, ..., H, D].
+inline double attention_product(const View& x, const Ints& cu_seqlens) {
+  double pairs = 0;
+  for (size_t i = 1; i < cu_seqlens.size(); ++i) {
+    const double n = static_cast<double>(cu_seqlens[i] - cu_seqlens[i - 1]);
+    pairs += n * n;
+  }
+  return pairs * static_cast<double>(x.shape[-2] * x.shape[-1]);
+}
+
 // `kernel` is an index into kernel_names("attention", device): 0 is the backend's own choice.
 // Either qkv is given (with cos and sin or without), or q, k and v.
 struct AttentionArgs {
@@ -42,6 +52,7 @@ struct AttentionArgs {
   int64_t kernel = 0;
   Out out, lse;
   auto fields() { return std::tie(q, k, v, qkv, cos, sin, cu_seqlens, scale, kernel, out, lse); }
+  double work() const { return 2 * attention_product(qkv ? qkv : q, cu_seqlens); }
 };
 
 // Either d_qkv is given, or d_q, d_k and d_v, as in the input. Without `deterministic` a kernel may
@@ -57,6 +68,8 @@ struct AttentionBackwardArgs {
     return std::tie(d_out, q, k, v, qkv, cos, sin, out, lse, cu_seqlens, scale, deterministic,
                     kernel, d_q, d_k, d_v, d_qkv);
   }
+  // S and dP in each of the two passes, and the three gradients.
+  double work() const { return 7 * attention_product(qkv ? qkv : q, cu_seqlens); }
 };
 
 struct AttentionMassArgs {
@@ -65,6 +78,7 @@ struct AttentionMassArgs {
   double scale = 1;
   Out mass;
   auto fields() { return std::tie(q, k, qkv, cos, sin, lse, cu_seqlens, scale, mass); }
+  double work() const { return attention_product(qkv ? qkv : q, cu_seqlens); }
 };
 
 // Where q, k and v (or their gradients) lie: three tensors, or slices of a packed one. Head h of

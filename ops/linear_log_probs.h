@@ -51,6 +51,7 @@ struct LinearLogProbsArgs {
   auto fields() {
     return std::tie(hidden, weight, bias, targets, temperature, log_probs, stats, entropy);
   }
+  double work() const { return 1.0 * hidden.size() * weight.shape[0]; }
   int32_t* fault = nullptr;
   static constexpr const char* fault_text = TokenLogProbsArgs::fault_text;
 };
@@ -65,6 +66,7 @@ struct LinearLogProbsBackwardArgs {
     return std::tie(hidden, weight, bias, targets, stats, d_log_probs, entropy, d_entropy,
                     temperature, into_weight, into_bias, d_hidden, d_weight, d_bias);
   }
+  double work() const { return 3.0 * hidden.size() * weight.shape[0]; }
   int32_t* fault = nullptr;
   static constexpr const char* fault_text = TokenLogProbsArgs::fault_text;
 };
@@ -81,6 +83,7 @@ struct LinearPolicyLossArgs {
         std::tie(hidden, weight, bias, targets, temperature, into_weight, into_bias), loss.fields(),
         std::tie(log_probs, d_hidden, d_weight, d_bias));
   }
+  double work() const { return 3.0 * hidden.size() * weight.shape[0]; }
   int32_t* fault = nullptr;
   static constexpr const char* fault_text =
       "targets must be -100 or an index into the vocabulary, and mask must hold 0 and 1 only";
