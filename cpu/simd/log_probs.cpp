@@ -3,6 +3,13 @@
 // A block of logits is read twice, the second time from the first-level cache: once for its
 // maximum, once for its sums, so that the running sums are rescaled once a block and not once a
 // vector. While a block is summed, the next one is fetched.
+//
+// A core reads the 64 bytes of a vector of f32 in about 2 ns (30 GB/s), and so has to be done with
+// its 16 exponentials in less. With vexp a vector took 2.7 ns from the first-level cache, forward
+// and backward, and two cores were no nearer to memory's rate than one; with power_of_two and its
+// second factor inside the sum's multiply-add it takes 1.4 (Zen 5), and memory binds. The backward
+// pass can not be spared its reading: what the forward pass read last is in the third-level cache,
+// but going back through it from the end was slower than reading on in order.
 #include <float.h>
 #include <math.h>
 
