@@ -1,5 +1,5 @@
 // Log-probabilities. A block owns one slice of kSlice columns of one row, reads it once and keeps a
-// running (maximum, Σ 2^d, Σ 2^d d) a thread, in units of log2, rescaled at most once a vector.
+// running (maximum, Σ e^d, Σ e^d d) a thread, rescaled at most once a vector.
 // Threads are merged by a fixed tree, slices in order by a second, tiny kernel in f64. Which thread
 // sums which column depends on the column alone, so a row gives the same bits in any batch, and so
 // that few rows are many blocks (10 a row of 151 936); an unaligned row (V odd) loads element by
@@ -21,8 +21,7 @@
 // 9.96 GB moved in 2.3. The merge reads 120 bytes a row. A prediction, which nothing here measures.
 #include <cfloat>
 
-#include "cuda/kernel.cuh"
-#include "ops/log_probs.h"
+#include "cuda/log_probs.cuh"
 
 namespace p2r::cuda {
 
@@ -33,12 +32,6 @@ constexpr int64_t kStride = kBlock * kVector;  // from one vector of a thread to
 constexpr int64_t kSlice = 8 * kStride;
 constexpr int64_t kTile = 4 * kStride;
 constexpr int kRows = 128;  // a thread each, where rows are finished
-constexpr unsigned kFull = 0xffffffffu;
-constexpr double kLog2e = 1.4426950408889634;
-
-struct Sums {
-  float maximum, sum, moment;
-};
 
 // What a thread loads before it uses any of it: kLoads times 16 bytes.
 constexpr int kLoads = 4;
@@ -103,35 +96,20 @@ __device__ __forceinline__ void store_vector(T* p, int64_t n, bool aligned,
   }
 }
 
-// Nothing summed yet has maximum -inf; its sum is 0, or NaN when NaN was met. `binary` is log2 e
-// over the temperature.
-__device__ __forceinline__ void lower_to(Sums& a, float top, float binary) {
-  if (a.maximum == -INFINITY) return;
-  const float shift = (a.maximum - top) * binary;
-  const float scale = ptx::ex2(shift);
-  a.moment = scale == 0 ? 0 * a.moment : scale * (a.moment + shift * a.sum);
-  a.sum *= scale;
-}
-__device__ __forceinline__ Sums merged(Sums a, Sums b, float binary) {
-  const float top = fmaxf(a.maximum, b.maximum);
-  lower_to(a, top, binary);
-  lower_to(b, top, binary);
-  return {top, a.sum + b.sum, a.moment + b.moment};
-}
-__device__ __forceinline__ void add_vector(Sums& a, const float (&x)[kVector], float binary,
+__device__ __forceinline__ void add_vector(Sums& a, const float (&x)[kVector], float inverse,
                                            bool moment) {
   float top = a.maximum;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) top = fmaxf(top, x[i]);
-  if (top > a.maximum) lower_to(a, top, binary);
+  if (top > a.maximum) lower_to(a, top, inverse);
   a.maximum = top;
-  const float from = top == -INFINITY ? 0 : top;
+  const float from = top == -INFINITY ? 0 : top, binary = inverse * kLog2e;
   if (moment) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const float d = (x[i] - from) * binary, e = ptx::ex2(d);
+      const float d = x[i] - from, e = ptx::ex2(d * binary);
       a.sum += e;
-      a.moment += e * fmaxf(d, -160.0f);  // e is 0 there, and 0 · -inf is not
+      a.moment += e * fmaxf(d * inverse, -128.0f);  // e is 0 there, and 0 · -inf is not
     }
   } else {
 #pragma unroll
@@ -142,7 +120,7 @@ __device__ __forceinline__ void add_vector(Sums& a, const float (&x)[kVector], f
 template <class T>
 __global__ void __launch_bounds__(kBlock)
     slice_sums_kernel(const T* logits, const int32_t* targets, int64_t columns, int64_t slices,
-                      float binary, bool moment, Sums* out) {
+                      float inverse, bool moment, Sums* out) {
   SMEM_ARRAY(Sums, parts, kWarps);
   const int64_t row = blockIdx.x / slices, first = blockIdx.x % slices * kSlice;
   if (targets[row] == kSkippedTarget) return;
@@ -164,25 +142,15 @@ __global__ void __launch_bounds__(kBlock)
         load_vector(z + at, end - at, aligned, -INFINITY, x);
       else
         break;
-      add_vector(own, x, binary, moment);
+      add_vector(own, x, inverse, moment);
     }
   }
-  const auto tree = [&](int width) {
-    for (int step = width / 2; step > 0; step /= 2) {
-      Sums other;
-      other.maximum = __shfl_xor_sync(kFull, own.maximum, step);
-      other.sum = __shfl_xor_sync(kFull, own.sum, step);
-      other.moment = __shfl_xor_sync(kFull, own.moment, step);
-      own = merged(own, other, binary);
-    }
-  };
-  tree(32);
+  merge_lanes(own, 32, inverse);
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = own;
   __syncthreads();
   if (threadIdx.x < 32) {
     own = parts[threadIdx.x % kWarps];
-    tree(kWarps);
-    own.moment *= static_cast<float>(1 / kLog2e);
+    merge_lanes(own, kWarps, inverse);
     if (threadIdx.x == 0) out[blockIdx.x] = own;
   }
 }
@@ -223,11 +191,12 @@ __device__ float2 stats_of(const Row& row, double inverse) {
   return make_float2(m, static_cast<float>(log(row.sum) + residue));
 }
 
+// With a row_stride of 0, logits has the targets' alone.
 template <class T>
 __global__ void __launch_bounds__(kRows)
-    finish_kernel(const T* logits, const int32_t* targets, const Sums* partials, int64_t rows,
-                  int64_t columns, int64_t slices, double inverse, float* log_probs, float2* stats,
-                  float* entropy, int32_t* fault) {
+    finish_kernel(const T* logits, int64_t row_stride, const int32_t* targets, const Sums* partials,
+                  int64_t rows, int64_t columns, int64_t slices, double inverse, float* log_probs,
+                  float2* stats, float* entropy, int32_t* fault) {
   const int64_t i = int64_t{blockIdx.x} * kRows + threadIdx.x;
   if (i >= rows) return;
   const int32_t target = targets[i];
@@ -243,7 +212,7 @@ __global__ void __launch_bounds__(kRows)
       log_prob = h = s.x = s.y = NAN;
       *fault = 1;
     } else {
-      const double x = to_float(logits[i * columns + target]);
+      const double x = to_float(logits[row_stride ? i * row_stride + target : i]);
       log_prob = static_cast<float>((x - row.maximum) * inverse - log_sum);
     }
   }
@@ -314,31 +283,35 @@ __global__ void __launch_bounds__(kRows)
 struct Slopes {
   const int32_t* targets;
   const float *stats, *d_log_probs, *entropy, *d_entropy;
-  int64_t columns, tiles, vocab_offset;
+  int64_t columns, tiles, vocab_offset, d_stride;
   double inverse;
+  const float* scale;  // of the gradient; none is 1
   bool shard;
   int32_t* fault;
 };
 
-template <class T>
-__global__ void __launch_bounds__(kBlock) slopes_kernel(const T* logits, T* d_logits, Slopes a) {
+template <class T, class D>
+__global__ void __launch_bounds__(kBlock) slopes_kernel(const T* logits, D* d_logits, Slopes a) {
   const int64_t row = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * kTile;
   const int64_t end = first + kTile < a.columns ? first + kTile : a.columns;
+  // Rows of dz that are longer end in zeros.
+  const int64_t stored = end < a.columns ? end : a.d_stride;
   const T* z = logits + row * a.columns;
-  T* dz = d_logits + row * a.columns;
+  D* dz = d_logits + row * a.d_stride;
   const bool aligned = is_aligned(z) && is_aligned(dz);
   const int32_t target = a.targets[row];
   const int64_t label = target - a.vocab_offset;
   const bool wrong = target != kSkippedTarget && (target < 0 || (!a.shard && label >= a.columns));
-  const double g = a.d_log_probs[row] * a.inverse;
-  const double h = a.d_entropy ? a.d_entropy[row] * a.inverse : 0;
+  const double scale = a.scale ? a.inverse * *a.scale : a.inverse;
+  const double g = a.d_log_probs[row] * scale;
+  const double h = a.d_entropy ? a.d_entropy[row] * scale : 0;
   if (wrong || target == kSkippedTarget || (g == 0 && h == 0)) {
     if (wrong && threadIdx.x == 0) *a.fault = 1;
     float x[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) x[i] = wrong ? NAN : 0;
     for (int64_t c = first + threadIdx.x * kVector; c < end; c += kStride)
-      store_vector(dz + c, end - c, aligned, x);
+      store_vector(dz + c, stored - c, aligned, x);
     return;
   }
 
@@ -360,7 +333,7 @@ __global__ void __launch_bounds__(kBlock) slopes_kernel(const T* logits, T* d_lo
       float log_p = fmaf(x[i], inverse, -maximum);
       // The low part of the product is of a finite x: -inf times 0 is not 0.
       log_p += inverse_low == 0 ? -log_sum : fmaf(fmaxf(x[i], -FLT_MAX), inverse_low, -log_sum);
-      const float p = ptx::ex2(log_p * static_cast<float>(kLog2e));
+      const float p = ptx::ex2(log_p * kLog2e);
       x[i] = p * (scale_h == 0 ? scale_p : scale_p + scale_h * fmaxf(log_p, -128.0f));
     }
     if (own >= 0 && own < kVector) {  // g (1 - p), without the cancellation near p = 1
@@ -386,7 +359,12 @@ __global__ void __launch_bounds__(kBlock) slopes_kernel(const T* logits, T* d_lo
       else
         break;
       slopes(x, at);
-      store_vector(dz + at, end - at, aligned, x);
+      if (!whole) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i)
+          if (at + i >= a.columns) x[i] = 0;
+      }
+      store_vector(dz + at, stored - at, aligned, x);
     }
   }
 }
@@ -398,7 +376,7 @@ void sum_slices(const In& logits, const In& targets, double inverse, bool moment
   if (rows * slices > 0)
     launch(slice_sums_kernel<T>, static_cast<unsigned>(rows * slices), kBlock, 0, stream,
            logits.as<const T>(), targets.as<const int32_t>(), logits.shape[1], slices,
-           static_cast<float>(inverse * kLog2e), moment, out);
+           static_cast<float>(inverse), moment, out);
 }
 
 unsigned row_blocks(int64_t rows) { return static_cast<unsigned>(ceil_div(rows, kRows)); }
@@ -416,7 +394,7 @@ void token_log_probs(const TokenLogProbsArgs& a, Device& device) {
     using T = std::remove_pointer_t<decltype(t)>;
     sum_slices<T>(a.logits, a.targets, inverse, bool(a.entropy), scratch.as<Sums>(), slices,
                   stream);
-    launch(finish_kernel<T>, row_blocks(rows), kRows, 0, stream, a.logits.as<const T>(),
+    launch(finish_kernel<T>, row_blocks(rows), kRows, 0, stream, a.logits.as<const T>(), columns,
            a.targets.as<const int32_t>(), scratch.as<const Sums>(), rows, columns, slices, inverse,
            a.log_probs.as<float>(), a.stats.as<float2>(), a.entropy.as<float>(), a.fault);
   });
@@ -452,7 +430,19 @@ void merge_log_probs(const MergeLogProbsArgs& a, Device& device) {
          rows, a.log_probs.as<float>(), a.merged.as<float2>(), a.entropy.as<float>());
 }
 
-void token_log_probs_backward(const TokenLogProbsBackwardArgs& a, Device& device) {
+void finish_log_probs(const TokenLogProbsArgs& a, int64_t columns, const Sums* sums, int64_t spans,
+                      const float* target_logits, Device& device) {
+  const int64_t rows = a.targets.shape[0];
+  launch(finish_kernel<float>, row_blocks(rows), kRows, 0, stream_of(device), target_logits,
+         int64_t{0}, a.targets.as<const int32_t>(), sums, rows, columns, spans, 1 / a.temperature,
+         a.log_probs.as<float>(), a.stats.as<float2>(), a.entropy.as<float>(), a.fault);
+}
+
+namespace {
+
+template <class T, class D>
+void slopes(const TokenLogProbsBackwardArgs& a, const float* scale, D* d_logits, int64_t stride,
+            Device& device) {
   const int64_t rows = a.logits.shape[0], columns = a.logits.shape[1];
   if (!rows || !columns) return;
   Slopes s;
@@ -464,14 +454,32 @@ void token_log_probs_backward(const TokenLogProbsBackwardArgs& a, Device& device
   s.columns = columns;
   s.tiles = ceil_div(columns, kTile);
   s.vocab_offset = a.vocab_offset;
+  s.d_stride = stride;
   s.inverse = 1 / a.temperature;
+  s.scale = scale;
   s.shard = a.shard;
   s.fault = a.fault;
+  launch(slopes_kernel<T, D>, static_cast<unsigned>(rows * s.tiles), kBlock, 0, stream_of(device),
+         a.logits.as<const T>(), d_logits, s);
+}
+
+}  // namespace
+
+void token_log_probs_backward(const TokenLogProbsBackwardArgs& a, Device& device) {
   with_float_type(a.logits.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    launch(slopes_kernel<T>, static_cast<unsigned>(rows * s.tiles), kBlock, 0, stream_of(device),
-           a.logits.as<const T>(), a.d_logits.as<T>(), s);
+    slopes<T>(a, nullptr, a.d_logits.as<T>(), a.logits.shape[1], device);
   });
 }
+
+template <class T>
+void scaled_slopes(const TokenLogProbsBackwardArgs& a, const float* scale, T* d_logits,
+                   int64_t stride, Device& device) {
+  slopes<float>(a, scale, d_logits, stride, device);
+}
+template void scaled_slopes(const TokenLogProbsBackwardArgs&, const float*, __half*, int64_t,
+                            Device&);
+template void scaled_slopes(const TokenLogProbsBackwardArgs&, const float*, __nv_bfloat16*, int64_t,
+                            Device&);
 
 }  // namespace p2r::cuda

@@ -19,8 +19,9 @@
 // rotary tables cos and sin [T, D] f32 (packed input only): q and k are rotated and rounded to
 // their type first, exactly as by apply_rotary; d_qkv is rotated back before its one rounding.
 //
-// Everything between inputs and outputs is f32. Sums run in an order fixed by the lengths alone, so
-// results do not depend on the number of threads and repeat bit for bit.
+// Everything between inputs and outputs is f32, but for kernels on tensor cores, which take f16 and
+// bf16 only: they round P and dS to that type for their products. Sums run in an order fixed by the
+// lengths alone, so results do not depend on the number of threads and repeat bit for bit.
 //
 // Values that are not finite stay within their sequence and head. A logit of -inf weighs nothing; a
 // query that has no other logit has lse -inf and a row of NaN; a logit of NaN or +inf makes out and
@@ -43,7 +44,7 @@ inline double attention_product(const View& x, const Ints& cu_seqlens) {
   return pairs * static_cast<double>(x.shape[-2] * x.shape[-1]);
 }
 
-// `kernel` is an index into kernel_names("attention", device): 0 is the backend's own choice.
+// `kernel` is an index into kernel_choices("attention", device), of one that takes the input.
 // Either qkv is given (with cos and sin or without), or q, k and v.
 struct AttentionArgs {
   In q, k, v, qkv, cos, sin;

@@ -95,10 +95,10 @@ interface Bound {
 
 const recordsCases = (backend: Backend) => backend.name === `cpu ${cpuPaths[0]!.name}`
 
-function record(name: string, calls: number, bound: Bound): void {
+function record(name: string, calls: number, bound: Bound, work = twinWork): void {
   const folder = `${caseFolder}/${name.replaceAll(/[^\w.-]+/g, '-')}`
   mkdirSync(folder, { recursive: true })
-  native().record(folder, twinWork, calls, bound.absolute, bound.relative, bound.ofLargest)
+  native().record(folder, work, calls, bound.absolute, bound.relative, bound.ofLargest)
 }
 
 /** Every test on the best CPU path writes its first small calls down as cases for the kernel twin. */
@@ -111,11 +111,17 @@ function recordUnasked(backend: Backend): void {
 /**
  * Runs f; on the best CPU path all of its calls that are small enough are written down as cases for
  * the kernel twin, which must reproduce the CPU's results within twice the bound (both sides may
- * err), which means what it means for expectClose.
+ * err), which means what it means for expectClose. `work` may allow for more.
  */
-export function recorded<R>(backend: Backend, name: string, bound: Bound, f: () => R): R {
+export function recorded<R>(
+  backend: Backend,
+  name: string,
+  bound: Bound,
+  f: () => R,
+  work = twinWork,
+): R {
   if (!recordsCases(backend)) return f()
-  record(name, Number.MAX_SAFE_INTEGER, bound)
+  record(name, Number.MAX_SAFE_INTEGER, bound, work)
   try {
     return f()
   } finally {
