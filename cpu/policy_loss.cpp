@@ -22,23 +22,17 @@ struct Sequence {
   double policy_weight = 0, term_weight = 0;
 };
 struct RunSums {
+  bool faulty = false;
   double kept = 0, log_ratio = 0, sums[kPolicySums] = {};
 };
 
 const float* from(const View& v, int64_t t) { return v ? v.as<float>() + t : nullptr; }
 
-void count_run(const PolicyLossArgs& a, const LossRun& run, RunSums& out) {
+void count_run(const PolicyLossArgs& a, const LossRun& run, const Simd& simd, RunSums& out) {
   const uint8_t* mask = a.mask ? a.mask.as<uint8_t>() + run.begin : nullptr;
-  int64_t kept = run.size;
-  if (mask) {
-    kept = 0;
-    bool wrong = false;
-    for (int32_t t = 0; t < run.size; ++t) {
-      kept += mask[t] != 0;
-      wrong |= mask[t] > 1;
-    }
-    if (wrong) *a.fault = 1;
-  }
+  out.faulty = false;
+  const int64_t kept = mask ? simd.count_kept(mask, run.size, &out.faulty) : run.size;
+  if (out.faulty) *a.fault = 1;
   double log_ratio = 0;
   if (a.objective == Objective::gspo && a.old_log_probs) {
     const float *now = from(a.log_probs, run.begin), *old = from(a.old_log_probs, run.begin);
@@ -63,7 +57,7 @@ void policy_loss(const PolicyLossArgs& a, Device& device) {
   cpu.submit([=, &cpu, table = std::move(table), parts = run_scratch.as<RunSums>(),
               of = sequence_scratch.as<Sequence>()] {
     cpu.parallel(count, kRunGrain, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) count_run(a, table.runs[i], parts[i]);
+      for (int64_t i = begin; i < end; ++i) count_run(a, table.runs[i], cpu.simd(), parts[i]);
     });
 
     double tokens = 0, rows = 0;
@@ -100,6 +94,7 @@ void policy_loss(const PolicyLossArgs& a, Device& device) {
         r.advantages = a.per_token ? from(a.advantages, run.begin) : nullptr;
         r.advantage = a.per_token ? 0 : a.advantages.as<float>()[run.sequence];
         r.mask = a.mask ? a.mask.as<uint8_t>() + run.begin : nullptr;
+        r.faulty = parts[i].faulty;
         r.d_log_probs = a.d_log_probs.as<float>() + run.begin;
         r.d_entropy = a.d_entropy ? a.d_entropy.as<float>() + run.begin : nullptr;
         r.n = run.size;

@@ -1,9 +1,24 @@
-// Log-probabilities. A block owns one slice of kSlice columns of one row, reads it once in vectors
-// of 16 bytes and keeps a running (maximum, Σ e^d, Σ e^d d) a thread, rescaled once a vector.
+// Log-probabilities. A block owns one slice of kSlice columns of one row, reads it once and keeps a
+// running (maximum, Σ e^d, Σ e^d d) a thread, rescaled at most once a vector.
 // Threads are merged by a fixed tree, slices in order by a second, tiny kernel in f64. Which thread
-// sums which column depends on the column alone, so a row gives the same bits in any batch; an
-// unaligned row (V odd) loads element by element in the same order. The gradient is one pass of the
-// same shape.
+// sums which column depends on the column alone, so a row gives the same bits in any batch, and so
+// that few rows are many blocks (10 a row of 151 936); an unaligned row (V odd) loads element by
+// element in the same order. The gradient is one pass of the same shape, without a merge.
+//
+// What binds, on an H200 (132 SMs at some 1.7 GHz, 4.3 TB/s by copying) and bf16:
+//
+//   bytes in flight  4.3 TB/s is 19 bytes a clock and SM; over some 800 ns of latency 26 KB have to
+//                    be under way in each SM. A thread asks for 64 bytes before it touches the
+//                    first (four loads of 16), so 1024 resident threads, half of what fits, ask for
+//                    64 KB.
+//   forward          9.6 elements a clock and SM. Each costs a conversion, max, subtract, multiply,
+//                    ex2 and add: of 128 lanes a clock that is 60 %, and of the 16 ex2 a clock 60
+//                    %. Taking ex2 once more (a rescale each element) would bind, and so would
+//                    little more arithmetic: the moment's two more instructions make it 80 %.
+//   backward         4 bytes an element, 4.8 elements a clock: a third of the lanes.
+//
+// So both should run at the rate of memory: of bf16 [16384, 151936] 4.98 GB read in 1.16 ms, and
+// 9.96 GB moved in 2.3. The merge reads 120 bytes a row. A prediction, which nothing here measures.
 #include <cfloat>
 
 #include "cuda/log_probs.cuh"
@@ -12,10 +27,33 @@ namespace p2r::cuda {
 
 namespace {
 
-constexpr int kBlock = 512, kVector = 8, kWarps = kBlock / 32;
-constexpr int64_t kSlice = 32768;
-constexpr int kTileBlock = 256;
-constexpr int64_t kTile = 8192;
+constexpr int kBlock = 256, kVector = 8, kWarps = kBlock / 32;
+constexpr int64_t kStride = kBlock * kVector;  // from one vector of a thread to its next
+constexpr int64_t kSlice = 8 * kStride;
+constexpr int64_t kTile = 4 * kStride;
+constexpr int kRows = 128;  // a thread each, where rows are finished
+
+// What a thread loads before it uses any of it: kLoads times 16 bytes.
+constexpr int kLoads = 4;
+template <class T>
+struct Batch {
+  static constexpr int words = kVector * sizeof(T) / 16, vectors = kLoads / words;
+  static constexpr int64_t reach = (vectors - 1) * kStride + kVector;  // of columns
+  uint4 raw[kLoads];
+
+  __device__ __forceinline__ void load(const T* p) {
+#pragma unroll
+    for (int v = 0; v < vectors; ++v)
+#pragma unroll
+      for (int w = 0; w < words; ++w)
+        raw[v * words + w] = reinterpret_cast<const uint4*>(p + v * kStride)[w];
+  }
+  __device__ __forceinline__ void get(int v, float (&x)[kVector]) const {
+    const T* values = reinterpret_cast<const T*>(raw + v * words);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) x[i] = to_float(values[i]);
+  }
+};
 
 template <class T>
 __device__ __forceinline__ bool is_aligned(const T* p) {
@@ -58,10 +96,31 @@ __device__ __forceinline__ void store_vector(T* p, int64_t n, bool aligned,
   }
 }
 
+__device__ __forceinline__ void add_vector(Sums& a, const float (&x)[kVector], float inverse,
+                                           bool moment) {
+  float top = a.maximum;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) top = fmaxf(top, x[i]);
+  if (top > a.maximum) lower_to(a, top, inverse);
+  a.maximum = top;
+  const float from = top == -INFINITY ? 0 : top, binary = inverse * kLog2e;
+  if (moment) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const float d = x[i] - from, e = ptx::ex2(d * binary);
+      a.sum += e;
+      a.moment += e * fmaxf(d * inverse, -128.0f);  // e is 0 there, and 0 · -inf is not
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) a.sum += ptx::ex2((x[i] - from) * binary);
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kBlock)
     slice_sums_kernel(const T* logits, const int32_t* targets, int64_t columns, int64_t slices,
-                      float inverse, Sums* out) {
+                      float inverse, bool moment, Sums* out) {
   SMEM_ARRAY(Sums, parts, kWarps);
   const int64_t row = blockIdx.x / slices, first = blockIdx.x % slices * kSlice;
   if (targets[row] == kSkippedTarget) return;
@@ -69,20 +128,21 @@ __global__ void __launch_bounds__(kBlock)
   const bool aligned = is_aligned(z);
   const int64_t end = first + kSlice < columns ? first + kSlice : columns;
   Sums own = {-INFINITY, 0, 0};
-  for (int64_t c = first + threadIdx.x * kVector; c < end; c += kBlock * kVector) {
-    float x[kVector];
-    load_vector(z + c, end - c, aligned, -INFINITY, x);
-    float top = own.maximum;
+  Batch<T> batch;
+  for (int64_t c = first + threadIdx.x * kVector; c < end; c += batch.vectors * kStride) {
+    const bool whole = aligned && end - c >= batch.reach;
+    if (whole) batch.load(z + c);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) top = fmaxf(top, x[i]);
-    if (top > own.maximum) lower_to(own, top, inverse);
-    own.maximum = top;
-    const float from = top == -INFINITY ? 0 : top;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const float d = (x[i] - from) * inverse, e = ptx::ex2(d * kLog2e);
-      own.sum += e;
-      own.moment += e * fmaxf(d, -128.0f);
+    for (int v = 0; v < batch.vectors; ++v) {
+      const int64_t at = c + v * kStride;
+      float x[kVector];
+      if (whole)
+        batch.get(v, x);
+      else if (at < end)
+        load_vector(z + at, end - at, aligned, -INFINITY, x);
+      else
+        break;
+      add_vector(own, x, inverse, moment);
     }
   }
   merge_lanes(own, 32, inverse);
@@ -133,11 +193,11 @@ __device__ float2 stats_of(const Row& row, double inverse) {
 
 // With a row_stride of 0, logits has the targets' alone.
 template <class T>
-__global__ void __launch_bounds__(kTileBlock)
+__global__ void __launch_bounds__(kRows)
     finish_kernel(const T* logits, int64_t row_stride, const int32_t* targets, const Sums* partials,
                   int64_t rows, int64_t columns, int64_t slices, double inverse, float* log_probs,
                   float2* stats, float* entropy, int32_t* fault) {
-  const int64_t i = int64_t{blockIdx.x} * kTileBlock + threadIdx.x;
+  const int64_t i = int64_t{blockIdx.x} * kRows + threadIdx.x;
   if (i >= rows) return;
   const int32_t target = targets[i];
   float log_prob = 0, h = 0;
@@ -162,11 +222,11 @@ __global__ void __launch_bounds__(kTileBlock)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kTileBlock)
+__global__ void __launch_bounds__(kRows)
     finish_shard_kernel(const T* logits, const int32_t* targets, const Sums* partials, int64_t rows,
                         int64_t columns, int64_t slices, double inverse, int64_t vocab_offset,
                         float2* stats, float* target_logit, float* moment, int32_t* fault) {
-  const int64_t i = int64_t{blockIdx.x} * kTileBlock + threadIdx.x;
+  const int64_t i = int64_t{blockIdx.x} * kRows + threadIdx.x;
   if (i >= rows) return;
   const int32_t target = targets[i];
   const int64_t local = target - vocab_offset;
@@ -190,10 +250,10 @@ __global__ void __launch_bounds__(kTileBlock)
   if (moment) moment[i] = t;
 }
 
-__global__ void __launch_bounds__(kTileBlock)
+__global__ void __launch_bounds__(kRows)
     merge_kernel(const float* const* table, int shards, bool moments, int64_t rows,
                  float* log_probs, float2* merged_stats, float* entropy) {
-  const int64_t i = int64_t{blockIdx.x} * kTileBlock + threadIdx.x;
+  const int64_t i = int64_t{blockIdx.x} * kRows + threadIdx.x;
   if (i >= rows) return;
   Row row;
   double target = -INFINITY;
@@ -231,8 +291,7 @@ struct Slopes {
 };
 
 template <class T, class D>
-__global__ void __launch_bounds__(kTileBlock)
-    slopes_kernel(const T* logits, D* d_logits, Slopes a) {
+__global__ void __launch_bounds__(kBlock) slopes_kernel(const T* logits, D* d_logits, Slopes a) {
   const int64_t row = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * kTile;
   const int64_t end = first + kTile < a.columns ? first + kTile : a.columns;
   // Rows of dz that are longer end in zeros.
@@ -246,50 +305,81 @@ __global__ void __launch_bounds__(kTileBlock)
   const double scale = a.scale ? a.inverse * *a.scale : a.inverse;
   const double g = a.d_log_probs[row] * scale;
   const double h = a.d_entropy ? a.d_entropy[row] * scale : 0;
-  const bool still = target == kSkippedTarget || (g == 0 && h == 0);
-  if (wrong && threadIdx.x == 0) *a.fault = 1;
+  if (wrong || target == kSkippedTarget || (g == 0 && h == 0)) {
+    if (wrong && threadIdx.x == 0) *a.fault = 1;
+    float x[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) x[i] = wrong ? NAN : 0;
+    for (int64_t c = first + threadIdx.x * kVector; c < end; c += kStride)
+      store_vector(dz + c, stored - c, aligned, x);
+    return;
+  }
 
   const float inverse = static_cast<float>(a.inverse);
   const float inverse_low = static_cast<float>(a.inverse - inverse);
   const float maximum = a.stats[2 * row], log_sum = a.stats[2 * row + 1];
   const double entropy = h != 0 ? a.entropy[row] : 0;
   const float scale_p = static_cast<float>(-g - h * entropy), scale_h = static_cast<float>(-h);
-  for (int64_t c = first + threadIdx.x * kVector; c < end; c += kTileBlock * kVector) {
-    float x[kVector];
-    if (wrong || still) {
+  const auto slopes = [&](float(&x)[kVector], int64_t at) {
+    const int64_t own = label - at;  // the target's place in this vector, if it is there
+    float at_label = 0;
+    if (own >= 0 && own < kVector) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) x[i] = wrong ? NAN : 0;
-    } else {
-      load_vector(z + c, end - c, aligned, 0, x);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        if (c + i == label) {  // g (1 - p), without the cancellation near p = 1
-          const double log_p = (x[i] * a.inverse - maximum) - log_sum, p = exp(log_p);
-          x[i] = static_cast<float>(-g * expm1(log_p) - (p == 0 ? 0 : h * p * (log_p + entropy)));
-        } else {
-          // The low part of the product is of a finite x: -inf times 0 is not 0.
-          const float low = fmaf(fmaxf(x[i], -FLT_MAX), inverse_low, -log_sum);
-          const float log_p = fmaf(x[i], inverse, -maximum) + low;
-          x[i] = ptx::ex2(log_p * kLog2e) * (scale_p + scale_h * fmaxf(log_p, -128.0f));
-        }
-        if (c + i >= a.columns) x[i] = 0;
-      }
+      for (int i = 0; i < kVector; ++i)
+        if (i == own) at_label = x[i];
     }
-    store_vector(dz + c, stored - c, aligned, x);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      float log_p = fmaf(x[i], inverse, -maximum);
+      // The low part of the product is of a finite x: -inf times 0 is not 0.
+      log_p += inverse_low == 0 ? -log_sum : fmaf(fmaxf(x[i], -FLT_MAX), inverse_low, -log_sum);
+      const float p = ptx::ex2(log_p * kLog2e);
+      x[i] = p * (scale_h == 0 ? scale_p : scale_p + scale_h * fmaxf(log_p, -128.0f));
+    }
+    if (own >= 0 && own < kVector) {  // g (1 - p), without the cancellation near p = 1
+      const double log_p = (at_label * a.inverse - maximum) - log_sum, p = exp(log_p);
+      const double slope = -g * expm1(log_p) - (p == 0 ? 0 : h * p * (log_p + entropy));
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        if (i == own) x[i] = static_cast<float>(slope);
+    }
+  };
+  Batch<T> batch;
+  for (int64_t c = first + threadIdx.x * kVector; c < end; c += batch.vectors * kStride) {
+    const bool whole = aligned && end - c >= batch.reach;
+    if (whole) batch.load(z + c);
+#pragma unroll
+    for (int v = 0; v < batch.vectors; ++v) {
+      const int64_t at = c + v * kStride;
+      float x[kVector];
+      if (whole)
+        batch.get(v, x);
+      else if (at < end)
+        load_vector(z + at, end - at, aligned, 0, x);
+      else
+        break;
+      slopes(x, at);
+      if (!whole) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i)
+          if (at + i >= a.columns) x[i] = 0;
+      }
+      store_vector(dz + at, stored - at, aligned, x);
+    }
   }
 }
 
 template <class T>
-void sum_slices(const In& logits, const In& targets, float inverse, Sums* out, int64_t slices,
-                cudaStream_t stream) {
+void sum_slices(const In& logits, const In& targets, double inverse, bool moment, Sums* out,
+                int64_t slices, cudaStream_t stream) {
   const int64_t rows = logits.shape[0];
   if (rows * slices > 0)
     launch(slice_sums_kernel<T>, static_cast<unsigned>(rows * slices), kBlock, 0, stream,
-           logits.as<const T>(), targets.as<const int32_t>(), logits.shape[1], slices, inverse,
-           out);
+           logits.as<const T>(), targets.as<const int32_t>(), logits.shape[1], slices,
+           static_cast<float>(inverse), moment, out);
 }
 
-unsigned row_blocks(int64_t rows) { return static_cast<unsigned>(ceil_div(rows, kTileBlock)); }
+unsigned row_blocks(int64_t rows) { return static_cast<unsigned>(ceil_div(rows, kRows)); }
 
 }  // namespace
 
@@ -302,11 +392,11 @@ void token_log_probs(const TokenLogProbsArgs& a, Device& device) {
   cudaStream_t stream = stream_of(device);
   with_float_type(a.logits.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    sum_slices<T>(a.logits, a.targets, static_cast<float>(inverse), scratch.as<Sums>(), slices,
+    sum_slices<T>(a.logits, a.targets, inverse, bool(a.entropy), scratch.as<Sums>(), slices,
                   stream);
-    launch(finish_kernel<T>, row_blocks(rows), kTileBlock, 0, stream, a.logits.as<const T>(),
-           columns, a.targets.as<const int32_t>(), scratch.as<const Sums>(), rows, columns, slices,
-           inverse, a.log_probs.as<float>(), a.stats.as<float2>(), a.entropy.as<float>(), a.fault);
+    launch(finish_kernel<T>, row_blocks(rows), kRows, 0, stream, a.logits.as<const T>(), columns,
+           a.targets.as<const int32_t>(), scratch.as<const Sums>(), rows, columns, slices, inverse,
+           a.log_probs.as<float>(), a.stats.as<float2>(), a.entropy.as<float>(), a.fault);
   });
 }
 
@@ -319,9 +409,8 @@ void token_log_probs_shard(const TokenLogProbsShardArgs& a, Device& device) {
   cudaStream_t stream = stream_of(device);
   with_float_type(a.logits.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    sum_slices<T>(a.logits, a.targets, static_cast<float>(inverse), scratch.as<Sums>(), slices,
-                  stream);
-    launch(finish_shard_kernel<T>, row_blocks(rows), kTileBlock, 0, stream, a.logits.as<const T>(),
+    sum_slices<T>(a.logits, a.targets, inverse, bool(a.moment), scratch.as<Sums>(), slices, stream);
+    launch(finish_shard_kernel<T>, row_blocks(rows), kRows, 0, stream, a.logits.as<const T>(),
            a.targets.as<const int32_t>(), scratch.as<const Sums>(), rows, columns, slices, inverse,
            a.vocab_offset, a.stats.as<float2>(), a.target_logit.as<float>(), a.moment.as<float>(),
            a.fault);
@@ -336,7 +425,7 @@ void merge_log_probs(const MergeLogProbsArgs& a, Device& device) {
     for (const In& t : *list) table.push_back(t.as<const float>());
   Scratch scratch = device.scratch(table.size() * sizeof(float*));
   device.upload(scratch.as<void>(), table.data(), table.size() * sizeof(float*));
-  launch(merge_kernel, row_blocks(rows), kTileBlock, 0, stream_of(device),
+  launch(merge_kernel, row_blocks(rows), kRows, 0, stream_of(device),
          scratch.as<const float* const>(), static_cast<int>(a.stats.size()), !a.moment.empty(),
          rows, a.log_probs.as<float>(), a.merged.as<float2>(), a.entropy.as<float>());
 }
@@ -344,7 +433,7 @@ void merge_log_probs(const MergeLogProbsArgs& a, Device& device) {
 void finish_log_probs(const TokenLogProbsArgs& a, int64_t columns, const Sums* sums, int64_t spans,
                       const float* target_logits, Device& device) {
   const int64_t rows = a.targets.shape[0];
-  launch(finish_kernel<float>, row_blocks(rows), kTileBlock, 0, stream_of(device), target_logits,
+  launch(finish_kernel<float>, row_blocks(rows), kRows, 0, stream_of(device), target_logits,
          int64_t{0}, a.targets.as<const int32_t>(), sums, rows, columns, spans, 1 / a.temperature,
          a.log_probs.as<float>(), a.stats.as<float2>(), a.entropy.as<float>(), a.fault);
 }
@@ -370,8 +459,8 @@ void slopes(const TokenLogProbsBackwardArgs& a, const float* scale, D* d_logits,
   s.scale = scale;
   s.shard = a.shard;
   s.fault = a.fault;
-  launch(slopes_kernel<T, D>, static_cast<unsigned>(rows * s.tiles), kTileBlock, 0,
-         stream_of(device), a.logits.as<const T>(), d_logits, s);
+  launch(slopes_kernel<T, D>, static_cast<unsigned>(rows * s.tiles), kBlock, 0, stream_of(device),
+         a.logits.as<const T>(), d_logits, s);
 }
 
 }  // namespace

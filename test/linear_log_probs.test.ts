@@ -562,6 +562,25 @@ onEveryBackend('linear_log_probs', (b) => {
     for (const t of [inputs.hidden, inputs.weight, inputs.targets, stats, dLogProbs]) t.dispose()
   })
 
+  // What peakBytes counts is what kernels ask the device for; this asks the system.
+  test('the process does not grow by [N, V]', async () => {
+    if (b.device.info.backend !== 'cpu') return
+    const [n, v, c] = [1024, 40_000, 4]
+    const inputs = {
+      hidden: b.device.zeros([n, c]),
+      weight: b.device.zeros([v, c]),
+      targets: b.device.zeros([n], 'i32'),
+    }
+    await b.device.synchronize()
+    const before = process.memoryUsage().rss
+    using r = linearLogProbs({ ...inputs, entropy: true })
+    await b.device.synchronize()
+    // The logits would be 164 MB; the results and scratch are less than 10.
+    expect(process.memoryUsage().rss - before).toBeLessThan(60 * 2 ** 20)
+    expectClose(await r.logProbs.read(), Array(n).fill(-Math.log(v)), forward)
+    for (const t of Object.values(inputs)) t.dispose()
+  })
+
   test('empty sizes', async () => {
     const none = {
       hidden: b.device.zeros([0, 5], 'f16'),

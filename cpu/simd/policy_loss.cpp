@@ -1,4 +1,5 @@
-// The policy loss of one run of tokens: W tokens at a time, every branch a select.
+// The policy loss of one run of tokens: W tokens at a time, every branch on data a select. What is
+// the same for a whole run is a template's parameter or a branch that always goes one way.
 #include <math.h>
 
 #include "cpu/simd/rows.h"
@@ -9,22 +10,32 @@ namespace p2r::cpu::P2R_ISA {
 
 namespace {
 
-typedef uint8_t vb __attribute__((vector_size(W)));
-
 // As in ops/policy_loss.h, which this file may not include.
 enum { kPpo, kGspo, kCispo, kSapo, kGpg };
 enum { kNone, kK1, kK2, kK3, kAbs };
 
-constexpr int kPartial = 256;  // tokens whose terms are summed in f32
+constexpr int kPartial = 512;  // tokens whose terms are summed in f32
+
+// What tokens add up to: terms in f32 for kPartial tokens, then in f64; counts of kept tokens.
+struct Totals {
+  vf terms[kPolicySums] = {};
+  vi clipped = {}, lower = {};
+};
+
+// An advantage as it is used: its negative, and the most that a loss may be where it is negative.
+struct Advantage {
+  vf minus, most;
+};
+inline Advantage advantage_of(const PolicyRun& run, vf x) {
+  return {-x, x < 0.0f ? -x * run.dual_clip : set1(INFINITY)};
+}
 
 struct Term {
   vf value, slope;
 };
 
-inline vf clamp(vf x, float low, float high) {
-  x = x > high ? set1(high) : x;
-  return x < low ? set1(low) : x;
-}
+// NaN stays.
+inline vf clamp(vf x, float low, float high) { return vmax(set1(low), vmin(set1(high), x)); }
 inline vf load_floats(const float* p, int n) { return n == W ? loadf(p) : load_first<vf>(p, n); }
 inline void store_floats(float* p, vf x, int n) {
   if (n == W)
@@ -64,96 +75,161 @@ inline Term kl_term(const PolicyRun& run, vf x) {
   }
 }
 
-}  // namespace
+// The n tokens from i on, at most W.
+template <int objective>
+inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int n, Totals& total) {
+  const vf one = set1(1), none = {};
+  vb mask = {};
+  if (run.mask)
+    memcpy(&mask, run.mask + i, n);
+  else
+    memset(&mask, 1, n);
+  const vi mark = (vi)widened(mask);
+  const vi keep = mark != 0;
 
-void policy_run(const PolicyRun* pointer, double* sums) {
-  const PolicyRun run = *pointer;
-  const vf nan = set1(NAN), one = set1(1), none = {};
-  for (int k = 0; k < kPolicySums; ++k) sums[k] = 0;
+  const vf log_p = load_floats(run.log_probs + i, n);
+  if (run.advantages) advantage = advantage_of(run, load_floats(run.advantages + i, n));
+  const vf step = run.old_log_probs ? log_p - load_floats(run.old_log_probs + i, n) : none;
+  const vf d = clamp(step, -20, 20);
+  constexpr bool sequence = objective == kGspo;
+  vf ratio = one;
+  if (sequence) {
+    ratio = set1(run.sequence_ratio);
+  } else if (run.old_log_probs) {
+    const Power power = power_of_two(d, 1.44269504f);
+    ratio = power.scale * power.rest;
+  }
+  const vf free = advantage.minus * ratio;
+
+  Term policy = {none, none};
+  if (objective == kPpo || sequence) {
+    const vf bounded = advantage.minus * clamp(ratio, run.low, run.high);
+    const vi clipped = bounded > free;
+    policy.value = clipped ? bounded : free;
+    vi moves = sequence ? (run.sequence_inside ? keep : keep & 0) : d == step;
+    if (!sequence) {
+      const vi lower = policy.value > advantage.most;
+      policy.value = lower ? advantage.most : policy.value;
+      total.lower += keep & lower;
+      moves &= ~lower;
+    }
+    total.clipped += keep & clipped;
+    policy.slope = moves & ~clipped ? free : none;
+  } else if (objective == kCispo) {
+    const vf held = clamp(ratio, run.low, run.high);
+    total.clipped += keep & (held != ratio);
+    policy.slope = advantage.minus * held;
+    policy.value = policy.slope * log_p;
+  } else if (objective == kSapo) {
+    const vf tau = advantage.minus < 0.0f ? set1(run.tau_positive) : set1(run.tau_negative);
+    const vf gate = one / (one + vexp(-tau * (ratio - 1.0f)));
+    const vf away = one / (one + vexp(tau * (ratio - 1.0f)));
+    policy.value = advantage.minus * gate * 4.0f / tau;
+    policy.slope = d == step ? advantage.minus * 4.0f * gate * away * ratio : none;
+  } else {
+    policy.slope = advantage.minus;
+    policy.value = policy.slope * log_p;
+  }
+  if (run.importance) {
+    const vf weight = load_floats(run.importance + i, n);
+    policy.value *= weight;
+    policy.slope *= weight;
+  }
+  vf slope = policy.slope * run.policy_weight;
+  if (run.faulty) {
+    const vi wrong = mark > 1;
+    policy.value = wrong ? set1(NAN) : policy.value;
+    slope = wrong ? set1(NAN) : slope;
+  }
+  total.terms[kPolicy] += keep ? policy.value : none;
+
+  if (run.kl != kNone) {
+    const Term kl = kl_term(run, load_floats(run.ref_log_probs + i, n) - log_p);
+    total.terms[kKl] += keep ? kl.value : none;
+    if (run.kl_weight != 0) slope += kl.slope * run.kl_weight;
+  }
+  if (run.entropy) {
+    total.terms[kEntropy] += keep ? load_floats(run.entropy + i, n) : none;
+    store_floats(run.d_entropy + i, keep ? set1(run.entropy_weight) : none, n);
+  }
+  total.terms[kApproxKl] -= keep ? d : none;
+  total.terms[kRatio] += keep ? ratio : none;
+  store_floats(run.d_log_probs + i, keep ? slope : none, n);
+}
+
+template <int objective>
+void tokens_of(const PolicyRun* pointer, double* sums) {
+  const PolicyRun run = *pointer;  // a copy, which no store to the results can change
+  const Advantage shared = advantage_of(run, set1(run.advantage));
+  vd_half terms[kPolicySums] = {};
+  vi clipped = {}, lower = {};
   for (int64_t begin = 0; begin < run.n; begin += kPartial) {
     const int64_t end = run.n - begin < kPartial ? run.n : begin + kPartial;
-    vf total[kPolicySums] = {};
-    for (int64_t i = begin; i < end; i += W) {
-      const int n = end - i < W ? (int)(end - i) : W;
-      vb mask = {};
-      if (run.mask)
-        memcpy(&mask, run.mask + i, n);
-      else
-        memset(&mask, 1, n);
-      const vi mark = __builtin_convertvector(mask, vi);
-      const vi keep = mark != 0, wrong = mark > 1;
-
-      const vf log_p = load_floats(run.log_probs + i, n);
-      const vf advantage =
-          run.advantages ? load_floats(run.advantages + i, n) : set1(run.advantage);
-      const vf step = run.old_log_probs ? log_p - load_floats(run.old_log_probs + i, n) : none;
-      const vf d = clamp(step, -20, 20);
-      const bool sequence = run.objective == kGspo;
-      const vi inside =
-          sequence ? (run.sequence_inside ? keep : keep & 0) : (step >= -20.0f) & (step <= 20.0f);
-      const vf ratio = sequence ? set1(run.sequence_ratio) : run.old_log_probs ? vexp(d) : one;
-
-      Term policy = {none, none};
-      vi clipped = keep & 0, lower = keep & 0;
-      switch (run.objective) {
-        case kPpo:
-        case kGspo: {
-          const vf free = -advantage * ratio;
-          const vf bounded = -advantage * clamp(ratio, run.low, run.high);
-          clipped = bounded > free;
-          policy.value = clipped ? bounded : free;
-          if (!sequence && run.dual_clip < INFINITY) {
-            const vf most = -advantage * run.dual_clip;
-            lower = (advantage < 0.0f) & (policy.value > most);
-            policy.value = lower ? most : policy.value;
-          }
-          policy.slope = inside & ~clipped & ~lower ? free : none;
-          break;
-        }
-        case kCispo: {
-          const vf held = clamp(ratio, run.low, run.high);
-          clipped = held != ratio;
-          policy.slope = -advantage * held;
-          policy.value = policy.slope * log_p;
-          break;
-        }
-        case kSapo: {
-          const vf tau = advantage > 0.0f ? set1(run.tau_positive) : set1(run.tau_negative);
-          const vf gate = one / (one + vexp(-tau * (ratio - 1.0f)));
-          const vf away = one / (one + vexp(tau * (ratio - 1.0f)));
-          policy.value = -advantage * gate * 4.0f / tau;
-          policy.slope = inside ? -advantage * 4.0f * gate * away * ratio : none;
-          break;
-        }
-        default:
-          policy.slope = -advantage;
-          policy.value = policy.slope * log_p;
-      }
-      if (run.importance) {
-        const vf weight = load_floats(run.importance + i, n);
-        policy.value *= weight;
-        policy.slope *= weight;
-      }
-      vf slope = policy.slope * run.policy_weight;
-      total[kPolicy] += wrong ? nan : keep ? policy.value : none;
-
-      if (run.kl != kNone) {
-        const Term kl = kl_term(run, load_floats(run.ref_log_probs + i, n) - log_p);
-        total[kKl] += keep ? kl.value : none;
-        if (run.kl_weight != 0) slope += kl.slope * run.kl_weight;
-      }
-      if (run.entropy) {
-        total[kEntropy] += keep ? load_floats(run.entropy + i, n) : none;
-        store_floats(run.d_entropy + i, keep ? set1(run.entropy_weight) : none, n);
-      }
-      total[kClipped] += keep & clipped ? one : none;
-      total[kClippedLower] += keep & lower ? one : none;
-      total[kApproxKl] += keep ? -d : none;
-      total[kRatio] += keep ? ratio : none;
-      store_floats(run.d_log_probs + i, wrong ? nan : keep ? slope : none, n);
-    }
-    for (int k = 0; k < kPolicySums; ++k) sums[k] += sum(total[k]);
+    Totals total;
+    int64_t i = begin;
+    for (; i + W <= end; i += W) add_tokens<objective>(run, shared, i, W, total);
+    if (i < end) add_tokens<objective>(run, shared, i, (int)(end - i), total);
+    for (int k : {kPolicy, kApproxKl, kRatio}) add_to(&terms[k], total.terms[k]);
+    if (run.kl != kNone) add_to(&terms[kKl], total.terms[kKl]);
+    if (run.entropy) add_to(&terms[kEntropy], total.terms[kEntropy]);
+    clipped += total.clipped;
+    lower += total.lower;
   }
+  for (int k : {kPolicy, kKl, kEntropy, kApproxKl, kRatio}) sums[k] = sum(terms[k]);
+  int32_t counts[2] = {};
+  for (int lane = 0; lane < W; ++lane) {
+    counts[0] -= clipped[lane];  // a true lane is -1
+    counts[1] -= lower[lane];
+  }
+  sums[kClipped] = counts[0];
+  sums[kClippedLower] = counts[1];
+}
+
+}  // namespace
+
+void policy_run(const PolicyRun* run, double* sums) {
+  switch (run->objective) {
+    case kPpo:
+      return tokens_of<kPpo>(run, sums);
+    case kGspo:
+      return tokens_of<kGspo>(run, sums);
+    case kCispo:
+      return tokens_of<kCispo>(run, sums);
+    case kSapo:
+      return tokens_of<kSapo>(run, sums);
+    default:
+      return tokens_of<kGpg>(run, sums);
+  }
+}
+
+int64_t count_kept(const uint8_t* mask, int64_t n, bool* wrong) {
+  typedef uint8_t vbytes __attribute__((vector_size(W * 4)));
+  typedef uint64_t vwords __attribute__((vector_size(W * 4)));
+  constexpr int64_t kBytes = W * 4;
+  int64_t kept = 0, i = 0;
+  vbytes beyond = {};
+  while (n - i >= kBytes) {
+    const int64_t end = n - i < 255 * kBytes ? n : i + 255 * kBytes;  // a byte counts so far
+    vbytes counts = {};
+    for (; i + kBytes <= end; i += kBytes) {
+      const vbytes marks = load<vbytes>(mask + i);
+      counts += marks != 0 ? vbytes{} + 1 : vbytes{};
+      beyond |= marks & 0xFE;
+    }
+    vwords words = (vwords)counts;
+    words = (words & 0x00FF00FF00FF00FFu) + (words >> 8 & 0x00FF00FF00FF00FFu);
+    words = (words & 0x0000FFFF0000FFFFu) + (words >> 16 & 0x0000FFFF0000FFFFu);
+    words = (words & 0xFFFFFFFFu) + (words >> 32);
+    for (int lane = 0; lane < W / 2; ++lane) kept += (int64_t)words[lane];
+  }
+  uint64_t high = 0;
+  for (int lane = 0; lane < W / 2; ++lane) high |= ((vwords)beyond)[lane];
+  for (; i < n; ++i) {
+    kept += mask[i] != 0;
+    high |= mask[i] & 0xFE;
+  }
+  *wrong |= high != 0;
+  return kept;
 }
 
 }  // namespace p2r::cpu::P2R_ISA

@@ -18,7 +18,6 @@ namespace {
 constexpr int kBits = 22;
 constexpr int kOutputs = W / 4;  // of pairs, together
 
-typedef uint8_t vb __attribute__((vector_size(W)));
 typedef int32_t v4 __attribute__((vector_size(16)));
 
 // Sums of the two products of 16-bit halves in each lane.

@@ -15,6 +15,7 @@ struct SoftmaxRow {
 struct PolicyRun {
   const float *log_probs, *old_log_probs, *ref_log_probs, *entropy, *importance, *advantages;
   const uint8_t* mask;
+  bool faulty;  // whether the mask holds other than 0 and 1
   float *d_log_probs, *d_entropy;
   int64_t n;
   int objective, kl;  // Objective, Kl

@@ -89,19 +89,62 @@ inline float sum(vf v) {
   for (int i = 0; i < W; ++i) s += v[i];
   return s;
 }
+// The same in f64, of the two halves of a vector each.
+typedef float vf_half __attribute__((vector_size(W * 2)));
+typedef double vd_half __attribute__((vector_size(W * 4)));
+inline void add_to(vd_half* total, vf v) {
+  vf_half half[2];
+  memcpy(half, &v, sizeof v);
+  *total += __builtin_convertvector(half[0], vd_half) + __builtin_convertvector(half[1], vd_half);
+}
+inline double sum(vd_half v) {
+  double s = 0;
+  for (int i = 0; i < W / 2; ++i) s += v[i];
+  return s;
+}
 inline float max_of(vf v) {
   float m = v[0];
   for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
   return m;
 }
 
+// Bytes and 16-bit words as 32-bit integers. (The compiler's own conversion takes
+// several instructions, or goes element by element.)
+typedef uint8_t vb __attribute__((vector_size(W)));
+inline vu widened(vb x) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu8_epi32((__m128i)x);
+#elif defined(__AVX2__)
+  uint64_t bytes;
+  memcpy(&bytes, &x, sizeof bytes);
+  return (vu)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
+#else
+  return __builtin_convertvector(x, vu);
+#endif
+}
+
+inline vu widened(vh x) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+  return __builtin_convertvector(x, vu);
+#endif
+}
+inline vh narrowed(vu x) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, vh);
+#endif
+}
+
 // bf16 is the upper half of an f32; rounding to nearest even, NaN kept a NaN.
-inline vf from_bf16(vh h) { return from_bits(__builtin_convertvector(h, vu) << 16); }
+inline vf from_bf16(vh h) { return from_bits(widened(h) << 16); }
 inline vh to_bf16(vf x) {
   const vu u = bits(x);
   const vu rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   const vu quiet = (u >> 16) | 0x40u;
-  return __builtin_convertvector((vu)((x == x) ? (vi)rounded : (vi)quiet), vh);
+  return narrowed((vu)((x == x) ? (vi)rounded : (vi)quiet));
 }
 
 inline vf from_f16(vh h) {
@@ -136,6 +179,42 @@ inline vh to_f16(vf x) {
 #endif
 }
 
+// 2 to the `x by`, for -1e4 < x by <= 127 or NaN, as a product of two factors, within 1 ulp: sums
+// and products of powers take the multiplication into one that they have anyway.
+struct Power {
+  vf scale, rest;
+};
+inline Power power_of_two(vf x, float by) {
+#if defined(__AVX512F__)
+  // x by = j/32 + r with a table of 2^(j/32), which the low five bits of the rounded product index,
+  // and a parabola for |r| <= 1/64, whose cubic term is spread (Chebyshev) to leave 5e-8.
+  const float kShift = 0x1.8p18f;
+  const vf low = {1.0f,        1.02189715f, 1.04427378f, 1.06714040f, 1.09050773f, 1.11438674f,
+                  1.13878863f, 1.16372485f, 1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f,
+                  1.29683955f, 1.32523664f, 1.35425555f, 1.38390988f};
+  const vf high = {1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f, 1.54221083f, 1.57598085f,
+                   1.61049033f, 1.64575548f, 1.68179283f, 1.71861930f, 1.75625216f, 1.79470907f,
+                   1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
+  const vf shifted = x * by + kShift;
+  const vf steps = shifted - kShift, r = x * by - steps;
+  const vf power = (vf)_mm512_permutex2var_ps((__m512)low, (__m512i)shifted, (__m512)high);
+  return {(vf)_mm512_scalef_ps((__m512)power, (__m512)steps),
+          (r * 0.24022886f + 0.69315734f) * r + 1.0f};
+#else
+  // As vexp, with the polynomial of Cephes for 2^r. Below 2^-149 the scale is an exact 0.
+  const float kShift = 0x1.8p23f;
+  const vf shifted = x * by + kShift;
+  const vf r = x * by - (shifted - kShift);
+  vf p = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  const vi rounded = (vi)shifted - 0x4B400000, e = rounded > -250 ? rounded : vi{} - 250;
+  const vi half = e >> 1;
+  return {(vf)((half + 127) << 23) * (vf)((e - half + 127) << 23), p * r + 1.0f};
+#endif
+}
 // e to the x, within 1 ulp: x = n ln 2 + r with ln 2 in two parts (Cody and Waite, 1980), a
 // polynomial in r, and 2^n in two steps, so that results fade through the subnormals to an exact 0.
 inline vf vexp(vf x) {
