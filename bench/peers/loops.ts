@@ -28,14 +28,16 @@ export function logProbsLoop(logits: Float32Array, targets: Int32Array): Peer {
   )
 }
 
-/** On-policy PPO with token-mean, whose ratio is 1: the gradient of the loss. */
+/** PPO with token-mean, on-policy (a ratio of 1) without old log-probs: the gradient of the loss. */
 export function policyLossLoop(
   logProbs: Float32Array,
+  oldLogProbs: Float32Array | undefined,
   advantages: Float32Array,
   mask: Uint8Array,
 ): Peer {
   const gradient = new Float32Array(logProbs.length)
   const length = logProbs.length / advantages.length
+  const old = oldLogProbs ?? logProbs
   return loop(1e-5, () => {
     let tokens = 0
     for (let t = 0; t < mask.length; t++) tokens += mask[t]!
@@ -46,12 +48,13 @@ export function policyLossLoop(
           gradient[t] = 0
           continue
         }
-        const ratio = Math.exp(logProbs[t]! - logProbs[t]!)
+        const ratio = Math.exp(logProbs[t]! - old[t]!)
         const clipped = Math.min(Math.max(ratio, 0.8), 1.2)
         const plain = -advantages[b]! * ratio
         const bounded = -advantages[b]! * clipped
-        loss += Math.max(plain, bounded)
-        gradient[t] = (plain >= bounded ? plain : 0) / tokens
+        const most = advantages[b]! < 0 ? -3 * advantages[b]! : Infinity
+        loss += Math.min(Math.max(plain, bounded), most)
+        gradient[t] = (plain >= bounded && plain <= most ? plain : 0) / tokens
       }
     // Kept, so that the sum is not work that could be dropped.
     gradient[0]! += 0 * loss
