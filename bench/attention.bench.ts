@@ -1,7 +1,7 @@
 import { attention, attentionBackward, attentionMass, type Tensor } from 'p2r-kernels'
-import { evenly, normals } from './data.js'
+import { type Block, bf16Bits, evenly, normals } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
-import { attentionOnCuda, longAttention } from './large/attention.js'
+import { attentionOnCuda } from './large/attention.js'
 import { multiHeadAttention } from './peers/onnxruntime.js'
 import { scaledDotProductAttention } from './peers/pytorch.js'
 
@@ -23,15 +23,21 @@ const shape = (batch: number, length: number, heads: number, headDim: number): S
 const products = ({ batch, length, heads, headDim }: Shape): number =>
   2 * batch * length ** 2 * heads * headDim
 
-function workload(s: Shape, backward: boolean, slow = false): Workload {
+function workload(
+  s: Shape,
+  backward: boolean,
+  { dtype = 'f32', slow = false }: { dtype?: 'f32' | 'bf16'; slow?: boolean } = {},
+): Workload {
+  const width = dtype === 'f32' ? 4 : 2
   const tokens = s.batch * s.length
   const size = tokens * s.heads * s.headDim
   const dims = [tokens, s.heads, s.headDim]
   const cuSeqlens = evenly(s.batch, s.length)
   return {
-    name: `${s.batch}x${s.length}x${s.heads}x${s.headDim} f32 ${backward ? 'fwd+bwd' : 'fwd'}`,
+    name: `${s.batch}x${s.length}x${s.heads}x${s.headDim} ${dtype} ${backward ? 'fwd+bwd' : 'fwd'}`,
     flops: products(s) * (backward ? 6 : 2),
-    traffic: { read: size * 4 * (backward ? 4 : 3), write: size * 4 * (backward ? 4 : 1) },
+    products: dtype,
+    traffic: { read: size * width * (backward ? 4 : 3), write: size * width * (backward ? 4 : 1) },
     slow,
     inputs(seed) {
       const [q, k, v, dOut] = [0, 1, 2, 3].map((i) => normals(size, 4 * seed + i)) as [
@@ -40,16 +46,23 @@ function workload(s: Shape, backward: boolean, slow = false): Workload {
         Float32Array,
         Float32Array,
       ]
+      const block = (data: Float32Array): Block => ({
+        data: dtype === 'f32' ? data : bf16Bits(data),
+        dtype,
+        shape: dims,
+      })
       return {
-        byteLength: size * 4 * (backward ? 4 : 3),
+        byteLength: size * width * (backward ? 4 : 3),
         load(device) {
           const a = {
-            q: device.tensor(q, dims),
-            k: device.tensor(k, dims),
-            v: device.tensor(v, dims),
+            q: device.tensor(q, dims, dtype),
+            k: device.tensor(k, dims, dtype),
+            v: device.tensor(v, dims, dtype),
             cuSeqlens,
           }
-          const gradient: Tensor | undefined = backward ? device.tensor(dOut, dims) : undefined
+          const gradient: Tensor | undefined = backward
+            ? device.tensor(dOut, dims, dtype)
+            : undefined
           return {
             run() {
               const { out, lse } = attention(a)
@@ -57,21 +70,18 @@ function workload(s: Shape, backward: boolean, slow = false): Workload {
             },
             answer() {
               const { out, lse } = attention(a)
-              if (!gradient) return out.read()
-              return attentionBackward({ ...a, dOut: gradient, out, lse }).dK.read()
+              if (!gradient) return out.toFloat32()
+              return attentionBackward({ ...a, dOut: gradient, out, lse }).dK.toFloat32()
             },
           }
         },
         peers: [
-          ...(backward ? [] : [multiHeadAttention(s, q, k, v)]),
+          ...(backward || dtype !== 'f32' || s.batch > 1000
+            ? []
+            : [multiHeadAttention(s, q, k, v)]),
           scaledDotProductAttention(
             '',
-            {
-              q: { data: q, dtype: 'f32', shape: dims },
-              k: { data: k, dtype: 'f32', shape: dims },
-              v: { data: v, dtype: 'f32', shape: dims },
-              dOut: { data: dOut, dtype: 'f32', shape: dims },
-            },
+            { q: block(q), k: block(k), v: block(v), dOut: block(dOut) },
             { sequences: s.batch, pass: backward ? 'fwd+bwd' : 'fwd', last: 0 },
           ),
         ],
@@ -109,12 +119,15 @@ export default {
   op: 'attention',
   workloads: [
     workload(shape(1, 1024, 16, 64), false),
-    workload(shape(1, 4096, 16, 64), false, true),
+    workload(shape(1, 4096, 16, 64), false, { slow: true }),
     workload(shape(16, 256, 16, 72), false),
     workload(shape(1, 2048, 16, 80), false),
+    workload(shape(4096, 64, 2, 80), false),
     workload(shape(1, 1024, 16, 64), true),
-    workload(shape(4096, 64, 16, 80), false, true),
-    longAttention(1024, 64, 'bf16', 'fwd', { backend: 'cpu' }),
+    workload(shape(1, 1024, 16, 64), false, { dtype: 'bf16' }),
+    workload(shape(1, 2048, 16, 80), false, { dtype: 'bf16' }),
+    workload(shape(4096, 64, 2, 80), false, { dtype: 'bf16' }),
+    workload(shape(1, 1024, 16, 64), true, { dtype: 'bf16' }),
     mass(shape(1, 1024, 16, 64)),
     ...attentionOnCuda,
   ],

@@ -7,17 +7,19 @@ const rows = 256
 const channels = 1024
 const vocabulary = 32_000
 const product = 2 * rows * channels * vocabulary
-const weightBytes = vocabulary * channels * 4
-const hiddenBytes = rows * channels * 4
 
-function workload(backward: boolean): Workload {
+function workload(backward: boolean, dtype: 'f32' | 'bf16' = 'f32'): Workload {
+  const width = dtype === 'f32' ? 4 : 2
+  const weightBytes = vocabulary * channels * width
+  const hiddenBytes = rows * channels * width
   return {
-    name: `${rows}x${channels} x ${vocabulary} f32 ${backward ? 'fwd+bwd' : 'fwd'}`,
+    name: `${rows}x${channels} x ${vocabulary} ${dtype} ${backward ? 'fwd+bwd' : 'fwd'}`,
     // Two more products for the gradients; logits that a kernel computes again do not count.
     flops: product * (backward ? 3 : 1),
+    products: dtype,
     traffic: {
       read: weightBytes + hiddenBytes,
-      write: backward ? weightBytes + hiddenBytes : 0,
+      write: backward ? vocabulary * channels * 4 + hiddenBytes : 0,
     },
     inputs(seed) {
       const hidden = normals(rows * channels, seed)
@@ -27,8 +29,8 @@ function workload(backward: boolean): Workload {
         byteLength: weightBytes + hiddenBytes,
         load(device) {
           const a = {
-            hidden: device.tensor(hidden, [rows, channels]),
-            weight: device.tensor(weight, [vocabulary, channels]),
+            hidden: device.tensor(hidden, [rows, channels], dtype),
+            weight: device.tensor(weight, [vocabulary, channels], dtype),
             targets: device.tensor(targets, [rows]),
           }
           if (!backward) return { run: () => linearLogProbs(a) }
@@ -50,6 +52,8 @@ export default {
   workloads: [
     workload(false),
     workload(true),
+    workload(false, 'bf16'),
+    workload(true, 'bf16'),
     headOf(rows, channels, vocabulary, 'f32', true),
     headOf(rows, channels, 151_936, 'f32', false, { slow: true }),
     headOf(rows, channels, 151_936, 'bf16', false, { slow: true }),

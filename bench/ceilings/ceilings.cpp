@@ -1,7 +1,7 @@
-// What this machine's cores can do at most, for the benchmarks' shares: f32 multiply-adds and, where
-// there are such instructions, products of bf16 from registers; and reading, copying and updating
-// memory beyond the caches. Each figure is the best of several rounds, since whatever disturbs a round
-// only makes it slower.
+// What this machine's cores can do at most, for the benchmarks' shares: f32 multiply-adds and,
+// where there are such instructions, products of bf16 from registers; and reading, copying and
+// updating memory beyond the caches. Each figure is the best of several rounds, since whatever
+// disturbs a round only makes it slower.
 //
 //   ceilings THREADS  ->  {"fma":FLOP/s,"bf16":FLOP/s,"read":B/s,"copy":B/s,"update":B/s}
 #include <algorithm>
