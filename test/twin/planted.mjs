@@ -71,6 +71,30 @@ export const planted = [
     variant: 'plain',
   },
   {
+    bug: 'attention: a tile is multiplied before it has come',
+    file: 'cuda/attention_sm80.cu',
+    search: 'ptx::cp_async_wait<kRing - 2>();',
+    replace: 'ptx::cp_async_wait<kRing - 1>();',
+    cases: /^attention/,
+    variant: 'plain',
+  },
+  {
+    bug: 'attention: keys past the end weigh something where the scale is 0',
+    file: 'cuda/attention_sm80.cu',
+    search: 'if (j * 8 + e % 2 >= left) s[i][j][e] = 0;',
+    replace: ';',
+    cases: /^attention/,
+    variant: 'plain',
+  },
+  {
+    bug: 'attentionBackward: gradients take the place of K and V that slower warps still multiply',
+    file: 'cuda/attention_sm80_backward.cu',
+    search: '  __syncthreads();  // K and V are done with; gradients take their place\n',
+    replace: '',
+    cases: /^attention-backward/,
+    variant: 'plain',
+  },
+  {
     bug: 'gelu: one element too many',
     file: 'cuda/gelu.cu',
     search:
