@@ -104,4 +104,23 @@ export const planted = [
     cases: /^attention/,
     variant: 'tsan',
   },
+  {
+    bug: 'attention on Hopper: values beyond the sequence are left as they were read',
+    file: 'cuda/attention_sm90.cuh',
+    compile: 'cuda/attention_sm90.cu',
+    search: 'for (int i = threadIdx.x % 32; i < n; i += 32) panel[i] = make_uint4(0, 0, 0, 0);',
+    replace: 'if (n < 0) panel[0] = make_uint4(0, 0, 0, 0);',
+    cases: /^attention/,
+    variant: 'plain',
+  },
+  {
+    bug: 'attention on Hopper: values are handed back while they are multiplied',
+    file: 'cuda/attention_sm90.cu',
+    search:
+      '        ptx::wgmma_wait<0>();\n        ptx::wgmma_keep(o);\n        arrive_warp(vals.empty_bar(step));\n        // Not before',
+    replace:
+      '        arrive_warp(vals.empty_bar(step));\n        ptx::wgmma_wait<0>();\n        ptx::wgmma_keep(o);\n        // Not before',
+    cases: /^attention/,
+    variant: 'plain',
+  },
 ]
