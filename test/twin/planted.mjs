@@ -114,12 +114,10 @@ export const planted = [
     variant: 'plain',
   },
   {
-    bug: 'attention on Hopper: values are handed back while they are multiplied',
+    bug: 'attention on Hopper: keys beyond the sequence count',
     file: 'cuda/attention_sm90.cu',
-    search:
-      '        ptx::wgmma_wait<0>();\n        ptx::wgmma_keep(o);\n        arrive_warp(vals.empty_bar(step));\n        // Not before',
-    replace:
-      '        arrive_warp(vals.empty_bar(step));\n        ptx::wgmma_wait<0>();\n        ptx::wgmma_keep(o);\n        // Not before',
+    search: '+ i % 2 >= left) s[i] = softmax.least;',
+    replace: '+ i % 2 > left) s[i] = softmax.least;',
     cases: /^attention/,
     variant: 'plain',
   },
