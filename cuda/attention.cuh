@@ -143,6 +143,15 @@ __device__ __forceinline__ void put_tile(float* tile, const float (&acc)[R][C]) 
     for (int j = 0; j < C; ++j) tile[(row + i) * (Dim + kPad) + column + j * kSide] = acc[i][j];
 }
 
+// Calls f with a null pointer of a type of 16 bits.
+template <class F>
+void with_half_type(DType t, F&& f) {
+  if (t == DType::f16)
+    f(static_cast<__half*>(nullptr));
+  else
+    f(static_cast<__nv_bfloat16*>(nullptr));
+}
+
 // Calls f with the smallest of the widths that holds d, as a constant.
 template <class F>
 void with_head_dim(int64_t d, F&& f) {

@@ -245,13 +245,4 @@ void with_mma_tiles(int64_t d, const Ints& cu_seqlens, F&& f) {
     either(std::integral_constant<int, 128>());
 }
 
-// Calls f with a null pointer of a type of 16 bits.
-template <class F>
-void with_half_type(DType t, F&& f) {
-  if (t == DType::f16)
-    f(static_cast<__half*>(nullptr));
-  else
-    f(static_cast<__nv_bfloat16*>(nullptr));
-}
-
 }  // namespace p2r::cuda

@@ -25,6 +25,8 @@
 
 namespace p2r::cuda {
 
+using namespace attention_sm90;
+
 namespace {
 
 // Warpgroups and keys a step. Three warpgroups halve the traffic of two but have 160 registers a
@@ -265,12 +267,12 @@ __global__ void __launch_bounds__(Roles<Forward<D>::groups>::threads, 1)
 
 void wgmma_attention(const AttentionArgs& a, Device& device) {
   const AttentionLayout in = attention_layout(a.q, a.k, a.v, a.qkv);
-  if (!wgmma_attention_can(in, a.scale)) return plain_attention(a, device);
+  if (!can_run(in, a.scale)) return plain_attention(a, device);
   with_half_type(in.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const AttentionOnDevice<T> call(in, a.cos, a.sin, a.scale, device);
     const AttentionProblem<T>& p = call.problem();
-    with_sm90_head_dim(in.head_dim, [&](auto dim) {
+    attention_sm90::with_head_dim(in.head_dim, [&](auto dim) {
       constexpr int D = decltype(dim)::value;
       using F = Forward<D>;
       const WorkOnDevice work(a.cu_seqlens, F::queries, in.heads, device);

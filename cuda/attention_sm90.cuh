@@ -2,8 +2,8 @@
 // such tiles by wgmma, the queue of work, and the mbarriers between one warp that loads and the
 // warpgroups that multiply.
 //
-// Rows lie in panels: all rows' first kWidth columns, then all rows' next, each panel
-// [rows][kWidth] under the swizzle as wide as its rows, which is how TMA writes boxes and how wgmma
+// Rows lie in panels: all rows' first `width` columns, then all rows' next, each panel
+// [rows][width] under the swizzle as wide as its rows, which is how TMA writes boxes and how wgmma
 // reads operands of either major. 64 and 128 columns are whole panels of 64. For 72 and 80 the
 // panels are 32 wide: a product over d then stops at 80 and one into d columns takes exactly 72 or
 // 80, from one descriptor. Columns of the last panel beyond D are zeros, since TMA fills what lies
@@ -14,27 +14,18 @@
 #include "cuda/attention.cuh"
 #include "cuda/tensor_map.cuh"
 
-namespace p2r::cuda {
+namespace p2r::cuda::attention_sm90 {
 
 // Whether TMA can read these inputs, and the masks of these kernels hold: masked products are
 // infinite, and times a scale of 0 that is not -inf.
-inline bool wgmma_attention_can(const AttentionLayout& in, double scale) {
+inline bool can_run(const AttentionLayout& in, double scale) {
   const auto aligned = [](const char* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   return aligned(in.q) && aligned(in.k) && aligned(in.v) && static_cast<float>(scale) != 0;
 }
 
-// Calls f with a null pointer of the element type.
-template <class F>
-void with_half_type(DType t, F&& f) {
-  if (t == DType::f16)
-    f(static_cast<__half*>(nullptr));
-  else
-    f(static_cast<__nv_bfloat16*>(nullptr));
-}
-
 // Calls f with the head dimension as a constant.
 template <class F>
-void with_sm90_head_dim(int64_t d, F&& f) {
+void with_head_dim(int64_t d, F&& f) {
   if (d == 64)
     f(std::integral_constant<int, 64>());
   else if (d == 72)
@@ -256,4 +247,4 @@ class WorkOnDevice {
   WorkList list_{};
 };
 
-}  // namespace p2r::cuda
+}  // namespace p2r::cuda::attention_sm90

@@ -26,6 +26,8 @@
 
 namespace p2r::cuda {
 
+using namespace attention_sm90;
+
 namespace {
 
 constexpr int kGroups = 2, kOwned = 64 * kGroups, kStages = 2;
@@ -372,7 +374,7 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
 void wgmma_attention_backward(const AttentionBackwardArgs& a, Device& device) {
   const AttentionLayout in = attention_layout(a.q, a.k, a.v, a.qkv);
   const AttentionLayout grad = attention_layout(a.d_q, a.d_k, a.d_v, a.d_qkv);
-  if (!wgmma_attention_can(in, a.scale) || reinterpret_cast<uintptr_t>(a.d_out.data) % 16)
+  if (!can_run(in, a.scale) || reinterpret_cast<uintptr_t>(a.d_out.data) % 16)
     return plain_attention_backward(a, device);
   const int64_t rows = in.tokens * in.heads, g_row = in.heads * in.head_dim;
   if (!rows) return;
@@ -388,7 +390,7 @@ void wgmma_attention_backward(const AttentionBackwardArgs& a, Device& device) {
     const AttentionProblem<T>& p = call.problem();
     const WorkOnDevice work(a.cu_seqlens, kOwned, in.heads, device);
     const unsigned blocks = work.blocks(device);
-    with_sm90_head_dim(in.head_dim, [&](auto dim) {
+    attention_sm90::with_head_dim(in.head_dim, [&](auto dim) {
       constexpr int D = decltype(dim)::value, Q = KeysOwn<D>::rows, K = QueriesOwn<D>::rows;
       const auto map = [&](const T* x, int64_t row, auto box) {
         return attention_map<T, D, decltype(box)::value>(x, row, in.tokens, in.heads);

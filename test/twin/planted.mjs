@@ -128,4 +128,21 @@ export const planted = [
     cases: /^attention/,
     variant: 'tsan',
   },
+  {
+    bug: 'attention on Hopper: values beyond the sequence are left as they were read',
+    file: 'cuda/attention_sm90.cuh',
+    compile: 'cuda/attention_sm90.cu',
+    search: 'for (int i = threadIdx.x % 32; i < n; i += 32) panel[i] = make_uint4(0, 0, 0, 0);',
+    replace: 'if (n < 0) panel[0] = make_uint4(0, 0, 0, 0);',
+    cases: /^attention/,
+    variant: 'plain',
+  },
+  {
+    bug: 'attention on Hopper: keys beyond the sequence count',
+    file: 'cuda/attention_sm90.cu',
+    search: '+ i % 2 >= left) s[i] = softmax.least;',
+    replace: '+ i % 2 > left) s[i] = softmax.least;',
+    cases: /^attention/,
+    variant: 'plain',
+  },
 ]
