@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { add, type Device, gelu, openDevice, type Tensor, tokenLogProbs } from 'p2r-kernels'
 import { expect, test } from 'vitest'
-import { cpuPaths, expectRefusal, onEveryBackend } from './harness.js'
+import { expectRefusal, onEveryBackend } from './harness.js'
 
 const library = new URL('../dist/lib/index.js', import.meta.url).href
 
@@ -142,7 +142,7 @@ onEveryBackend('memory shared between processes', (b) => {
   })
 })
 
-const cpu = () => openDevice('cpu', { simd: cpuPaths[0]! })
+const cpu = () => openDevice('cpu')
 
 test('on the CPU: one file a handle, gone with the last of them, or with the device', async () => {
   const device = cpu()

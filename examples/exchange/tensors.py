@@ -86,8 +86,7 @@ def open_tensor(handle):
         memory, close = open_memory(handle)
         flat = torch.frombuffer(memory, dtype=dtype) if len(memory) else torch.empty(0, dtype=dtype)
         return flat.reshape(handle["shape"]), close
-    torch.cuda.init()
-    torch.cuda.current_stream().synchronize()  # makes the context that the driver opens the memory in
+    torch.zeros(1, device="cuda")  # makes the context that the driver opens the memory in
     cuda = driver()
     base = ctypes.c_uint64()
     raw = Handle((ctypes.c_ubyte * 64)(*bytes.fromhex(handle["name"])))
