@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(forward_tile(Large).threads(), forward_tile(La
       total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
       const int r = row + i * 16 + h * 8 + lane / 4;
       if (lane % 4 == 0 && r < own.rows)
-        lse[own.head * a.tokens + own.token + r] = top[i][h] * kLn2 + logf(total);
+        lse[own.head * a.tokens + own.token + r] = top[i][h] * kLn2 + ptx::lg2(total) * kLn2;
       const float inverse = 1.0f / total;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j)
