@@ -29,9 +29,9 @@ using namespace attention_sm90;
 
 namespace {
 
-// Warpgroups and keys a step. Three warpgroups halve the traffic of two but have 160 registers a
-// thread, of which S takes keys / 2, the packed weights keys / 4 and O D / 2: enough for 128 keys
-// at 64 and 72 columns. Two have 240.
+// Warpgroups and keys a step. With three a tile's keys are read for half as many queries again as
+// with two, but each thread has 160 registers, of which S takes keys / 2, the packed weights
+// keys / 4 and O D / 2: enough for 128 keys at 64 and 72 columns. With two it has 232.
 template <int D>
 struct Forward {
   static constexpr int groups = D <= 72 ? 3 : 2, queries = 64 * groups;

@@ -18,10 +18,14 @@
 // Steps go from the last to the first, so that the ragged one, whose rows beyond the sequence are
 // zeroed in shared memory, comes first.
 //
+// These passes serve `deterministic: false` too: there is no pass here that adds up dQ in a
+// workspace.
+//
 // Prediction (no GPU has run this yet; H200, TFLOP/s of the 10 T^2 D H that a backward counts, at
-// 8k tokens and more): products at 60 % of their peak would make 989 * 0.6 * 5 / 7 = 420; what
-// reads operands of 64 x 64 to 64 x 128 from shared memory at 100 to 128 bytes a clock will not
-// reach that. 300 at 64, 72 and 80 columns, 360 at 128.
+// 8k tokens and more): products at 60 % of their peak would make 989 * 0.6 * 5 / 7 = 420, but S and
+// dP read both operands from shared memory, for 128 rows a step at 96 bytes a clock of the 128 that
+// there are and for 64 at all 128. So 300 at 64, 72 and 80 columns, where the exponentials also
+// come twice, and 360 at 128.
 #include "cuda/attention_sm90.cuh"
 
 namespace p2r::cuda {
@@ -32,8 +36,8 @@ namespace {
 
 constexpr int kGroups = 2, kOwned = 64 * kGroups, kStages = 2;
 
-// Rows a step, as many as 232 registers a thread bear: a step's two squares take rows / 2 each, and
-// rows / 4 packed, the sums D / 2 each.
+// Rows a step, as many as 232 registers a thread bear: a step's two squares take rows / 2 each
+// until they are packed into half of that, the sums D / 2 each.
 template <int D>
 struct KeysOwn {
   static constexpr int rows = D <= 72 ? 128 : D == 80 ? 96 : 64;
