@@ -21,15 +21,20 @@ const shape = (batch: number, length: number, heads: number, headDim: number): S
 const products = ({ batch, length, heads, headDim }: Shape): number =>
   2 * batch * length ** 2 * heads * headDim
 
-function workload(s: Shape, backward: boolean, slow = false): Workload {
+function workload(
+  s: Shape,
+  backward: boolean,
+  { dtype = 'f32', slow = false }: { dtype?: 'f32' | 'bf16'; slow?: boolean } = {},
+): Workload {
+  const width = dtype === 'f32' ? 4 : 2
   const tokens = s.batch * s.length
   const size = tokens * s.heads * s.headDim
   const dims = [tokens, s.heads, s.headDim]
   const cuSeqlens = evenly(s.batch, s.length)
   return {
-    name: `${s.batch}x${s.length}x${s.heads}x${s.headDim} f32 ${backward ? 'fwd+bwd' : 'fwd'}`,
+    name: `${s.batch}x${s.length}x${s.heads}x${s.headDim} ${dtype} ${backward ? 'fwd+bwd' : 'fwd'}`,
     flops: products(s) * (backward ? 6 : 2),
-    traffic: { read: size * 4 * (backward ? 4 : 3), write: size * 4 * (backward ? 4 : 1) },
+    traffic: { read: size * width * (backward ? 4 : 3), write: size * width * (backward ? 4 : 1) },
     slow,
     inputs(seed) {
       const [q, k, v, dOut] = [0, 1, 2, 3].map((i) => normals(size, 4 * seed + i)) as [
@@ -39,24 +44,27 @@ function workload(s: Shape, backward: boolean, slow = false): Workload {
         Float32Array,
       ]
       return {
-        byteLength: size * 4 * (backward ? 4 : 3),
+        byteLength: size * width * (backward ? 4 : 3),
         load(device) {
           const a = {
-            q: device.tensor(q, dims),
-            k: device.tensor(k, dims),
-            v: device.tensor(v, dims),
+            q: device.tensor(q, dims, dtype),
+            k: device.tensor(k, dims, dtype),
+            v: device.tensor(v, dims, dtype),
             cuSeqlens,
           }
-          const gradient: Tensor | undefined = backward ? device.tensor(dOut, dims) : undefined
+          const gradient: Tensor | undefined = backward
+            ? device.tensor(dOut, dims, dtype)
+            : undefined
           return {
             run() {
               const { out, lse } = attention(a)
               if (gradient) attentionBackward({ ...a, dOut: gradient, out, lse })
             },
-            answer: () => attention(a).out.read(),
+            answer: () => attention(a).out.toFloat32(),
           }
         },
-        peers: backward ? [] : [multiHeadAttention(s, q, k, v)],
+        peers:
+          backward || dtype !== 'f32' || s.batch > 1000 ? [] : [multiHeadAttention(s, q, k, v)],
       }
     },
   }
@@ -66,9 +74,14 @@ export default {
   op: 'attention',
   workloads: [
     workload(shape(1, 1024, 16, 64), false),
-    workload(shape(1, 4096, 16, 64), false, true),
+    workload(shape(1, 4096, 16, 64), false, { slow: true }),
     workload(shape(16, 256, 16, 72), false),
     workload(shape(1, 2048, 16, 80), false),
+    workload(shape(4096, 64, 2, 80), false),
     workload(shape(1, 1024, 16, 64), true),
+    workload(shape(1, 1024, 16, 64), false, { dtype: 'bf16' }),
+    workload(shape(1, 2048, 16, 80), false, { dtype: 'bf16' }),
+    workload(shape(4096, 64, 2, 80), false, { dtype: 'bf16' }),
+    workload(shape(1, 1024, 16, 64), true, { dtype: 'bf16' }),
   ],
 } satisfies Benchmark

@@ -6,17 +6,18 @@ const rows = 256
 const channels = 1024
 const vocabulary = 32_000
 const product = 2 * rows * channels * vocabulary
-const weightBytes = vocabulary * channels * 4
-const hiddenBytes = rows * channels * 4
 
-function workload(backward: boolean): Workload {
+function workload(backward: boolean, dtype: 'f32' | 'bf16' = 'f32'): Workload {
+  const width = dtype === 'f32' ? 4 : 2
+  const weightBytes = vocabulary * channels * width
+  const hiddenBytes = rows * channels * width
   return {
-    name: `${rows}x${channels} x ${vocabulary} f32 ${backward ? 'fwd+bwd' : 'fwd'}`,
+    name: `${rows}x${channels} x ${vocabulary} ${dtype} ${backward ? 'fwd+bwd' : 'fwd'}`,
     // Two more products for the gradients; logits that a kernel computes again do not count.
     flops: product * (backward ? 3 : 1),
     traffic: {
       read: weightBytes + hiddenBytes,
-      write: backward ? weightBytes + hiddenBytes : 0,
+      write: backward ? vocabulary * channels * 4 + hiddenBytes : 0,
     },
     inputs(seed) {
       const hidden = normals(rows * channels, seed)
@@ -26,8 +27,8 @@ function workload(backward: boolean): Workload {
         byteLength: weightBytes + hiddenBytes,
         load(device) {
           const a = {
-            hidden: device.tensor(hidden, [rows, channels]),
-            weight: device.tensor(weight, [vocabulary, channels]),
+            hidden: device.tensor(hidden, [rows, channels], dtype),
+            weight: device.tensor(weight, [vocabulary, channels], dtype),
             targets: device.tensor(targets, [rows]),
           }
           if (!backward) return { run: () => linearLogProbs(a) }
@@ -46,5 +47,5 @@ function workload(backward: boolean): Workload {
 
 export default {
   op: 'linear_log_probs',
-  workloads: [workload(false), workload(true)],
+  workloads: [workload(false), workload(true), workload(false, 'bf16'), workload(true, 'bf16')],
 } satisfies Benchmark

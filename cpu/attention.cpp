@@ -39,6 +39,8 @@ constexpr int64_t kKeys = 192;       // forward: keys of a block; a panel of P^T
 constexpr int64_t kQueryBlock = 96;  // backward: queries of a block
 constexpr int64_t kKeyChunk = 256;   // backward of a long sequence, and mass: a task's keys
 constexpr int64_t kWhole = 900 * 1024;  // backward: floats of K, V, K^T, dK and dV of one task
+constexpr int64_t kWholeTokens = 2304;  // and its longest sequence, or few threads would have work
+constexpr int64_t kShort = 256;         // forward: tokens of a sequence that is asked for ahead
 constexpr int64_t kMaxDim = 128, kMaxPanel = 64;
 constexpr double kTaskWork = 4e6;  // multiply-adds worth handing to a thread
 
@@ -182,29 +184,32 @@ void store_columns(const Call& c, const float* x, int64_t tokens, float* room, c
   }
 }
 
-// Asks for the rows of a task that comes next, a few at a time between the products of this one. Of short
-// sequences alone, which would wait for memory otherwise.
+// Asks for the rows of a task that comes next, inputs and outputs, a few at a time between the products
+// of this one. Of short sequences alone, which would wait for memory otherwise.
 class Ahead {
  public:
-  Ahead(const Call& c, const Task* next, int64_t head) {
-    if (!next || next->keys.size() > kFewestQueries * 4) return;
+  Ahead(const Call& c, const Task* next, int64_t head, const char* out) {
+    if (!next || next->keys.size() > kShort) return;
     rows_ = next->keys.size();
-    stride_ = c.in.row * c.size();
     bytes_ = c.in.head_dim * c.size();
-    const int64_t skip = next->keys.begin * stride_ + head * bytes_;
+    row_ = c.in.row * c.size();
+    out_row_ = c.in.heads * bytes_;
     const char* tensors[] = {c.in.q, c.in.k, c.in.v};
-    for (int i = 0; i < 3; ++i) at_[i] = tensors[i] + skip;
+    for (int i = 0; i < 3; ++i) in_[i] = tensors[i] + next->keys.begin * row_ + head * bytes_;
+    out_ = out + next->keys.begin * out_row_ + head * bytes_;
   }
   // One of `parts` parts.
   void ask(int64_t part, int64_t parts) const {
     for (int64_t r = rows_ * part / parts; r < rows_ * (part + 1) / parts; ++r)
-      for (const char* tensor : at_)
-        for (int64_t b = 0; b < bytes_; b += 64) __builtin_prefetch(tensor + r * stride_ + b, 0, 2);
+      for (int64_t b = 0; b < bytes_; b += 64) {
+        for (const char* in : in_) __builtin_prefetch(in + r * row_ + b, 0, 2);
+        __builtin_prefetch(out_ + r * out_row_ + b, 1, 2);
+      }
   }
 
  private:
-  const char* at_[3] = {};
-  int64_t rows_ = 0, stride_ = 0, bytes_ = 0;
+  const char *in_[3] = {}, *out_ = nullptr;
+  int64_t rows_ = 0, bytes_ = 0, row_ = 0, out_row_ = 0;
 };
 
 struct Forward {
@@ -426,8 +431,7 @@ void each_task(CpuDevice& cpu, const Call& c, std::vector<Task> tasks, int64_t f
       [=, heads = c.in.heads, tasks = std::move(tasks)](int64_t begin, int64_t end, int thread) {
         for (int64_t i = begin; i < end; ++i) {
           const Task* next = i + 1 < items ? &tasks[(i + 1) / heads] : nullptr;
-          f(tasks[i / heads], i % heads, memory + thread * floats,
-            Ahead(c, next, (i + 1) % heads));
+          f(tasks[i / heads], i % heads, memory + thread * floats, next);
         }
       });
 }
@@ -453,9 +457,10 @@ void attention(const AttentionArgs& a, Device& device) {
   const int64_t room_for = std::min(most, longest);
   each_task(cpu, c, tasks(), floats_of<Forward>(c, room_for),
             [c, room_for, out = a.out.as<char>(), lse = a.lse.as<float>()](
-                const Task& task, int64_t head, float* memory, const Ahead& ahead) {
+                const Task& task, int64_t head, float* memory, const Task* next) {
               Room room(memory);
-              forward(c, Forward(c, room, room_for), task, head, ahead, out, lse);
+              forward(c, Forward(c, room, room_for), task, head,
+                      Ahead(c, next, (head + 1) % c.in.heads, out), out, lse);
             });
 }
 
@@ -466,13 +471,14 @@ void attention_backward(const AttentionBackwardArgs& a, Device& device) {
                       attention_layout(a.d_q, a.d_k, a.d_v, a.d_qkv)};
   const auto pass = [&](int wanted, std::vector<Task> tasks, int64_t keys) {
     each_task(cpu, c, std::move(tasks), floats_of<Backward>(c, wanted, keys),
-              [=](const Task& task, int64_t head, float* memory, const Ahead&) {
+              [=](const Task& task, int64_t head, float* memory, const Task*) {
                 Room room(memory);
                 backward(c, Backward(c, room, wanted, keys), wanted, task, head, answer);
               });
   };
   // Each sequence goes one way.
-  const int64_t whole = kWhole / (4 * c.in.head_dim + round_up(c.in.head_dim, c.nr));
+  const int64_t d = std::max<int64_t>(c.in.head_dim, 1);
+  const int64_t whole = std::min(kWhole / (4 * d + round_up(d, c.nr)), kWholeTokens);
   std::vector<Task> one, by_keys, by_queries;
   for (const Task& t : cut_up(a.cu_seqlens, Cut::queries, INT64_MAX / 2))
     if (t.keys.size() <= whole) one.push_back(t);
@@ -492,7 +498,7 @@ void attention_mass(const AttentionMassArgs& a, Device& device) {
   const Call c(cpu, attention_layout(a.q, a.k, View(), a.qkv), a.cos, a.sin, a.scale);
   each_task(cpu, c, cut_up(a.cu_seqlens, Cut::keys, kKeyChunk), floats_of<Mass>(c),
             [c, lse = a.lse.as<float>(), out = a.mass.as<float>()](
-                const Task& task, int64_t head, float* memory, const Ahead&) {
+                const Task& task, int64_t head, float* memory, const Task*) {
               Room room(memory);
               mass(c, Mass(c, room), task, head, lse, out);
             });

@@ -19,8 +19,10 @@
 // rotary tables cos and sin [T, D] f32 (packed input only): q and k are rotated and rounded to
 // their type first, exactly as by apply_rotary; d_qkv is rotated back before its one rounding.
 //
-// Everything between inputs and outputs is f32. Sums run in an order fixed by the lengths alone, so
-// results do not depend on the number of threads and repeat bit for bit.
+// Everything between inputs and outputs is f32, but that a kernel for 16 bits may round P and dS to
+// the inputs' type where they enter a product (on the CPU bf16 with AVX512-BF16). All sums are f32,
+// in an order fixed by the lengths and D alone, so results do not depend on the number of threads
+// and repeat bit for bit.
 //
 // Values that are not finite stay within their sequence and head. A logit of -inf weighs nothing; a
 // query that has no other logit has lse -inf and a row of NaN; a logit of NaN or +inf makes out and
