@@ -19,8 +19,8 @@
 // twice, along the keys for dK and dV and along the queries for dQ: seven products for five, but no
 // sum crosses tasks. Which way is taken depends on the length and D alone.
 //
-// bf16 on a CPU that multiplies its pairs: every panel is one of pairs, so P and dS are rounded to bf16
-// where they enter a product, by up to 2^-8 of each; sums, lse and delta stay f32.
+// bf16 on a CPU that multiplies its pairs: every panel is one of pairs, so P and dS are rounded to
+// bf16 where they enter a product, by up to 2^-8 of each; sums, lse and delta stay f32.
 #include "ops/attention.h"
 
 #include <algorithm>
@@ -35,9 +35,9 @@ namespace {
 
 // Forward: a task's queries, whose outputs stay in L2; few, if the threads had no work otherwise.
 constexpr int64_t kMostQueries = 512, kFewestQueries = 64;
-constexpr int64_t kKeys = 192;       // forward: keys of a block; a panel of P^T fills half of L1
-constexpr int64_t kQueryBlock = 96;  // backward: queries of a block
-constexpr int64_t kKeyChunk = 256;   // backward of a long sequence, and mass: a task's keys
+constexpr int64_t kKeys = 192;          // forward: keys of a block; a panel of P^T fills half of L1
+constexpr int64_t kQueryBlock = 96;     // backward: queries of a block
+constexpr int64_t kKeyChunk = 256;      // backward of a long sequence, and mass: a task's keys
 constexpr int64_t kWhole = 900 * 1024;  // backward: floats of K, V, K^T, dK and dV of one task
 constexpr int64_t kWholeTokens = 2304;  // and its longest sequence, or few threads would have work
 constexpr int64_t kShort = 256;         // forward: tokens of a sequence that is asked for ahead
@@ -184,8 +184,8 @@ void store_columns(const Call& c, const float* x, int64_t tokens, float* room, c
   }
 }
 
-// Asks for the rows of a task that comes next, inputs and outputs, a few at a time between the products
-// of this one. Of short sequences alone, which would wait for memory otherwise.
+// Asks for the rows of a task that comes next, inputs and outputs, a few at a time between the
+// products of this one. Of short sequences alone, which would wait for memory otherwise.
 class Ahead {
  public:
   Ahead(const Call& c, const Task* next, int64_t head, const char* out) {
@@ -344,7 +344,8 @@ void backward(const Call& c, const Backward& w, int wanted, const Task& task, in
         const Rows k_in = rotated(c, c.in.k, head, span, w.staged);
         c.pack_b(k_in, span.size(), d, k);
         c.pack_b(rows_of(c, c.in.v, c.in.row, head, span), span.size(), d, v);
-        if (wanted & kDq) c.pack_b(k_in.transposed(), d, span.size(), w.k_rows + slot * w.panel_rows);
+        if (wanted & kDq)
+          c.pack_b(k_in.transposed(), d, span.size(), w.k_rows + slot * w.panel_rows);
       }
       c.multiply(n, lanes, d, w.q, k, w.s, c.nr, false);
       c.multiply(n, lanes, d, w.d_out, v, w.d_s, c.nr, false);
@@ -413,8 +414,8 @@ void mass(const Call& c, const Mass& w, const Task& task, int64_t head, const fl
   std::copy_n(w.mass, keys, out + head * c.in.tokens + task.keys.begin);
 }
 
-// Queues f(task, head, memory, next) for every task and head, with `floats` of memory a thread; `next` is
-// what most likely comes next.
+// Queues f(task, head, memory, next) for every task and head, with `floats` of memory a thread;
+// `next` is what most likely comes next.
 template <class F>
 void each_task(CpuDevice& cpu, const Call& c, std::vector<Task> tasks, int64_t floats, F f) {
   const int64_t items = static_cast<int64_t>(tasks.size()) * c.in.heads;
@@ -452,7 +453,8 @@ void attention(const AttentionArgs& a, Device& device) {
   for (size_t s = 1; s < a.cu_seqlens.size(); ++s)
     longest = std::max(longest, a.cu_seqlens[s] - a.cu_seqlens[s - 1]);
   const auto tasks = [&] { return cut_up(a.cu_seqlens, Cut::queries, most); };
-  while (most > kFewestQueries && static_cast<int64_t>(tasks().size()) * c.in.heads < 4 * cpu.threads())
+  while (most > kFewestQueries &&
+         static_cast<int64_t>(tasks().size()) * c.in.heads < 4 * cpu.threads())
     most /= 2;
   const int64_t room_for = std::min(most, longest);
   each_task(cpu, c, tasks(), floats_of<Forward>(c, room_for),
@@ -497,8 +499,8 @@ void attention_mass(const AttentionMassArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   const Call c(cpu, attention_layout(a.q, a.k, View(), a.qkv), a.cos, a.sin, a.scale);
   each_task(cpu, c, cut_up(a.cu_seqlens, Cut::keys, kKeyChunk), floats_of<Mass>(c),
-            [c, lse = a.lse.as<float>(), out = a.mass.as<float>()](
-                const Task& task, int64_t head, float* memory, const Task*) {
+            [c, lse = a.lse.as<float>(), out = a.mass.as<float>()](const Task& task, int64_t head,
+                                                                   float* memory, const Task*) {
               Room room(memory);
               mass(c, Mass(c, room), task, head, lse, out);
             });

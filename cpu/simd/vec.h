@@ -104,18 +104,18 @@ inline vh to_bf16(vf x) {
   return __builtin_convertvector((vu)((x == x) ? (vi)rounded : (vi)quiet), vh);
 }
 
-// Words of two bf16, `low` in the lower half: of lane i of both, and of lanes 2 i and 2 i + 1 of one
-// vector after the other. And the sum of the two products of each word, in f32. On AVX-512 these are
-// AVX512-BF16's instructions, by their names: a function's target attribute would not reach through
-// the templates that use them. They are run only where the CPU has them (SimdFeatures).
+// Words of two bf16, `low` in the lower half: of lane i of both, and of lanes 2 i and 2 i + 1 of
+// one vector after the other. And the sum of the two products of each word, in f32. On AVX-512
+// these are AVX512-BF16's instructions, by their names: a function's target attribute would not
+// reach through the templates that use them. They are run only where the CPU has them
+// (SimdFeatures).
 inline vf bf16_pairs(vf low, vf high) {
 #if defined(__AVX512F__)
   __m512i both;
   asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
   const __m512i order = _mm512_or_si512(
-      _mm512_slli_epi32(_mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29,
-                                          30, 31),
-                        16),
+      _mm512_slli_epi32(
+          _mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31), 16),
       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   return (vf)_mm512_permutexvar_epi16(order, both);
 #else
@@ -202,9 +202,9 @@ inline vf vexp(vf x) {
 #endif
 }
 
-// 2 to the x, within 2 ulp, for x below 128: x = n + r with |r| <= 1/2, the polynomial of degree 6 that is
-// closest to 2^r there (relatively, 2e-9), and 2^n, through the subnormals to an exact 0 on AVX-512, to 0
-// at once below 2^-126 elsewhere.
+// 2 to the x, within 2 ulp, for x below 128: x = n + r with |r| <= 1/2, the polynomial of degree 6
+// that is closest to 2^r there (relatively, 2e-9), and 2^n, through the subnormals to an exact 0 on
+// AVX-512, to 0 at once below 2^-126 elsewhere.
 inline vf vexp2(vf x) {
 #if defined(__AVX512F__)
   const vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
