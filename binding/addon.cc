@@ -55,14 +55,17 @@ void begin_composite(const Napi::CallbackInfo& info) {
 }
 void end_composite(const Napi::CallbackInfo& info) { State::of(info.Env()).composites.pop_back(); }
 
-// (folder, absolute, relative, ofLargest): calls on the CPU are written there as cases; '' ends it.
+// (folder, work, calls, absolute, relative, ofLargest): the next `calls` calls on the CPU of at
+// most that much work are written there as cases; '' ends it.
 void record(const Napi::CallbackInfo& info) {
   const auto number = [&](size_t i) {
     return info[i].IsNumber() ? info[i].As<Napi::Number>().DoubleValue() : 0.0;
   };
   Recording& r = State::of(info.Env()).record;
   r.path = info[0].ToString();
-  r.bound = {number(1), number(2), number(3)};
+  r.work = number(1);
+  r.left = static_cast<int64_t>(number(2));
+  r.bound = {number(3), number(4), number(5)};
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 #include "ops/attention.h"
 
-#include <algorithm>
 #include <cmath>
 
 #include "binding/op.h"
@@ -57,15 +56,20 @@ double scale_of(Call& call, const Shape& shape) {
   return call.number("scale", -HUGE_VAL, HUGE_VAL);
 }
 
-int64_t kernel_of(Call& call) {
-  if (!call.given()) return 0;
-  const std::string name = call.text("kernel");
-  const std::vector<std::string> names = kernel_names("attention", call.device().info());
-  const auto at = std::find(names.begin(), names.end(), name);
+// The one that is asked for, else the first that takes the input.
+int64_t kernel_of(Call& call, DType dtype, const Shape& shape) {
+  const bool given = call.given();
+  const std::string name = given ? call.text("kernel") : "";
+  const std::vector<KernelChoice> choices = kernel_choices("attention", call.device().info());
   std::string expected;
-  for (const std::string& n : names) expected += (expected.empty() ? "'" : " or '") + n + "'";
-  call.check(at != names.end(), Code::value, "kernel must be " + expected + ", got '" + name + "'");
-  return at - names.begin();
+  for (size_t i = 0; i < choices.size(); ++i) {
+    if (!choices[i].takes(dtype, shape[-1])) continue;
+    if (!given || name == choices[i].name) return static_cast<int64_t>(i);
+    expected += std::string(expected.empty() ? "'" : " or '") + choices[i].name + "'";
+  }
+  throw Error(Code::value, "kernel must be " + expected + " for " + to_string(dtype) +
+                               " with head dimension " + std::to_string(shape[-1]) + ", got '" +
+                               name + "'");
 }
 
 }  // namespace
@@ -73,10 +77,11 @@ int64_t kernel_of(Call& call) {
 Napi::Value attention(Call& call) {
   AttentionArgs a;
   const Shape shape = inputs(call, a);
+  const DType dtype = a.qkv ? a.qkv.dtype : a.q.dtype;
   a.cu_seqlens = call.cu_seqlens("cuSeqlens", shape[0]);
   a.scale = scale_of(call, shape);
-  a.kernel = kernel_of(call);
-  a.out = call.result(a.qkv ? a.qkv.dtype : a.q.dtype, shape);
+  a.kernel = kernel_of(call, dtype, shape);
+  a.out = call.result(dtype, shape);
   a.lse = call.result(DType::f32, {shape[1], shape[0]});
   return call.run(&Kernels::attention, a);
 }
@@ -96,7 +101,7 @@ Napi::Value attention_backward(Call& call) {
   a.cu_seqlens = call.cu_seqlens("cuSeqlens", shape[0]);
   a.scale = scale_of(call, shape);
   a.deterministic = call.flag("deterministic");
-  a.kernel = kernel_of(call);
+  a.kernel = kernel_of(call, dtype, shape);
   if (a.qkv) {
     a.d_qkv = call.result(dtype, a.qkv.shape);
   } else {

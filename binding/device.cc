@@ -205,10 +205,10 @@ Napi::Value DeviceHandle::MemoryUse(const Napi::CallbackInfo& info) {
 
 Napi::Value DeviceHandle::KernelNames(const Napi::CallbackInfo& info) {
   const std::string op = info[0].ToString();
-  const std::vector<std::string> names = kernel_names(op, open()->device->info());
-  if (names.empty()) throw Error(Code::value, "'" + op + "' has no choice of kernels");
-  Napi::Array out = Napi::Array::New(info.Env(), names.size());
-  for (size_t i = 0; i < names.size(); ++i) out.Set(static_cast<uint32_t>(i), names[i]);
+  const std::vector<KernelChoice> choices = kernel_choices(op, open()->device->info());
+  if (choices.empty()) throw Error(Code::value, "'" + op + "' has no choice of kernels");
+  Napi::Array out = Napi::Array::New(info.Env(), choices.size());
+  for (size_t i = 0; i < choices.size(); ++i) out.Set(static_cast<uint32_t>(i), choices[i].name);
   return out;
 }
 

@@ -272,7 +272,12 @@ int32_t* Call::fault_flag(const char* text) {
   return fault_->flag;
 }
 
-bool Call::recording() const { return !State::of(env()).record.path.empty(); }
+bool Call::recording() const {
+  const Recording& record = State::of(env()).record;
+  return !record.path.empty() && record.left > 0 && device_->device->info().backend == "cpu";
+}
+
+double Call::recording_limit() const { return State::of(env()).record.work; }
 
 std::shared_ptr<Case> Call::record_before(std::vector<Field> fields) {
   Recording& record = State::of(env()).record;
@@ -280,7 +285,10 @@ std::shared_ptr<Case> Call::record_before(std::vector<Field> fields) {
   c->function = function_;
   c->bound = record.bound;
   c->fields = std::move(fields);
-  device_->device->host([c] {
+  --record.left;
+  device_->device->host([c, fault = fault_] {
+    // An earlier call of the same composite has raised it: what this one would do cannot be told.
+    if (fault && fault->raised()) c->fields.clear();
     for (Field& f : c->fields)
       if (f.view && f.kind != Field::Kind::out)
         f.before.assign(f.view.as<char>(), f.view.as<char>() + f.view.bytes());
@@ -294,6 +302,7 @@ Napi::Value Call::finish(const std::shared_ptr<Case>& recorded) {
     const std::string path =
         state.record.path + "/" + std::to_string(state.record.count++) + "-" + function_ + ".case";
     device_->device->host([recorded, path, fault = fault_] {
+      if (recorded->fields.empty()) return;
       for (Field& f : recorded->fields)
         if (f.view && f.kind != Field::Kind::in)
           f.after.assign(f.view.as<char>(), f.view.as<char>() + f.view.bytes());

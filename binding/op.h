@@ -83,7 +83,7 @@ class Call {
     begin();
     if constexpr (requires { args.fault; }) args.fault = fault_flag(Args::fault_text);
     std::shared_ptr<Case> recorded;
-    if (recording()) recorded = record_before(collect(args));
+    if (recording() && work_of(args) <= recording_limit()) recorded = record_before(collect(args));
     (device_->device->kernels().*function)(args, *device_->device);
     return finish(recorded);
   }
@@ -95,6 +95,7 @@ class Call {
   void begin();
   int32_t* fault_flag(const char* text);
   bool recording() const;
+  double recording_limit() const;
   std::shared_ptr<Case> record_before(std::vector<Field> fields);
   Napi::Value finish(const std::shared_ptr<Case>& recorded);
 

@@ -1,6 +1,6 @@
 #include "ops/rotary.h"
 
-#include "binding/op.h"
+#include "binding/grid.h"
 
 namespace p2r::binding {
 
@@ -14,19 +14,7 @@ Napi::Value vision_rotary(Call& call) {
   call.check(head_dim >= 8 && head_dim <= 128 && head_dim % 8 == 0, Code::shape,
              "headDim must be a multiple of 8 from 8 to 128, got " + std::to_string(head_dim));
   call.check(a.theta > 0, Code::value, "theta must be greater than 0, got 0");
-  call.check(a.grid_thw.size() % 3 == 0, Code::value, "gridThw must hold t, h, w of each grid");
-  int64_t tokens = 0;
-  for (size_t g = 0; g < a.grid_thw.size(); g += 3) {
-    const int64_t t = a.grid_thw[g], h = a.grid_thw[g + 1], w = a.grid_thw[g + 2];
-    const std::string name = "gridThw[" + std::to_string(g / 3) + "]";
-    call.check(h % a.merge == 0 && w % a.merge == 0, Code::value,
-               name + " must have h and w that mergeSize " + std::to_string(a.merge) +
-                   " divides, got " + std::to_string(h) + " x " + std::to_string(w));
-    const int64_t frame = h * w;  // below 2^62
-    call.check(frame == 0 || t <= (INT32_MAX - tokens) / frame, Code::shape,
-               name + " brings the tokens over 2147483647");
-    tokens += t * frame;
-  }
+  const int64_t tokens = tokens_of_grids(call, a.grid_thw, a.merge);
   a.cos = call.result(DType::f32, {tokens, head_dim});
   a.sin = call.result(DType::f32, {tokens, head_dim});
   return call.run(&Kernels::vision_rotary, a);

@@ -51,8 +51,10 @@ struct Composite {
 // Where the next calls on the CPU are written down as cases for the kernel twin.
 struct Recording {
   std::string path;  // a folder; empty: not recording
+  double work = 0;   // calls of more are not written
+  int64_t left = 0;  // how many may still be written
   Bound bound;
-  int64_t count = 0;
+  int64_t count = 0;  // of all that were, to name them
 };
 
 class State {

@@ -236,7 +236,9 @@ void forward(const Call& c, const Forward& w, const Task& task, int64_t head, co
   const int64_t parts = 2 * panels * c.blocks(task.keys.size());
   int64_t part = 0;
   c.pack_b(rotated(c, c.in.q, head, task.queries, w.staged), queries, d, w.q);
-  std::fill_n(w.max, panels * c.nr, std::copysign(HUGE_VALF, -c.scale));
+  // Below all logits as scaled; with a scale of 0 they are equal, and 0 times infinity is a NaN.
+  const float lowest = c.scale == 0 ? 0 : std::copysign(HUGE_VALF, -c.scale);
+  std::fill_n(w.max, panels * c.nr, lowest);
   std::fill_n(w.sum, panels * c.nr, 0.0f);
 
   for (int64_t at = task.keys.begin; at < task.keys.end; at += kKeys) {

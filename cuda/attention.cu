@@ -5,6 +5,7 @@
 // 16 threads that share the row; rows of P pass through shared memory to the product with V. Mass:
 // a block owns 64 keys and walks over the queries.
 #include "cuda/attention.cuh"
+#include "ops/kernels.h"
 
 namespace p2r::cuda {
 
@@ -96,9 +97,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class T, int Dim>
+template <int Dim>
 __global__ void __launch_bounds__(kThreads)
-    attention_mass_kernel(AttentionProblem<T> a, const float* lse, float* mass) {
+    attention_mass_kernel(AttentionProblem<float> a, const float* lse, float* mass) {
   SMEM_DYN(memory);
   float* k = reinterpret_cast<float*>(memory);
   float* q = k + kTile * (Dim + kPad);
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void attention(const AttentionArgs& a, Device& device) {
+void plain_attention(const AttentionArgs& a, Device& device) {
   const AttentionLayout in = attention_layout(a.q, a.k, a.v, a.qkv);
   with_float_type(in.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
@@ -158,16 +159,45 @@ void attention(const AttentionArgs& a, Device& device) {
   });
 }
 
+namespace {
+
+struct Named {
+  const char* name;
+  void (*forward)(const AttentionArgs&, Device&);
+  void (*backward)(const AttentionBackwardArgs&, Device&);
+};
+
+// What stands behind the names in ops/kernels.cpp.
+constexpr Named kNamed[] = {
+    {"mma", mma_attention, mma_attention_backward},
+    {"plain", plain_attention, plain_attention_backward},
+};
+
+const Named& named(int64_t kernel, Device& device) {
+  const std::string name = kernel_choices("attention", device.info()).at(kernel).name;
+  for (const Named& n : kNamed)
+    if (name == n.name) return n;
+  throw Error(Code::value, "there is no kernel '" + name + "'");
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& a, Device& device) {
+  named(a.kernel, device).forward(a, device);
+}
+
+void attention_backward(const AttentionBackwardArgs& a, Device& device) {
+  named(a.kernel, device).backward(a, device);
+}
+
 void attention_mass(const AttentionMassArgs& a, Device& device) {
   const AttentionLayout in = attention_layout(a.q, a.k, View(), a.qkv);
-  with_float_type(in.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    AttentionOnDevice<T> call(in, a.cos, a.sin, a.scale, device);
-    with_head_dim(in.head_dim, [&](auto dim) {
-      constexpr int Dim = decltype(dim)::value;
-      call.run(attention_mass_kernel<T, Dim>, a.cu_seqlens, kTile, 2 * tile_bytes(kTile, Dim),
-               a.lse.as<const float>(), a.mass.as<float>());
-    });
+  if (in.dtype != DType::f32) return mma_attention_mass(a, device);
+  AttentionOnDevice<float> call(in, a.cos, a.sin, a.scale, device);
+  with_head_dim(in.head_dim, [&](auto dim) {
+    constexpr int Dim = decltype(dim)::value;
+    call.run(attention_mass_kernel<Dim>, a.cu_seqlens, kTile, 2 * tile_bytes(kTile, Dim),
+             a.lse.as<const float>(), a.mass.as<float>());
   });
 }
 

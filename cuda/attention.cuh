@@ -6,12 +6,20 @@
 // without bank conflicts, since rows of shared memory are 4 floats longer than what they hold.
 // Everything is f32 on the plain cores; any head dimension takes the next of the widths Dim.
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "cuda/rotary.cuh"
 #include "ops/attention.h"
 
 namespace p2r::cuda {
+
+// Attention by the kernels of a name.
+void plain_attention(const AttentionArgs& a, Device& device);
+void plain_attention_backward(const AttentionBackwardArgs& a, Device& device);
+void mma_attention(const AttentionArgs& a, Device& device);
+void mma_attention_backward(const AttentionBackwardArgs& a, Device& device);
+void mma_attention_mass(const AttentionMassArgs& a, Device& device);
 
 constexpr int kSide = 16, kThreads = kSide * kSide;
 constexpr int kPad = 4;
@@ -146,6 +154,22 @@ void with_head_dim(int64_t d, F&& f) {
     f(std::integral_constant<int, 128>());
 }
 
+// Every `step` tokens of every sequence, the longest sequences first: a block's work grows with the
+// length, so that none is left with much at the end.
+inline std::vector<AttentionTile> attention_tiles(const Ints& cu_seqlens, int64_t step) {
+  std::vector<AttentionTile> tiles;
+  for (size_t s = 1; s < cu_seqlens.size(); ++s) {
+    const int64_t length = cu_seqlens[s] - cu_seqlens[s - 1];
+    for (int64_t first = 0; first < length; first += step)
+      tiles.push_back({static_cast<int32_t>(cu_seqlens[s - 1]), static_cast<int32_t>(length),
+                       static_cast<int32_t>(first)});
+  }
+  std::stable_sort(tiles.begin(), tiles.end(), [](const AttentionTile& a, const AttentionTile& b) {
+    return a.length > b.length;
+  });
+  return tiles;
+}
+
 // Shared memory for rows of Width floats.
 constexpr size_t tile_bytes(int rows, int width) { return sizeof(float) * rows * (width + kPad); }
 
@@ -180,18 +204,15 @@ class AttentionOnDevice {
     p_.qk_row = inner;
   }
 
+  const AttentionProblem<T>& problem() const { return p_; }
+  Device& device() const { return device_; }
+
   // Runs kernel(problem, rest...) with a block for every `step` tokens of a sequence and every
   // head.
   template <class... P, class... A>
   void run(void (*kernel)(AttentionProblem<T>, P...), const Ints& cu_seqlens, int step, size_t smem,
            A... rest) {
-    std::vector<AttentionTile> tiles;
-    for (size_t s = 1; s < cu_seqlens.size(); ++s) {
-      const int64_t length = cu_seqlens[s] - cu_seqlens[s - 1];
-      for (int64_t first = 0; first < length; first += step)
-        tiles.push_back({static_cast<int32_t>(cu_seqlens[s - 1]), static_cast<int32_t>(length),
-                         static_cast<int32_t>(first)});
-    }
+    const std::vector<AttentionTile> tiles = attention_tiles(cu_seqlens, step);
     if (tiles.empty() || p_.heads == 0) return;
     const Scratch memory = device_.scratch(tiles.size() * sizeof tiles[0]);
     device_.upload(memory.as<void>(), tiles.data(), tiles.size() * sizeof tiles[0]);
@@ -207,5 +228,10 @@ class AttentionOnDevice {
   Scratch turned_;
   AttentionProblem<T> p_{};
 };
+
+// delta [H, T] = rowsum(dOut * out), before a backward pass (cuda/attention_backward.cu).
+template <class T>
+void attention_delta(const T* d_out, const T* out, float* delta, const AttentionLayout& in,
+                     Device& device);
 
 }  // namespace p2r::cuda

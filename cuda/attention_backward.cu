@@ -158,20 +158,29 @@ __global__ void __launch_bounds__(kThreads, Dim > 80 ? 1 : 2)
 
 }  // namespace
 
-void attention_backward(const AttentionBackwardArgs& a, Device& device) {
-  const AttentionLayout in = attention_layout(a.q, a.k, a.v, a.qkv);
-  const AttentionLayout grad = attention_layout(a.d_q, a.d_k, a.d_v, a.d_qkv);
+template <class T>
+void attention_delta(const T* d_out, const T* out, float* delta, const AttentionLayout& in,
+                     Device& device) {
   const int64_t rows = in.tokens * in.heads;
   if (!rows) return;
-  const Scratch delta_memory = device.scratch(rows * sizeof(float));
+  launch(attention_delta_kernel<T>, blocks_for(rows * 32, kThreads), kThreads, 0, stream_of(device),
+         d_out, out, delta, in.tokens, static_cast<int>(in.heads), static_cast<int>(in.head_dim));
+}
+template void attention_delta(const __half*, const __half*, float*, const AttentionLayout&,
+                              Device&);
+template void attention_delta(const __nv_bfloat16*, const __nv_bfloat16*, float*,
+                              const AttentionLayout&, Device&);
+
+void plain_attention_backward(const AttentionBackwardArgs& a, Device& device) {
+  const AttentionLayout in = attention_layout(a.q, a.k, a.v, a.qkv);
+  const AttentionLayout grad = attention_layout(a.d_q, a.d_k, a.d_v, a.d_qkv);
+  const Scratch delta_memory = device.scratch(in.tokens * in.heads * sizeof(float));
   float* delta = delta_memory.as<float>();
   const float* lse = a.lse.as<const float>();
   with_float_type(in.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const T* d_out = a.d_out.as<const T>();
-    launch(attention_delta_kernel<T>, blocks_for(rows * 32, kThreads), kThreads, 0,
-           stream_of(device), d_out, a.out.as<const T>(), delta, in.tokens,
-           static_cast<int>(in.heads), static_cast<int>(in.head_dim));
+    attention_delta(d_out, a.out.as<const T>(), delta, in, device);
     AttentionOnDevice<T> call(in, a.cos, a.sin, a.scale, device);
     with_head_dim(in.head_dim, [&](auto dim) {
       constexpr int Dim = decltype(dim)::value, Owned = kOwned<Dim>;

@@ -20,14 +20,14 @@ void linear(const LinearArgs& a, Device& device) {
   const int64_t features = a.weight.shape[0], channels = a.weight.shape[1];
   with_float_type(a.x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    gemm(device, Gemm<T, T, T>{.m = rows_of(a.x),
-                               .n = features,
-                               .k = channels,
-                               .a = {a.x.as<const T>(), channels, 1},
-                               .b = {a.weight.as<const T>(), 1, channels},
-                               .c = a.out.as<T>(),
-                               .c_row_stride = features,
-                               .bias = {a.bias.data, a.bias.dtype}});
+    gemm<Along::k, Along::k>(device, Gemm<T, T, T>{.m = rows_of(a.x),
+                                                   .n = features,
+                                                   .k = channels,
+                                                   .a = {a.x.as<const T>(), channels},
+                                                   .b = {a.weight.as<const T>(), channels},
+                                                   .c = a.out.as<T>(),
+                                                   .c_row_stride = features,
+                                                   .bias = {a.bias.data, a.bias.dtype}});
   });
 }
 
@@ -38,22 +38,24 @@ void linear_backward(const LinearBackwardArgs& a, Device& device) {
   with_float_type(a.x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const T* d_out = a.d_out.as<const T>();
-    gemm(device, Gemm<T, T, T>{.m = rows,
-                               .n = channels,
-                               .k = features,
-                               .a = {d_out, features, 1},
-                               .b = {a.weight.as<const T>(), channels, 1},
-                               .c = a.d_x.as<T>(),
-                               .c_row_stride = channels});
-    gemm(device, Gemm<T, T, float>{.m = features,
-                                   .n = channels,
-                                   .k = rows,
-                                   .a = {d_out, 1, features},
-                                   .b = {a.x.as<const T>(), channels, 1},
-                                   .c = weight.as<float>(),
-                                   .c_row_stride = channels,
-                                   .accumulate = bool(a.into_weight)});
-    if (bias) column_sums(device, d_out, rows, features, bias.as<float>(), bool(a.into_bias));
+    gemm<Along::k, Along::mn>(device, Gemm<T, T, T>{.m = rows,
+                                                    .n = channels,
+                                                    .k = features,
+                                                    .a = {d_out, features},
+                                                    .b = {a.weight.as<const T>(), channels},
+                                                    .c = a.d_x.as<T>(),
+                                                    .c_row_stride = channels});
+    gemm<Along::mn, Along::mn>(device, Gemm<T, T, float>{.m = features,
+                                                         .n = channels,
+                                                         .k = rows,
+                                                         .a = {d_out, features},
+                                                         .b = {a.x.as<const T>(), channels},
+                                                         .c = weight.as<float>(),
+                                                         .c_row_stride = channels,
+                                                         .accumulate = bool(a.into_weight)});
+    if (bias)
+      column_sums(device, d_out, rows, features, features, bias.as<float>(), bool(a.into_bias),
+                  nullptr);
   });
 }
 

@@ -12,7 +12,8 @@ constexpr int kAcross = 32, kDown = 8;
 // slice. partial [slices, n].
 template <class T>
 __global__ void __launch_bounds__(kAcross* kDown)
-    column_sums_kernel(const T* x, int64_t rows, int64_t n, int64_t slice_rows, float* partial) {
+    column_sums_kernel(const T* x, int64_t rows, int64_t n, int64_t stride, int64_t slice_rows,
+                       float* partial) {
   SMEM_ARRAY(float, sums, kDown* kAcross);
   const int across = static_cast<int>(threadIdx.x) % kAcross;
   const int down = static_cast<int>(threadIdx.x) / kAcross;
@@ -21,7 +22,7 @@ __global__ void __launch_bounds__(kAcross* kDown)
   const int64_t end = begin + slice_rows < rows ? begin + slice_rows : rows;
   float sum = 0;
   if (j < n)
-    for (int64_t i = begin + down; i < end; i += kDown) sum += to_float(x[i * n + j]);
+    for (int64_t i = begin + down; i < end; i += kDown) sum += to_float(x[i * stride + j]);
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (down == 0 && j < n) {
@@ -32,9 +33,10 @@ __global__ void __launch_bounds__(kAcross* kDown)
 
 }  // namespace linear_detail
 
-// sums[j] (+)= Σ_i x[i, j], the slices cut by the shape alone and added in order.
+// sums[j] (+)= scale * Σ_i x[i, j], the slices cut by the shape alone and added in order.
 template <class T>
-void column_sums(Device& device, const T* x, int64_t rows, int64_t n, float* sums, bool add) {
+void column_sums(Device& device, const T* x, int64_t rows, int64_t n, int64_t row_stride,
+                 float* sums, bool add, const float* scale) {
   using namespace linear_detail;
   if (!n) return;
   constexpr int64_t kMostSlices = 64, kSliceRows = 128;
@@ -43,10 +45,9 @@ void column_sums(Device& device, const T* x, int64_t rows, int64_t n, float* sum
   float* partial = scratch.as<float>();
   launch(column_sums_kernel<T>,
          dim3(static_cast<unsigned>(ceil_div(n, kAcross)), static_cast<unsigned>(slices)),
-         kAcross * kDown, 0, stream_of(device), x, rows, n, ceil_div(rows, slices), partial);
-  launch(gemm_detail::finish_kernel<float>, blocks_for(n, gemm_detail::kThreads),
-         gemm_detail::kThreads, 0, stream_of(device), partial, slices, int64_t{1}, n, sums, n, add,
-         Bias{});
+         kAcross * kDown, 0, stream_of(device), x, rows, n, row_stride,
+         ceil_div(rows, slices), partial);
+  gemm_detail::finish(partial, slices, 1, n, sums, n, add, {}, scale, stream_of(device));
 }
 
 }  // namespace p2r::cuda

@@ -6,8 +6,7 @@
 // same shape.
 #include <cfloat>
 
-#include "cuda/kernel.cuh"
-#include "ops/log_probs.h"
+#include "cuda/log_probs.cuh"
 
 namespace p2r::cuda {
 
@@ -17,12 +16,6 @@ constexpr int kBlock = 512, kVector = 8, kWarps = kBlock / 32;
 constexpr int64_t kSlice = 32768;
 constexpr int kTileBlock = 256;
 constexpr int64_t kTile = 8192;
-constexpr unsigned kFull = 0xffffffffu;
-constexpr float kLog2e = 1.4426950408889634f;
-
-struct Sums {
-  float maximum, sum, moment;
-};
 
 template <class T>
 __device__ __forceinline__ bool is_aligned(const T* p) {
@@ -65,21 +58,6 @@ __device__ __forceinline__ void store_vector(T* p, int64_t n, bool aligned,
   }
 }
 
-// Nothing summed yet has maximum -inf; its sum is 0, or NaN when NaN was met.
-__device__ __forceinline__ void lower_to(Sums& a, float top, float inverse) {
-  if (a.maximum == -INFINITY) return;
-  const float shift = (a.maximum - top) * inverse;
-  const float scale = ptx::ex2(shift * kLog2e);
-  a.moment = scale == 0 ? 0 * a.moment : scale * (a.moment + shift * a.sum);
-  a.sum *= scale;
-}
-__device__ __forceinline__ Sums merged(Sums a, Sums b, float inverse) {
-  const float top = fmaxf(a.maximum, b.maximum);
-  lower_to(a, top, inverse);
-  lower_to(b, top, inverse);
-  return {top, a.sum + b.sum, a.moment + b.moment};
-}
-
 template <class T>
 __global__ void __launch_bounds__(kBlock)
     slice_sums_kernel(const T* logits, const int32_t* targets, int64_t columns, int64_t slices,
@@ -107,21 +85,12 @@ __global__ void __launch_bounds__(kBlock)
       own.moment += e * fmaxf(d, -128.0f);
     }
   }
-  const auto tree = [&](int width) {
-    for (int step = width / 2; step > 0; step /= 2) {
-      Sums other;
-      other.maximum = __shfl_xor_sync(kFull, own.maximum, step);
-      other.sum = __shfl_xor_sync(kFull, own.sum, step);
-      other.moment = __shfl_xor_sync(kFull, own.moment, step);
-      own = merged(own, other, inverse);
-    }
-  };
-  tree(32);
+  merge_lanes(own, 32, inverse);
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = own;
   __syncthreads();
   if (threadIdx.x < 32) {
     own = parts[threadIdx.x % kWarps];
-    tree(kWarps);
+    merge_lanes(own, kWarps, inverse);
     if (threadIdx.x == 0) out[blockIdx.x] = own;
   }
 }
@@ -162,11 +131,12 @@ __device__ float2 stats_of(const Row& row, double inverse) {
   return make_float2(m, static_cast<float>(log(row.sum) + residue));
 }
 
+// With a row_stride of 0, logits has the targets' alone.
 template <class T>
 __global__ void __launch_bounds__(kTileBlock)
-    finish_kernel(const T* logits, const int32_t* targets, const Sums* partials, int64_t rows,
-                  int64_t columns, int64_t slices, double inverse, float* log_probs, float2* stats,
-                  float* entropy, int32_t* fault) {
+    finish_kernel(const T* logits, int64_t row_stride, const int32_t* targets, const Sums* partials,
+                  int64_t rows, int64_t columns, int64_t slices, double inverse, float* log_probs,
+                  float2* stats, float* entropy, int32_t* fault) {
   const int64_t i = int64_t{blockIdx.x} * kTileBlock + threadIdx.x;
   if (i >= rows) return;
   const int32_t target = targets[i];
@@ -182,7 +152,7 @@ __global__ void __launch_bounds__(kTileBlock)
       log_prob = h = s.x = s.y = NAN;
       *fault = 1;
     } else {
-      const double x = to_float(logits[i * columns + target]);
+      const double x = to_float(logits[row_stride ? i * row_stride + target : i]);
       log_prob = static_cast<float>((x - row.maximum) * inverse - log_sum);
     }
   }
@@ -253,25 +223,29 @@ __global__ void __launch_bounds__(kTileBlock)
 struct Slopes {
   const int32_t* targets;
   const float *stats, *d_log_probs, *entropy, *d_entropy;
-  int64_t columns, tiles, vocab_offset;
+  int64_t columns, tiles, vocab_offset, d_stride;
   double inverse;
+  const float* scale;  // of the gradient; none is 1
   bool shard;
   int32_t* fault;
 };
 
-template <class T>
+template <class T, class D>
 __global__ void __launch_bounds__(kTileBlock)
-    slopes_kernel(const T* logits, T* d_logits, Slopes a) {
+    slopes_kernel(const T* logits, D* d_logits, Slopes a) {
   const int64_t row = blockIdx.x / a.tiles, first = blockIdx.x % a.tiles * kTile;
   const int64_t end = first + kTile < a.columns ? first + kTile : a.columns;
+  // Rows of dz that are longer end in zeros.
+  const int64_t stored = end < a.columns ? end : a.d_stride;
   const T* z = logits + row * a.columns;
-  T* dz = d_logits + row * a.columns;
+  D* dz = d_logits + row * a.d_stride;
   const bool aligned = is_aligned(z) && is_aligned(dz);
   const int32_t target = a.targets[row];
   const int64_t label = target - a.vocab_offset;
   const bool wrong = target != kSkippedTarget && (target < 0 || (!a.shard && label >= a.columns));
-  const double g = a.d_log_probs[row] * a.inverse;
-  const double h = a.d_entropy ? a.d_entropy[row] * a.inverse : 0;
+  const double scale = a.scale ? a.inverse * *a.scale : a.inverse;
+  const double g = a.d_log_probs[row] * scale;
+  const double h = a.d_entropy ? a.d_entropy[row] * scale : 0;
   const bool still = target == kSkippedTarget || (g == 0 && h == 0);
   if (wrong && threadIdx.x == 0) *a.fault = 1;
 
@@ -298,9 +272,10 @@ __global__ void __launch_bounds__(kTileBlock)
           const float log_p = fmaf(x[i], inverse, -maximum) + low;
           x[i] = ptx::ex2(log_p * kLog2e) * (scale_p + scale_h * fmaxf(log_p, -128.0f));
         }
+        if (c + i >= a.columns) x[i] = 0;
       }
     }
-    store_vector(dz + c, end - c, aligned, x);
+    store_vector(dz + c, stored - c, aligned, x);
   }
 }
 
@@ -330,7 +305,7 @@ void token_log_probs(const TokenLogProbsArgs& a, Device& device) {
     sum_slices<T>(a.logits, a.targets, static_cast<float>(inverse), scratch.as<Sums>(), slices,
                   stream);
     launch(finish_kernel<T>, row_blocks(rows), kTileBlock, 0, stream, a.logits.as<const T>(),
-           a.targets.as<const int32_t>(), scratch.as<const Sums>(), rows, columns, slices, inverse,
+           columns, a.targets.as<const int32_t>(), scratch.as<const Sums>(), rows, columns, slices, inverse,
            a.log_probs.as<float>(), a.stats.as<float2>(), a.entropy.as<float>(), a.fault);
   });
 }
@@ -366,7 +341,19 @@ void merge_log_probs(const MergeLogProbsArgs& a, Device& device) {
          rows, a.log_probs.as<float>(), a.merged.as<float2>(), a.entropy.as<float>());
 }
 
-void token_log_probs_backward(const TokenLogProbsBackwardArgs& a, Device& device) {
+void finish_log_probs(const TokenLogProbsArgs& a, int64_t columns, const Sums* sums, int64_t spans,
+                      const float* target_logits, Device& device) {
+  const int64_t rows = a.targets.shape[0];
+  launch(finish_kernel<float>, row_blocks(rows), kTileBlock, 0, stream_of(device), target_logits,
+         int64_t{0}, a.targets.as<const int32_t>(), sums, rows, columns, spans, 1 / a.temperature,
+         a.log_probs.as<float>(), a.stats.as<float2>(), a.entropy.as<float>(), a.fault);
+}
+
+namespace {
+
+template <class T, class D>
+void slopes(const TokenLogProbsBackwardArgs& a, const float* scale, D* d_logits, int64_t stride,
+            Device& device) {
   const int64_t rows = a.logits.shape[0], columns = a.logits.shape[1];
   if (!rows || !columns) return;
   Slopes s;
@@ -378,14 +365,32 @@ void token_log_probs_backward(const TokenLogProbsBackwardArgs& a, Device& device
   s.columns = columns;
   s.tiles = ceil_div(columns, kTile);
   s.vocab_offset = a.vocab_offset;
+  s.d_stride = stride;
   s.inverse = 1 / a.temperature;
+  s.scale = scale;
   s.shard = a.shard;
   s.fault = a.fault;
+  launch(slopes_kernel<T, D>, static_cast<unsigned>(rows * s.tiles), kTileBlock, 0,
+         stream_of(device), a.logits.as<const T>(), d_logits, s);
+}
+
+}  // namespace
+
+void token_log_probs_backward(const TokenLogProbsBackwardArgs& a, Device& device) {
   with_float_type(a.logits.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    launch(slopes_kernel<T>, static_cast<unsigned>(rows * s.tiles), kTileBlock, 0,
-           stream_of(device), a.logits.as<const T>(), a.d_logits.as<T>(), s);
+    slopes<T>(a, nullptr, a.d_logits.as<T>(), a.logits.shape[1], device);
   });
 }
+
+template <class T>
+void scaled_slopes(const TokenLogProbsBackwardArgs& a, const float* scale, T* d_logits,
+                   int64_t stride, Device& device) {
+  slopes<float>(a, scale, d_logits, stride, device);
+}
+template void scaled_slopes(const TokenLogProbsBackwardArgs&, const float*, __half*, int64_t,
+                            Device&);
+template void scaled_slopes(const TokenLogProbsBackwardArgs&, const float*, __nv_bfloat16*, int64_t,
+                            Device&);
 
 }  // namespace p2r::cuda

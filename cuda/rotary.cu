@@ -1,6 +1,7 @@
 // Rotary embedding: one entry a thread and step, both bound by memory. The partner of an entry is
 // half a row away, in the same cache lines.
 #include "cuda/rotary.cuh"
+#include "ops/grid.h"
 #include "ops/rotary.h"
 
 namespace p2r::cuda {
@@ -23,33 +24,16 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// A grid of patches: its first token, the tokens of a frame, patches a row.
-struct GridOfPatches {
-  int64_t first, frame;
-  int32_t width;
-};
-
 __global__ void __launch_bounds__(kBlock)
-    vision_rotary_kernel(const GridOfPatches* grids, int count, const float* frequencies, int merge,
+    vision_rotary_kernel(const PatchGrid* grids, int count, const float* frequencies, int merge,
                          int d, int64_t tokens, float* cos, float* sin) {
   for (int64_t i = blockIdx.x * int64_t{kBlock} + threadIdx.x; i < tokens * d;
        i += int64_t{gridDim.x} * kBlock) {
     const int64_t token = i / d;
     const int c = static_cast<int>(i % d) % (d / 2);
-    int low = 0, high = count - 1;  // the last grid that starts at or before the token
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (grids[middle].first <= token)
-        low = middle;
-      else
-        high = middle - 1;
-    }
-    const int64_t place = (token - grids[low].first) % grids[low].frame;
-    const int64_t block = place / (merge * merge), blocks = grids[low].width / merge;
-    const int inside = static_cast<int>(place % (merge * merge));
+    const PatchPlace at = place_of(grids[grid_of(grids, count, token)], token, merge);
     const bool is_row = c < d / 4;
-    const int64_t position =
-        is_row ? block / blocks * merge + inside / merge : block % blocks * merge + inside % merge;
+    const int32_t position = is_row ? at.row : at.column;
     const float angle = static_cast<float>(position) * frequencies[is_row ? c : c - d / 4];
     cos[i] = cosf(angle);
     sin[i] = sinf(angle);
@@ -85,14 +69,7 @@ void apply_rotary(const ApplyRotaryArgs& a, Device& device) {
 void vision_rotary(const VisionRotaryArgs& a, Device& device) {
   const int64_t tokens = a.cos.shape[0], d = a.cos.shape[1];
   if (!tokens) return;
-  std::vector<GridOfPatches> grids;
-  int64_t first = 0;
-  for (size_t g = 0; g < a.grid_thw.size(); g += 3) {
-    const int64_t t = a.grid_thw[g], frame = a.grid_thw[g + 1] * a.grid_thw[g + 2];
-    if (t * frame == 0) continue;
-    grids.push_back({first, frame, static_cast<int32_t>(a.grid_thw[g + 2])});
-    first += t * frame;
-  }
+  const std::vector<PatchGrid> grids = patch_grids(a.grid_thw);
   const std::vector<float> frequencies = rotary_frequencies(a.theta, d);
   const Scratch grid_memory = device.scratch(grids.size() * sizeof grids[0]);
   const Scratch frequency_memory = device.scratch(frequencies.size() * sizeof(float));
@@ -100,7 +77,7 @@ void vision_rotary(const VisionRotaryArgs& a, Device& device) {
   device.upload(frequency_memory.as<void>(), frequencies.data(),
                 frequencies.size() * sizeof(float));
   launch(vision_rotary_kernel, blocks_for(tokens * d, kBlock), kBlock, 0, stream_of(device),
-         grid_memory.as<const GridOfPatches>(), static_cast<int>(grids.size()),
+         grid_memory.as<const PatchGrid>(), static_cast<int>(grids.size()),
          frequency_memory.as<const float>(), static_cast<int>(a.merge), static_cast<int>(d), tokens,
          a.cos.as<float>(), a.sin.as<float>());
 }

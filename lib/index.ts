@@ -54,6 +54,7 @@ export {
   policyLoss,
   trlDefaults,
 } from './ops/policy_loss.js'
+export { visionPositions } from './ops/positions.js'
 export { applyRotary, visionRotary } from './ops/rotary.js'
 export * from './ops/rows.js'
 export * from './ops/sampling.js'
@@ -63,3 +64,4 @@ export { type GrpoBatch, type GrpoModel, type GrpoStep, grpoStep } from './p2r/g
 export { loadTensors, saveTensors } from './safetensors.js'
 export { scope, scopeAsync } from './scope.js'
 export type { DType, Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'
+export { type VisionEncoding, VisionTower, type VisionTowerConfig } from './vision/tower.js'

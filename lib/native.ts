@@ -52,8 +52,18 @@ export interface Native {
   cudaStatus(): { built: boolean; available: boolean; reason: string }
   beginComposite(name: string): void
   endComposite(): void
-  /** Writes the following CPU calls into a folder as cases for the kernel twin; '' ends it. */
-  record(folder: string, absolute?: number, relative?: number, ofLargest?: number): void
+  /**
+   * Writes the next `calls` CPU calls of at most `work` (ops/fields.h) into a folder as cases for the
+   * kernel twin; '' ends it.
+   */
+  record(
+    folder: string,
+    work?: number,
+    calls?: number,
+    absolute?: number,
+    relative?: number,
+    ofLargest?: number,
+  ): void
   /** The operations by their names in ops.def; lib/ops gives each its types. */
   ops: Record<string, (...args: unknown[]) => unknown>
 }

@@ -95,7 +95,16 @@ export async function saveTensors(
  * safetensors file or holds another type.
  */
 export async function loadTensors(path: string, device: Device): Promise<Record<string, Tensor>> {
-  const op = 'loadTensors'
+  return loadSome('loadTensors', path, device, (name) => name)
+}
+
+/** @internal Those tensors of a file to which `rename` gives a name, under that name. */
+export async function loadSome(
+  op: string,
+  path: string,
+  device: Device,
+  rename: (name: string) => string | undefined,
+): Promise<Record<string, Tensor>> {
   checkPath(path, op)
   if (!(device instanceof Device))
     refuse('ERR_VALUE', op, `device must be a Device, got ${describeValue(device)}`)
@@ -104,7 +113,9 @@ export async function loadTensors(path: string, device: Device): Promise<Record<
     const file = await open(path, 'r')
     try {
       const { entries, dataStart } = await readHeader(file, path, op)
-      for (const { name, type, shape, begin, size } of entries) {
+      for (const { name: stored, type, shape, begin, size } of entries) {
+        const name = rename(stored)
+        if (name === undefined) continue
         const [dtype, HostType] = hostTypes[type]
         const data = new HostType(size)
         await readAll(file, data, dataStart + begin, path, op)

@@ -19,10 +19,10 @@
 // rotary tables cos and sin [T, D] f32 (packed input only): q and k are rotated and rounded to
 // their type first, exactly as by apply_rotary; d_qkv is rotated back before its one rounding.
 //
-// Everything between inputs and outputs is f32, but that a kernel for 16 bits may round P and dS to
-// the inputs' type where they enter a product (on the CPU bf16 with AVX512-BF16). All sums are f32,
-// in an order fixed by the lengths and D alone, so results do not depend on the number of threads
-// and repeat bit for bit.
+// Everything between inputs and outputs is f32, but for kernels on tensor cores, which take f16 and
+// bf16 only, and the CPU's of bf16 with AVX512-BF16: they round P and dS to the inputs' type for
+// their products. Sums are f32 and run in an order fixed by the lengths and D alone, so results do
+// not depend on the number of threads and repeat bit for bit.
 //
 // Values that are not finite stay within their sequence and head. A logit of -inf weighs nothing; a
 // query that has no other logit has lse -inf and a row of NaN; a logit of NaN or +inf makes out and
@@ -35,7 +35,17 @@
 
 namespace p2r {
 
-// `kernel` is an index into kernel_names("attention", device): 0 is the backend's own choice.
+// The multiply-adds of one of its matrix products over x [T, ..., H, D].
+inline double attention_product(const View& x, const Ints& cu_seqlens) {
+  double pairs = 0;
+  for (size_t i = 1; i < cu_seqlens.size(); ++i) {
+    const double n = static_cast<double>(cu_seqlens[i] - cu_seqlens[i - 1]);
+    pairs += n * n;
+  }
+  return pairs * static_cast<double>(x.shape[-2] * x.shape[-1]);
+}
+
+// `kernel` is an index into kernel_choices("attention", device), of one that takes the input.
 // Either qkv is given (with cos and sin or without), or q, k and v.
 struct AttentionArgs {
   In q, k, v, qkv, cos, sin;
@@ -44,6 +54,7 @@ struct AttentionArgs {
   int64_t kernel = 0;
   Out out, lse;
   auto fields() { return std::tie(q, k, v, qkv, cos, sin, cu_seqlens, scale, kernel, out, lse); }
+  double work() const { return 2 * attention_product(qkv ? qkv : q, cu_seqlens); }
 };
 
 // Either d_qkv is given, or d_q, d_k and d_v, as in the input. Without `deterministic` a kernel may
@@ -59,6 +70,8 @@ struct AttentionBackwardArgs {
     return std::tie(d_out, q, k, v, qkv, cos, sin, out, lse, cu_seqlens, scale, deterministic,
                     kernel, d_q, d_k, d_v, d_qkv);
   }
+  // S and dP in each of the two passes, and the three gradients.
+  double work() const { return 7 * attention_product(qkv ? qkv : q, cu_seqlens); }
 };
 
 struct AttentionMassArgs {
@@ -67,6 +80,7 @@ struct AttentionMassArgs {
   double scale = 1;
   Out mass;
   auto fields() { return std::tie(q, k, qkv, cos, sin, lse, cu_seqlens, scale, mass); }
+  double work() const { return attention_product(qkv ? qkv : q, cu_seqlens); }
 };
 
 // Where q, k and v (or their gradients) lie: three tensors, or slices of a packed one. Head h of

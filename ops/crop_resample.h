@@ -34,6 +34,19 @@ namespace p2r {
 
 enum class Filter : uint8_t { box, bilinear, bicubic, lanczos };
 
+// A bound on the multiply-adds of resampling regions [n, 8], by the widest filter: lanczos, with
+// six taps and one more, times the scale.
+inline double resample_work(const Ints& regions) {
+  double sum = 0;
+  for (size_t i = 0; i + 8 <= regions.size(); i += 8) {
+    const int64_t* r = &regions[i];
+    const double w = r[3] - r[1], h = r[4] - r[2], height = r[5], width = r[6];
+    const auto taps = [](double from, double to) { return 7 * (from > to ? from / to : 1); };
+    sum += 3 * width * (h * taps(w, width) + height * taps(h, height));
+  }
+  return sum;
+}
+
 struct CropResampleArgs {
   std::vector<In> images;  // u8 [h, w, 3]
   Ints regions;            // [n, 8]
@@ -42,6 +55,7 @@ struct CropResampleArgs {
   int64_t line_width = -1;
   std::vector<Out> out;
   auto fields() { return std::tie(images, regions, filter, boxes, colors, line_width, out); }
+  double work() const { return resample_work(regions); }
 };
 
 struct PixelValuesArgs {
@@ -57,6 +71,7 @@ struct PixelValuesArgs {
     return std::tie(images, regions, filter, boxes, colors, line_width, patch, temporal, merge,
                     mean, std, out);
   }
+  double work() const { return resample_work(regions); }
 };
 
 }  // namespace p2r

@@ -91,6 +91,18 @@ void restore(Args& args, const std::vector<Field>& fields) {
   std::apply([&](auto&... each) { (detail::restore_one(each, fields, at), ...); }, args.fields());
 }
 
+// A bound on the work of a call, in entries read or written and multiply-adds: every tensor once,
+// and what Args::work() says comes on top: a matrix product, or a block of threads to each short
+// row.
+template <class Args>
+double work_of(Args& args) {
+  double work = 0;
+  for (const Field& f : collect(args))
+    if (f.view) work += static_cast<double>(f.view.size());
+  if constexpr (requires { args.work(); }) work += args.work();
+  return work;
+}
+
 // How far a result may be from the expected entry e of a tensor whose largest entry is m:
 // absolute + relative |e| + of_largest |m|.
 struct Bound {

@@ -4,21 +4,25 @@ namespace p2r {
 
 namespace {
 
-struct Choice {
-  const char *op, *backend;
-  std::vector<std::string> names;
+bool any(DType, int64_t) { return true; }
+bool halves(DType dtype, int64_t) { return dtype != DType::f32; }
+
+// Each device's in the order of preference.
+constexpr KernelChoice kChoices[] = {
+    {"attention", "cpu", "", "tiled", any},
+    {"attention", "cuda", "", "mma", halves},
+    {"attention", "cuda", "", "plain", any},
 };
 
 }  // namespace
 
-std::vector<std::string> kernel_names(const std::string& op, const DeviceInfo& device) {
-  static const Choice choices[] = {
-      {"attention", "cpu", {"tiled"}},
-      {"attention", "cuda", {"plain"}},
-  };
-  for (const Choice& c : choices)
-    if (op == c.op && device.backend == c.backend) return c.names;
-  return {};
+std::vector<KernelChoice> kernel_choices(const std::string& op, const DeviceInfo& device) {
+  std::vector<KernelChoice> found;
+  for (const KernelChoice& c : kChoices)
+    if (op == c.op && device.backend == c.backend &&
+        (!*c.capability || device.capability == c.capability))
+      found.push_back(c);
+  return found;
 }
 
 }  // namespace p2r

@@ -23,6 +23,7 @@ struct LinearArgs {
   In x, weight, bias;
   Out out;
   auto fields() { return std::tie(x, weight, bias, out); }
+  double work() const { return 1.0 * out.size() * weight.shape[1]; }
 };
 
 struct LinearBackwardArgs {
@@ -32,6 +33,7 @@ struct LinearBackwardArgs {
   auto fields() {
     return std::tie(d_out, x, weight, into_weight, into_bias, d_x, d_weight, d_bias);
   }
+  double work() const { return 2.0 * d_out.size() * weight.shape[1]; }
 };
 
 }  // namespace p2r

@@ -8,8 +8,11 @@
 //
 //   dhidden = dz . weight,  dweight = dz^T . hidden,  dbias = Σ_n dz[n]
 //
-// hidden, weight f32 | f16 | bf16 of one type; bias that type or f32; targets i32 [N]. Logits and
-// dz are f32 and never rounded to 16 bits; dhidden is as hidden, dweight [V, C] and dbias [V] f32,
+// hidden, weight f32 | f16 | bf16 of one type; bias that type or f32; targets i32 [N]. Logits are
+// f32 and never rounded to 16 bits, and so is dz on the CPU. CUDA multiplies hidden and weight of 16
+// bits on tensor cores, where C is a multiple of 8, and these take dz in 16 bits too: there every term
+// of the gradients' sums is off by at most the type's unit roundoff, with a power of two that keeps
+// dz in the range of f16. dhidden is as hidden, dweight [V, C] and dbias [V] f32,
 // written to d_weight and d_bias or added to into_weight and into_bias, of which one each is given
 // (of the second none without a bias).
 //
@@ -21,7 +24,9 @@
 // 0.8 MB a thread (more where C exceeds 4096); backward 15 MB and the same a thread, and a chunk of
 // dz of at most 32 MB; on CUDA a chunk of at most 128 MB of logits and some 20 MB. The policy loss
 // has a chunk of 128 MB of logits on both (at least 12 rows), so that reading and writing dweight
-// once a chunk costs little beside the products, and 12 bytes a token.
+// once a chunk costs little beside the products, and 12 bytes a token. On tensor cores the products
+// are so fast that backward and the loss take 640 MB, half as much for dz, and some 200 MB of partial
+// sums; forward has no logits in memory, and takes 7 MB.
 //
 // The order of every sum follows from the shapes alone (dweight: and from which rows are skipped);
 // forward, a row has the same bits in any batch. The vocabulary is cut into at most 128 spans of
@@ -51,6 +56,7 @@ struct LinearLogProbsArgs {
   auto fields() {
     return std::tie(hidden, weight, bias, targets, temperature, log_probs, stats, entropy);
   }
+  double work() const { return 1.0 * hidden.size() * weight.shape[0]; }
   int32_t* fault = nullptr;
   static constexpr const char* fault_text = TokenLogProbsArgs::fault_text;
 };
@@ -65,6 +71,7 @@ struct LinearLogProbsBackwardArgs {
     return std::tie(hidden, weight, bias, targets, stats, d_log_probs, entropy, d_entropy,
                     temperature, into_weight, into_bias, d_hidden, d_weight, d_bias);
   }
+  double work() const { return 3.0 * hidden.size() * weight.shape[0]; }
   int32_t* fault = nullptr;
   static constexpr const char* fault_text = TokenLogProbsArgs::fault_text;
 };
@@ -81,6 +88,7 @@ struct LinearPolicyLossArgs {
         std::tie(hidden, weight, bias, targets, temperature, into_weight, into_bias), loss.fields(),
         std::tie(log_probs, d_hidden, d_weight, d_bias));
   }
+  double work() const { return 3.0 * hidden.size() * weight.shape[0]; }
   int32_t* fault = nullptr;
   static constexpr const char* fault_text =
       "targets must be -100 or an index into the vocabulary, and mask must hold 0 and 1 only";

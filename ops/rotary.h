@@ -1,10 +1,9 @@
 // Rotary position embedding (Su et al., RoFormer, 2021) in the rotate-half form, with the
 // two-dimensional tables of the Qwen-VL vision towers (Wang et al., Qwen2-VL, 2024).
 //
-// vision_rotary: tables for grids of patches (t, h, w). Tokens come frame by frame, each frame in
-// merge-block order: block row, block column, row in the block, column in the block, for blocks of
-// `merge` x `merge` patches; all frames of a grid have the same positions (row, column). With
-// frequencies f_i = theta^(-2i / (D/2)), i = 0..D/4-1,
+// vision_rotary: tables for grids of patches (t, h, w), tokens in the order of ops/grid.h; all
+// frames of a grid have the same positions (row, column). With frequencies f_i = theta^(-2i /
+// (D/2)), i = 0..D/4-1,
 //
 //   angle = [row f_0 .. row f_(D/4-1), column f_0 .. column f_(D/4-1)], twice
 //   cos, sin [T, D] f32

@@ -43,7 +43,6 @@ function oracle({ q, k, v, cu, heads, d, scale }: Inputs, dOut: ArrayLike<number
   const of = (n: number) => new Float64Array(n)
   const [out, dq, dk, dv] = [of(q.length), of(q.length), of(q.length), of(q.length)]
   const [lse, mass] = [of(heads * tokens), of(heads * tokens)]
-  let average = 0 // the largest Σ P |v|
   const dot = (x: ArrayLike<number>, i: number, y: ArrayLike<number>, j: number) => {
     let sum = 0
     for (let c = 0; c < d; c++) sum += x[i + c]! * y[j + c]!
@@ -63,11 +62,6 @@ function oracle({ q, k, v, cu, heads, d, scale }: Inputs, dOut: ArrayLike<number
           mass[h * tokens + key]! += p[i]!
           for (let c = 0; c < d; c++) out[row + c]! += p[i]! * v[(key * heads + h) * d + c]!
         })
-        for (let c = 0; c < d; c++)
-          average = Math.max(
-            average,
-            keys.reduce((s, key, i) => s + p[i]! * Math.abs(v[(key * heads + h) * d + c]!), 0),
-          )
         if (dOut.length === 0) continue
         const delta = dot(dOut, row, out, row)
         keys.forEach((key, i) => {
@@ -81,7 +75,7 @@ function oracle({ q, k, v, cu, heads, d, scale }: Inputs, dOut: ArrayLike<number
         })
       }
     }
-  return { out, lse, mass, dq, dk, dv, average }
+  return { out, lse, mass, dq, dk, dv }
 }
 
 function lengthsToCu(lengths: readonly number[]): number[] {
@@ -95,12 +89,19 @@ interface Case {
   lengths: number[]
   scale?: number
 }
+// Every head dimension that a kernel is made for, and others; many short sequences, for small tiles,
+// and longer ones, for large tiles; several tiles, whole and ragged.
 const cases: Case[] = [
   { d: 8, heads: 1, lengths: [1] },
   { d: 16, heads: 3, lengths: [5, 64, 0, 1, 33] },
   { d: 64, heads: 2, lengths: [65, 1, 64] },
+  { d: 64, heads: 1, lengths: [3, 200] },
   { d: 72, heads: 1, lengths: [0, 7, 97, 0], scale: -0.2 },
+  { d: 72, heads: 3, lengths: [64, 60, 1] },
   { d: 80, heads: 2, lengths: [16, 24] },
+  { d: 80, heads: 1, lengths: [110, 70] },
+  { d: 88, heads: 1, lengths: [20, 70] },
+  { d: 104, heads: 2, lengths: [33, 20], scale: 0 },
   { d: 128, heads: 1, lengths: [40, 90] },
 ]
 const title = (c: Case) => `D ${c.d}, ${c.heads} heads of ${c.lengths}${c.scale ? ', scaled' : ''}`
@@ -144,21 +145,33 @@ function rotaryTables(b: Backend, tokens: number, d: number) {
   return { cos: table(Math.cos), sin: table(Math.sin) }
 }
 
+// These take f32 and are f32 throughout between inputs and outputs, but that the CPU's rounds P and dS to
+// bf16 for its products where it has AVX512-BF16. The others, on tensor cores, round them to the inputs'
+// type, f16 or bf16.
+const exact = ['tiled', 'plain']
+const kernelsFor = (b: Backend, dtype: Float) =>
+  kernels('attention', b.device).filter((name) => dtype !== 'f32' || exact.includes(name))
+const rounds = (dtype: Float, kernel?: string) =>
+  dtype !== 'f32' &&
+  (kernel === undefined || !exact.includes(kernel) || (kernel === 'tiled' && dtype === 'bf16'))
+
 // A logit is a sum of D products of normal numbers, scaled to about 1 and reaching some 6: in f32 it
 // is off by a few ulps of that, some 1e-6, and so is the weight it makes, relatively. The outputs
 // are averages of values up to 4 and their gradients sums of some ten such terms; then comes the
-// rounding to the type. A kernel for 16 bits may round each weight to them where it meets its value,
-// which moves an average by that part of Σ P |v|.
-const forwardBound = (dtype: Float, average = 4) => ({
-  absolute: 1e-5 + (dtype === 'f32' ? 0 : roundoff[dtype] * average),
+// rounding to the type. Where weights are rounded, the largest of a row is 1 and exact, and so no
+// more than half of an average of values up to 4 is off by a roundoff. Without a kernel: of any.
+const forwardBound = (dtype: Float, kernel?: string) => ({
+  absolute: 1e-5 + (rounds(dtype, kernel) ? 2 * roundoff[dtype] : 0),
   relative: roundoff[dtype] * 1.01,
 })
 // The gradient's delta holds the rounding of `out` to the type, of D entries of up to 4, through the
-// whole of a row of weights; P and dS, rounded likewise, move sums of terms of either sign by less.
-const backwardBound = (dtype: Float) => ({
-  absolute: 2e-5 + (dtype === 'f32' ? 0 : 2 * roundoff[dtype]),
+// whole of a row of weights; the rounding of P and dS comes to as much.
+const backwardBound = (dtype: Float, kernel?: string) => ({
+  absolute: 2e-5 + (dtype === 'f32' ? 0 : rounds(dtype, kernel) ? 4 : 2) * roundoff[dtype],
   relative: roundoff[dtype] * 1.01,
 })
+// What the twin may do for a case of several large tiles (test/harness.ts).
+const tilesWork = 2 ** 25
 
 onEveryBackend('attention', (b) => {
   for (const c of cases)
@@ -168,32 +181,46 @@ onEveryBackend('attention', (b) => {
         const expected = oracle(x, x.dOut)
         const { q, k, v, dOut } = upload(b, x, dtype)
         const name = `${title(c)} ${dtype}`
-        const given = {
-          q,
-          k,
-          v,
-          cuSeqlens: x.cu,
-          ...(c.scale === undefined ? {} : { scale: c.scale }),
+        for (const kernel of kernelsFor(b, dtype)) {
+          const given = {
+            q,
+            k,
+            v,
+            cuSeqlens: x.cu,
+            ...(c.scale === undefined ? {} : { scale: c.scale }),
+          }
+          const forward = () => attention({ ...given, kernel })
+          const { out, lse } = recorded(
+            b,
+            `attention ${name}`,
+            forwardBound(dtype),
+            forward,
+            tilesWork,
+          )
+          expect(out.shape).toEqual(q.shape)
+          expect(out.dtype).toBe(dtype)
+          expect(lse.shape).toEqual([x.heads, x.cu.at(-1)!])
+          expectClose(await out.toFloat32(), expected.out, forwardBound(dtype, kernel))
+          expectClose(await lse.read(), expected.lse, { absolute: 1e-5 })
+
+          const massBound = { absolute: 1e-5, relative: 1e-5 }
+          const saliency = () => attentionMass({ ...given, lse })
+          const mass = recorded(b, `attention mass ${name}`, massBound, saliency, tilesWork)
+          expectClose(await mass.read(), expected.mass, massBound)
+
+          const backward = () => attentionBackward({ ...given, dOut, out, lse, kernel })
+          const back = recorded(
+            b,
+            `attention backward ${name}`,
+            backwardBound(dtype),
+            backward,
+            tilesWork,
+          )
+          const bound = backwardBound(dtype, kernel)
+          expectClose(await back.dV.toFloat32(), expected.dv, bound)
+          expectClose(await back.dQ.toFloat32(), expected.dq, bound)
+          expectClose(await back.dK.toFloat32(), expected.dk, bound)
         }
-        const bound = forwardBound(dtype, expected.average)
-        const { out, lse } = recorded(b, `attention ${name}`, bound, () => attention(given))
-        expect(out.shape).toEqual(q.shape)
-        expect(out.dtype).toBe(dtype)
-        expect(lse.shape).toEqual([x.heads, x.cu.at(-1)!])
-        expectClose(await out.toFloat32(), expected.out, bound)
-        expectClose(await lse.read(), expected.lse, { absolute: 1e-5 })
-
-        const mass = recorded(b, `attention mass ${name}`, forwardBound(dtype), () =>
-          attentionMass({ ...given, lse }),
-        )
-        expectClose(await mass.read(), expected.mass, { absolute: 1e-5, relative: 1e-5 })
-
-        const back = recorded(b, `attention backward ${name}`, backwardBound(dtype), () =>
-          attentionBackward({ ...given, dOut, out, lse }),
-        )
-        expectClose(await back.dV.toFloat32(), expected.dv, backwardBound(dtype))
-        expectClose(await back.dQ.toFloat32(), expected.dq, backwardBound(dtype))
-        expectClose(await back.dK.toFloat32(), expected.dk, backwardBound(dtype))
       })
 
   test('a long sequence, cut up', async () => {
@@ -219,16 +246,18 @@ onEveryBackend('attention', (b) => {
       const rotary = rotaryTables(b, tokens, 72)
       const cuSeqlens = x.cu
 
-      for (const turned of [false, true]) {
+      for (const [turned, kernel] of [false, true].flatMap((turned) =>
+        kernelsFor(b, dtype).map((kernel) => [turned, kernel] as const),
+      )) {
         const name = `packed${turned ? ' turned' : ''} ${dtype}`
         const apart = turned
           ? { q: applyRotary({ x: q, ...rotary }), k: applyRotary({ x: k, ...rotary }), v }
           : { q, k, v }
         const packed = turned ? { qkv, rotary } : { qkv }
         const one = recorded(b, `attention ${name}`, forwardBound(dtype), () =>
-          attention({ ...packed, cuSeqlens }),
+          attention({ ...packed, cuSeqlens, kernel }),
         )
-        const two = attention({ ...apart, cuSeqlens })
+        const two = attention({ ...apart, cuSeqlens, kernel })
         // The same numbers in the same order, so the same bits.
         expect(await one.out.read()).toEqual(await two.out.read())
         expect(await one.lse.read()).toEqual(await two.lse.read())
@@ -237,9 +266,9 @@ onEveryBackend('attention', (b) => {
         expect(await massOfOne.read()).toEqual(await massOfTwo.read())
 
         const { dQkv } = recorded(b, `attention backward ${name}`, backwardBound(dtype), () =>
-          attentionBackward({ ...packed, ...one, dOut, cuSeqlens }),
+          attentionBackward({ ...packed, ...one, dOut, cuSeqlens, kernel }),
         )
-        const { dQ, dK, dV } = attentionBackward({ ...apart, ...two, dOut, cuSeqlens })
+        const { dQ, dK, dV } = attentionBackward({ ...apart, ...two, dOut, cuSeqlens, kernel })
         const back = (g: Tensor) =>
           turned ? applyRotary({ x: g, ...rotary, inverse: true }).toFloat32() : g.toFloat32()
         // Apart, the gradient is rounded before it is turned back, and again after.
@@ -287,35 +316,40 @@ onEveryBackend('attention', (b) => {
       }
   })
 
-  test.for(floats)('sequences do not know of one another, %s', async (dtype) => {
-    // The same sequences in another order give the same bits in that order; one of them is full of
-    // NaN and infinities.
-    const lengths = [7, 40, 1, 33]
-    const order = [2, 0, 3, 1]
-    const x = random({ d: 16, heads: 2, lengths }, 'f32', 5)
-    for (const part of [x.q, x.k, x.v])
-      for (let i = 0; i < 32; i++) part[(10 + i) * 32 + i] = [NaN, Infinity, -Infinity][i % 3]!
-    const move = (values: Float32Array, width: number) =>
-      Float32Array.from(
-        order.flatMap((s) => [...values.subarray(x.cu[s]! * width, x.cu[s + 1]! * width)]),
-      )
-    const y = { ...x, cu: lengthsToCu(order.map((s) => lengths[s]!)) }
-    for (const part of ['q', 'k', 'v', 'dOut'] as const) y[part] = move(x[part], 32)
+  for (const dtype of floats)
+    test(`sequences do not know of one another, ${dtype}`, async () => {
+      // The same sequences in another order give the same bits in that order; one of them is full of
+      // NaN and infinities.
+      const lengths = [7, 70, 1, 33]
+      const order = [2, 0, 3, 1]
+      const x = random({ d: 72, heads: 2, lengths }, dtype, 5)
+      for (const part of [x.q, x.k, x.v])
+        for (let i = 0; i < 32; i++)
+          part[(10 + i) * 144 + 4 * i] = [NaN, Infinity, -Infinity][i % 3]!
+      const move = (values: Float32Array, width: number) =>
+        Float32Array.from(
+          order.flatMap((s) => [...values.subarray(x.cu[s]! * width, x.cu[s + 1]! * width)]),
+        )
+      const y = { ...x, cu: lengthsToCu(order.map((s) => lengths[s]!)) }
+      for (const part of ['q', 'k', 'v', 'dOut'] as const) y[part] = move(x[part], 144)
 
-    const run = async (data: Data) => {
-      const { q, k, v, dOut } = upload(b, data, dtype)
-      const { out, lse } = attention({ q, k, v, cuSeqlens: data.cu })
-      const { dQ, dK, dV } = attentionBackward({ q, k, v, dOut, out, lse, cuSeqlens: data.cu })
-      return Promise.all([out, dQ, dK, dV].map((t) => t.toFloat32()))
-    }
-    const [straight, moved] = [await run(x), await run(y)]
-    straight.forEach((values, i) => {
-      expect(moved[i]).toEqual(move(values, 32))
-      const clean = [...values.subarray(0, 7 * 32), ...values.subarray(47 * 32)]
-      expect(clean.every(Number.isFinite)).toBe(true)
-      expect(values.subarray(7 * 32, 47 * 32).some(Number.isNaN)).toBe(true)
+      const run = async (data: Data, kernel: string) => {
+        const { q, k, v, dOut } = upload(b, data, dtype)
+        const given = { q, k, v, cuSeqlens: data.cu, kernel }
+        const { out, lse } = attention(given)
+        const { dQ, dK, dV } = attentionBackward({ ...given, dOut, out, lse })
+        return Promise.all([out, dQ, dK, dV].map((t) => t.toFloat32()))
+      }
+      for (const kernel of kernelsFor(b, dtype)) {
+        const [straight, moved] = [await run(x, kernel), await run(y, kernel)]
+        straight.forEach((values, i) => {
+          expect(moved[i]).toEqual(move(values, 144))
+          const clean = [...values.subarray(0, 7 * 144), ...values.subarray(77 * 144)]
+          expect(clean.every(Number.isFinite)).toBe(true)
+          expect(values.subarray(7 * 144, 77 * 144).some(Number.isNaN)).toBe(true)
+        })
+      }
     })
-  })
 
   test('parts of the keys are put together by lse', async () => {
     // Queries A and B against keys A and B: each half against each half, weighted by its share.
@@ -358,32 +392,40 @@ onEveryBackend('attention', (b) => {
     expectClose(await all.lse.read(), mergedLse, { absolute: 1e-5 })
   })
 
-  test('logits without end', async () => {
-    // Products of 3e38 overflow. 250 keys of -inf before 3 of 0; only -inf; one +inf; NaN.
-    const d = 8
-    const lengths = [253, 2, 2, 2]
-    const cu = lengthsToCu(lengths)
-    const x = { q: new Float32Array(cu.at(-1)! * d), k: new Float32Array(cu.at(-1)! * d) }
-    for (let t = 0; t < cu.at(-1)!; t++) {
-      x.q[t * d] = 3e38
-      if (t < 250 || t === 253 || t === 254) x.k[t * d] = -3e38
-    }
-    x.k[255 * d] = 3e38
-    x.k[257 * d] = NaN
-    const tensor = (data: Float32Array) => b.device.tensor(data, [cu.at(-1)!, 1, d])
-    const v = new Random(7).normals(x.q.length)
-    const { out, lse } = recorded(b, 'attention without end', forwardBound('f32'), () =>
-      attention({ q: tensor(x.q), k: tensor(x.k), v: tensor(v), cuSeqlens: cu }),
-    )
-    const [values, logs] = [await out.toFloat32(), await lse.read()]
-    const mean = Float64Array.from({ length: d }, (_, c) =>
-      [250, 251, 252].reduce((sum, t) => sum + v[t * d + c]! / 3, 0),
-    )
-    expectClose(values.subarray(0, d), mean, forwardBound('f32'))
-    expectClose(logs.subarray(0, 253), new Float64Array(253).fill(Math.log(3)), { absolute: 1e-6 })
-    expect(Array.from(logs.subarray(253))).toEqual([-Infinity, -Infinity, NaN, NaN, NaN, NaN])
-    expect(values.subarray(253 * d).every(Number.isNaN)).toBe(true)
-  })
+  // 3e38 is beyond f16.
+  for (const dtype of ['f32', 'bf16'] as const)
+    test(`logits without end, ${dtype}`, async () => {
+      // Products of 3e38 overflow. 250 keys of -inf before 3 of 0; only -inf; one +inf; NaN.
+      const d = 8
+      const lengths = [253, 2, 2, 2]
+      const cu = lengthsToCu(lengths)
+      const x = { q: new Float32Array(cu.at(-1)! * d), k: new Float32Array(cu.at(-1)! * d) }
+      for (let t = 0; t < cu.at(-1)!; t++) {
+        x.q[t * d] = 3e38
+        if (t < 250 || t === 253 || t === 254) x.k[t * d] = -3e38
+      }
+      x.k[255 * d] = 3e38
+      x.k[257 * d] = NaN
+      const tensor = (data: Float32Array) => b.device.tensor(data, [cu.at(-1)!, 1, d], dtype)
+      const v = rounded(new Random(7).normals(x.q.length), dtype)
+      const mean = Float64Array.from({ length: d }, (_, c) =>
+        [250, 251, 252].reduce((sum, t) => sum + v[t * d + c]! / 3, 0),
+      )
+      for (const kernel of kernelsFor(b, dtype)) {
+        const { out, lse } = recorded(
+          b,
+          `attention without end ${dtype}`,
+          forwardBound(dtype),
+          () => attention({ q: tensor(x.q), k: tensor(x.k), v: tensor(v), cuSeqlens: cu, kernel }),
+        )
+        const [values, logs] = [await out.toFloat32(), await lse.read()]
+        expectClose(values.subarray(0, d), mean, forwardBound(dtype, kernel))
+        const ln3 = new Float64Array(253).fill(Math.log(3))
+        expectClose(logs.subarray(0, 253), ln3, { absolute: 1e-6 })
+        expect(Array.from(logs.subarray(253))).toEqual([-Infinity, -Infinity, NaN, NaN, NaN, NaN])
+        expect(values.subarray(253 * d).every(Number.isNaN)).toBe(true)
+      }
+    })
 
   const files = golden('attention')
   for (const path of files.list().filter((p) => p.endsWith('meta.json'))) {
@@ -405,11 +447,6 @@ onEveryBackend('attention', (b) => {
           cuSeqlens,
           scale: meta.softmax_scale,
         }
-        const { out, lse } = attention(given)
-        const mass = attentionMass({ ...given, lse })
-        const back = attentionBackward({ ...given, out, lse, dOut: put('dout') })
-        const results = { out, lse, colsum: mass, dq: back.dQ, dk: back.dK, dv: back.dV }
-
         // Twice what an honest computation in the type gets, case by case; lse and mass are f32 in all.
         const errors = meta.reference_error_of_other_precisions
         const own = {
@@ -417,13 +454,19 @@ onEveryBackend('attention', (b) => {
           bf16: 'sim_bf16_P_dS_and_outputs',
           f16: 'sim_fp16_P_dS_and_outputs',
         }
-        for (const [name, tensor] of Object.entries(results)) {
-          const error = relativeL2(await tensor.toFloat32(), read(name))
-          const honest = Math.max(
-            errors.naive_float32[name].rel_l2,
-            errors[own[dtype]][name].rel_l2,
-          )
-          expect(error, name).toBeLessThanOrEqual(2 * honest)
+        for (const kernel of kernelsFor(b, dtype)) {
+          const { out, lse } = attention({ ...given, kernel })
+          const mass = attentionMass({ ...given, lse })
+          const back = attentionBackward({ ...given, out, lse, dOut: put('dout'), kernel })
+          const results = { out, lse, colsum: mass, dq: back.dQ, dk: back.dK, dv: back.dV }
+          for (const [name, tensor] of Object.entries(results)) {
+            const error = relativeL2(await tensor.toFloat32(), read(name))
+            const honest = Math.max(
+              errors.naive_float32[name].rel_l2,
+              errors[own[dtype]][name].rel_l2,
+            )
+            expect(error, `${name} by ${kernel}`).toBeLessThanOrEqual(2 * honest)
+          }
         }
       })
   }
@@ -472,6 +515,11 @@ onEveryBackend('attention', (b) => {
     const { q, k, v, dOut } = upload(b, x, 'f32')
     const expected = oracle(x, x.dOut)
     for (const kernel of names) {
+      if (!exact.includes(kernel)) {
+        const run = () => attention({ q, k, v, cuSeqlens: x.cu, kernel })
+        expectRefusal(run, 'ERR_VALUE', 'attention', /kernel must be .* for f32/)
+        continue
+      }
       const { out, lse } = attention({ q, k, v, cuSeqlens: x.cu, kernel })
       expectClose(await out.toFloat32(), expected.out, forwardBound('f32'))
       for (const deterministic of [true, false]) {

@@ -2,7 +2,7 @@
 import { mkdirSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { cudaStatus, type Device, openDevice } from 'p2r-kernels'
-import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { native } from '../dist/lib/native.js'
 
 /** Unit roundoff: half the distance from 1 to the next number of the type. */
@@ -71,26 +71,57 @@ function run(name: string, open: Backend['open'], suite: (backend: Backend) => v
     backend.device = open()
   })
   afterAll(() => backend.device.dispose())
+  recordUnasked(backend)
   suite(backend)
 }
 
+// ---- Cases for the kernel twin ----
+
 const caseFolder = fileURLToPath(new URL('../build/twin/cases', import.meta.url))
+// What a call may do, in multiply-adds and entries (ops/fields.h), to be run by the twin, which takes
+// some 0.1 s for it, and ten times that under a sanitizer. As many small calls of each test go in
+// unasked; the rest of a test that repeats itself would tell the twin nothing new.
+const twinWork = 2 ** 21
+const callsUnasked = 4
+// How exact such a call is nobody has said: two digits of bf16 still tell any wrong index, race or
+// neighbour's value.
+const unasked = { absolute: 2 ** -14, ofLargest: 2 ** -7 }
+
+interface Bound {
+  absolute?: number
+  relative?: number
+  ofLargest?: number
+}
+
+const recordsCases = (backend: Backend) => backend.name === `cpu ${cpuPaths[0]!.name}`
+
+function record(name: string, calls: number, bound: Bound, work = twinWork): void {
+  const folder = `${caseFolder}/${name.replaceAll(/[^\w.-]+/g, '-')}`
+  mkdirSync(folder, { recursive: true })
+  native().record(folder, work, calls, bound.absolute, bound.relative, bound.ofLargest)
+}
+
+/** Every test on the best CPU path writes its first small calls down as cases for the kernel twin. */
+function recordUnasked(backend: Backend): void {
+  if (!recordsCases(backend)) return
+  beforeEach(({ task }) => record(task.fullTestName ?? task.name, callsUnasked, unasked))
+  afterEach(() => native().record(''))
+}
 
 /**
- * Runs f, and on the best CPU path also writes its calls down as cases for the kernel twin, which
- * must reproduce the CPU's results within twice the bound (both sides may err), which means what it
- * means for expectClose. Only for calls that are small enough: some 1e6 multiply-adds.
+ * Runs f; on the best CPU path all of its calls that are small enough are written down as cases for
+ * the kernel twin, which must reproduce the CPU's results within twice the bound (both sides may
+ * err), which means what it means for expectClose. `work` may allow for more.
  */
 export function recorded<R>(
   backend: Backend,
   name: string,
-  bound: { absolute?: number; relative?: number; ofLargest?: number },
+  bound: Bound,
   f: () => R,
+  work = twinWork,
 ): R {
-  if (backend.name !== `cpu ${cpuPaths[0]!.name}`) return f()
-  const folder = `${caseFolder}/${name.replaceAll(/[^\w.-]+/g, '-')}`
-  mkdirSync(folder, { recursive: true })
-  native().record(folder, bound.absolute, bound.relative, bound.ofLargest)
+  if (!recordsCases(backend)) return f()
+  record(name, Number.MAX_SAFE_INTEGER, bound, work)
   try {
     return f()
   } finally {
@@ -155,7 +186,7 @@ function toF16(x: number): number {
 export function expectClose(
   actual: ArrayLike<number>,
   expected: ArrayLike<number>,
-  bound: { absolute?: number; relative?: number; ofLargest?: number },
+  bound: Bound,
 ): void {
   expect(actual.length).toBe(expected.length)
   let largest = 0

@@ -36,6 +36,20 @@ void add(DType dtype, const void* x, const void* y, void* out, int64_t n) {
   }
 }
 
+void blend_rows(DType dtype, const void* const* rows, const float* weights, int64_t n, void* out) {
+  const int64_t size = dtype == DType::f32 ? 4 : 2;
+  float row[kBlock], sum[kBlock];
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t part = n - i < kBlock ? n - i : kBlock;
+    for (int k = 0; k < 4; ++k) {
+      to_f32(dtype, static_cast<const char*>(rows[k]) + i * size, row, part);
+      for (int64_t j = 0; j < part; ++j)
+        sum[j] = k ? sum[j] + weights[k] * row[j] : weights[k] * row[j];
+    }
+    from_f32(dtype, sum, static_cast<char*>(out) + i * size, part);
+  }
+}
+
 void sum_rows(DType dtype, const char* rows, int64_t pitch, const int64_t* list, int64_t n,
               int64_t columns, float* out) {
   float total[kColumns] = {}, buffer[kColumns];

@@ -30,8 +30,9 @@ export interface HeadGradients {
 
 /**
  * tokenLogProbs of the logits hidden · weightᵀ + bias, which are never held: beside its results it takes
- * some 5 MB and less than 1 MB a thread on the CPU, and 128 MB on CUDA. Sums are f32, and logits are
- * never rounded to 16 bits.
+ * some 5 MB and less than 1 MB a thread on the CPU; on CUDA 7 MB where tensor cores take the product (16
+ * bits, and C a multiple of 8), and 128 MB elsewhere. Sums are f32, and logits are never rounded to 16
+ * bits.
  *
  * A row whose target is -100 is not read, gives 0, and on the CPU costs nothing. Any other target
  * outside the vocabulary makes its row NaN and the wait throw ERR_VALUE.
@@ -69,8 +70,9 @@ export interface LinearLogProbsBackward extends LinearHead {
 
 /**
  * The gradients of linearLogProbs. The logits are computed again, a chunk at a time: beside its
- * results it takes some 50 MB on the CPU and 128 MB on CUDA. Rows whose target is -100, or whose gradients
- * are 0, get 0 and are not read.
+ * results it takes some 50 MB on the CPU, and on CUDA 128 MB, or 1.2 GB where tensor cores take the
+ * products. There the gradient of the logits is rounded to 16 bits, elsewhere it is f32. Rows whose target is
+ * -100, or whose gradients are 0, get 0 and are not read.
  *
  * @returns dHidden as hidden; dWeight f32 [V, C]; dBias f32 [V] if there is a bias.
  */
@@ -100,7 +102,7 @@ export interface LinearPolicyLoss
  * linearLogProbs, policyLoss and linearLogProbsBackward in one pass over the vocabulary, which computes
  * each logit once: three matrix products instead of four. For objectives whose gradient at a token needs
  * no other token's log-probability; 'gspo' is ERR_VALUE. It takes 128 MB of scratch for logits beside some
- * 20 MB on the CPU.
+ * 20 MB on the CPU, and on CUDA what linearLogProbsBackward takes, whose rounding it has too.
  *
  * With entropyCoef the entropy is computed, and the metrics have it. Masked tokens have their
  * log-probability too, unless their target is -100; which tokens count is the mask's to say.

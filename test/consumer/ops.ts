@@ -4,6 +4,7 @@ import {
   add,
   clipGradNorm,
   type Device,
+  type Grid,
   gatherRows,
   gatherRowsBackward,
   gelu,
@@ -19,6 +20,10 @@ import {
   sample,
   saveTensors,
   type Tensor,
+  type VisionEncoding,
+  VisionTower,
+  type VisionTowerConfig,
+  visionPositions,
 } from 'p2r-kernels'
 
 export function activations(x: Tensor, dOut: Tensor): Tensor[] {
@@ -70,4 +75,12 @@ export async function files(device: Device, x: Tensor): Promise<Tensor | undefin
   await saveTensors('a.safetensors', { x }, { made: 'here' })
   const loaded: Record<string, Tensor> = await loadTensors('a.safetensors', device)
   return loaded.x
+}
+
+export async function tower(device: Device, pixelValues: Tensor): Promise<Tensor[]> {
+  using loaded = await VisionTower.load('folder', device, { dtype: 'bf16' })
+  const config: VisionTowerConfig = loaded.config
+  const gridThw: Grid[] = [[1, config.mergeSize, 2]]
+  const out: VisionEncoding = loaded.encode({ pixelValues, gridThw, massOf: [config.depth - 1] })
+  return [out.merged, ...out.deepstack, visionPositions({ table: pixelValues, gridThw })]
 }

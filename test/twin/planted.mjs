@@ -4,11 +4,29 @@
 export const planted = [
   {
     bug: 'linear: the next tiles overwrite those that slower warps still multiply',
-    file: 'cuda/gemm.cuh',
+    file: 'cuda/gemm_plain.cuh',
     compile: 'cuda/linear.cu',
     search: '    }\n    __syncthreads();\n  }\n\n#pragma unroll\n  for (int r = 0; r < kRows; ++r)',
     replace: '    }\n  }\n\n#pragma unroll\n  for (int r = 0; r < kRows; ++r)',
     cases: /^linear/,
+    variant: 'plain',
+  },
+  {
+    bug: 'linear on Hopper: a stage is handed back while it is multiplied',
+    file: 'cuda/gemm_sm90.cuh',
+    compile: 'cuda/linear.cu',
+    search: 'ptx::wgmma_wait<1>();',
+    replace: 'ptx::wgmma_wait<2>();',
+    cases: /^linear-(ragged|backward-ragged)/,
+    variant: 'plain',
+  },
+  {
+    bug: 'linear on Ampere: the copies are waited for a step too late',
+    file: 'cuda/gemm_sm80.cuh',
+    compile: 'cuda/linear.cu',
+    search: 'ptx::cp_async_wait<kStages - 2>();',
+    replace: 'ptx::cp_async_wait<kStages - 1>();',
+    cases: /^linear-(ragged|backward-ragged)/,
     variant: 'plain',
   },
   {

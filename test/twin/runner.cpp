@@ -25,6 +25,7 @@
 #include "operations.h"  // made by CMake: every header of ops/
 #include "ops/fields.h"
 #include "ops/half.h"
+#include "ops/kernels.h"
 
 extern "C" void runner_origin() {}
 
@@ -41,9 +42,17 @@ int multiprocessors(Device&) { return 2; }  // few, so that persistent kernels t
 
 namespace {
 
+// Hopper has every kernel that a caller can choose; those that it shares with other chips run there
+// too.
+constexpr const char *kHopper = "9.0", *kAnother = "8.0";
+
 // Host memory of exactly the size asked for, so that AddressSanitizer sees each byte too many.
 class TwinDevice final : public Device {
  public:
+  explicit TwinDevice(const char* capability) {
+    info_.backend = "cuda";
+    info_.capability = capability;
+  }
   ~TwinDevice() override {
     for (void* block : blocks_) std::free(block);
   }
@@ -55,7 +64,11 @@ class TwinDevice final : public Device {
     return block;
   }
   void release(void*) override {}  // with the device: a released block must still be readable
-  const DeviceInfo& info() const override { return info_; }
+  const DeviceInfo& info() const override {
+    asked_ = true;
+    return info_;
+  }
+  bool asked() const { return asked_; }
   const Kernels& kernels() const override {
     static const Kernels table = {
 #define OP(family, function, Args) &cuda::function,
@@ -86,6 +99,7 @@ class TwinDevice final : public Device {
 
  private:
   DeviceInfo info_;
+  mutable bool asked_ = false;
   std::vector<void*> blocks_;
 };
 
@@ -128,8 +142,8 @@ std::string difference(const Field& f, const Bound& bound) {
 }
 
 template <class Args>
-std::string run(Case& c, void (*Kernels::*function)(const Args&, Device&)) {
-  TwinDevice device;
+std::string run_once(Case& c, void (*Kernels::*function)(const Args&, Device&), int64_t kernel,
+                     TwinDevice& device) {
   std::map<uint64_t, void*> placed;
   for (Field& f : c.fields) {
     if (!f.view) continue;
@@ -140,6 +154,7 @@ std::string run(Case& c, void (*Kernels::*function)(const Args&, Device&)) {
   }
   Args args;
   restore(args, c.fields);
+  if constexpr (requires { args.kernel; }) args.kernel = kernel;
   int32_t fault = 0;
   if constexpr (requires { args.fault; }) args.fault = &fault;
   (device.kernels().*function)(args, device);
@@ -151,11 +166,36 @@ std::string run(Case& c, void (*Kernels::*function)(const Args&, Device&)) {
   return "";
 }
 
+// An operation with a choice of kernels is run by each that takes the case, whichever was recorded;
+// one that chooses by the chip itself, on two.
+template <class Args>
+std::string run(Case& c, void (*Kernels::*function)(const Args&, Device&),
+                [[maybe_unused]] const std::string& family) {
+  if constexpr (requires(Args args) { args.kernel; }) {
+    Args args;
+    restore(args, c.fields);
+    const View& x = args.qkv ? args.qkv : args.q;
+    const std::vector<KernelChoice> choices = kernel_choices(family, TwinDevice(kHopper).info());
+    for (size_t i = 0; i < choices.size(); ++i) {
+      if (!choices[i].takes(x.dtype, x.shape[-1])) continue;
+      TwinDevice device(kHopper);
+      if (std::string d = run_once(c, function, static_cast<int64_t>(i), device); !d.empty())
+        return std::string("kernel ") + choices[i].name + ": " + d;
+    }
+    return "";
+  } else {
+    TwinDevice device(kHopper), another(kAnother);
+    if (std::string d = run_once(c, function, 0, device); !d.empty() || !device.asked()) return d;
+    const std::string d = run_once(c, function, 0, another);
+    return d.empty() ? d : std::string("on chip ") + kAnother + ": " + d;
+  }
+}
+
 std::string run_case(const std::string& path) {
   Case recorded = read_case(path);
   const std::string name = recorded.function;
 #define OP(family, function, Args) \
-  if (name == #function) return run<Args>(recorded, &Kernels::function);
+  if (name == #function) return run<Args>(recorded, &Kernels::function, #family);
 #include "ops/ops.def"
 #undef OP
   return "there is no operation " + name;

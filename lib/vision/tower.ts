@@ -1,0 +1,415 @@
+/**
+ * The vision tower of Qwen3-VL (Qwen team, 2025) on the library's operations, with the names of Hugging
+ * Face's weights. Patches through a linear layer, plus interpolated position embeddings, then pre-norm
+ * blocks of attention, each frame a sequence of its own, and an MLP:
+ *
+ *   x += proj(attention(rotary(qkv(norm1(x)))))        x += fc2(gelu(fc1(norm2(x))))
+ *
+ * A merger joins each block of mergeSize x mergeSize neighbouring patches into one token of the language
+ * model: fc2(gelu(fc1(·))) of the normalised patches side by side. After some blocks a merger of its own
+ * (DeepStack) does the same for the language model's first layers; those normalise the joined patches.
+ */
+import { readdir, readFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { composite } from '../composite.js'
+import { Device } from '../device.js'
+import { P2RError, refuse } from '../errors.js'
+import { checkGrids, type Grid } from '../grid.js'
+import { attention, attentionMass } from '../ops/attention.js'
+import { gelu } from '../ops/gelu.js'
+import { layerNorm } from '../ops/layer_norm.js'
+import { linear } from '../ops/linear.js'
+import { visionPositions } from '../ops/positions.js'
+import { visionRotary } from '../ops/rotary.js'
+import { add } from '../ops/rows.js'
+import { loadSome } from '../safetensors.js'
+import { scope } from '../scope.js'
+import { type DType, describeValue, type Held, handleOf, held, type Tensor } from '../tensor.js'
+
+export interface VisionTowerConfig {
+  depth: number
+  hiddenSize: number
+  heads: number
+  headDim: number
+  /** Of a merged token: the language model's width. */
+  outHiddenSize: number
+  patchSize: number
+  temporalPatchSize: number
+  mergeSize: number
+  /** After which blocks, counted from 0, a DeepStack merger reads the patches. */
+  deepstack: readonly number[]
+}
+
+/** What a tower makes of patches; T patches, M = T / mergeSize² merged tokens. */
+export interface VisionEncoding {
+  /** [M, outHiddenSize] */
+  merged: Tensor
+  /** One [M, outHiddenSize] for each entry of the config's deepstack. */
+  deepstack: Tensor[]
+  /** depth + 1 states [T, hiddenSize]: block 0's input, then each block's output. */
+  hidden?: Tensor[]
+  /** For each layer of massOf, how much probability each patch receives from its frame: f32 [heads, T]. */
+  mass?: Tensor[]
+}
+
+type Weights = Record<string, Tensor>
+type TowerType = 'f32' | 'f16' | 'bf16'
+type Activation = 'none' | 'tanh'
+
+const types: readonly DType[] = ['f32', 'f16', 'bf16']
+/** Hugging Face's names of the two forms of GELU. */
+const activations: Record<string, Activation> = { gelu: 'none', gelu_pytorch_tanh: 'tanh' }
+const opName = 'VisionTower'
+
+export class VisionTower {
+  readonly config: VisionTowerConfig
+  readonly device: Device
+  readonly dtype: TowerType
+  readonly #weights: Weights
+  readonly #activation: Activation
+
+  private constructor(device: Device, read: Config, weights: Weights, dtype: TowerType) {
+    const { activation, intermediateSize: _, positions: __, ...config } = read
+    this.config = Object.freeze(config)
+    this.device = device
+    this.dtype = dtype
+    this.#weights = weights
+    this.#activation = activation
+  }
+
+  /**
+   * Loads a tower from a folder with config.json (a whole model's, or its vision_config alone) and
+   * safetensors: those that model.safetensors.index.json names for the tower, else all that are
+   * there. Names are Hugging Face's, behind any prefix; what belongs to no vision tower stays in its file.
+   *
+   * @param options.dtype the type in which weights are held and activations computed (sums are f32
+   *   always); as stored unless given.
+   * @throws ERR_IO for files that cannot be read, ERR_FORMAT for a config or weights that are not those
+   *   of a Qwen3-VL vision tower.
+   */
+  static async load(
+    path: string,
+    device: Device,
+    options: { dtype?: TowerType } = {},
+  ): Promise<VisionTower> {
+    if (typeof path !== 'string')
+      refuse('ERR_VALUE', opName, `path must be a string, got ${describeValue(path)}`)
+    if (!(device instanceof Device))
+      refuse('ERR_VALUE', opName, `device must be a Device, got ${describeValue(device)}`)
+    const { dtype } = options
+    if (dtype !== undefined && !types.includes(dtype))
+      refuse('ERR_VALUE', opName, `dtype must be f32, f16 or bf16, got ${describeValue(dtype)}`)
+    const config = readConfig(await readJson(join(path, 'config.json')), join(path, 'config.json'))
+    const expected = shapesOf(config)
+    const wanted = new Set(expected.keys())
+    const stored: Weights = {}
+    try {
+      for (const file of await weightFiles(path, wanted))
+        for (const [name, tensor] of Object.entries(
+          await loadSome(opName, join(path, file), device, (name) => towerName(name, wanted)),
+        )) {
+          stored[name]?.dispose()
+          stored[name] = tensor
+        }
+      const type = dtype ?? (stored['patch_embed.proj.weight']?.dtype as TowerType | undefined)
+      for (const [name, shape] of expected) {
+        const tensor = stored[name]
+        if (!tensor) refuse('ERR_FORMAT', opName, `${path}: there is no weight '${name}'`)
+        if (!types.includes(tensor.dtype))
+          refuse(
+            'ERR_FORMAT',
+            opName,
+            `${path}: '${name}' must be of a float type, got ${tensor.dtype}`,
+          )
+        if (tensor.size !== shape.reduce((n, d) => n * d, 1) || tensor.shape[0] !== shape[0])
+          refuse(
+            'ERR_FORMAT',
+            opName,
+            `${path}: '${name}' must be [${shape.join(', ')}], got [${tensor.shape.join(', ')}]`,
+          )
+        const flat = tensor.reshape(shape)
+        tensor.dispose()
+        stored[name] = flat
+        if (flat.dtype !== type) {
+          stored[name] = flat.cast(type as TowerType)
+          flat.dispose()
+        }
+      }
+      return new VisionTower(device, config, stored, type as TowerType)
+    } catch (error) {
+      for (const tensor of Object.values(stored)) tensor.dispose()
+      throw error
+    }
+  }
+
+  /**
+   * Encodes the patches of images and videos, as `pixelValues` makes them.
+   *
+   * @param a.pixelValues [T, 3 · temporalPatchSize · patchSize²], rounded to the tower's type where it
+   *   has another.
+   * @param a.gridThw the patches [t, h, w] of each image or video, T = Σ t·h·w in all.
+   * @param a.hiddenStates also hands out every block's state.
+   * @param a.massOf the blocks, counted from 0, whose attention is summed over its queries
+   *   (`attentionMass`), in that order.
+   * @throws ERR_SHAPE, ERR_DTYPE, ERR_DEVICE for patches that do not fit; ERR_VALUE for the rest.
+   */
+  encode(a: {
+    pixelValues: Tensor
+    gridThw: readonly Grid[]
+    hiddenStates?: boolean
+    massOf?: readonly number[]
+  }): Held<VisionEncoding> {
+    const { depth, hiddenSize, heads, headDim, patchSize, temporalPatchSize, mergeSize } =
+      this.config
+    handleOf(a.pixelValues, 'pixelValues', opName)
+    const grids = checkGrids(a.gridThw, mergeSize, opName)
+    const patches = grids.reduce((n, [t, h, w]) => n + t * h * w, 0)
+    const inputs = 3 * temporalPatchSize * patchSize ** 2
+    const { shape } = a.pixelValues
+    if (shape.length !== 2 || shape[0] !== patches || shape[1] !== inputs)
+      refuse(
+        'ERR_SHAPE',
+        opName,
+        `pixelValues must be [${patches}, ${inputs}] for these grids, got [${shape.join(', ')}]`,
+      )
+    const massOf = a.massOf ?? []
+    for (const layer of massOf)
+      if (!Number.isInteger(layer) || layer < 0 || layer >= depth)
+        refuse('ERR_VALUE', opName, `massOf must hold blocks from 0 to ${depth - 1}, got ${layer}`)
+
+    return composite(opName, () => {
+      const parts = scope(() => {
+        const hidden: Tensor[] = []
+        const deepstack: Tensor[] = []
+        const masses = new Map<number, Tensor>()
+        const rotary = visionRotary({ gridThw: grids, headDim, mergeSize, device: this.device })
+        const cuSeqlens = frames(grids)
+        let x = scope(() => {
+          const pixels =
+            a.pixelValues.dtype === this.dtype ? a.pixelValues : a.pixelValues.cast(this.dtype)
+          const table = this.#weight('pos_embed.weight')
+          const positions = visionPositions({ table, gridThw: grids, mergeSize })
+          return add({ x: this.#linear('patch_embed.proj', pixels), y: positions })
+        })
+        if (a.hiddenStates) hidden.push(x)
+        for (let i = 0; i < depth; i++) {
+          const block = `blocks.${i}`
+          const input = x
+          const middle = scope(() => {
+            const qkv = this.#linear(
+              `${block}.attn.qkv`,
+              this.#norm(`${block}.norm1`, input),
+            ).reshape([patches, 3, heads, headDim])
+            const { out, lse } = attention({ qkv, rotary, cuSeqlens })
+            const mass = massOf.includes(i)
+              ? attentionMass({ qkv, rotary, lse, cuSeqlens })
+              : undefined
+            if (mass) masses.set(i, mass)
+            const flat = out.reshape([patches, hiddenSize])
+            return { mass, x: add({ x: input, y: this.#linear(`${block}.attn.proj`, flat) }) }
+          }).x
+          if (!a.hiddenStates) input.dispose()
+          x = scope(() =>
+            add({ x: middle, y: this.#mlp(`${block}.mlp`, this.#norm(`${block}.norm2`, middle)) }),
+          )
+          middle.dispose()
+          if (a.hiddenStates) hidden.push(x)
+          const tap = this.config.deepstack.indexOf(i)
+          if (tap >= 0) deepstack[tap] = this.#merge(`deepstack_merger_list.${tap}`, x)
+        }
+        const merged = this.#merge('merger', x)
+        return {
+          merged,
+          deepstack,
+          ...(a.hiddenStates ? { hidden } : {}),
+          ...(a.massOf ? { mass: massOf.map((layer) => masses.get(layer) as Tensor) } : {}),
+        }
+      })
+      return held<VisionEncoding>(parts)
+    })
+  }
+
+  /** Frees the weights. */
+  dispose(): void {
+    for (const tensor of Object.values(this.#weights)) tensor.dispose()
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+
+  #weight(name: string): Tensor {
+    return this.#weights[name] as Tensor
+  }
+
+  #linear(name: string, x: Tensor): Tensor {
+    return linear({ x, weight: this.#weight(`${name}.weight`), bias: this.#weight(`${name}.bias`) })
+  }
+
+  #norm(name: string, x: Tensor): Tensor {
+    const weight = this.#weight(`${name}.weight`)
+    return layerNorm({ x, weight, bias: this.#weight(`${name}.bias`) }).out
+  }
+
+  #mlp(name: string, x: Tensor): Tensor {
+    const raised = this.#linear(`${name}.linear_fc1`, x)
+    return this.#linear(`${name}.linear_fc2`, gelu({ x: raised, approximate: this.#activation }))
+  }
+
+  /** Neighbours side by side through the merger's own MLP, whose GELU is the exact one. */
+  #merge(name: string, x: Tensor): Tensor {
+    return scope(() => {
+      const width = this.config.hiddenSize * this.config.mergeSize ** 2
+      const joined = (y: Tensor): Tensor => y.reshape([y.size / width, width])
+      const y =
+        name === 'merger'
+          ? joined(this.#norm(`${name}.norm`, x))
+          : this.#norm(`${name}.norm`, joined(x))
+      const raised = this.#linear(`${name}.linear_fc1`, y)
+      return this.#linear(`${name}.linear_fc2`, gelu({ x: raised }))
+    })
+  }
+}
+
+/** Every frame attends to itself alone. */
+function frames(grids: readonly Grid[]): number[] {
+  const cuSeqlens = [0]
+  for (const [t, h, w] of grids)
+    for (let frame = 0; frame < t; frame++) cuSeqlens.push((cuSeqlens.at(-1) as number) + h * w)
+  return cuSeqlens
+}
+
+// ---- Files ----
+
+interface Config extends VisionTowerConfig {
+  intermediateSize: number
+  positions: number
+  activation: Activation
+}
+
+async function readJson(path: string): Promise<unknown> {
+  let text: string
+  try {
+    text = await readFile(path, 'utf8')
+  } catch (cause) {
+    refuse('ERR_IO', opName, `${path} could not be read: ${(cause as Error).message}`, { cause })
+  }
+  try {
+    return JSON.parse(text)
+  } catch (cause) {
+    refuse('ERR_FORMAT', opName, `${path} is not JSON`, { cause })
+  }
+}
+
+function readConfig(json: unknown, path: string): Config {
+  const bad = (why: string): never => refuse('ERR_FORMAT', opName, `${path}: ${why}`)
+  if (!isObject(json)) return bad(`must hold an object, got ${describeValue(json)}`)
+  const vision = json.vision_config ?? json
+  if (!isObject(vision)) return bad(`vision_config must be an object, got ${describeValue(vision)}`)
+  const whole = (name: string, otherwise?: number): number => {
+    const value = vision[name] ?? otherwise
+    if (!Number.isInteger(value) || (value as number) < 1)
+      return bad(`${name} must be a positive integer, got ${describeValue(value)}`)
+    return value as number
+  }
+  const config = {
+    depth: whole('depth'),
+    hiddenSize: whole('hidden_size'),
+    heads: whole('num_heads'),
+    outHiddenSize: whole('out_hidden_size'),
+    patchSize: whole('patch_size', 16),
+    temporalPatchSize: whole('temporal_patch_size', 2),
+    mergeSize: whole('spatial_merge_size', 2),
+    intermediateSize: whole('intermediate_size'),
+    positions: whole('num_position_embeddings'),
+  }
+  const channels = whole('in_channels', 3)
+  if (channels !== 3) bad(`in_channels must be 3, got ${channels}`)
+  const headDim = config.hiddenSize / config.heads
+  if (!Number.isInteger(headDim) || headDim % 8 !== 0 || headDim > 128)
+    bad(`hidden_size / num_heads must be a multiple of 8 from 8 to 128, got ${headDim}`)
+  const deepstack = vision.deepstack_visual_indexes ?? []
+  if (
+    !Array.isArray(deepstack) ||
+    !deepstack.every((i) => Number.isInteger(i) && i >= 0 && i < config.depth)
+  )
+    return bad(`deepstack_visual_indexes must hold blocks from 0 to ${config.depth - 1}`)
+  const act = vision.hidden_act ?? 'gelu_pytorch_tanh'
+  const activation = Object.hasOwn(activations, act as string) && activations[act as string]
+  if (!activation)
+    return bad(`hidden_act must be gelu or gelu_pytorch_tanh, got ${describeValue(act)}`)
+  return { ...config, headDim, deepstack: Object.freeze([...deepstack]), activation }
+}
+
+/** Every weight with its shape; a convolution's is taken as the matrix that it is for one patch. */
+function shapesOf(c: Config): Map<string, number[]> {
+  const shapes = new Map<string, number[]>()
+  const linearShapes = (name: string, inputs: number, outputs: number): void => {
+    shapes.set(`${name}.weight`, [outputs, inputs]).set(`${name}.bias`, [outputs])
+  }
+  const norm = (name: string, width: number): void => {
+    shapes.set(`${name}.weight`, [width]).set(`${name}.bias`, [width])
+  }
+  const joined = c.hiddenSize * c.mergeSize ** 2
+  const merger = (name: string, normalised: number): void => {
+    norm(`${name}.norm`, normalised)
+    linearShapes(`${name}.linear_fc1`, joined, joined)
+    linearShapes(`${name}.linear_fc2`, joined, c.outHiddenSize)
+  }
+  linearShapes('patch_embed.proj', 3 * c.temporalPatchSize * c.patchSize ** 2, c.hiddenSize)
+  shapes.set('pos_embed.weight', [c.positions, c.hiddenSize])
+  for (let i = 0; i < c.depth; i++) {
+    norm(`blocks.${i}.norm1`, c.hiddenSize)
+    norm(`blocks.${i}.norm2`, c.hiddenSize)
+    linearShapes(`blocks.${i}.attn.qkv`, c.hiddenSize, 3 * c.hiddenSize)
+    linearShapes(`blocks.${i}.attn.proj`, c.hiddenSize, c.hiddenSize)
+    linearShapes(`blocks.${i}.mlp.linear_fc1`, c.hiddenSize, c.intermediateSize)
+    linearShapes(`blocks.${i}.mlp.linear_fc2`, c.intermediateSize, c.hiddenSize)
+  }
+  merger('merger', c.hiddenSize)
+  c.deepstack.forEach((_, i) => {
+    merger(`deepstack_merger_list.${i}`, joined)
+  })
+  return shapes
+}
+
+/** The tower's weight that a stored name ends with, behind any prefix ('model.visual.', 'visual.', ...). */
+function towerName(stored: string, wanted: ReadonlySet<string>): string | undefined {
+  for (let name = stored; ; name = name.slice(name.indexOf('.') + 1)) {
+    if (wanted.has(name)) return name
+    if (!name.includes('.')) return undefined
+  }
+}
+
+/** The safetensors files that hold the tower's weights. */
+async function weightFiles(path: string, wanted: ReadonlySet<string>): Promise<string[]> {
+  const index = join(path, 'model.safetensors.index.json')
+  let json: unknown
+  try {
+    json = await readJson(index)
+  } catch (error) {
+    const missing =
+      error instanceof P2RError && (error.cause as NodeJS.ErrnoException)?.code === 'ENOENT'
+    if (!missing) throw error
+    const all = (await filesIn(path)).filter((name) => name.endsWith('.safetensors')).sort()
+    if (!all.length) refuse('ERR_IO', opName, `${path}: there is no safetensors file`)
+    return all
+  }
+  const files = isObject(json) ? json.weight_map : undefined
+  if (!isObject(files) || !Object.values(files).every((file) => typeof file === 'string'))
+    refuse('ERR_FORMAT', opName, `${index}: weight_map must hold a file for each weight`)
+  const used = Object.entries(files).filter(([name]) => towerName(name, wanted) !== undefined)
+  return [...new Set(used.map(([, file]) => file as string))]
+}
+
+async function filesIn(path: string): Promise<string[]> {
+  try {
+    return await readdir(path)
+  } catch (cause) {
+    refuse('ERR_IO', opName, `${path} could not be read: ${(cause as Error).message}`, { cause })
+  }
+}
+
+function isObject(value: unknown): value is Record<string, unknown> {
+  return typeof value === 'object' && value !== null && !Array.isArray(value)
+}
