@@ -1,12 +1,13 @@
 // Attention in tiles that stay in the cache, on the panels of the matrix product
 // (cpu/simd/gemm.cpp).
 //
-// Forward, for a sequence, a head and up to kQueries queries:
+// Forward, for a sequence, a head and up to kMostQueries queries:
 //   for each block of keys
 //     for each panel of NR queries      S^T = K Q^T        [keys][NR]: queries in lanes
 //       P^T = exp(S^T - max)            in place; max, sum brought up to date
 //       O^T = O^T decay + V^T P^T       [D][NR]; P^T is the packed panel as it lies
 //   O = (O^T / sum)^T
+// Queries are lanes that know nothing of each other, so how they are cut may follow the threads.
 //
 // Backward, for queries and keys of a sequence and a head:
 //   for each block of queries
@@ -16,7 +17,10 @@
 //       dQ += dS K                      dS packed once more
 // A sequence short enough for its sums to stay in the cache is one task a head. A longer one is cut
 // twice, along the keys for dK and dV and along the queries for dQ: seven products for five, but no
-// sum crosses tasks. Which way is taken depends on the length alone.
+// sum crosses tasks. Which way is taken depends on the length and D alone.
+//
+// bf16 on a CPU that multiplies its pairs: every panel is one of pairs, so P and dS are rounded to
+// bf16 where they enter a product, by up to 2^-8 of each; sums, lse and delta stay f32.
 #include "ops/attention.h"
 
 #include <algorithm>
@@ -29,13 +33,16 @@ namespace p2r::cpu {
 
 namespace {
 
-constexpr int64_t kQueries = 256;    // forward: a task's queries, whose outputs stay in L2
-constexpr int64_t kKeys = 192;       // forward: keys of a block; a panel of P^T fills half of L1
-constexpr int64_t kQueryBlock = 96;  // backward: queries of a block
-constexpr int64_t kKeyChunk = 256;   // backward of a long sequence, and mass: a task's keys
-constexpr int64_t kWhole = 1024;     // backward: the longest sequence that is one task
+// Forward: a task's queries, whose outputs stay in L2; few, if the threads had no work otherwise.
+constexpr int64_t kMostQueries = 512, kFewestQueries = 64;
+constexpr int64_t kKeys = 192;          // forward: keys of a block; a panel of P^T fills half of L1
+constexpr int64_t kQueryBlock = 96;     // backward: queries of a block
+constexpr int64_t kKeyChunk = 256;      // backward of a long sequence, and mass: a task's keys
+constexpr int64_t kWhole = 900 * 1024;  // backward: floats of K, V, K^T, dK and dV of one task
+constexpr int64_t kWholeTokens = 2304;  // and its longest sequence, or few threads would have work
+constexpr int64_t kShort = 256;         // forward: tokens of a sequence that is asked for ahead
 constexpr int64_t kMaxDim = 128, kMaxPanel = 64;
-constexpr double kTaskWork = 2e6;  // multiply-adds worth handing to a thread
+constexpr double kTaskWork = 4e6;  // multiply-adds worth handing to a thread
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -69,12 +76,22 @@ std::vector<Task> cut_up(const Ints& cu_seqlens, Cut side, int64_t step) {
   return tasks;
 }
 
+// One head of some tokens of a tensor, where the packing can read it.
+struct Rows {
+  DType dtype;
+  const void* data;
+  int64_t stride, step = 1;  // from row to row, and along a row
+
+  Rows transposed() const { return {dtype, data, step, stride}; }
+};
+
 // What all tasks of a call share.
 struct Call {
   const Simd* simd;
   AttentionLayout in;
   const float *cos, *sin;  // null: no rotary
   float scale;
+  bool pairs;  // bf16 in panels of pairs
   int mr, nr, width;
 
   Call(const CpuDevice& cpu, const AttentionLayout& layout, const View& cos_table,
@@ -84,6 +101,7 @@ struct Call {
         cos(cos_table.as<float>()),
         sin(sin_table.as<float>()),
         scale(static_cast<float>(s)),
+        pairs(cpu.features().bf16 && layout.dtype == DType::bf16),
         width(cpu.simd().vector_width()) {
     simd->gemm_tile_size(&mr, &nr);
   }
@@ -91,16 +109,25 @@ struct Call {
   int64_t size() const { return static_cast<int64_t>(size_of(in.dtype)); }
   int64_t lanes(int64_t n) const { return std::min<int64_t>(round_up(n, width), nr); }
   int64_t panels(int64_t n) const { return (n + nr - 1) / nr; }
-};
+  int64_t blocks(int64_t keys) const { return (keys + kKeys - 1) / kKeys; }
+  // Words of a panel for k steps.
+  int64_t depth(int64_t k) const { return pairs ? (k + 1) / 2 : k; }
 
-// One head of some tokens of a tensor, where the packing can read it.
-struct Rows {
-  const void* data;
-  int64_t stride;
+  // The packing and the product of simd.h, in the call's kind of panels.
+  void pack_a(const Rows& x, int64_t m, int64_t k, float* out) const {
+    simd->pack_a(pairs, x.dtype, x.data, x.stride, x.step, m, k, out);
+  }
+  void pack_b(const Rows& x, int64_t n, int64_t k, float* out) const {
+    simd->pack_b(pairs, x.dtype, x.data, x.step, x.stride, k, n, out);
+  }
+  void multiply(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* to,
+                int64_t ld, bool accumulate) const {
+    simd->gemm_panels(pairs, m, n, k, a, b, to, ld, accumulate);
+  }
 };
 
 Rows rows_of(const Call& c, const char* x, int64_t row, int64_t head, Span span) {
-  return {x + (span.begin * row + head * c.in.head_dim) * c.size(), row};
+  return {c.in.dtype, x + (span.begin * row + head * c.in.head_dim) * c.size(), row};
 }
 
 // As rows_of, turned by the rotary tables and rounded to its type in `room`, if there are tables.
@@ -117,7 +144,7 @@ Rows rotated(const Call& c, const char* x, int64_t head, Span span, float* room)
     c.simd->rotate_half(row, c.cos + at, c.sin + at, d / 2, false, row);
     c.simd->from_f32(c.in.dtype, row, out + t * d * c.size(), d);
   }
-  return {room, d};
+  return {c.in.dtype, room, d};
 }
 
 // A part of a thread's scratch, taken piece by piece; with null it only adds up the sizes.
@@ -140,23 +167,59 @@ class Room {
 void store_columns(const Call& c, const float* x, int64_t tokens, float* room, char* out,
                    int64_t row, const float* cos, const float* sin) {
   const int64_t d = c.in.head_dim;
-  c.simd->pack_b(DType::f32, x, 1, c.nr, tokens, d, room);  // panels [tokens][nr] of D
+  c.simd->pack_b(false, DType::f32, x, 1, c.nr, tokens, d, room);  // panels [tokens][nr] of D
   for (int64_t t = 0; t < tokens; ++t) {
+    char* to = out + t * row * c.size();
     float line[kMaxDim + kMaxPanel];
-    for (int64_t i = 0; i < d; i += c.nr) std::copy_n(room + i * tokens + t * c.nr, c.nr, line + i);
-    if (cos) c.simd->rotate_half(line, cos + t * d, sin + t * d, d / 2, true, line);
-    c.simd->from_f32(c.in.dtype, line, out + t * row * c.size(), d);
+    for (int64_t i = 0; i < d; i += c.nr) {
+      const float* part = room + i * tokens + t * c.nr;
+      if (cos)
+        std::copy_n(part, c.nr, line + i);
+      else
+        c.simd->from_f32(c.in.dtype, part, to + i * c.size(), std::min<int64_t>(c.nr, d - i));
+    }
+    if (!cos) continue;
+    c.simd->rotate_half(line, cos + t * d, sin + t * d, d / 2, true, line);
+    c.simd->from_f32(c.in.dtype, line, to, d);
   }
 }
 
+// Asks for the rows of a task that comes next, inputs and outputs, a few at a time between the
+// products of this one. Of short sequences alone, which would wait for memory otherwise.
+class Ahead {
+ public:
+  Ahead(const Call& c, const Task* next, int64_t head, const char* out) {
+    if (!next || next->keys.size() > kShort) return;
+    rows_ = next->keys.size();
+    bytes_ = c.in.head_dim * c.size();
+    row_ = c.in.row * c.size();
+    out_row_ = c.in.heads * bytes_;
+    const char* tensors[] = {c.in.q, c.in.k, c.in.v};
+    for (int i = 0; i < 3; ++i) in_[i] = tensors[i] + next->keys.begin * row_ + head * bytes_;
+    out_ = out + next->keys.begin * out_row_ + head * bytes_;
+  }
+  // One of `parts` parts.
+  void ask(int64_t part, int64_t parts) const {
+    for (int64_t r = rows_ * part / parts; r < rows_ * (part + 1) / parts; ++r)
+      for (int64_t b = 0; b < bytes_; b += 64) {
+        for (const char* in : in_) __builtin_prefetch(in + r * row_ + b, 0, 2);
+        __builtin_prefetch(out_ + r * out_row_ + b, 1, 2);
+      }
+  }
+
+ private:
+  const char *in_[3] = {}, *out_ = nullptr;
+  int64_t rows_ = 0, bytes_ = 0, row_ = 0, out_row_ = 0;
+};
+
 struct Forward {
   float *staged, *q, *k, *v, *s, *o, *max, *sum, *decay, *lse;
-  Forward(const Call& c, Room& room) {
-    const int64_t d = c.in.head_dim, queries = round_up(kQueries, c.nr);
-    staged = room.take(kQueries * d);
-    q = room.take(queries * d);
-    k = room.take(round_up(kKeys, c.mr) * d);
-    v = room.take(round_up(d, c.mr) * kKeys);
+  Forward(const Call& c, Room& room, int64_t most) {
+    const int64_t d = c.in.head_dim, queries = round_up(most, c.nr);
+    staged = room.take(c.cos ? std::max(most, kKeys) * d : 0);
+    q = room.take(queries * c.depth(d));
+    k = room.take(round_up(kKeys, c.mr) * c.depth(d));
+    v = room.take(round_up(d, c.mr) * c.depth(kKeys));
     s = room.take(std::max(kKeys * c.nr, round_up(d, c.nr) * c.nr));
     o = room.take(queries * d);
     max = room.take(queries);
@@ -166,30 +229,33 @@ struct Forward {
   }
 };
 
-void forward(const Call& c, const Forward& w, const Task& task, int64_t head, char* out,
-             float* lse) {
+void forward(const Call& c, const Forward& w, const Task& task, int64_t head, const Ahead& ahead,
+             char* out, float* lse) {
   const Simd& simd = *c.simd;
   const int64_t d = c.in.head_dim, queries = task.queries.size(), panels = c.panels(queries);
-  const Rows q = rotated(c, c.in.q, head, task.queries, w.staged);
-  simd.pack_b(c.in.dtype, q.data, 1, q.stride, d, queries, w.q);
-  std::fill_n(w.max, panels * c.nr, -HUGE_VALF);
+  const int64_t parts = 2 * panels * c.blocks(task.keys.size());
+  int64_t part = 0;
+  c.pack_b(rotated(c, c.in.q, head, task.queries, w.staged), queries, d, w.q);
+  // Below all logits as scaled; with a scale of 0 they are equal, and 0 times infinity is a NaN.
+  const float lowest = c.scale == 0 ? 0 : std::copysign(HUGE_VALF, -c.scale);
+  std::fill_n(w.max, panels * c.nr, lowest);
   std::fill_n(w.sum, panels * c.nr, 0.0f);
 
   for (int64_t at = task.keys.begin; at < task.keys.end; at += kKeys) {
     const Span block{at, std::min(at + kKeys, task.keys.end)};
     const bool first = at == task.keys.begin;
-    const Rows k = rotated(c, c.in.k, head, block, w.staged);
-    simd.pack_a(c.in.dtype, k.data, k.stride, 1, block.size(), d, w.k);
-    const Rows v = rows_of(c, c.in.v, c.in.row, head, block);
-    simd.pack_a(c.in.dtype, v.data, 1, v.stride, d, block.size(), w.v);
+    c.pack_a(rotated(c, c.in.k, head, block, w.staged), block.size(), d, w.k);
+    c.pack_a(rows_of(c, c.in.v, c.in.row, head, block).transposed(), d, block.size(), w.v);
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t lanes = c.lanes(queries - p * c.nr);
       float* o = w.o + p * c.nr * d;
-      simd.gemm_panels(block.size(), lanes, d, w.k, w.q + p * c.nr * d, w.s, c.nr, false);
-      const bool moved = simd.softmax_step(block.size(), c.nr, lanes, c.scale, w.s,
+      ahead.ask(part++, parts);
+      c.multiply(block.size(), lanes, d, w.k, w.q + p * c.nr * c.depth(d), w.s, c.nr, false);
+      ahead.ask(part++, parts);
+      const bool moved = simd.softmax_step(c.pairs, block.size(), c.nr, lanes, c.scale, w.s,
                                            w.max + p * c.nr, w.sum + p * c.nr, w.decay);
       if (moved && !first) simd.scale_columns(d, c.nr, lanes, w.decay, o);
-      simd.gemm_panels(d, lanes, block.size(), w.v, w.s, o, c.nr, !first);
+      c.multiply(d, lanes, block.size(), w.v, w.s, o, c.nr, !first);
     }
   }
 
@@ -197,7 +263,7 @@ void forward(const Call& c, const Forward& w, const Task& task, int64_t head, ch
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t count = std::min<int64_t>(queries - p * c.nr, c.nr), lanes = c.lanes(count);
     const int64_t token = task.queries.begin + p * c.nr;
-    simd.softmax_finish(lanes, w.max + p * c.nr, w.sum + p * c.nr, w.lse, w.decay);
+    simd.softmax_finish(lanes, c.scale, w.max + p * c.nr, w.sum + p * c.nr, w.lse, w.decay);
     simd.scale_columns(d, c.nr, lanes, w.decay, w.o + p * c.nr * d);
     std::copy_n(w.lse, count, lse + head * c.in.tokens + token);
     store_columns(c, w.o + p * c.nr * d, count, w.s, out + (token * row + head * d) * c.size(), row,
@@ -209,7 +275,7 @@ void forward(const Call& c, const Forward& w, const Task& task, int64_t head, ch
 enum Wanted { kDq = 1, kDkDv = 2 };
 
 struct Backward {
-  float *staged, *q, *q_t, *d_out, *d_out_t, *delta, *s, *d_s, *packed, *d_q;
+  float *staged, *q, *q_t, *d_out, *d_out_t, *delta, *s, *d_s, *d_s_pairs, *packed, *d_q;
   float *k, *v, *k_rows, *d_k, *d_v;  // for each panel of keys
   int64_t panel, panel_rows;          // their sizes
   Backward(const Call& c, Room& room, int wanted, int64_t keys) {
@@ -222,6 +288,7 @@ struct Backward {
     delta = room.take(kQueryBlock);
     s = room.take(std::max(rows * c.nr, round_up(d, c.nr) * c.nr));
     d_s = room.take(rows * c.nr);
+    d_s_pairs = c.pairs ? room.take(rows / 2 * c.nr) : nullptr;
     packed = room.take(rows * c.nr);
     d_q = room.take(rows * d);
     panel = c.nr * d;
@@ -256,11 +323,11 @@ void backward(const Call& c, const Backward& w, int wanted, const Task& task, in
     const Rows q = rotated(c, c.in.q, head, block, w.staged);
     const Rows d_out = rows_of(c, a.d_out, row, head, block);
     const Rows out = rows_of(c, a.out, row, head, block);
-    simd.pack_a(type, q.data, q.stride, 1, n, d, w.q);
-    simd.pack_a(type, d_out.data, row, 1, n, d, w.d_out);
+    c.pack_a(q, n, d, w.q);
+    c.pack_a(d_out, n, d, w.d_out);
     if (wanted & kDkDv) {
-      simd.pack_a(type, q.data, 1, q.stride, d, n, w.q_t);
-      simd.pack_a(type, d_out.data, 1, row, d, n, w.d_out_t);
+      c.pack_a(q.transposed(), d, n, w.q_t);
+      c.pack_a(d_out.transposed(), d, n, w.d_out_t);
     }
     for (int64_t t = 0; t < n; ++t) {
       float x[kMaxDim], y[kMaxDim];
@@ -277,24 +344,22 @@ void backward(const Call& c, const Backward& w, int wanted, const Task& task, in
       float *k = w.k + slot * w.panel, *v = w.v + slot * w.panel;
       if (first) {
         const Rows k_in = rotated(c, c.in.k, head, span, w.staged);
-        const Rows v_in = rows_of(c, c.in.v, c.in.row, head, span);
-        simd.pack_b(type, k_in.data, 1, k_in.stride, d, span.size(), k);
-        simd.pack_b(type, v_in.data, 1, v_in.stride, d, span.size(), v);
+        c.pack_b(k_in, span.size(), d, k);
+        c.pack_b(rows_of(c, c.in.v, c.in.row, head, span), span.size(), d, v);
         if (wanted & kDq)
-          simd.pack_b(type, k_in.data, k_in.stride, 1, span.size(), d,
-                      w.k_rows + slot * w.panel_rows);
+          c.pack_b(k_in.transposed(), d, span.size(), w.k_rows + slot * w.panel_rows);
       }
-      simd.gemm_panels(n, lanes, d, w.q, k, w.s, c.nr, false);
-      simd.gemm_panels(n, lanes, d, w.d_out, v, w.d_s, c.nr, false);
-      simd.softmax_backward(n, c.nr, lanes, c.scale, lse, w.delta, w.s, w.d_s);
+      c.multiply(n, lanes, d, w.q, k, w.s, c.nr, false);
+      c.multiply(n, lanes, d, w.d_out, v, w.d_s, c.nr, false);
+      simd.softmax_backward(n, c.nr, lanes, c.scale, lse, w.delta, w.s, w.d_s, w.d_s_pairs);
       if (wanted & kDkDv) {
-        simd.gemm_panels(d, lanes, n, w.d_out_t, w.s, w.d_v + p * w.panel, c.nr, !first);
-        simd.gemm_panels(d, lanes, n, w.q_t, w.d_s, w.d_k + p * w.panel, c.nr, !first);
+        c.multiply(d, lanes, n, w.d_out_t, w.s, w.d_v + p * w.panel, c.nr, !first);
+        c.multiply(d, lanes, n, w.q_t, c.pairs ? w.d_s_pairs : w.d_s, w.d_k + p * w.panel, c.nr,
+                   !first);
       }
       if (wanted & kDq) {
-        simd.pack_a(DType::f32, w.d_s, c.nr, 1, n, span.size(), w.packed);
-        simd.gemm_panels(n, d, span.size(), w.packed, w.k_rows + slot * w.panel_rows, w.d_q, d,
-                         p > 0);
+        c.pack_a({DType::f32, w.d_s, c.nr}, n, span.size(), w.packed);
+        c.multiply(n, d, span.size(), w.packed, w.k_rows + slot * w.panel_rows, w.d_q, d, p > 0);
       }
     }
 
@@ -326,7 +391,7 @@ struct Mass {
     const int64_t d = c.in.head_dim, rows = round_up(kQueryBlock, c.mr);
     staged = room.take(kKeyChunk * d);
     q = room.take(rows * d);
-    k = room.take(round_up(kKeyChunk, c.nr) * d);
+    k = room.take(round_up(kKeyChunk, c.nr) * c.depth(d));
     s = room.take(rows * c.nr);
     mass = room.take(round_up(kKeyChunk, c.nr));
   }
@@ -336,16 +401,14 @@ void mass(const Call& c, const Mass& w, const Task& task, int64_t head, const fl
           float* out) {
   const Simd& simd = *c.simd;
   const int64_t d = c.in.head_dim, keys = task.keys.size(), panels = c.panels(keys);
-  const Rows k = rotated(c, c.in.k, head, task.keys, w.staged);
-  simd.pack_b(c.in.dtype, k.data, 1, k.stride, d, keys, w.k);
+  c.pack_b(rotated(c, c.in.k, head, task.keys, w.staged), keys, d, w.k);
   std::fill_n(w.mass, panels * c.nr, 0.0f);
   for (int64_t at = task.queries.begin; at < task.queries.end; at += kQueryBlock) {
     const Span block{at, std::min(at + kQueryBlock, task.queries.end)};
-    const Rows q = rotated(c, c.in.q, head, block, w.staged);
-    simd.pack_a(c.in.dtype, q.data, q.stride, 1, block.size(), d, w.q);
+    c.pack_a(rotated(c, c.in.q, head, block, w.staged), block.size(), d, w.q);
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t lanes = c.lanes(keys - p * c.nr);
-      simd.gemm_panels(block.size(), lanes, d, w.q, w.k + p * c.nr * d, w.s, c.nr, false);
+      c.multiply(block.size(), lanes, d, w.q, w.k + p * c.nr * c.depth(d), w.s, c.nr, false);
       simd.softmax_mass(block.size(), c.nr, lanes, c.scale, lse + head * c.in.tokens + block.begin,
                         w.s, w.mass + p * c.nr);
     }
@@ -353,7 +416,8 @@ void mass(const Call& c, const Mass& w, const Task& task, int64_t head, const fl
   std::copy_n(w.mass, keys, out + head * c.in.tokens + task.keys.begin);
 }
 
-// Queues f(task, head, memory) for every task and head, with `floats` of memory a thread.
+// Queues f(task, head, memory, next) for every task and head, with `floats` of memory a thread;
+// `next` is what most likely comes next.
 template <class F>
 void each_task(CpuDevice& cpu, const Call& c, std::vector<Task> tasks, int64_t floats, F f) {
   const int64_t items = static_cast<int64_t>(tasks.size()) * c.in.heads;
@@ -368,8 +432,10 @@ void each_task(CpuDevice& cpu, const Call& c, std::vector<Task> tasks, int64_t f
   cpu.launch(
       items, grain,
       [=, heads = c.in.heads, tasks = std::move(tasks)](int64_t begin, int64_t end, int thread) {
-        for (int64_t i = begin; i < end; ++i)
-          f(tasks[i / heads], i % heads, memory + thread * floats);
+        for (int64_t i = begin; i < end; ++i) {
+          const Task* next = i + 1 < items ? &tasks[(i + 1) / heads] : nullptr;
+          f(tasks[i / heads], i % heads, memory + thread * floats, next);
+        }
       });
 }
 
@@ -385,11 +451,20 @@ int64_t floats_of(const Call& c, Arguments... arguments) {
 void attention(const AttentionArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   const Call c(cpu, attention_layout(a.q, a.k, a.v, a.qkv), a.cos, a.sin, a.scale);
-  each_task(cpu, c, cut_up(a.cu_seqlens, Cut::queries, kQueries), floats_of<Forward>(c),
-            [c, out = a.out.as<char>(), lse = a.lse.as<float>()](const Task& task, int64_t head,
-                                                                 float* memory) {
+  int64_t longest = 0, most = kMostQueries;
+  for (size_t s = 1; s < a.cu_seqlens.size(); ++s)
+    longest = std::max(longest, a.cu_seqlens[s] - a.cu_seqlens[s - 1]);
+  const auto tasks = [&] { return cut_up(a.cu_seqlens, Cut::queries, most); };
+  while (most > kFewestQueries &&
+         static_cast<int64_t>(tasks().size()) * c.in.heads < 4 * cpu.threads())
+    most /= 2;
+  const int64_t room_for = std::min(most, longest);
+  each_task(cpu, c, tasks(), floats_of<Forward>(c, room_for),
+            [c, room_for, out = a.out.as<char>(), lse = a.lse.as<float>()](
+                const Task& task, int64_t head, float* memory, const Task* next) {
               Room room(memory);
-              forward(c, Forward(c, room), task, head, out, lse);
+              forward(c, Forward(c, room, room_for), task, head,
+                      Ahead(c, next, (head + 1) % c.in.heads, out), out, lse);
             });
 }
 
@@ -400,19 +475,21 @@ void attention_backward(const AttentionBackwardArgs& a, Device& device) {
                       attention_layout(a.d_q, a.d_k, a.d_v, a.d_qkv)};
   const auto pass = [&](int wanted, std::vector<Task> tasks, int64_t keys) {
     each_task(cpu, c, std::move(tasks), floats_of<Backward>(c, wanted, keys),
-              [=](const Task& task, int64_t head, float* memory) {
+              [=](const Task& task, int64_t head, float* memory, const Task*) {
                 Room room(memory);
                 backward(c, Backward(c, room, wanted, keys), wanted, task, head, answer);
               });
   };
   // Each sequence goes one way.
+  const int64_t d = std::max<int64_t>(c.in.head_dim, 1);
+  const int64_t whole = std::min(kWhole / (4 * d + round_up(d, c.nr)), kWholeTokens);
   std::vector<Task> one, by_keys, by_queries;
   for (const Task& t : cut_up(a.cu_seqlens, Cut::queries, INT64_MAX / 2))
-    if (t.keys.size() <= kWhole) one.push_back(t);
+    if (t.keys.size() <= whole) one.push_back(t);
   for (const Task& t : cut_up(a.cu_seqlens, Cut::keys, kKeyChunk))
-    if (t.queries.size() > kWhole) by_keys.push_back(t);
+    if (t.queries.size() > whole) by_keys.push_back(t);
   for (const Task& t : cut_up(a.cu_seqlens, Cut::queries, kQueryBlock))
-    if (t.keys.size() > kWhole) by_queries.push_back(t);
+    if (t.keys.size() > whole) by_queries.push_back(t);
   int64_t longest = 0;
   for (const Task& t : one) longest = std::max(longest, t.keys.size());
   pass(kDq | kDkDv, std::move(one), longest);
@@ -425,7 +502,7 @@ void attention_mass(const AttentionMassArgs& a, Device& device) {
   const Call c(cpu, attention_layout(a.q, a.k, View(), a.qkv), a.cos, a.sin, a.scale);
   each_task(cpu, c, cut_up(a.cu_seqlens, Cut::keys, kKeyChunk), floats_of<Mass>(c),
             [c, lse = a.lse.as<float>(), out = a.mass.as<float>()](const Task& task, int64_t head,
-                                                                   float* memory) {
+                                                                   float* memory, const Task*) {
               Room room(memory);
               mass(c, Mass(c, room), task, head, lse, out);
             });

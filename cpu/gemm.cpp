@@ -19,7 +19,7 @@ namespace p2r::cpu {
 
 namespace {
 
-constexpr int64_t kBlockK = 256;  // a panel of B, 32 KiB for 32 columns, fits L1
+constexpr int64_t kBlockK = 256;  // words: a panel of B, 32 KiB for 32 columns, fits L1
 constexpr int64_t kTileM = 96;    // whole panels for every register tile; A's block is 96 KiB
 constexpr int64_t kTileN = 512;   // C's tile, 192 KiB, lies in L2 beside A's block
 constexpr int64_t kPackedB = int64_t{2} << 20;  // floats: 8 MiB, a share of L3
@@ -47,6 +47,11 @@ struct Tile {
   int64_t i, j, m, n;
 };
 
+// Two bf16 share a word of the panels where the CPU multiplies such pairs.
+bool in_pairs(const CpuDevice& cpu, const Gemm& g) {
+  return cpu.features().bf16 && g.a.dtype == DType::bf16 && g.b.dtype == DType::bf16;
+}
+
 // The columns first .. first + width of B, packed: blocks of k one after the other.
 struct PackedB {
   const float* data = nullptr;  // null: each tile packs its own
@@ -56,10 +61,13 @@ struct PackedB {
 // C's tiles, and what a thread needs for one.
 struct Tiling {
   Split rows, columns;
+  bool pairs;
   int64_t block_k, a_floats, b_floats, tile_floats;
 
   int64_t count() const { return rows.parts * columns.parts; }
   int64_t floats() const { return a_floats + b_floats + tile_floats; }
+  // Words of the packed panels for this many steps of k.
+  int64_t depth(int64_t k) const { return pairs ? (k + 1) / 2 : k; }
   Tile tile(int64_t t) const {
     const int64_t i = rows.begin(t / columns.parts), j = columns.begin(t % columns.parts);
     return {i, j, rows.begin(t / columns.parts + 1) - i, columns.begin(t % columns.parts + 1) - j};
@@ -90,11 +98,12 @@ Tiling tiling(const Gemm& g, const CpuDevice& cpu, bool packs_b, int64_t copies 
   // With few tiles, a last one for one thread alone would be felt.
   if (wanted > 1 && copies == 1 && rows * columns < 16 * threads)
     rows = std::min(round_up(rows, threads), ceil_div(g.m, mr));
-  Tiling t{{g.m, mr, rows}, {g.n, nr, columns}, 0, 0, 0, 0};
-  t.block_k = round_up(ceil_div(g.k, std::max<int64_t>(ceil_div(g.k, kBlockK), 1)), 8);
+  Tiling t{{g.m, mr, rows}, {g.n, nr, columns}, in_pairs(cpu, g), 0, 0, 0, 0};
+  const int64_t most = t.pairs ? 2 * kBlockK : kBlockK;
+  t.block_k = round_up(ceil_div(g.k, std::max<int64_t>(ceil_div(g.k, most), 1)), 8);
   const auto lines = [](int64_t floats) { return round_up(floats, 16); };
-  t.a_floats = lines(t.rows.largest() * t.block_k);
-  t.b_floats = packs_b ? lines(t.columns.largest() * t.block_k) : 0;
+  t.a_floats = lines(t.rows.largest() * t.depth(t.block_k));
+  t.b_floats = packs_b ? lines(t.columns.largest() * t.depth(t.block_k)) : 0;
   t.tile_floats = g.c_dtype == DType::f32 ? 0 : lines(t.rows.largest() * t.columns.largest());
   return t;
 }
@@ -142,19 +151,20 @@ void compute(const Gemm& g, const Simd& simd, const Tiling& plan, const Tile& t,
     start_with_bias(simd, g.bias, t, c, stride, add);
     add = true;
   }
-  if (g.k == 0 && !add) simd.gemm_panels(t.m, t.n, 0, a_block, b_block, c, stride, false);
+  if (g.k == 0 && !add)
+    simd.gemm_panels(plan.pairs, t.m, t.n, 0, a_block, b_block, c, stride, false);
   for (int64_t k0 = 0; k0 < g.k; k0 += plan.block_k, add = true) {
     const int64_t k = std::min(plan.block_k, g.k - k0);
     const Matrix x = g.a.from(t.i, k0);
-    simd.pack_a(x.dtype, x.data, x.row_stride, x.column_stride, t.m, k, a_block);
+    simd.pack_a(plan.pairs, x.dtype, x.data, x.row_stride, x.column_stride, t.m, k, a_block);
     const float* columns = b_block;
     if (b.data) {
-      columns = b.data + k0 * b.width + (t.j - b.first) * k;
+      columns = b.data + plan.depth(k0) * b.width + (t.j - b.first) * plan.depth(k);
     } else {
       const Matrix y = g.b.from(k0, t.j);
-      simd.pack_b(y.dtype, y.data, y.row_stride, y.column_stride, k, t.n, b_block);
+      simd.pack_b(plan.pairs, y.dtype, y.data, y.row_stride, y.column_stride, k, t.n, b_block);
     }
-    simd.gemm_panels(t.m, t.n, k, a_block, columns, c, stride, add);
+    simd.gemm_panels(plan.pairs, t.m, t.n, k, a_block, columns, c, stride, add);
   }
   if (!direct)
     for (int64_t i = 0; i < t.m; ++i)
@@ -185,8 +195,8 @@ void compute_tall(CpuDevice& cpu, const Gemm& g, const Tiling& plan, float* colu
       const int64_t k0 = i / groups * plan.block_k, j = i % groups * group;
       const int64_t k = std::min(plan.block_k, g.k - k0);
       const Matrix b = g.b.from(k0, j);
-      simd.pack_b(b.dtype, b.data, b.row_stride, b.column_stride, k, std::min(group, g.n - j),
-                  columns + k0 * width + j * k);
+      simd.pack_b(plan.pairs, b.dtype, b.data, b.row_stride, b.column_stride, k,
+                  std::min(group, g.n - j), columns + plan.depth(k0) * width + j * plan.depth(k));
     }
   });
   cpu.parallel(plan.count(), grain(plan.count(), work_of(g)),
@@ -200,7 +210,7 @@ void compute_tall(CpuDevice& cpu, const Gemm& g, const Tiling& plan, float* colu
 // One slab of columns: k is at most kLongK, or C has 16 bits.
 void tall_product(CpuDevice& cpu, const Gemm& g) {
   const Tiling plan = tiling(g, cpu, false);
-  const Scratch packed = cpu.scratch(round_up(g.n, plan.columns.panel) * g.k * 4);
+  const Scratch packed = cpu.scratch(round_up(g.n, plan.columns.panel) * plan.depth(g.k) * 4);
   const Scratch scratch = cpu.scratch(cpu.threads() * plan.floats() * 4);
   cpu.submit([=, &cpu, columns = packed.as<float>(), memory = scratch.as<float>()] {
     compute_tall(cpu, g, plan, columns, memory);

@@ -25,9 +25,9 @@ namespace {
 
 constexpr int64_t kTileRows = 96;              // whole panels for every register tile
 constexpr int64_t kMostColumns = 512;          // of a block
-constexpr int64_t kBlock = 128 * 1024;         // floats of a packed block of weight: 512 KiB of L2
-constexpr int64_t kBlockK = 256;               // a panel of 32 columns, 32 KiB, fits L1
-constexpr int64_t kPanels = 768 * 1024;        // floats of packed hidden states: 3 MiB of L3
+constexpr int64_t kBlock = 128 * 1024;         // words of a packed block of weight: 512 KiB of L2
+constexpr int64_t kBlockK = 256;               // words: a panel of 32 columns, 32 KiB, fits L1
+constexpr int64_t kPanels = 768 * 1024;        // words of packed hidden states: 3 MiB of L3
 constexpr int64_t kMostRows = 768;             // of a chunk
 constexpr int64_t kMostSpans = 128;            // of the vocabulary
 constexpr int64_t kSlopes = 8 * 1024 * 1024;   // floats of dz backward
@@ -48,6 +48,7 @@ struct Head {
   int64_t rows, columns, channels;
   double inverse;
 
+  bool pairs;     // whether a word of the packed panels holds two bf16
   int64_t most;   // rows of a chunk
   int64_t block;  // columns packed at once
   int64_t span, spans;
@@ -62,7 +63,7 @@ struct Head {
   float* target_logit = nullptr;  // [most]
 
   template <class Args>
-  Head(const Args& a, int64_t most_rows)
+  Head(const Args& a, const CpuDevice& cpu, int64_t most_rows)
       : hidden(a.hidden),
         weight(a.weight),
         bias(a.bias),
@@ -70,8 +71,9 @@ struct Head {
         rows(a.hidden.shape[0]),
         columns(a.weight.shape[0]),
         channels(a.weight.shape[1]),
-        inverse(1 / a.temperature) {
-    const int64_t deep = std::max<int64_t>(channels, 1);
+        inverse(1 / a.temperature),
+        pairs(cpu.features().bf16 && a.weight.dtype == DType::bf16) {
+    const int64_t deep = std::max<int64_t>(depth(channels), 1);
     const int64_t fit = std::clamp(kPanels / deep / kTileRows * kTileRows, kTileRows, kMostRows);
     most = std::min({fit, std::max<int64_t>(rows, 1), most_rows});
     block = std::clamp<int64_t>(kBlock / deep / 32 * 32, 32, kMostColumns);
@@ -80,7 +82,10 @@ struct Head {
   }
 
   int64_t padded() const { return round_up(most, kTileRows); }
-  int64_t block_floats() const { return block * channels; }
+  // Words of the packed panels for k channels, and the channels of a block of them.
+  int64_t depth(int64_t k) const { return pairs ? (k + 1) / 2 : k; }
+  int64_t block_k() const { return pairs ? 2 * kBlockK : kBlockK; }
+  int64_t block_floats() const { return block * depth(channels); }
   Part part(int64_t row) const {
     const int32_t target = targets.as<int32_t>()[row];
     return target == kSkippedTarget          ? Part::skipped
@@ -122,7 +127,7 @@ class Laid {
 
 void lay(Pieces& pieces, Head& h, const CpuDevice& cpu, bool sums) {
   pieces.lay(h.list, h.most);
-  pieces.lay(h.panels, h.padded() * h.channels);
+  pieces.lay(h.panels, h.padded() * h.depth(h.channels));
   pieces.lay(h.blocks, cpu.threads() * h.block_floats());
   if (!sums) return;
   pieces.lay(h.partials, h.most * h.spans * 3);
@@ -145,15 +150,16 @@ void pack_rows(CpuDevice& cpu, const Head& h, int64_t taken) {
   cpu.simd().gemm_tile_size(&mr, &nr);
   cpu.parallel(ceil_div(taken, mr), 1, [&](int64_t begin, int64_t end, int) {
     const Simd& simd = cpu.simd();
-    float lines[16 * kBlockK];
+    float lines[16 * 2 * kBlockK];
     for (int64_t p = begin; p < end; ++p) {
       const int64_t first = p * mr, n = std::min<int64_t>(mr, taken - first);
-      for (int64_t k0 = 0; k0 < h.channels; k0 += kBlockK) {
-        const int64_t k = std::min(kBlockK, h.channels - k0);
+      for (int64_t k0 = 0; k0 < h.channels; k0 += h.block_k()) {
+        const int64_t k = std::min(h.block_k(), h.channels - k0);
         for (int64_t r = 0; r < n; ++r)
           simd.to_f32(h.hidden.dtype, at(h.hidden, h.list[first + r] * h.channels + k0),
                       lines + r * k, k);
-        simd.pack_a(DType::f32, lines, k, 1, n, k, h.panels + k0 * h.padded() + first * k);
+        simd.pack_a(h.pairs, DType::f32, lines, k, 1, n, k,
+                    h.panels + h.depth(k0) * h.padded() + first * h.depth(k));
       }
     }
   });
@@ -169,9 +175,9 @@ void make_logits(const Simd& simd, const Head& h, int64_t taken, int64_t first, 
   const int64_t width = round_up(n, nr);
   float bias[kMostColumns];
   if (h.bias) simd.to_f32(h.bias.dtype, at(h.bias, first), bias, n);
-  for (int64_t k0 = 0; k0 < h.channels; k0 += kBlockK)
-    simd.pack_b(h.weight.dtype, at(h.weight, first * h.channels + k0), 1, h.channels,
-                std::min(kBlockK, h.channels - k0), n, packed + k0 * width);
+  for (int64_t k0 = 0; k0 < h.channels; k0 += h.block_k())
+    simd.pack_b(h.pairs, h.weight.dtype, at(h.weight, first * h.channels + k0), 1, h.channels,
+                std::min(h.block_k(), h.channels - k0), n, packed + h.depth(k0) * width);
   for (int64_t i = 0; i < taken; i += kTileRows) {
     const int64_t m = std::min(kTileRows, taken - i);
     float* logits = to(i, m);
@@ -180,10 +186,10 @@ void make_logits(const Simd& simd, const Head& h, int64_t taken, int64_t first, 
         std::copy(bias, bias + n, logits + r * pitch);
       else if (h.channels == 0)
         std::fill(logits + r * pitch, logits + r * pitch + n, 0.0f);
-    for (int64_t k0 = 0; k0 < h.channels; k0 += kBlockK) {
-      const int64_t k = std::min(kBlockK, h.channels - k0);
-      simd.gemm_panels(m, n, k, h.panels + k0 * h.padded() + i * k, packed + k0 * width, logits,
-                       pitch, h.bias || k0);
+    for (int64_t k0 = 0; k0 < h.channels; k0 += h.block_k()) {
+      const int64_t k = std::min(h.block_k(), h.channels - k0);
+      simd.gemm_panels(h.pairs, m, n, k, h.panels + h.depth(k0) * h.padded() + i * h.depth(k),
+                       packed + h.depth(k0) * width, logits, pitch, h.bias || k0);
     }
     then(i, m, logits);
   }
@@ -340,7 +346,7 @@ void settle(CpuDevice& cpu, const Head& h, const Gradients& g, const Progress& p
 
 void linear_log_probs(const LinearLogProbsArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
-  Head h(a, kMostRows);
+  Head h(a, cpu, kMostRows);
   h.moment = bool(a.entropy);
   const Laid memory(device, [&](Pieces& pieces) {
     lay(pieces, h, cpu, true);
@@ -370,7 +376,7 @@ void linear_log_probs(const LinearLogProbsArgs& a, Device& device) {
 
 void linear_log_probs_backward(const LinearLogProbsBackwardArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
-  Head h(a, kMostRows);
+  Head h(a, cpu, kMostRows);
   Gradients g(a);
   // Columns of dz at once.
   const int64_t part = std::min(round_up(std::max<int64_t>(h.columns, 1), h.block),
@@ -443,7 +449,7 @@ void linear_log_probs_backward(const LinearLogProbsBackwardArgs& a, Device& devi
 void linear_policy_loss(const LinearPolicyLossArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   const int64_t columns = a.weight.shape[0];
-  Head h(a,
+  Head h(a, cpu,
          std::max(kLogits / std::max<int64_t>(columns, 1) / kFewestRows, int64_t{1}) * kFewestRows);
   Gradients g(a);
   h.moment = a.loss.entropy_coef != 0;

@@ -20,8 +20,9 @@
 // their type first, exactly as by apply_rotary; d_qkv is rotated back before its one rounding.
 //
 // Everything between inputs and outputs is f32, but for kernels on tensor cores, which take f16 and
-// bf16 only: they round P and dS to that type for their products. Sums run in an order fixed by the
-// lengths alone, so results do not depend on the number of threads and repeat bit for bit.
+// bf16 only, and the CPU's of bf16 with AVX512-BF16: they round P and dS to the inputs' type for
+// their products. Sums are f32 and run in an order fixed by the lengths and D alone, so results do
+// not depend on the number of threads and repeat bit for bit.
 //
 // Values that are not finite stay within their sequence and head. A logit of -inf weighs nothing; a
 // query that has no other logit has lse -inf and a row of NaN; a logit of NaN or +inf makes out and

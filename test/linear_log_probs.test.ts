@@ -581,6 +581,22 @@ onEveryBackend('linear_log_probs', (b) => {
     for (const t of Object.values(inputs)) t.dispose()
   })
 
+  test('memory of the whole vocabulary of a model', () => {
+    // All rows are skipped, which costs memory but no time.
+    const [n, v, c] = [256, 151_936, 1024]
+    const inputs = {
+      hidden: b.device.zeros([n, c], 'bf16'),
+      weight: b.device.zeros([v, c], 'bf16'),
+      targets: i32(Array(n).fill(-100)),
+    }
+    b.device.resetPeak()
+    const before = b.device.memory().peakBytes
+    linearLogProbs(inputs).logProbs.dispose()
+    const most = b.device.info.backend === 'cpu' ? 8 : 128
+    expect(b.device.memory().peakBytes - before).toBeLessThan(most * 2 ** 20)
+    for (const t of Object.values(inputs)) t.dispose()
+  })
+
   test('empty sizes', async () => {
     const none = {
       hidden: b.device.zeros([0, 5], 'f16'),

@@ -16,37 +16,57 @@ const float kInfinity = __builtin_inff();
 
 int vector_width() { return W; }
 
-bool softmax_step(int64_t keys, int64_t ld, int64_t columns, float scale, float* s, float* max,
-                  float* sum, float* decay) {
+// The largest of `keys` rows in each lane; the smallest if the scale is negative.
+template <vf (*Best)(vf, vf)>
+inline vf extreme(int64_t keys, int64_t ld, const float* s, float start) {
+  vf m[4];
+  for (vf& each : m) each = set1(start);
+  int64_t key = 0;
+  for (; key + 4 <= keys; key += 4)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) m[i] = Best(m[i], loadf(s + (key + i) * ld));
+  for (; key < keys; ++key) m[0] = Best(m[0], loadf(s + key * ld));
+  return Best(Best(m[0], m[1]), Best(m[2], m[3]));
+}
+
+bool softmax_step(bool pairs, int64_t keys, int64_t ld, int64_t columns, float scale, float* s,
+                  float* max, float* sum, float* decay) {
+  const float slope = scale * 1.44269504f;
   vi moved = {};
   for (int64_t c = 0; c < columns; c += W) {
     float* x = s + c;
-    vf m[4];
-    for (vf& each : m) each = set1(-kInfinity);
-    int64_t key = 0;
-    for (; key + 4 <= keys; key += 4)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) m[i] = vmax(m[i], loadf(x + (key + i) * ld) * scale);
-    for (; key < keys; ++key) m[0] = vmax(m[0], loadf(x + key * ld) * scale);
-
     const vf before = loadf(max + c);
-    const vf after = vmax(before, vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
+    const vf after = scale < 0 ? vmin(before, extreme<vmin>(keys, ld, x, kInfinity))
+                               : vmax(before, extreme<vmax>(keys, ld, x, -kInfinity));
     // Where every logit so far is -inf, all weights are 0, not exp(-inf + inf).
-    const vf shift = after == -kInfinity ? vf{} : after;
-    const vf factor = vexp(before - shift);
+    const vi none = after == (scale < 0 ? kInfinity : -kInfinity);
+    const vf shift = none ? vf{} : after;
+    const vf factor = vexp2((before - shift) * slope);
 
     vf total[4] = {};
-    for (key = 0; key + 4 <= keys; key += 4)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const vf p = vexp(loadf(x + (key + i) * ld) * scale - shift);
-        store(x + (key + i) * ld, p);
-        total[i] += p;
+    const auto weight = [&](int64_t key, int i) {
+      const vf p = vexp2((loadf(x + key * ld) - shift) * slope);
+      total[i] += p;
+      return p;
+    };
+    int64_t key = 0;
+    if (pairs) {
+      // The words of a pair of keys take the place of earlier logits.
+      for (; key + 4 <= keys; key += 4)
+#pragma GCC unroll 2
+        for (int i = 0; i < 4; i += 2) {
+          const vf low = weight(key + i, i);
+          store(x + (key + i) / 2 * ld, bf16_pairs(low, weight(key + i + 1, i + 1)));
+        }
+      for (; key < keys; key += 2) {
+        const vf low = weight(key, 0);
+        store(x + key / 2 * ld, bf16_pairs(low, key + 1 < keys ? weight(key + 1, 1) : vf{}));
       }
-    for (; key < keys; ++key) {
-      const vf p = vexp(loadf(x + key * ld) * scale - shift);
-      store(x + key * ld, p);
-      total[0] += p;
+    } else {
+      for (; key + 4 <= keys; key += 4)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) store(x + (key + i) * ld, weight(key + i, i));
+      for (; key < keys; ++key) store(x + key * ld, weight(key, 0));
     }
     store(max + c, after);
     store(sum + c, loadf(sum + c) * factor + ((total[0] + total[1]) + (total[2] + total[3])));
@@ -58,11 +78,11 @@ bool softmax_step(int64_t keys, int64_t ld, int64_t columns, float scale, float*
   return any != 0;
 }
 
-void softmax_finish(int64_t columns, const float* max, const float* sum, float* lse,
+void softmax_finish(int64_t columns, float scale, const float* max, const float* sum, float* lse,
                     float* inverse) {
   for (int64_t c = 0; c < columns; c += W) {
     const vf total = loadf(sum + c);
-    store(lse + c, loadf(max + c) + vlog(total));
+    store(lse + c, loadf(max + c) * scale + vlog(total));
     store(inverse + c, 1.0f / total);
   }
 }
@@ -74,16 +94,24 @@ void scale_columns(int64_t rows, int64_t ld, int64_t columns, const float* facto
 }
 
 void softmax_backward(int64_t queries, int64_t ld, int64_t columns, float scale, const float* lse,
-                      const float* delta, float* s, float* d) {
-  for (int64_t r = 0; r < queries; ++r) {
-    const vf shift = set1(lse[r]), mean = set1(delta[r]);
+                      const float* delta, float* s, float* d, float* d_pairs) {
+  for (int64_t r = 0; r < queries; r += 2)
     for (int64_t c = 0; c < columns; c += W) {
-      const int64_t at = r * ld + c;
-      const vf p = vexp(loadf(s + at) * scale - shift);
-      store(s + at, p);
-      store(d + at, p * (loadf(d + at) - mean) * scale);
+      vf p[2] = {}, g[2] = {};
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i)
+        if (r + i < queries) {
+          const int64_t at = (r + i) * ld + c;
+          p[i] = vexp2((loadf(s + at) * scale - set1(lse[r + i])) * 1.44269504f);
+          g[i] = p[i] * (loadf(d + at) - set1(delta[r + i])) * scale;
+          if (!d_pairs) store(s + at, p[i]);
+          store(d + at, g[i]);
+        }
+      if (d_pairs) {
+        store(s + r / 2 * ld + c, bf16_pairs(p[0], p[1]));
+        store(d_pairs + r / 2 * ld + c, bf16_pairs(g[0], g[1]));
+      }
     }
-  }
 }
 
 void softmax_mass(int64_t queries, int64_t ld, int64_t columns, float scale, const float* lse,

@@ -8,6 +8,10 @@
 //
 // The tile's accumulators fill most of the register file, so that each load is used often and the
 // latency of a fused product is hidden: 24 of 32 registers on AVX-512, 12 of 16 on AVX2 and SSE2.
+//
+// Panels of pairs are the same with a word of two bf16, of k and k + 1, where a float was: half the
+// steps, and twice the products a second where the CPU has AVX512-BF16 (vdpbf16ps: exact products,
+// each added to an f32).
 #include "cpu/simd/simd.h"
 #include "cpu/simd/vec.h"
 
@@ -24,10 +28,18 @@ constexpr int MR = 6;
 #endif
 constexpr int NV = 2, NR = NV * W;
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 struct F32 {
   typedef float Element;
   typedef vf Vector;
   static vf widen(vf x) { return x; }
+  // The first n of 2 W elements that lie side by side, as W pairs.
+  static vf neighbours(const float* x, int64_t n) {
+    const int more = n < W ? 0 : static_cast<int>(least(n - W, W));
+    return bf16_neighbours(load_first<vf>(x, static_cast<int>(least(n, W))),
+                           load_first<vf>(x + (more ? W : 0), more));
+  }
 };
 struct F16 {
   typedef uint16_t Element;
@@ -38,9 +50,13 @@ struct Bf16 {
   typedef uint16_t Element;
   typedef vh Vector;
   static vf widen(vh x) { return from_bf16(x); }
+  static vf neighbours(const uint16_t* x, int64_t n) {
+    if (n >= 2 * W) return load<vf>(x);
+    uint16_t some[2 * W] = {};
+    memcpy(some, x, n * 2);
+    return load<vf>(some);
+  }
 };
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A W x W block in place: for each distance d, the blocks of d x d beside the diagonal change
 // places (Eklundh, 1972).
@@ -74,29 +90,41 @@ constexpr int lanes_of(int g) {
 template <int P>
 constexpr int kGroups = (P + W - 1) / W;
 
-// Lanes lie side by side: one short copy for each k. Eight steps of k at a time, so that reads
-// follow the rows and writes fill whole cache lines.
-template <class Type, int P>
+// The lanes of step i of k, or of steps 2 i and 2 i + 1 as pairs.
+template <class Type, bool kPairs>
+inline vf step_of(const typename Type::Element* x, int64_t k_stride, int64_t i, int64_t k,
+                  int valid) {
+  typedef typename Type::Vector Vector;
+  // Spelt out for whole vectors, which need no loops over bytes.
+  const auto lanes = [&](const typename Type::Element* p) {
+    return Type::widen(valid == W ? load<Vector>(p) : load_first<Vector>(p, valid));
+  };
+  if constexpr (!kPairs) return lanes(x + i * k_stride);
+  const typename Type::Element* low = x + 2 * i * k_stride;
+  return bf16_pairs(lanes(low), 2 * i + 1 < k ? lanes(low + k_stride) : vf{});
+}
+
+// Lanes lie side by side: one short copy for each step. Eight steps at a time, so that reads follow
+// the rows and writes fill whole cache lines.
+template <class Type, int P, bool kPairs>
 void pack_lanes(const typename Type::Element* x, int64_t k_stride, int64_t lanes, int64_t k,
                 float* out) {
-  typedef typename Type::Vector Vector;
-  for (int64_t k0 = 0; k0 < k; k0 += 8)
+  const int64_t depth = kPairs ? (k + 1) / 2 : k;
+  for (int64_t i0 = 0; i0 < depth; i0 += 8)
     for (int64_t lane = 0; lane < lanes; lane += P) {
-      const int64_t end = least(k, k0 + 8);
+      const int64_t end = least(depth, i0 + 8);
       const int here = static_cast<int>(least(P, lanes - lane));
       const bool whole = here == P;
-      for (int64_t i = k0; i < end; ++i) {
-        const typename Type::Element* from = x + i * k_stride + lane;
-        float* to = out + lane * k + i * P;
+      for (int64_t i = i0; i < end; ++i) {
+        float* to = out + lane * depth + i * P;
 #pragma GCC unroll 4
         for (int g = 0; g < kGroups<P>; ++g) {
           const int width = lanes_of<P>(g);
           const int left = here - g * W;
           const int valid = left < 0 ? 0 : left < width ? left : width;
-          // Spelt out for whole panels, whose constant widths need no loops over bytes.
-          const vf v = Type::widen(!whole       ? load_first<Vector>(from + g * W, valid)
-                                   : width == W ? load<Vector>(from + g * W)
-                                                : load_first<Vector>(from + g * W, width));
+          const typename Type::Element* from = x + lane + g * W;
+          const vf v = whole ? step_of<Type, kPairs>(from, k_stride, i, k, width)
+                             : step_of<Type, kPairs>(from, k_stride, i, k, valid);
           if (width == W)
             store(to + g * W, v);
           else
@@ -107,10 +135,11 @@ void pack_lanes(const typename Type::Element* x, int64_t k_stride, int64_t lanes
 }
 
 // Each lane is a row along k: W x W blocks are transposed in registers.
-template <class Type, int P>
+template <class Type, int P, bool kPairs>
 void pack_rows(const typename Type::Element* x, int64_t lane_stride, int64_t lanes, int64_t k,
                float* out) {
   typedef typename Type::Vector Vector;
+  const int64_t depth = kPairs ? (k + 1) / 2 : k;
   for (int64_t lane = 0; lane < lanes; lane += P)
 #pragma GCC unroll 4
     for (int g = 0; g < kGroups<P>; ++g) {
@@ -118,16 +147,21 @@ void pack_rows(const typename Type::Element* x, int64_t lane_stride, int64_t lan
       const int64_t left = lanes - lane - g * W;
       const int valid = static_cast<int>(left < 0 ? 0 : least(left, width));
       const typename Type::Element* from = x + (lane + g * W) * lane_stride;
-      float* to = out + lane * k + g * W;
-      for (int64_t i = 0; i < k; i += W) {
-        const int steps = static_cast<int>(least(W, k - i));
+      float* to = out + lane * depth + g * W;
+      for (int64_t i = 0; i < depth; i += W) {
+        const int steps = static_cast<int>(least(W, depth - i));
         vf block[W];
 #pragma GCC unroll 16
-        for (int r = 0; r < W; ++r)
-          block[r] = r >= valid ? vf{}
-                     : steps == W
-                         ? Type::widen(load<Vector>(from + r * lane_stride + i))
-                         : Type::widen(load_first<Vector>(from + r * lane_stride + i, steps));
+        for (int r = 0; r < W; ++r) {
+          const typename Type::Element* row = from + r * lane_stride;
+          if (r >= valid)
+            block[r] = vf{};
+          else if constexpr (kPairs)
+            block[r] = Type::neighbours(row + 2 * i, k - 2 * i);
+          else
+            block[r] = Type::widen(steps == W ? load<Vector>(row + i)
+                                              : load_first<Vector>(row + i, steps));
+        }
         transpose(block);
 #pragma GCC unroll 16
         for (int j = 0; j < W; ++j)
@@ -141,47 +175,59 @@ void pack_rows(const typename Type::Element* x, int64_t lane_stride, int64_t lan
     }
 }
 
-template <class Type, int P>
+template <class Type, int P, bool kPairs>
 void pack_any(const typename Type::Element* x, int64_t lane_stride, int64_t k_stride, int64_t lanes,
               int64_t k, float* out) {
-  typedef typename Type::Vector Vector;
+  typedef typename Type::Element Element;
+  const int64_t depth = kPairs ? (k + 1) / 2 : k, steps = kPairs ? 2 : 1;
   for (int64_t lane = 0; lane < lanes; lane += P)
-    for (int64_t i = 0; i < k; ++i)
+    for (int64_t i = 0; i < depth; ++i)
       for (int g = 0; g < kGroups<P>; ++g) {
-        typename Type::Element element[W] = {};
         const int64_t first = lane + g * W;
         const int width = lanes_of<P>(g);
-        for (int l = 0; l < width && first + l < lanes; ++l)
-          element[l] = x[(first + l) * lane_stride + i * k_stride];
-        store_first(out + lane * k + i * P + g * W, Type::widen(load<Vector>(element)), width);
+        Element element[2 * W] = {};  // the lanes of one step, and of the next
+        for (int64_t s = 0; s < steps && steps * i + s < k; ++s)
+          for (int l = 0; l < width && first + l < lanes; ++l)
+            element[s * W + l] = x[(first + l) * lane_stride + (steps * i + s) * k_stride];
+        store_first(out + lane * depth + i * P + g * W,
+                    step_of<Type, kPairs>(element, W, 0, steps, W), width);
       }
 }
 
-template <class Type, int P>
-void pack(const void* x, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t k,
-          float* out) {
+template <class Type, int P, bool kPairs>
+void pack_type(const void* x, int64_t lane_stride, int64_t k_stride, int64_t lanes, int64_t k,
+               float* out) {
   const typename Type::Element* e = static_cast<const typename Type::Element*>(x);
   if (lane_stride == 1)
-    pack_lanes<Type, P>(e, k_stride, lanes, k, out);
+    pack_lanes<Type, P, kPairs>(e, k_stride, lanes, k, out);
   else if (k_stride == 1)
-    pack_rows<Type, P>(e, lane_stride, lanes, k, out);
+    pack_rows<Type, P, kPairs>(e, lane_stride, lanes, k, out);
   else
-    pack_any<Type, P>(e, lane_stride, k_stride, lanes, k, out);
+    pack_any<Type, P, kPairs>(e, lane_stride, k_stride, lanes, k, out);
 }
 
 template <int P>
-void pack(DType type, const void* x, int64_t lane_stride, int64_t k_stride, int64_t lanes,
-          int64_t k, float* out) {
-  if (type == DType::f32)
-    pack<F32, P>(x, lane_stride, k_stride, lanes, k, out);
-  else if (type == DType::f16)
-    pack<F16, P>(x, lane_stride, k_stride, lanes, k, out);
+void pack(bool pairs, DType type, const void* x, int64_t lane_stride, int64_t k_stride,
+          int64_t lanes, int64_t k, float* out) {
+  if (type == DType::f16)
+    pack_type<F16, P, false>(x, lane_stride, k_stride, lanes, k, out);
+  else if (type == DType::f32)
+    (pairs ? pack_type<F32, P, true> : pack_type<F32, P, false>)(x, lane_stride, k_stride, lanes, k,
+                                                                 out);
   else
-    pack<Bf16, P>(x, lane_stride, k_stride, lanes, k, out);
+    (pairs ? pack_type<Bf16, P, true> : pack_type<Bf16, P, false>)(x, lane_stride, k_stride, lanes,
+                                                                   k, out);
 }
 
+struct Floats {
+  static vf add_product(vf sum, vf x, vf y) { return sum + x * y; }
+};
+struct Pairs {
+  static vf add_product(vf sum, vf x, vf y) { return bf16_dot(sum, x, y); }
+};
+
 // R rows and V vectors of columns of one tile, the last of which has `last` columns.
-template <int R, int V>
+template <class Step, int R, int V>
 void tile(int64_t k, const float* a, const float* b, float* c, int64_t ldc, int last,
           bool accumulate) {
   vf acc[R][V] = {};
@@ -193,7 +239,7 @@ void tile(int64_t k, const float* a, const float* b, float* c, int64_t ldc, int 
     for (int r = 0; r < R; ++r) {
       const vf x = set1(a[r]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] += x * row[v];
+      for (int v = 0; v < V; ++v) acc[r][v] = Step::add_product(acc[r][v], x, row[v]);
     }
   }
 #pragma GCC unroll 16
@@ -208,13 +254,30 @@ void tile(int64_t k, const float* a, const float* b, float* c, int64_t ldc, int 
     }
 }
 
-template <int V, int R = MR>
+template <class Step, int V, int R = MR>
 inline void tile_of(int rows, int64_t k, const float* a, const float* b, float* c, int64_t ldc,
                     int last, bool accumulate) {
   if (rows == R)
-    tile<R, V>(k, a, b, c, ldc, last, accumulate);
+    tile<Step, R, V>(k, a, b, c, ldc, last, accumulate);
   else if constexpr (R > 1)
-    tile_of<V, R - 1>(rows, k, a, b, c, ldc, last, accumulate);
+    tile_of<Step, V, R - 1>(rows, k, a, b, c, ldc, last, accumulate);
+}
+
+template <class Step>
+void panels(int64_t m, int64_t n, int64_t depth, const float* a, const float* b, float* c,
+            int64_t ldc, bool accumulate) {
+  for (int64_t j = 0; j < n; j += NR) {
+    const int columns = static_cast<int>(least(NR, n - j));
+    for (int64_t i = 0; i < m; i += MR) {
+      const int rows = static_cast<int>(least(MR, m - i));
+      const float *x = a + i * depth, *y = b + j * depth;
+      float* to = c + i * ldc + j;
+      if (columns > W)
+        tile_of<Step, 2>(rows, depth, x, y, to, ldc, columns - W, accumulate);
+      else
+        tile_of<Step, 1>(rows, depth, x, y, to, ldc, columns, accumulate);
+    }
+  }
 }
 
 }  // namespace
@@ -224,29 +287,22 @@ void gemm_tile_size(int* mr, int* nr) {
   *nr = NR;
 }
 
-void pack_a(DType type, const void* x, int64_t row_stride, int64_t k_stride, int64_t m, int64_t k,
-            float* out) {
-  pack<MR>(type, x, row_stride, k_stride, m, k, out);
+void pack_a(bool pairs, DType type, const void* x, int64_t row_stride, int64_t k_stride, int64_t m,
+            int64_t k, float* out) {
+  pack<MR>(pairs, type, x, row_stride, k_stride, m, k, out);
 }
 
-void pack_b(DType type, const void* x, int64_t k_stride, int64_t column_stride, int64_t k,
-            int64_t n, float* out) {
-  pack<NR>(type, x, column_stride, k_stride, n, k, out);
+void pack_b(bool pairs, DType type, const void* x, int64_t k_stride, int64_t column_stride,
+            int64_t k, int64_t n, float* out) {
+  pack<NR>(pairs, type, x, column_stride, k_stride, n, k, out);
 }
 
-void gemm_panels(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* c,
-                 int64_t ldc, bool accumulate) {
-  for (int64_t j = 0; j < n; j += NR) {
-    const int columns = static_cast<int>(least(NR, n - j));
-    for (int64_t i = 0; i < m; i += MR) {
-      const int rows = static_cast<int>(least(MR, m - i));
-      float* to = c + i * ldc + j;
-      if (columns > W)
-        tile_of<2>(rows, k, a + i * k, b + j * k, to, ldc, columns - W, accumulate);
-      else
-        tile_of<1>(rows, k, a + i * k, b + j * k, to, ldc, columns, accumulate);
-    }
-  }
+void gemm_panels(bool pairs, int64_t m, int64_t n, int64_t k, const float* a, const float* b,
+                 float* c, int64_t ldc, bool accumulate) {
+  if (pairs)
+    panels<Pairs>(m, n, (k + 1) / 2, a, b, c, ldc, accumulate);
+  else
+    panels<Floats>(m, n, k, a, b, c, ldc, accumulate);
 }
 
 }  // namespace p2r::cpu::P2R_ISA

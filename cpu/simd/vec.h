@@ -147,6 +147,50 @@ inline vh to_bf16(vf x) {
   return narrowed((vu)((x == x) ? (vi)rounded : (vi)quiet));
 }
 
+// Words of two bf16, `low` in the lower half: of lane i of both, and of lanes 2 i and 2 i + 1 of
+// one vector after the other. And the sum of the two products of each word, in f32. On AVX-512
+// these are AVX512-BF16's instructions, by their names: a function's target attribute would not
+// reach through the templates that use them. They are run only where the CPU has them
+// (SimdFeatures).
+inline vf bf16_pairs(vf low, vf high) {
+#if defined(__AVX512F__)
+  __m512i both;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
+  const __m512i order = _mm512_or_si512(
+      _mm512_slli_epi32(
+          _mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31), 16),
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  return (vf)_mm512_permutexvar_epi16(order, both);
+#else
+  return from_bits(__builtin_convertvector(to_bf16(low), vu) |
+                   __builtin_convertvector(to_bf16(high), vu) << 16);
+#endif
+}
+inline vf bf16_neighbours(vf first, vf second) {
+#if defined(__AVX512F__)
+  vf both;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(first), "v"(second));
+  return both;
+#else
+  vi even, odd;
+  for (int i = 0; i < W; ++i) {
+    even[i] = 2 * i;
+    odd[i] = 2 * i + 1;
+  }
+  return bf16_pairs(__builtin_shuffle(first, second, even), __builtin_shuffle(first, second, odd));
+#endif
+}
+inline vf bf16_dot(vf sum, vf x, vf y) {
+#if defined(__AVX512F__)
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
+  return sum;
+#else
+  const vu u = bits(x), v = bits(y);
+  sum += from_bits(u << 16) * from_bits(v << 16);
+  return sum + from_bits(u & 0xFFFF0000u) * from_bits(v & 0xFFFF0000u);
+#endif
+}
+
 inline vf from_f16(vh h) {
 #if defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps((__m256i)h);
@@ -234,6 +278,33 @@ inline vf vexp(vf x) {
 #else
   const vi e = (vi)shifted - 0x4B400000, half = e >> 1;
   return y * (vf)((half + 127) << 23) * (vf)((e - half + 127) << 23);
+#endif
+}
+
+// 2 to the x, within 2 ulp, for x below 128: x = n + r with |r| <= 1/2, the polynomial of degree 6
+// that is closest to 2^r there (relatively, 2e-9), and 2^n, through the subnormals to an exact 0 on
+// AVX-512, to 0 at once below 2^-126 elsewhere.
+inline vf vexp2(vf x) {
+#if defined(__AVX512F__)
+  const vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const float kShift = 0x1.8p23f;
+  const vf within = vmax(set1(-127.0f), x);  // passes on a NaN
+  const vf shifted = within + kShift;
+  const vf r = within - (shifted - kShift);
+#endif
+  vf p = r * 1.559467637e-4f + 1.340664341e-3f;
+  p = p * r + 9.617692791e-3f;
+  p = p * r + 5.550310388e-2f;
+  p = p * r + 2.402265221e-1f;
+  p = p * r + 6.931472421e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)(x - r));
+#else
+  // At n = -127 the exponent's bits are 0: an exact 0 for r = 0 after the clamp.
+  const vi n = (vi)shifted - 0x4B400000;
+  return p * (vf)((n + 127) << 23);
 #endif
 }
 
