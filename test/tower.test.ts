@@ -93,8 +93,8 @@ onEveryBackend('VisionTower', (b) => {
 
   const [name] = names as [string, string]
   const meta = metaOf(name)
-  const pixels = () =>
-    b.device.tensor(files.f32(`tower/${name}/pixel_values.bin`), meta.tensors.pixel_values.shape)
+  const pixels = (device = b.device) =>
+    device.tensor(files.f32(`tower/${name}/pixel_values.bin`), meta.tensors.pixel_values.shape)
 
   test('loads shards, prefixes and 16-bit weights alike, and leaves the rest in the files', async () => {
     const merged: Float32Array[] = []
@@ -117,20 +117,21 @@ onEveryBackend('VisionTower', (b) => {
   })
 
   test('holds nothing but its results, and nothing once it is disposed', async () => {
-    const folder = await folderOf(b.device, name)
-    const before = b.device.memory().liveBytes
-    const tower = await VisionTower.load(folder, b.device)
-    const loaded = b.device.memory().liveBytes
-    const x = pixels()
+    using device = b.open()
+    const folder = await folderOf(device, name)
+    const before = device.memory().liveBytes
+    const tower = await VisionTower.load(folder, device)
+    const loaded = device.memory().liveBytes
+    const x = pixels(device)
     const out = tower.encode({ pixelValues: x, gridThw: meta.grid_thw, massOf: [0] })
     await out.merged.read()
     const results = [out.merged, ...out.deepstack, ...out.mass!]
     const bytes = results.reduce((n, t) => n + t.byteLength, x.byteLength)
-    expect(b.device.memory().liveBytes - loaded).toBe(bytes)
+    expect(device.memory().liveBytes - loaded).toBe(bytes)
     out.dispose()
     x.dispose()
     tower.dispose()
-    expect(b.device.memory().liveBytes).toBe(before)
+    expect(device.memory().liveBytes).toBe(before)
   })
 
   test('refuses patches, blocks and tensors that do not fit', async () => {
@@ -147,8 +148,9 @@ onEveryBackend('VisionTower', (b) => {
   })
 
   test('says what is wrong with a folder, and frees what it had loaded', async () => {
-    const before = b.device.memory().liveBytes
-    const load = (folder: string) => VisionTower.load(folder, b.device)
+    using device = b.open()
+    const before = device.memory().liveBytes
+    const load = (folder: string) => VisionTower.load(folder, device)
     const refused = async (folder: string, code: string, message: RegExp) => {
       const error = await load(folder).then(
         () => expect.fail('it loaded'),
@@ -171,7 +173,7 @@ onEveryBackend('VisionTower', (b) => {
       [{ deepstack_visual_indexes: [7] }, /deepstack_visual_indexes/],
       [{ depth: 'three' }, /depth must be a positive integer/],
     ] as const)
-      await refused(await folderOf(b.device, name, { change }), 'ERR_FORMAT', message)
-    expect(b.device.memory().liveBytes).toBe(before)
+      await refused(await folderOf(device, name, { change }), 'ERR_FORMAT', message)
+    expect(device.memory().liveBytes).toBe(before)
   })
 })
