@@ -6,7 +6,15 @@
 // --quick leaves out the units and mutants and runs one schedule over the smallest of the cases
 // that together launch every kernel.
 import { spawnSync } from 'node:child_process'
-import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
+import {
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs'
 import { availableParallelism } from 'node:os'
 import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -172,6 +180,8 @@ function covering() {
 function buildPlanted(variant, index) {
   const { file, compile = file, search, replace } = planted[index]
   const folder = join(folderOf(variant), 'planted', String(index))
+  // What an older bug's files left there would be found before the library's own.
+  rmSync(folder, { recursive: true, force: true })
   mkdirSync(join(folder, 'cuda'), { recursive: true })
   const source = readFileSync(join(root, file), 'utf8')
   if (source.split(search).length !== 2)
