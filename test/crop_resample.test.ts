@@ -1,4 +1,4 @@
-// Random cases on every path: P2R_CASES=100000 P2R_SEED=7 npx vitest run test/crop_resample.test.ts
+// Random cases on every path: P2R_CASES=100000 P2R_SEED=7 npx vitest run --project package test/crop_resample.test.ts
 import fc from 'fast-check'
 import {
   cropResample,
@@ -173,7 +173,7 @@ onEveryBackend('cropResample', (b) => {
       const image = randomImage(random, random.int(1, 50), random.int(1, 50))
       const regions = Array.from({ length: 14 }, () => randomRegion(random, image))
       const resample = () => cropResample({ image: tensor(image), regions, filter })
-      const out = i < 3 ? recorded(b, `cropResample ${filter} ${i}`, exact, resample) : resample()
+      const out = recorded(b, `cropResample ${filter} ${i}`, exact, resample)
       for (const [k, r] of regions.entries()) {
         const data = await out[k]!.read()
         if (Buffer.compare(data, oracle(image, r, filter)) !== 0)
