@@ -154,9 +154,11 @@ Napi::Value TensorHandle::Read(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   std::shared_ptr<OpenDevice> device = storage_->device;
   Napi::ArrayBuffer buffer = Napi::ArrayBuffer::New(env, v.bytes());
-  device->device->download(buffer.Data(), v.data, v.bytes());
+  // Both may fail, in a worker that is being terminated: nothing may be on its way into the buffer
+  // before it is held.
   auto deferred = std::make_shared<Napi::Promise::Deferred>(env);
   auto held = std::make_shared<Napi::Reference<Napi::ArrayBuffer>>(Napi::Persistent(buffer));
+  device->device->download(buffer.Data(), v.data, v.bytes());
   State::of(env).when_done(device, [deferred, held, device, faults = storage_->faults](
                                        Napi::Env env, const std::string& lost) {
     try {
