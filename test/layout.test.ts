@@ -11,7 +11,8 @@ const files = (folder: string, pattern: RegExp): string[] =>
   existsSync(join(root, folder))
     ? readdirSync(join(root, folder), { recursive: true, encoding: 'utf8' })
         .map((name) => `${folder}/${name}`)
-        .filter((path) => pattern.test(path) && statSync(join(root, path)).isFile())
+        .filter((path) => pattern.test(path) && !path.includes('/node_modules/'))
+        .filter((path) => statSync(join(root, path)).isFile())
     : []
 const cpp = /\.(h|cpp|cc|cu|cuh|def)$/
 
