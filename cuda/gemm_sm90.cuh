@@ -84,72 +84,74 @@ __global__ void __launch_bounds__(kThreads, 1)
     gemm_sm90_kernel(const __grid_constant__ TensorMap a_map,
                      const __grid_constant__ TensorMap b_map, gemm_tiles::Work work,
                      Epilogue epilogue) {
-  SMEM_DYN(bytes);
-  const uint32_t ring = ptx::smem_u32(bytes);
-  const uint32_t full = ring + kStages * kStageBytes, empty = full + 8 * kStages;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  if (threadIdx.x == 0) {
-    ptx::tma_prefetch(a_map);
-    ptx::tma_prefetch(b_map);
-    for (int i = 0; i < kStages; ++i) {
-      ptx::mbar_init(full + 8 * i, 1);
-      ptx::mbar_init(empty + 8 * i, 4 * kConsumers);
-    }
-    ptx::mbar_fence_init();
-  }
-  __syncthreads();
-
-  if (warp < 4) {
-    ptx::reg_dealloc<24>();
-    if (threadIdx.x != 0) return;
-    Turn turn;
-    for (int64_t i = blockIdx.x; i < work.items(); i += gridDim.x) {
-      const gemm_tiles::Item item = work[i];
-      for (int64_t tile = item.first_tile; tile < item.last_tile; ++tile)
-        for (int64_t step = item.first_step; step < item.last_step; ++step, turn.next()) {
-          const uint32_t bar = full + 8 * turn.stage, stage = ring + turn.stage * kStageBytes;
-          ptx::mbar_wait(empty + 8 * turn.stage, turn.parity ^ 1);
-          ptx::mbar_arrive_expect_tx(bar, kStageBytes);
-          load_tile<a_along, kM>(stage, a_map, bar, item.row * kM, step * kK);
-          load_tile<b_along, kN>(stage + kBytesA, b_map, bar, tile * kN, step * kK);
-        }
-    }
-  } else {
-    ptx::reg_alloc<240>();
-    const int group = warp / 4 - 1;
-    float sums[kN / 2];
-    Turn turn;
-    for (int64_t i = blockIdx.x; i < work.items(); i += gridDim.x) {
-      const gemm_tiles::Item item = work[i];
-      gemm_tiles::Place place = {item.row * kM + 16 * (warp - 4) + lane / 4, 0, item.span,
-                                 item.slice};
-      typename Epilogue::State state;
-      epilogue.begin(state);
-      for (int64_t tile = item.first_tile; tile < item.last_tile; ++tile) {
-        uint32_t before = 0;  // the barrier of the stage of the step before
-        for (int64_t step = item.first_step; step < item.last_step; ++step, turn.next()) {
-          const uint32_t a = ring + turn.stage * kStageBytes + group * kBoxBytes;
-          const uint32_t b = ring + turn.stage * kStageBytes + kBytesA;
-          ptx::mbar_wait(full + 8 * turn.stage, turn.parity);
-          ptx::wgmma_keep(sums);
-          ptx::wgmma_fence();
-#pragma unroll
-          for (int part = 0; part < kK / 16; ++part)
-            ptx::wgmma_ss<T, kN, a_along == Along::mn, b_along == Along::mn>(
-                sums, descriptor<a_along>(a, part), descriptor<b_along>(b, part),
-                step > item.first_step || part > 0);
-          ptx::wgmma_commit();
-          ptx::wgmma_wait<1>();
-          if (before && lane == 0) ptx::mbar_arrive(before);
-          before = empty + 8 * turn.stage;
-        }
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_keep(sums);
-        if (lane == 0) ptx::mbar_arrive(before);
-        place.column = tile * kN + 2 * (lane % 4);
-        epilogue.tile(state, sums, place);
+  if constexpr (ptx::on_sm90a) {
+    SMEM_DYN(bytes);
+    const uint32_t ring = ptx::smem_u32(bytes);
+    const uint32_t full = ring + kStages * kStageBytes, empty = full + 8 * kStages;
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    if (threadIdx.x == 0) {
+      ptx::tma_prefetch(a_map);
+      ptx::tma_prefetch(b_map);
+      for (int i = 0; i < kStages; ++i) {
+        ptx::mbar_init(full + 8 * i, 1);
+        ptx::mbar_init(empty + 8 * i, 4 * kConsumers);
       }
-      epilogue.end(state, place);
+      ptx::mbar_fence_init();
+    }
+    __syncthreads();
+
+    if (warp < 4) {
+      ptx::reg_dealloc<24>();
+      if (threadIdx.x != 0) return;
+      Turn turn;
+      for (int64_t i = blockIdx.x; i < work.items(); i += gridDim.x) {
+        const gemm_tiles::Item item = work[i];
+        for (int64_t tile = item.first_tile; tile < item.last_tile; ++tile)
+          for (int64_t step = item.first_step; step < item.last_step; ++step, turn.next()) {
+            const uint32_t bar = full + 8 * turn.stage, stage = ring + turn.stage * kStageBytes;
+            ptx::mbar_wait(empty + 8 * turn.stage, turn.parity ^ 1);
+            ptx::mbar_arrive_expect_tx(bar, kStageBytes);
+            load_tile<a_along, kM>(stage, a_map, bar, item.row * kM, step * kK);
+            load_tile<b_along, kN>(stage + kBytesA, b_map, bar, tile * kN, step * kK);
+          }
+      }
+    } else {
+      ptx::reg_alloc<240>();
+      const int group = warp / 4 - 1;
+      float sums[kN / 2];
+      Turn turn;
+      for (int64_t i = blockIdx.x; i < work.items(); i += gridDim.x) {
+        const gemm_tiles::Item item = work[i];
+        gemm_tiles::Place place = {item.row * kM + 16 * (warp - 4) + lane / 4, 0, item.span,
+                                   item.slice};
+        typename Epilogue::State state;
+        epilogue.begin(state);
+        for (int64_t tile = item.first_tile; tile < item.last_tile; ++tile) {
+          uint32_t before = 0;  // the barrier of the stage of the step before
+          for (int64_t step = item.first_step; step < item.last_step; ++step, turn.next()) {
+            const uint32_t a = ring + turn.stage * kStageBytes + group * kBoxBytes;
+            const uint32_t b = ring + turn.stage * kStageBytes + kBytesA;
+            ptx::mbar_wait(full + 8 * turn.stage, turn.parity);
+            ptx::wgmma_keep(sums);
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int part = 0; part < kK / 16; ++part)
+              ptx::wgmma_ss<T, kN, a_along == Along::mn, b_along == Along::mn>(
+                  sums, descriptor<a_along>(a, part), descriptor<b_along>(b, part),
+                  step > item.first_step || part > 0);
+            ptx::wgmma_commit();
+            ptx::wgmma_wait<1>();
+            if (before && lane == 0) ptx::mbar_arrive(before);
+            before = empty + 8 * turn.stage;
+          }
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_keep(sums);
+          if (lane == 0) ptx::mbar_arrive(before);
+          place.column = tile * kN + 2 * (lane % 4);
+          epilogue.tile(state, sums, place);
+        }
+        epilogue.end(state, place);
+      }
     }
   }
 }

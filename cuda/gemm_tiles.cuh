@@ -79,26 +79,31 @@ struct Store {
     const int left = past < 2 * count ? static_cast<int>(past) : 2 * count;
     const float by = scale ? *scale : 1.0f;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = at.row + 8 * half;
-      if (row >= m) continue;
-      C* to = from + row * row_stride + at.column;
+    for (int first = 0; first < count / 4; first += kBatch) {
+      float add[kBatch][2] = {};
+      if (bias.data)
 #pragma unroll
-      for (int first = 0; first < count / 4; first += kBatch) {
+        for (int g = 0; g < kBatch; ++g) {
+          const int j = 8 * (first + g);
+          if (j < left) add[g][0] = bias[at.column + j];
+          if (j + 1 < left) add[g][1] = bias[at.column + j + 1];
+        }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = at.row + 8 * half;
+        if (row >= m) continue;
+        C* to = from + row * row_stride + at.column + 8 * first;
         float before[kBatch][2] = {};
         if (accumulate)
 #pragma unroll
           for (int g = 0; g < kBatch; ++g)
-            load_pair(to + 8 * (first + g), left - 8 * (first + g), paired, before[g]);
+            load_pair(to + 8 * g, left - 8 * (first + g), paired, before[g]);
 #pragma unroll
         for (int g = 0; g < kBatch; ++g) {
-          const int j = 8 * (first + g), i = 4 * (first + g) + 2 * half;
-          float x = sums[i] * by, y = sums[i + 1] * by;
-          if (bias.data) {
-            if (j < left) x += bias[at.column + j];
-            if (j + 1 < left) y += bias[at.column + j + 1];
-          }
-          store_pair(to + j, left - j, paired, x + before[g][0], y + before[g][1]);
+          const int i = 4 * (first + g) + 2 * half;
+          store_pair(to + 8 * g, left - 8 * (first + g), paired,
+                     sums[i] * by + add[g][0] + before[g][0],
+                     sums[i + 1] * by + add[g][1] + before[g][1]);
         }
       }
     }

@@ -13,6 +13,7 @@
 //
 // Instructions of sm_90 compile everywhere and trap below sm_90 (wgmma and setmaxnreg: outside
 // sm_90a), so a kernel needs no guard; choosing the kernel for the device is the launcher's work.
+// A large one leaves its body out of the builds that can't run it by `if constexpr (ptx::on_sm90a)`.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -151,6 +152,13 @@ inline const char* encode_tensor_map(TensorMap& map, Element element, Swizzle sw
 }  // namespace p2r::cuda
 
 namespace p2r::cuda::ptx {
+
+// Whether this build can run wgmma and setmaxnreg.
+#if defined(P2R_TWIN) || defined(P2R_SM90A)
+inline constexpr bool on_sm90a = true;
+#else
+inline constexpr bool on_sm90a = false;
+#endif
 
 template <class T>
 inline constexpr bool is_half = std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>;

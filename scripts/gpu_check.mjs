@@ -1,7 +1,8 @@
 // Proves and times everything on a machine with a GPU, within ten minutes: the probe of the kernel
-// twin, all tests with REQUIRE_CUDA=1, the benchmarks beside PyTorch, growth with size, and
-// compute-sanitizer over the CUDA suites. Uses what is built (build/, dist/, node_modules/), asks
-// nothing of the network, saves what it has after each step, and prints a short table last.
+// twin, all tests with REQUIRE_CUDA=1, the cases that they recorded for the twin, the benchmarks
+// beside PyTorch, compute-sanitizer over one small case of each kernel, and growth with size. Uses
+// what is built (build/Release/, build/*.stamp, dist/, node_modules/), asks nothing of the network,
+// saves what it has after each step, and prints a short table last.
 //
 //   node scripts/gpu_check.mjs [--out DIR]      (out/gpu unless given)
 import { spawn, spawnSync } from 'node:child_process'
@@ -16,18 +17,10 @@ import {
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { fileURLToPath, pathToFileURL } from 'node:url'
+import { covering } from './twin.mjs'
 
 const root = join(dirname(fileURLToPath(import.meta.url)), '..')
 const totalSeconds = 570
-
-/** The families whose kernels the sanitizers see: the suites that run on every backend. */
-function cudaSuites() {
-  return readdirSync(join(root, 'test')).filter(
-    (name) =>
-      name.endsWith('.test.ts') &&
-      /\bonEveryBackend\(/.test(readFileSync(join(root, 'test', name), 'utf8')),
-  )
-}
 
 /** Tests of the package's making, where what they use was not brought along. */
 function withoutTools() {
@@ -84,7 +77,7 @@ function measured(out, name) {
  * The steps in order: a command, the seconds kept for it, and what its files say after it. What a step leaves
  * of its time goes to those after it; one that may be cut keeps what it has by then.
  */
-export function plan(out, suites = cudaSuites(), lacking = withoutTools()) {
+export function plan(out, lacking = withoutTools()) {
   const left = lacking.map(([file, tool]) => `; left out: ${file}, which needs ${tool}`).join('')
   const bench = (name, ...args) => [
     process.execPath,
@@ -94,25 +87,19 @@ export function plan(out, suites = cudaSuites(), lacking = withoutTools()) {
     '--quick',
     `--json=${join(out, `${name}.json`)}`,
   ]
+  const runner = join(root, 'build/Release/device_runner')
   const sanitized = (tool) => ({
     name: tool,
     seconds: 50,
     cut: true,
-    // Not its status: tests fail there for want of time, which the log does not count as errors.
-    command: [
+    command: () => [
       'compute-sanitizer',
       `--tool=${tool}`,
       '--target-processes=all',
-      '--kernel-regex=kns=p2r',
       `--log-file=${join(out, `${tool}-%p.txt`)}`,
-      ...vitest(
-        out,
-        `${tool}-tests`,
-        '--maxWorkers=8',
-        '--testTimeout=600000',
-        '--testNamePattern=on cuda',
-        ...suites,
-      ),
+      runner,
+      '--kernels',
+      ...covering(logged(out, 'cases')),
     ],
     judge: () => sanitizerWords(out, tool),
   })
@@ -125,7 +112,7 @@ export function plan(out, suites = cudaSuites(), lacking = withoutTools()) {
     },
     {
       name: 'tests',
-      seconds: 190,
+      seconds: 180,
       command: vitest(
         out,
         'tests',
@@ -136,6 +123,12 @@ export function plan(out, suites = cudaSuites(), lacking = withoutTools()) {
         const { words, failed } = tested(out, 'tests')
         return { words: words + left, failed }
       },
+    },
+    {
+      name: 'cases',
+      seconds: 30,
+      command: [runner, '--kernels', join(root, 'build/twin/cases')],
+      judge: () => replayed(out, 'cases'),
     },
     {
       name: 'bench',
@@ -149,7 +142,7 @@ export function plan(out, suites = cudaSuites(), lacking = withoutTools()) {
     sanitized('racecheck'),
     {
       name: 'scaling',
-      seconds: 60,
+      seconds: 40,
       cut: true,
       command: bench('scaling', '--scaling', '--no-peers'),
       judge: () => measured(out, 'scaling'),
@@ -157,28 +150,36 @@ export function plan(out, suites = cudaSuites(), lacking = withoutTools()) {
   ]
 }
 
+const logged = (out, name) => {
+  const file = join(out, `${name}.log`)
+  return existsSync(file) ? readFileSync(file, 'utf8') : ''
+}
+
+/** What came of the recorded cases, or of those until the time was up. */
+function replayed(out, name) {
+  const count = (pattern) => logged(out, name).match(pattern)?.length ?? 0
+  const [ran, failed] = [count(/^case /gm), count(/^FAIL /gm)]
+  return { words: `${ran} cases, ${failed} failed`, failed: ran ? failed : 1 }
+}
+
 /** What the tool's logs say: errors found, or why it does not work here. */
 export function sanitizerWords(out, tool) {
   const logs = readdirSync(out)
     .filter((name) => name.startsWith(`${tool}-`) && name.endsWith('.txt'))
     .map((name) => readFileSync(join(out, name), 'utf8'))
-  const text = logs.join('\n')
-  const unusable = text.match(
-    /^.*(not supported|Unable to|initialization failed|Internal Sanitizer).*$/im,
-  )
+  const unusable = logs
+    .join('\n')
+    .match(/^.*(not supported|Unable to|initialization failed|Internal Sanitizer).*$/im)
   if (unusable) return { skipped: true, words: `it does not work here: ${plain(unusable[0])}` }
   if (!logs.length) return { skipped: true, words: 'it wrote nothing' }
   let found = 0
-  let ended = 0
   for (const log of logs) {
     const [, sum] = log.match(/(?:ERROR|RACECHECK) SUMMARY: (\d+)/) ?? []
     // A process that was stopped has no summary, but what was found until then.
     found += sum ? Number(sum) : (log.match(/^=+ (?:Invalid|Error: |Program hit)/gm) ?? []).length
-    if (sum) ended++
   }
-  const stopped = logs.length - ended
-  const words = `${found} errors in ${ended} processes`
-  return { words: words + (stopped ? ` and ${stopped} that were stopped` : ''), failed: found }
+  const { words, failed } = replayed(out, tool)
+  return { words: `${found} errors; ${words}`, failed: found + failed }
 }
 
 const plain = (line) => line.replace(/^=+\s*/, '').trim()
@@ -236,13 +237,14 @@ export async function gpuCheck({
     if (left < 5) step = { state: 'not reached', words: 'the time was up' }
     else {
       print(`${name} ...`)
-      const { status, late } = await run(command, {
+      const given = typeof command === 'function' ? command() : command
+      const { status, late } = await run(given, {
         log: join(out, `${name}.log`),
         seconds: left,
         env: { ...process.env, REQUIRE_CUDA: '1' },
       })
       const { words, failed, skipped } =
-        status === 127 ? { skipped: true, words: `${command[0]} is not here` } : judge()
+        status === 127 ? { skipped: true, words: `${given[0]} is not here` } : judge()
       const state = skipped
         ? 'skipped'
         : failed || (late && !cut)
@@ -297,7 +299,7 @@ async function main(args) {
   const library = join(root, 'dist/lib/index.js')
   if (!existsSync(library)) {
     console.error(
-      'gpu:check uses what is built: run `npm run build` first, and bring build/ and dist/.',
+      'gpu:check uses what is built: run `npm run build` first, and bring build/Release/, build/*.stamp and dist/.',
     )
     return 1
   }

@@ -129,41 +129,42 @@ function withoutParameters(symbol, path) {
   return symbol.slice(0, end)
 }
 
-/** The cases, smallest first, with the kernels that each launches (by the plain runner). */
-function launches() {
-  const { output, errors } = step(join(folderOf('plain'), 'runner'), [
-    '--jobs',
-    jobs,
-    '--kernels',
-    cases,
-  ])
-  const nm = step('nm', [join(folderOf('plain'), 'runner')]).output
-  const origin = Number.parseInt(nm.match(/^([0-9a-f]+) T runner_origin$/m)?.[1] ?? errors, 16)
+/** The cases, smallest first, with the kernels that each launched, from what `--kernels` printed. */
+function launchesIn(output) {
   return [...output.matchAll(/^case (\S+)(.*)$/gm)]
-    .map(([, path, offsets]) => ({
+    .map(([, path, kernels]) => ({
       path,
       bytes: statSync(path).size,
-      kernels: offsets.trim()
-        ? offsets
-            .trim()
-            .split(' ')
-            .map((o) => Number(o) + origin)
-        : [],
+      kernels: kernels.split(' ').filter(Boolean).map(Number),
     }))
     .sort((a, b) => a.bytes - b.bytes || (a.path < b.path ? -1 : 1))
 }
 
+/** What the plain twin prints of all cases; its kernels are offsets in its runner. */
+const launches = () =>
+  step(join(folderOf('plain'), 'runner'), ['--jobs', jobs, '--kernels', cases]).output
+
 /** The kernels of the twin that no recorded case launches. */
 export function kernelsNotLaunched() {
-  const launched = new Set(launches().flatMap((c) => c.kernels))
-  const all = kernelsIn(join(folderOf('plain'), 'runner'))
+  const runner = join(folderOf('plain'), 'runner')
+  const origin = Number.parseInt(
+    step('nm', [runner]).output.match(/^([0-9a-f]+) T runner_origin$/m)[1],
+    16,
+  )
+  const launched = new Set(
+    launchesIn(launches()).flatMap((c) => c.kernels.map((offset) => offset + origin)),
+  )
+  const all = kernelsIn(runner)
   return { all: all.length, missing: all.filter(([a]) => !launched.has(a)).map(([, name]) => name) }
 }
 
-// Cases that together launch every kernel that any case launches, and call every operation.
-function covering() {
+/**
+ * Of the cases of which a runner printed what they launch, the smallest that together launch every kernel and
+ * call every operation.
+ */
+export function covering(output) {
   const covered = new Set()
-  return launches()
+  return launchesIn(output)
     .filter(({ path, kernels }) => {
       const operation = path.match(/-(\w+)\.case$/)?.[1]
       const fresh = [`operation ${operation}`, ...kernels].filter((k) => !covered.has(k))
@@ -268,7 +269,13 @@ export function twinRuns(variant, { quick = false, seed = Date.now() % 1_000_000
       run: () => {
         if (!existsSync(cases))
           return { ok: false, output: 'no cases were recorded: run the tests first' }
-        return program('runner', ...given, '--jobs', jobs, ...(quick ? covering() : [cases]))
+        return program(
+          'runner',
+          ...given,
+          '--jobs',
+          jobs,
+          ...(quick ? covering(launches()) : [cases]),
+        )
       },
     })
   }

@@ -1,3 +1,4 @@
+import os from 'node:os'
 import {
   applyRotary,
   attention,
@@ -480,6 +481,75 @@ onEveryBackend('attention', (b) => {
         }
       })
   }
+
+  // On the CPU's best path and on CUDA: what these are about is sizes and offsets.
+  const oncePerBackend = [`cpu ${cpuPaths[0]!.name}`, 'cuda'].includes(b.name)
+  test.runIf(oncePerBackend)(
+    'a member of 129600 tokens among short ones',
+    {
+      timeout: 300_000,
+    },
+    async () => {
+      const x = random({ d: 8, heads: 1, lengths: [3, 129_600, 0, 1] }, 'f32', 12)
+      const { q, k, v } = upload(b, x, 'f32')
+      const { out, lse } = attention({ q, k, v, cuSeqlens: x.cu })
+      const [outs, logSums] = [await out.read(), await lse.read()]
+      // A query alone: its own row of the definition.
+      const [first, end] = [x.cu[1]!, x.cu[2]!]
+      for (const query of [first, first + 63, 64_801, end - 1]) {
+        const logits = Float64Array.from({ length: end - first }, (_, i) => {
+          let sum = 0
+          for (let c = 0; c < x.d; c++) sum += x.q[query * x.d + c]! * x.k[(first + i) * x.d + c]!
+          return sum * x.scale
+        })
+        const top = logits.reduce((m, z) => Math.max(m, z), -Infinity)
+        const weights = logits.map((z) => Math.exp(z - top))
+        const sum = weights.reduce((total, w) => total + w, 0)
+        const expected = Array.from({ length: x.d }, (_, c) =>
+          weights.reduce((total, w, i) => total + (w / sum) * x.v[(first + i) * x.d + c]!, 0),
+        )
+        expectClose(outs.subarray(query * x.d, (query + 1) * x.d), expected, forwardBound('f32'))
+        expectClose([logSums[query]!], [top + Math.log(sum)], { absolute: 1e-5 })
+      }
+      const short = oracle({ ...x, cu: [0, 3] })
+      expectClose(outs.subarray(0, 3 * x.d), short.out, forwardBound('f32'))
+      expect(outs.subarray(end * x.d)).toEqual(x.v.subarray(end * x.d))
+    },
+  )
+
+  // 2^31 elements and some more in qkv and in its gradient; 12 GB of tensors in all.
+  const enough = os.totalmem() > 20e9
+  test.runIf(oncePerBackend && enough)(
+    'offsets beyond 2^31 elements',
+    {
+      timeout: 300_000,
+    },
+    async () => {
+      const [heads, d, tokens] = [64, 128, 87_400]
+      const inner = heads * d
+      expect(tokens * 3 * inner).toBeGreaterThan(2 ** 31)
+      using qkv = b.device.zeros([tokens, 3, heads, d], 'f16')
+      using dOut = b.device.zeros([tokens, heads, d], 'f16')
+      // Two tokens at the end that see each other; every other token sees itself alone.
+      const x = random({ d, heads, lengths: [2] }, 'f16', 13)
+      qkv
+        .slice(tokens - 2)
+        .copyFrom(b.device.tensor(pack(x.q, x.k, x.v, inner), [2, 3, heads, d], 'f16'))
+      dOut.slice(tokens - 2).copyFrom(b.device.tensor(x.dOut, [2, heads, d], 'f16'))
+      const cuSeqlens = [...Array(tokens - 1).keys(), tokens]
+      const { out, lse } = attention({ qkv, cuSeqlens })
+      const expected = oracle(x, x.dOut)
+      const ends = (t: Tensor) => t.slice(tokens - 4).toFloat32()
+      const alone = new Float32Array(2 * inner)
+      expectClose(await ends(out), [...alone, ...expected.out], forwardBound('f16'))
+      const { dQkv } = attentionBackward({ qkv, dOut, out, lse, cuSeqlens })
+      const [dq, dk, dv] = [expected.dq, expected.dk, expected.dv].map((g) => Float32Array.from(g))
+      const gradient = [...new Float32Array(6 * inner), ...pack(dq!, dk!, dv!, inner)]
+      expectClose(await ends(dQkv), gradient, backwardBound('f16'))
+      expect(await dQkv.slice(0, 1).toFloat32()).toEqual(new Float32Array(3 * inner))
+      for (const t of [out, lse, dQkv]) t.dispose()
+    },
+  )
 
   test('takes nothing', async () => {
     for (const shape of [

@@ -1,7 +1,7 @@
 // `npm run gpu:check` as far as it goes without a GPU: it says so and fails; its steps with a runner that only
 // pretends.
 import { spawnSync } from 'node:child_process'
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -75,10 +75,26 @@ const passed = {
 const healthy = {
   probe: { files: { 'probe.json': passed } },
   tests: { files: { 'tests.json': passed } },
+  // Files that are there stand in for cases: their sizes are looked at.
+  cases: {
+    files: {
+      'cases.log': ['README.md 1 2', 'package.json 0 1', 'tsconfig.json 0']
+        .map((launches) => `case ${join(root, launches)}\n`)
+        .join(''),
+    },
+  },
   bench: { files: { 'bench.json': { rows: [1, 2] } } },
-  memcheck: { files: { 'memcheck-1.txt': '========= ERROR SUMMARY: 0 errors\n' } },
+  memcheck: {
+    files: {
+      'memcheck.log': 'case one 0 1\ncase two 2\n',
+      'memcheck-1.txt': '========= ERROR SUMMARY: 0 errors\n',
+    },
+  },
   racecheck: {
-    files: { 'racecheck-1.txt': '========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n' },
+    files: {
+      'racecheck.log': 'case one 0 1\ncase two 2\n',
+      'racecheck-1.txt': '========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n',
+    },
   },
   scaling: { files: { 'scaling.json': { rows: [1] } } },
 }
@@ -108,13 +124,14 @@ test('all steps, each with REQUIRE_CUDA, and a table last', async () => {
   expect(new Set(Object.values(states))).toEqual(new Set(['ok']))
   expect(seen.every(({ cuda }) => cuda === '1')).toBe(true)
   expect(summary.machine).toEqual(machine)
-  expect(lines.slice(-8)).toEqual([
+  expect(lines.slice(-9)).toEqual([
     'devices: cuda:0 a GPU (9.0)',
     'node: v0',
     expect.stringMatching(/^probe +ok +10 s {2}7 passed, 0 failed, 1 skipped$/),
     expect.stringMatching(/^tests +ok +10 s {2}7 passed/),
+    expect.stringMatching(/^cases +ok +10 s {2}3 cases, 0 failed$/),
     expect.stringMatching(/^bench +ok +10 s {2}2 rows$/),
-    expect.stringMatching(/^memcheck +ok +10 s {2}0 errors in 1 processes$/),
+    expect.stringMatching(/^memcheck +ok +10 s {2}0 errors; 2 cases, 0 failed$/),
     expect.stringMatching(/^racecheck +ok/),
     expect.stringMatching(/^scaling +ok/),
   ])
@@ -137,7 +154,7 @@ test('within its time: measurements may be cut short, tests may not, what is lef
   const long = await check({ ...healthy, bench: { ...healthy.bench, seconds: 10_000 } })
   expect(long.code).toBe(0)
   expect(long.states.bench).toBe('cut short')
-  expect(long.summary.steps[2].words).toBe('2 rows; stopped after its time')
+  expect(long.summary.steps[3].words).toBe('2 rows; stopped after its time')
 
   const tests = await check({ ...healthy, tests: { ...healthy.tests, seconds: 10_000 } })
   expect([tests.code, tests.states.tests]).toEqual([1, 'FAILED'])
@@ -148,6 +165,7 @@ test('within its time: measurements may be cut short, tests may not, what is lef
   const limits = tests.seen.map(({ seconds }) => seconds)
   expect(limits.slice(0, 3)).toEqual([kept[0], kept[0]! - 10 + kept[1]!, kept[2]])
   expect(limits[3]).toBe(kept[2]! - 10 + kept[3]!)
+  expect(limits[4]).toBe(limits[3]! - 10 + kept[4]!)
 
   const short = await check(healthy, 530)
   expect(new Set(Object.values(short.states))).toEqual(new Set(['ok']))
@@ -166,36 +184,51 @@ test('a tool that is not here or does not work is told, and fails nothing', asyn
   })
   expect(code).toBe(0)
   expect(states).toMatchObject({ memcheck: 'skipped', racecheck: 'skipped' })
-  const [, , , memcheck, racecheck] = summary.steps
+  const [, , , , memcheck, racecheck] = summary.steps
   expect(memcheck.words).toBe('compute-sanitizer is not here')
   expect(racecheck.words).toBe('it does not work here: Error: Device not supported')
 })
 
-test('errors are summed over the processes that a sanitizer saw', () => {
-  for (const [i, errors] of [2, 0, 1].entries())
-    writeFileSync(join(out, `memcheck-${i}.txt`), `========= ERROR SUMMARY: ${errors} errors\n`)
-  expect(sanitizerWords(out, 'memcheck')).toEqual({ words: '3 errors in 3 processes', failed: 3 })
-  writeFileSync(join(out, 'memcheck-9.txt'), '=== COMPUTE-SANITIZER\n=== Invalid __global__ read\n')
-  expect(sanitizerWords(out, 'memcheck')).toEqual({
-    words: '4 errors in 3 processes and 1 that were stopped',
-    failed: 4,
-  })
-  expect(sanitizerWords(out, 'racecheck')).toMatchObject({ skipped: true })
+test('the sanitizers take the smallest cases that launch each kernel', async () => {
+  const { seen } = await check(healthy)
+  const [, , cases, , memcheck, racecheck] = seen.map(({ command }) => command)
+  expect(cases!.slice(1)).toEqual(['--kernels', join(root, 'build/twin/cases')])
+  for (const [tool, command] of Object.entries({ memcheck, racecheck })) {
+    expect(command!.slice(0, 2)).toEqual(['compute-sanitizer', `--tool=${tool}`])
+    const runner = command!.indexOf(cases![0]!)
+    expect(command!.slice(runner + 1)).toEqual([
+      '--kernels',
+      ...['tsconfig.json', 'package.json', 'README.md'].map((name) => join(root, name)),
+    ])
+  }
 })
 
-test('the steps use what is built: no network, no build, every suite that runs on CUDA', () => {
-  const steps = plan(out)
-  for (const { command } of steps) expect(command.join(' ')).not.toMatch(/\b(npm|npx|build\.mjs)\b/)
-  const suites = steps
-    .find(({ name }) => name === 'memcheck')!
-    .command.filter((arg) => arg.endsWith('.test.ts'))
-  expect(suites).toContain('attention.test.ts')
-  const all = readdirSync(join(root, 'test')).filter((name) => name.endsWith('.test.ts'))
-  expect(all).toEqual(expect.arrayContaining(suites))
+test('what a sanitizer or a case found fails its step', () => {
+  writeFileSync(join(out, 'memcheck.log'), 'case one 0\ncase two 1\nFAIL two: [3] of 4 is 1\n')
+  for (const [i, errors] of [2, 0, 1].entries())
+    writeFileSync(join(out, `memcheck-${i}.txt`), `========= ERROR SUMMARY: ${errors} errors\n`)
+  expect(sanitizerWords(out, 'memcheck')).toEqual({
+    words: '3 errors; 2 cases, 1 failed',
+    failed: 4,
+  })
+  // A process that was stopped has no summary.
+  writeFileSync(join(out, 'memcheck-9.txt'), '=== COMPUTE-SANITIZER\n=== Invalid __global__ read\n')
+  expect(sanitizerWords(out, 'memcheck')).toMatchObject({ failed: 5 })
+  expect(sanitizerWords(out, 'racecheck')).toMatchObject({ skipped: true })
+  writeFileSync(join(out, 'racecheck-1.txt'), '=== RACECHECK SUMMARY: 0 hazards displayed\n')
+  expect(sanitizerWords(out, 'racecheck')).toEqual({
+    words: '0 errors; 0 cases, 0 failed',
+    failed: 1,
+  })
+})
+
+test('the steps use what is built: no network, no build', async () => {
+  const { seen } = await check(healthy)
+  for (const { command } of seen) expect(command.join(' ')).not.toMatch(/\b(npm|npx|build\.mjs)\b/)
 })
 
 test('tests of the making of the package are left out where their tools are', () => {
-  const [, tests] = plan(out, [], [['test/pack.test.ts', 'npm']])
+  const [, tests] = plan(out, [['test/pack.test.ts', 'npm']])
   expect(tests!.command).toContain('--exclude=test/pack.test.ts')
   writeFileSync(join(out, 'tests.json'), JSON.stringify(passed))
   expect(tests!.judge()).toEqual({

@@ -1,7 +1,6 @@
 // One call of every primitive of cuda/ptx.cuh on integer data that is exact in any rounding, and a
-// hash of what came out. Built by the twin it prints the golden list; built by nvcc and run on a
-// device it must print the same:
-//   nvcc -std=c++20 -I. -gencode arch=compute_90a,code=sm_90a test/twin/probe.cu -o probe
+// hash of what came out. Built by the twin it prints the golden list; built by nvcc
+// (build/Release/device_probe) and run on a device it must print the same.
 // A differing line is an error in that primitive's PTX, or in the twin.
 #include <cstdio>
 #include <vector>
@@ -305,6 +304,6 @@ int main() try {
   run("setmaxnreg", register_moves, 256, to);
   return 0;
 } catch (const std::exception& e) {
-  printf("%s\n", e.what());
+  fprintf(stderr, "%s\n", e.what());
   return 1;
 }

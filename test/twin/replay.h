@@ -1,0 +1,249 @@
+// Recorded cases (ops/fields.h) on a device: each call is rebuilt, run, and compared with what the
+// CPU backend gave. What the programs that do so share: runner.cpp, on the kernel twin, and
+// device_runner.cpp, on a GPU.
+//
+//   <program> [--jobs N] [--kernels] [options of the place] CASE|FOLDER...
+//
+// --jobs N shares the cases among N processes. --kernels prints for each case the kernels that it
+// launched, as numbers that the place gives them.
+#pragma once
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <future>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "operations.h"  // made by operations.cmake: every header of ops/
+#include "ops/backend.h"
+#include "ops/fields.h"
+#include "ops/half.h"
+#include "ops/kernels.h"
+
+namespace p2r::replay {
+
+// A device for one call, and the memory of its tensors.
+class Stage {
+ public:
+  virtual ~Stage() = default;
+  virtual Device& device() = 0;
+  // All bits set; it lives as long as the stage.
+  virtual void* tensor(size_t bytes) = 0;
+};
+
+// Where cases are run.
+class Place {
+ public:
+  virtual ~Place() = default;
+  // On the chip with the most kernels.
+  virtual std::unique_ptr<Stage> open() = 0;
+  // For a call that asked the stage which chip it has, another one; or nothing.
+  virtual std::unique_ptr<Stage> open_another(Stage&) { return nullptr; }
+  // The kernels launched since it was last called.
+  virtual std::vector<long long> launched() = 0;
+  virtual bool option(const std::string& name, const std::string& value) = 0;
+};
+
+inline double entry(const std::vector<char>& bytes, DType dtype, size_t i) {
+  if (dtype == DType::u8) return static_cast<unsigned char>(bytes[i]);
+  if (dtype == DType::i32) {
+    int32_t v;
+    std::memcpy(&v, &bytes[i * 4], 4);
+    return v;
+  }
+  if (dtype == DType::f32) {
+    float v;
+    std::memcpy(&v, &bytes[i * 4], 4);
+    return v;
+  }
+  uint16_t h;
+  std::memcpy(&h, &bytes[i * 2], 2);
+  return dtype == DType::bf16 ? f32_of_bf16(h) : f32_of_f16(h);
+}
+
+// Why the tensor is not what was expected, or nothing.
+inline std::string difference(const std::vector<char>& bytes, const Field& f, const Bound& bound) {
+  const size_t n = static_cast<size_t>(f.view.size());
+  double largest = 0;
+  for (size_t i = 0; i < n; ++i)
+    if (const double e = std::fabs(entry(f.after, f.view.dtype, i)); std::isfinite(e))
+      largest = std::max(largest, e);
+  for (size_t i = 0; i < n; ++i) {
+    const double a = entry(bytes, f.view.dtype, i), e = entry(f.after, f.view.dtype, i);
+    if (a == e || (std::isnan(a) && std::isnan(e))) continue;
+    const double allowed =
+        2 * (bound.absolute + bound.relative * std::fabs(e) + bound.of_largest * largest);
+    if (std::fabs(a - e) <= allowed) continue;
+    return "[" + std::to_string(i) + "] of " + std::to_string(n) + " is " + std::to_string(a) +
+           ", expected " + std::to_string(e) + " within " + std::to_string(allowed);
+  }
+  return "";
+}
+
+template <class Args>
+using Function = void (*Kernels::*)(const Args&, Device&);
+
+template <class Args>
+std::string run_once(Case& c, Function<Args> function, int64_t kernel, Stage& stage) {
+  Device& device = stage.device();
+  std::map<uint64_t, void*> placed;
+  for (Field& f : c.fields) {
+    if (!f.view) continue;
+    void*& data = placed[f.address];
+    if (!data) data = stage.tensor(f.view.bytes());
+    f.view.data = data;
+    if (!f.before.empty()) device.upload(data, f.before.data(), f.before.size());
+  }
+  Args args;
+  restore(args, c.fields);
+  if constexpr (requires { args.kernel; }) args.kernel = kernel;
+  const std::shared_ptr<Fault> fault = device.new_fault(c.function, "");
+  if constexpr (requires { args.fault; }) args.fault = fault->flag;
+  (device.kernels().*function)(args, device);
+  std::vector<std::vector<char>> after(c.fields.size());
+  for (size_t i = 0; i < c.fields.size(); ++i) {
+    after[i].resize(c.fields[i].after.size());
+    if (!after[i].empty()) device.download(after[i].data(), c.fields[i].view.data, after[i].size());
+  }
+  std::promise<std::string> done;
+  device.notify([&](const std::string& error) { done.set_value(error); });
+  if (std::string error = done.get_future().get(); !error.empty()) return error;
+  if (fault->raised() != c.fault) return c.fault ? "raised no fault" : "raised a fault";
+  for (size_t i = 0; i < c.fields.size(); ++i)
+    if (!after[i].empty())
+      if (std::string d = difference(after[i], c.fields[i], c.bound); !d.empty())
+        return "field " + std::to_string(i) + " " + d;
+  return "";
+}
+
+// An operation with a choice of kernels is run by each that takes the case, whichever was recorded;
+// one that chooses by the chip itself, on another one too.
+template <class Args>
+std::string run(Case& c, Function<Args> function, [[maybe_unused]] const char* family,
+                Place& place) {
+  std::unique_ptr<Stage> stage = place.open();
+  if constexpr (requires(Args args) { args.kernel; }) {
+    Args args;
+    restore(args, c.fields);
+    const View& x = args.qkv ? args.qkv : args.q;
+    const std::vector<KernelChoice> choices = kernel_choices(family, stage->device().info());
+    for (size_t i = 0; i < choices.size(); ++i) {
+      if (!choices[i].takes(x.dtype, x.shape[-1])) continue;
+      if (std::string d = run_once(c, function, static_cast<int64_t>(i), *stage); !d.empty())
+        return std::string("kernel ") + choices[i].name + ": " + d;
+      stage = place.open();
+    }
+    return "";
+  } else {
+    if (std::string d = run_once(c, function, 0, *stage); !d.empty()) return d;
+    stage = place.open_another(*stage);
+    if (!stage) return "";
+    const std::string d = run_once(c, function, 0, *stage);
+    return d.empty() ? d : "on chip " + stage->device().info().capability + ": " + d;
+  }
+}
+
+inline std::string run_case(const std::string& path, Place& place) {
+  Case recorded = read_case(path);
+  const std::string name = recorded.function;
+#define OP(family, function, Args) \
+  if (name == #function) return run<Args>(recorded, &Kernels::function, #family, place);
+#include "ops/ops.def"
+#undef OP
+  return "there is no operation " + name;
+}
+
+// One process's share of the cases; in memory that all of them see, so that the parent knows what a
+// process that died was at.
+struct Share {
+  int passed, failed;
+  char at[1024];
+};
+
+inline void run_share(const std::vector<std::string>& paths, size_t first, size_t stride,
+                      bool kernels, Share& share, Place& place) {
+  for (size_t i = first; i < paths.size(); i += stride) {
+    std::snprintf(share.at, sizeof share.at, "%s", paths[i].c_str());
+    std::string why;
+    place.launched();
+    try {
+      why = run_case(paths[i], place);
+    } catch (const std::exception& e) {
+      why = e.what();
+    }
+    // One write a line, as the processes share the output.
+    std::string line;
+    if (kernels) {
+      line = "case " + paths[i];
+      for (const long long kernel : place.launched()) {
+        line += ' ';
+        line += std::to_string(kernel);
+      }
+      line += "\n";
+    }
+    ++(why.empty() ? share.passed : share.failed);
+    if (!why.empty()) line += "FAIL " + paths[i] + ": " + why + "\n";
+    std::fputs(line.c_str(), stdout);
+    std::fflush(stdout);
+  }
+}
+
+inline int run_program(int argc, char** argv, Place& place) {
+  std::vector<std::string> paths;
+  size_t jobs = 1;
+  bool kernels = false;
+  for (int i = 1; i < argc; ++i) {
+    const std::string arg = argv[i];
+    if (arg == "--kernels")
+      kernels = true;
+    else if (arg == "--jobs" && i + 1 < argc)
+      jobs = std::max<size_t>(1, std::strtoull(argv[++i], nullptr, 10));
+    else if (i + 1 < argc && place.option(arg, argv[i + 1]))
+      ++i;
+    else if (!std::filesystem::is_directory(arg))
+      paths.push_back(arg);
+    else
+      for (const auto& e : std::filesystem::recursive_directory_iterator(arg))
+        if (e.path().extension() == ".case") paths.push_back(e.path().string());
+  }
+  std::sort(paths.begin(), paths.end());
+  auto* shares = static_cast<Share*>(mmap(nullptr, jobs * sizeof(Share), PROT_READ | PROT_WRITE,
+                                          MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+  if (shares == MAP_FAILED) return 2;
+  std::vector<pid_t> processes;
+  for (size_t i = 0; i < jobs; ++i) {
+    const pid_t process = fork();
+    if (process < 0) return 2;
+    if (process == 0) {
+      run_share(paths, i, jobs, kernels, shares[i], place);
+      std::exit(0);
+    }
+    processes.push_back(process);
+  }
+  int passed = 0, failed = 0;
+  for (size_t i = 0; i < jobs; ++i) {
+    int status = 0;
+    waitpid(processes[i], &status, 0);
+    passed += shares[i].passed;
+    failed += shares[i].failed;
+    if (status == 0) continue;
+    ++failed;
+    if (WIFSIGNALED(status))
+      std::printf("FAIL %s: signal %s\n", shares[i].at, strsignal(WTERMSIG(status)));
+    else
+      std::printf("FAIL %s: the process ended with %d\n", shares[i].at, WEXITSTATUS(status));
+  }
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed || !passed;
+}
+
+}  // namespace p2r::replay
