@@ -97,7 +97,7 @@ function buildAddon() {
   }
 }
 
-const sources = ['ops', 'cpu', 'cuda', 'binding', 'CMakeLists.txt', 'binding.gyp']
+const sources = ['ops', 'cpu', 'cuda', 'binding', 'test/twin', 'CMakeLists.txt', 'binding.gyp']
 const cpp = /(\.(h|cpp|cc|cu|cuh|def|gyp)|CMakeLists\.txt)$/
 const addonKey = (given) => digest(sources, cpp, given, process.arch, process.version, root)
 upToDate(
