@@ -58,7 +58,9 @@ void Threads::work(int thread) {
   uint64_t joined = 0;  // the loop last taken part in
   const auto nothing_new = [&](uint64_t gate) { return !open(gate) || gate / kLoop == joined; };
   for (;;) {
-    const auto called = [&] { return stop_ || !nothing_new(gate_.load(std::memory_order_acquire)); };
+    const auto called = [&] {
+      return stop_ || !nothing_new(gate_.load(std::memory_order_acquire));
+    };
     if (!spin(called)) {
       std::unique_lock lock(mutex_);
       wake_.wait(lock, called);
