@@ -15,7 +15,7 @@ void read_head(Call& call, Args& a) {
   a.hidden = call.in("hidden", kFloats, 2);
   a.weight = call.in("weight", kFloats, 2);
   a.bias = call.maybe_in("bias", kFloats, 1);
-  a.targets = call.in("targets", kI32, 1);
+  a.targets = read_targets(call, a.hidden);
   a.temperature = call.number("temperature", kColdest, kHottest);
   call.same_dtype("weight", a.weight, a.hidden.dtype);
   call.check(a.weight.shape[1] == a.hidden.shape[1], Code::shape,
@@ -27,7 +27,6 @@ void read_head(Call& call, Args& a) {
                    ", got " + p2r::to_string(a.bias.dtype));
     call.same_shape("bias", a.bias, {a.weight.shape[0]});
   }
-  call.same_shape("targets", a.targets, {a.hidden.shape[0]});
 }
 
 template <class Args>
@@ -54,30 +53,14 @@ Napi::Value linear_log_probs(Call& call) {
   LinearLogProbsArgs a;
   read_head(call, a);
   const bool entropy = call.flag("entropy");
-  const int64_t n = a.hidden.shape[0];
-  a.log_probs = call.result(DType::f32, {n});
-  a.stats = call.result(DType::f32, {n, 2});
-  if (entropy) a.entropy = call.result(DType::f32, {n});
+  log_prob_results(call, a, a.hidden.shape[0], entropy);
   return call.run(&Kernels::linear_log_probs, a);
 }
 
 Napi::Value linear_log_probs_backward(Call& call) {
   LinearLogProbsBackwardArgs a;
   read_head(call, a);
-  const int64_t n = a.hidden.shape[0];
-  a.stats = call.in("stats", kF32, 2);
-  a.d_log_probs = call.in("dLogProbs", kF32, 1);
-  a.entropy = call.maybe_in("entropy", kF32, 1);
-  a.d_entropy = call.maybe_in("dEntropy", kF32, 1);
-  call.same_shape("stats", a.stats, {n, 2});
-  call.same_shape("dLogProbs", a.d_log_probs, {n});
-  call.check(!a.d_entropy || a.entropy, Code::value, "dEntropy needs entropy");
-  if (a.d_entropy) {
-    call.same_shape("entropy", a.entropy, {n});
-    call.same_shape("dEntropy", a.d_entropy, {n});
-  } else {
-    a.entropy = In{};
-  }
+  read_row_gradients(call, a, a.hidden.shape[0]);
   read_into(call, a);
   gradients(call, a);
   return call.run(&Kernels::linear_log_probs_backward, a);

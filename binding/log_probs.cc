@@ -1,45 +1,31 @@
 #include "ops/log_probs.h"
 
 #include "binding/log_probs.h"
-#include "binding/op.h"
 
 namespace p2r::binding {
 
 namespace {
 
-struct Rows {
-  In logits, targets;
-};
-
-Rows logits_and_targets(Call& call) {
-  Rows r;
-  r.logits = call.in("logits", kFloats, 2);
-  r.targets = call.in("targets", kI32, 1);
-  call.same_shape("targets", r.targets, {r.logits.shape[0]});
-  return r;
+template <class Args>
+void read_logits(Call& call, Args& a) {
+  a.logits = call.in("logits", kFloats, 2);
+  a.targets = read_targets(call, a.logits);
 }
 
 }  // namespace
 
 Napi::Value token_log_probs(Call& call) {
   TokenLogProbsArgs a;
-  const Rows r = logits_and_targets(call);
-  a.logits = r.logits;
-  a.targets = r.targets;
+  read_logits(call, a);
   a.temperature = call.number("temperature", kColdest, kHottest);
   const bool entropy = call.flag("entropy");
-  const int64_t n = a.logits.shape[0];
-  a.log_probs = call.result(DType::f32, {n});
-  a.stats = call.result(DType::f32, {n, 2});
-  if (entropy) a.entropy = call.result(DType::f32, {n});
+  log_prob_results(call, a, a.logits.shape[0], entropy);
   return call.run(&Kernels::token_log_probs, a);
 }
 
 Napi::Value token_log_probs_shard(Call& call) {
   TokenLogProbsShardArgs a;
-  const Rows r = logits_and_targets(call);
-  a.logits = r.logits;
-  a.targets = r.targets;
+  read_logits(call, a);
   a.vocab_offset = call.integer("vocabOffset", 0, INT32_MAX);
   a.temperature = call.number("temperature", kColdest, kHottest);
   const bool entropy = call.flag("entropy");
@@ -76,25 +62,11 @@ Napi::Value token_log_probs_backward(Call& call) {
     static_cast<View&>(a.logits) = call.inout("logits", kFloats, 2);
   else
     a.logits = call.in("logits", kFloats, 2);
-  a.targets = call.in("targets", kI32, 1);
-  a.stats = call.in("stats", kF32, 2);
-  a.d_log_probs = call.in("dLogProbs", kF32, 1);
-  a.entropy = call.maybe_in("entropy", kF32, 1);
-  a.d_entropy = call.maybe_in("dEntropy", kF32, 1);
+  a.targets = read_targets(call, a.logits);
+  read_row_gradients(call, a, a.logits.shape[0]);
   a.temperature = call.number("temperature", kColdest, kHottest);
   a.shard = call.given();
   if (a.shard) a.vocab_offset = call.integer("vocabOffset", 0, INT32_MAX);
-  const int64_t n = a.logits.shape[0];
-  call.same_shape("targets", a.targets, {n});
-  call.same_shape("stats", a.stats, {n, 2});
-  call.same_shape("dLogProbs", a.d_log_probs, {n});
-  call.check(!a.d_entropy || a.entropy, Code::value, "dEntropy needs entropy");
-  if (a.d_entropy) {
-    call.same_shape("entropy", a.entropy, {n});
-    call.same_shape("dEntropy", a.d_entropy, {n});
-  } else {
-    a.entropy = In{};
-  }
   if (in_place)
     static_cast<View&>(a.d_logits) = a.logits;
   else

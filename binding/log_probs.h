@@ -1,8 +1,42 @@
-// What operations that divide logits by a temperature share.
+// What log-probabilities of logits in memory and of a linear head read and return.
 #pragma once
+#include "binding/op.h"
 
 namespace p2r::binding {
 
 constexpr double kColdest = 1e-6, kHottest = 1e6;
+
+// The targets, one a row of `rows`.
+inline In read_targets(Call& call, const In& rows) {
+  const In targets = call.in("targets", kI32, 1);
+  call.same_shape("targets", targets, {rows.shape[0]});
+  return targets;
+}
+
+// What the gradient of n rows comes from; the entropy only where its gradient is given.
+template <class Args>
+void read_row_gradients(Call& call, Args& a, int64_t n) {
+  a.stats = call.in("stats", kF32, 2);
+  a.d_log_probs = call.in("dLogProbs", kF32, 1);
+  a.entropy = call.maybe_in("entropy", kF32, 1);
+  a.d_entropy = call.maybe_in("dEntropy", kF32, 1);
+  call.same_shape("stats", a.stats, {n, 2});
+  call.same_shape("dLogProbs", a.d_log_probs, {n});
+  call.check(!a.d_entropy || a.entropy, Code::value, "dEntropy needs entropy");
+  if (a.d_entropy) {
+    call.same_shape("entropy", a.entropy, {n});
+    call.same_shape("dEntropy", a.d_entropy, {n});
+  } else {
+    a.entropy = In{};
+  }
+}
+
+// Log-probabilities of n rows, with their stats and, where asked for, the entropy.
+template <class Args>
+void log_prob_results(Call& call, Args& a, int64_t n, bool entropy) {
+  a.log_probs = call.result(DType::f32, {n});
+  a.stats = call.result(DType::f32, {n, 2});
+  if (entropy) a.entropy = call.result(DType::f32, {n});
+}
 
 }  // namespace p2r::binding

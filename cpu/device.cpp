@@ -112,6 +112,7 @@ CpuDevice::~CpuDevice() {
 void CpuDevice::run() {
   for (;;) {
     std::function<void()> work;
+    spin([&] { return stop_ || queued_.load(std::memory_order_relaxed) != completed(); });
     {
       std::unique_lock lock(mutex_);
       wake_.wait(lock, [&] { return stop_ || !queue_.empty(); });

@@ -11,6 +11,7 @@
 // handed out in the order of the queue.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -24,7 +25,30 @@
 #include "cpu/simd/simd.h"
 #include "ops/backend.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace p2r::cpu {
+
+// Waits for ready() as long as a sleeping thread may take to come back, which is longer than many
+// small operations take; false if it has not come true by then. Whoever waits here gives way every
+// microsecond or two: where threads outnumber CPUs, it may hold the one of the thread it waits for.
+template <class Ready>
+bool spin(const Ready& ready) {
+  using Clock = std::chrono::steady_clock;
+  const auto end = Clock::now() + std::chrono::microseconds(50);
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (ready()) return true;
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+    }
+    std::this_thread::yield();
+  } while (Clock::now() < end);
+  return ready();
+}
 
 // Workers that split one loop at a time. Items are handed out in chunks to whoever is free, so the
 // result of an item must not depend on who computes it. Nobody waits for a worker that is still
@@ -108,9 +132,8 @@ class CpuDevice final : public Device {
   std::mutex mutex_;
   std::condition_variable wake_, space_;
   std::deque<std::function<void()>> queue_;
-  uint64_t queued_ = 0;
-  std::atomic<uint64_t> completed_{0};
-  bool stop_ = false;
+  std::atomic<uint64_t> queued_{0}, completed_{0};
+  std::atomic<bool> stop_{false};
   std::unordered_map<void*, size_t> mapped_;
   std::unordered_set<std::string> shared_;  // files of ours that others may open
   std::thread thread_;

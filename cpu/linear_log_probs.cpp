@@ -275,6 +275,29 @@ void fill_row(const View& v, int64_t row, int64_t width, float x) {
     std::fill_n(reinterpret_cast<uint16_t*>(to), width, uint16_t(x == 0 ? 0 : 0x7fff));
 }
 
+// Says what becomes of a row where the gradients are taken, and settles it there unless it takes
+// part.
+Part sort_row(const Head& h, const Gradients& g, int64_t row, Part part, Progress& p,
+              int32_t* fault) {
+  if (part == Part::taken) return part;
+  if (part == Part::wrong) {
+    *fault = 1;
+    p.wrong = true;
+  }
+  fill_row(g.d_hidden, row, h.channels, part == Part::wrong ? kNan : 0);
+  return part;
+}
+
+// dz of the columns first .. first + n of row i of the chunk, whose logits are z; dz may be z.
+void make_slopes(const Simd& simd, const Head& h, int64_t i, const RowSlope& slope, const float* z,
+                 float* dz, int64_t first, int64_t n) {
+  const int64_t label = h.target(i) - first;
+  const bool here = label >= 0 && label < n;
+  const double x = here ? z[label] : 0;
+  simd.softmax_slopes(DType::f32, z, dz, n, &slope.row);
+  if (here) dz[label] = slope.at_target(x);
+}
+
 void load_hidden(CpuDevice& cpu, const Head& h, const Gradients& g, int64_t taken) {
   cpu.parallel(taken, 16, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i)
@@ -398,16 +421,9 @@ void linear_log_probs_backward(const LinearLogProbsBackwardArgs& a, Device& devi
       const int64_t taken = take_rows(h, p.next, [&](int64_t row) {
         double dg, dh;
         slopes_of(row, dg, dh);
-        Part how = h.part(row);
-        if (how == Part::wrong) {
-          *a.fault = 1;
-          p.wrong = true;
-        } else if (dg == 0 && dh == 0) {
-          how = Part::skipped;
-        }
-        if (how != Part::taken)
-          fill_row(g.d_hidden, row, h.channels, how == Part::wrong ? kNan : 0);
-        return how;
+        const Part part = h.part(row);
+        const bool teaches = part == Part::wrong || dg != 0 || dh != 0;
+        return sort_row(h, g, row, teaches ? part : Part::skipped, p, a.fault);
       });
       if (!taken) continue;
       pack_rows(cpu, h, taken);
@@ -428,11 +444,7 @@ void linear_log_probs_backward(const LinearLogProbsBackwardArgs& a, Device& devi
                     const RowSlope slope(h.inverse, a.stats.as<float>() + 2 * row, dg, dh,
                                          dh != 0 ? a.entropy.as<float>()[row] : 0);
                     float* z = logits + r * part;
-                    const int64_t label = h.target(i + r) - first - skip;
-                    const bool here = label >= 0 && label < width;
-                    const double x = here ? z[label] : 0;
-                    simd.softmax_slopes(DType::f32, z, z, width, &slope.row);
-                    if (here) z[label] = slope.at_target(x);
+                    make_slopes(simd, h, i + r, slope, z, z, first + skip, width);
                   }
                 });
           }
@@ -494,15 +506,11 @@ void linear_policy_loss(const LinearPolicyLossArgs& a, Device& device) {
       Progress& p = *progress;
       p.taken = take_rows(h, p.next, [&](int64_t row) {
         const Part part = h.part(row);
-        if (part == Part::taken) return part;
         if (part == Part::wrong) {
-          *a.fault = 1;
-          p.wrong = true;
           log_probs[row] = kNan;
           if (entropy) entropy[row] = kNan;
         }
-        fill_row(g.d_hidden, row, h.channels, part == Part::wrong ? kNan : 0);
-        return part;
+        return sort_row(h, g, row, part, p, a.fault);
       });
       if (!p.taken) return;
       pack_rows(cpu, h, p.taken);
@@ -538,13 +546,8 @@ void linear_policy_loss(const LinearPolicyLossArgs& a, Device& device) {
           for (int64_t i = 0; i < p.taken; ++i) {
             const RowSlope slope = slope_of(i);
             if (!teaches(slope)) continue;
-            const float* z = logits + i * h.columns + skip;
-            float* dz = logits + to++ * h.columns + skip;
-            const int64_t label = h.target(i) - skip;
-            const bool here = label >= 0 && label < width;
-            const double x = here ? z[label] : 0;
-            simd.softmax_slopes(DType::f32, z, dz, width, &slope.row);
-            if (here) dz[label] = slope.at_target(x);
+            make_slopes(simd, h, i, slope, logits + i * h.columns + skip,
+                        logits + to++ * h.columns + skip, skip, width);
           }
         }
       });

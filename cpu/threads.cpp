@@ -1,24 +1,12 @@
 #include "cpu/device.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace p2r::cpu {
 
 namespace {
 
-// A worker that sleeps takes some ten microseconds to come back, longer than many small loops take.
-constexpr int kSpins = 2000;
 constexpr uint64_t kLoop = uint64_t{1} << 32;  // one step of the gate's upper half
 
 inline bool open(uint64_t gate) { return gate / kLoop % 2 == 1; }
-
-inline void relax() {
-#if defined(__x86_64__)
-  _mm_pause();
-#endif
-}
 
 }  // namespace
 
@@ -61,25 +49,24 @@ void Threads::parallel(int64_t items, int64_t grain, const Body& f) {
   wake_.notify_all();
   take_chunks(0);
   gate_.fetch_add(kLoop, std::memory_order_acq_rel);  // closed: who has not joined stays out
-  while (gate_.load(std::memory_order_acquire) % kLoop) relax();
+  const auto left = [&] { return gate_.load(std::memory_order_acquire) % kLoop == 0; };
+  while (!spin(left)) {
+  }
 }
 
 void Threads::work(int thread) {
   uint64_t joined = 0;  // the loop last taken part in
   const auto nothing_new = [&](uint64_t gate) { return !open(gate) || gate / kLoop == joined; };
   for (;;) {
-    uint64_t gate = gate_.load(std::memory_order_acquire);
-    for (int i = 0; i < kSpins && nothing_new(gate) && !stop_; ++i) {
-      relax();
-      gate = gate_.load(std::memory_order_acquire);
-    }
-    if (nothing_new(gate)) {
+    const auto called = [&] {
+      return stop_ || !nothing_new(gate_.load(std::memory_order_acquire));
+    };
+    if (!spin(called)) {
       std::unique_lock lock(mutex_);
-      wake_.wait(lock,
-                 [&] { return stop_ || !nothing_new(gate_.load(std::memory_order_acquire)); });
+      wake_.wait(lock, called);
     }
     if (stop_) return;
-    gate = gate_.load(std::memory_order_acquire);
+    uint64_t gate = gate_.load(std::memory_order_acquire);
     while (!nothing_new(gate) &&
            !gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) {
     }

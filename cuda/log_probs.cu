@@ -96,6 +96,31 @@ __device__ __forceinline__ void store_vector(T* p, int64_t n, bool aligned,
   }
 }
 
+// f(x, at, whole) for this thread's vectors of columns first .. end of z: eight elements from
+// column `at` on, `pad` from `end` on; `whole` where all of them are there and were loaded
+// together.
+template <class T, class F>
+__device__ __forceinline__ void each_vector(const T* z, int64_t first, int64_t end, bool aligned,
+                                            float pad, const F& f) {
+  Batch<T> batch;
+  for (int64_t c = first + threadIdx.x * kVector; c < end; c += batch.vectors * kStride) {
+    const bool whole = aligned && end - c >= batch.reach;
+    if (whole) batch.load(z + c);
+#pragma unroll
+    for (int v = 0; v < batch.vectors; ++v) {
+      const int64_t at = c + v * kStride;
+      float x[kVector];
+      if (whole)
+        batch.get(v, x);
+      else if (at < end)
+        load_vector(z + at, end - at, aligned, pad, x);
+      else
+        break;
+      f(x, at, whole);
+    }
+  }
+}
+
 __device__ __forceinline__ void add_vector(Sums& a, const float (&x)[kVector], float inverse,
                                            bool moment) {
   float top = a.maximum;
@@ -125,26 +150,10 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t row = blockIdx.x / slices, first = blockIdx.x % slices * kSlice;
   if (targets[row] == kSkippedTarget) return;
   const T* z = logits + row * columns;
-  const bool aligned = is_aligned(z);
   const int64_t end = first + kSlice < columns ? first + kSlice : columns;
   Sums own = {-INFINITY, 0, 0};
-  Batch<T> batch;
-  for (int64_t c = first + threadIdx.x * kVector; c < end; c += batch.vectors * kStride) {
-    const bool whole = aligned && end - c >= batch.reach;
-    if (whole) batch.load(z + c);
-#pragma unroll
-    for (int v = 0; v < batch.vectors; ++v) {
-      const int64_t at = c + v * kStride;
-      float x[kVector];
-      if (whole)
-        batch.get(v, x);
-      else if (at < end)
-        load_vector(z + at, end - at, aligned, -INFINITY, x);
-      else
-        break;
-      add_vector(own, x, inverse, moment);
-    }
-  }
+  each_vector(z, first, end, is_aligned(z), -INFINITY,
+              [&](float(&x)[kVector], int64_t, bool) { add_vector(own, x, inverse, moment); });
   merge_lanes(own, 32, inverse);
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = own;
   __syncthreads();
@@ -344,39 +353,33 @@ __global__ void __launch_bounds__(kBlock) slopes_kernel(const T* logits, D* d_lo
         if (i == own) x[i] = static_cast<float>(slope);
     }
   };
-  Batch<T> batch;
-  for (int64_t c = first + threadIdx.x * kVector; c < end; c += batch.vectors * kStride) {
-    const bool whole = aligned && end - c >= batch.reach;
-    if (whole) batch.load(z + c);
+  each_vector(z, first, end, aligned, 0, [&](float(&x)[kVector], int64_t at, bool whole) {
+    slopes(x, at);
+    if (!whole) {
 #pragma unroll
-    for (int v = 0; v < batch.vectors; ++v) {
-      const int64_t at = c + v * kStride;
-      float x[kVector];
-      if (whole)
-        batch.get(v, x);
-      else if (at < end)
-        load_vector(z + at, end - at, aligned, 0, x);
-      else
-        break;
-      slopes(x, at);
-      if (!whole) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i)
-          if (at + i >= a.columns) x[i] = 0;
-      }
-      store_vector(dz + at, stored - at, aligned, x);
+      for (int i = 0; i < kVector; ++i)
+        if (at + i >= a.columns) x[i] = 0;
     }
-  }
+    store_vector(dz + at, stored - at, aligned, x);
+  });
 }
 
-template <class T>
-void sum_slices(const In& logits, const In& targets, double inverse, bool moment, Sums* out,
-                int64_t slices, cudaStream_t stream) {
-  const int64_t rows = logits.shape[0];
-  if (rows * slices > 0)
-    launch(slice_sums_kernel<T>, static_cast<unsigned>(rows * slices), kBlock, 0, stream,
-           logits.as<const T>(), targets.as<const int32_t>(), logits.shape[1], slices,
-           static_cast<float>(inverse), moment, out);
+// Sums the slices of the rows' logits; finish(logits, sums, slices) turns them into results.
+template <class Args, class F>
+void sum_rows(const Args& a, bool moment, Device& device, const F& finish) {
+  const int64_t rows = a.logits.shape[0], columns = a.logits.shape[1];
+  if (!rows) return;
+  const int64_t slices = ceil_div(columns, kSlice);
+  Scratch scratch = device.scratch(rows * slices * sizeof(Sums));
+  with_float_type(a.logits.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    const T* logits = a.logits.template as<const T>();
+    if (slices > 0)
+      launch(slice_sums_kernel<T>, static_cast<unsigned>(rows * slices), kBlock, 0,
+             stream_of(device), logits, a.targets.template as<const int32_t>(), columns, slices,
+             static_cast<float>(1 / a.temperature), moment, scratch.as<Sums>());
+    finish(logits, scratch.as<const Sums>(), slices);
+  });
 }
 
 unsigned row_blocks(int64_t rows) { return static_cast<unsigned>(ceil_div(rows, kRows)); }
@@ -385,36 +388,23 @@ unsigned row_blocks(int64_t rows) { return static_cast<unsigned>(ceil_div(rows, 
 
 void token_log_probs(const TokenLogProbsArgs& a, Device& device) {
   const int64_t rows = a.logits.shape[0], columns = a.logits.shape[1];
-  if (!rows) return;
-  const int64_t slices = ceil_div(columns, kSlice);
-  const double inverse = 1 / a.temperature;
-  Scratch scratch = device.scratch(rows * slices * sizeof(Sums));
-  cudaStream_t stream = stream_of(device);
-  with_float_type(a.logits.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    sum_slices<T>(a.logits, a.targets, inverse, bool(a.entropy), scratch.as<Sums>(), slices,
-                  stream);
-    launch(finish_kernel<T>, row_blocks(rows), kRows, 0, stream, a.logits.as<const T>(), columns,
-           a.targets.as<const int32_t>(), scratch.as<const Sums>(), rows, columns, slices, inverse,
-           a.log_probs.as<float>(), a.stats.as<float2>(), a.entropy.as<float>(), a.fault);
-  });
+  sum_rows(
+      a, bool(a.entropy), device, [&]<class T>(const T* logits, const Sums* sums, int64_t slices) {
+        launch(finish_kernel<T>, row_blocks(rows), kRows, 0, stream_of(device), logits, columns,
+               a.targets.as<const int32_t>(), sums, rows, columns, slices, 1 / a.temperature,
+               a.log_probs.as<float>(), a.stats.as<float2>(), a.entropy.as<float>(), a.fault);
+      });
 }
 
 void token_log_probs_shard(const TokenLogProbsShardArgs& a, Device& device) {
   const int64_t rows = a.logits.shape[0], columns = a.logits.shape[1];
-  if (!rows) return;
-  const int64_t slices = ceil_div(columns, kSlice);
-  const double inverse = 1 / a.temperature;
-  Scratch scratch = device.scratch(rows * slices * sizeof(Sums));
-  cudaStream_t stream = stream_of(device);
-  with_float_type(a.logits.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    sum_slices<T>(a.logits, a.targets, inverse, bool(a.moment), scratch.as<Sums>(), slices, stream);
-    launch(finish_shard_kernel<T>, row_blocks(rows), kRows, 0, stream, a.logits.as<const T>(),
-           a.targets.as<const int32_t>(), scratch.as<const Sums>(), rows, columns, slices, inverse,
-           a.vocab_offset, a.stats.as<float2>(), a.target_logit.as<float>(), a.moment.as<float>(),
-           a.fault);
-  });
+  sum_rows(a, bool(a.moment), device,
+           [&]<class T>(const T* logits, const Sums* sums, int64_t slices) {
+             launch(finish_shard_kernel<T>, row_blocks(rows), kRows, 0, stream_of(device), logits,
+                    a.targets.as<const int32_t>(), sums, rows, columns, slices, 1 / a.temperature,
+                    a.vocab_offset, a.stats.as<float2>(), a.target_logit.as<float>(),
+                    a.moment.as<float>(), a.fault);
+           });
 }
 
 void merge_log_probs(const MergeLogProbsArgs& a, Device& device) {

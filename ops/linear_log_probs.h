@@ -26,7 +26,8 @@
 // has a chunk of 128 MB of logits on both (at least 12 rows), so that reading and writing dweight
 // once a chunk costs little beside the products, and 12 bytes a token. On tensor cores the products
 // are so fast that backward and the loss take 640 MB, half as much for dz, and some 200 MB of
-// partial sums; forward has no logits in memory, and takes 7 MB.
+// partial sums; forward has no logits in memory, and takes 7 MB. Chunks follow from the shapes
+// alone, since the order of dweight's sums does; fewer rows than a chunk has take less.
 //
 // The order of every sum follows from the shapes alone (dweight: and from which rows are skipped);
 // forward, a row has the same bits in any batch. The vocabulary is cut into at most 128 spans of

@@ -75,20 +75,28 @@ inline Term kl_term(const PolicyRun& run, vf x) {
   }
 }
 
-// The n tokens from i on, at most W.
-template <int objective>
+inline vi load_marks(const uint8_t* p, int n) {
+  if (p && n == W) return (vi)widened(load<vb>(p));
+  vb marks = {};
+  if (p)
+    memcpy(&marks, p, n);
+  else
+    memset(&marks, 1, n);
+  return (vi)widened(marks);
+}
+
+inline void count(vi which, vi& total) { total = which ? total + 1 : total; }
+
+// The n tokens from i on, at most W. Without `extras` the loss is its policy term alone, with one
+// advantage and a sound mask, and the loop free of branches.
+template <int objective, bool extras>
 inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int n, Totals& total) {
   const vf one = set1(1), none = {};
-  vb mask = {};
-  if (run.mask)
-    memcpy(&mask, run.mask + i, n);
-  else
-    memset(&mask, 1, n);
-  const vi mark = (vi)widened(mask);
+  const vi mark = load_marks(run.mask ? run.mask + i : nullptr, n);
   const vi keep = mark != 0;
 
   const vf log_p = load_floats(run.log_probs + i, n);
-  if (run.advantages) advantage = advantage_of(run, load_floats(run.advantages + i, n));
+  if (extras && run.advantages) advantage = advantage_of(run, load_floats(run.advantages + i, n));
   const vf step = run.old_log_probs ? log_p - load_floats(run.old_log_probs + i, n) : none;
   const vf d = clamp(step, -20, 20);
   constexpr bool sequence = objective == kGspo;
@@ -110,14 +118,14 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
     if (!sequence) {
       const vi lower = policy.value > advantage.most;
       policy.value = lower ? advantage.most : policy.value;
-      total.lower += keep & lower;
+      count(keep & lower, total.lower);
       moves &= ~lower;
     }
-    total.clipped += keep & clipped;
+    count(keep & clipped, total.clipped);
     policy.slope = moves & ~clipped ? free : none;
   } else if (objective == kCispo) {
     const vf held = clamp(ratio, run.low, run.high);
-    total.clipped += keep & (held != ratio);
+    count(keep & (held != ratio), total.clipped);
     policy.slope = advantage.minus * held;
     policy.value = policy.slope * log_p;
   } else if (objective == kSapo) {
@@ -130,25 +138,25 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
     policy.slope = advantage.minus;
     policy.value = policy.slope * log_p;
   }
-  if (run.importance) {
+  if (extras && run.importance) {
     const vf weight = load_floats(run.importance + i, n);
     policy.value *= weight;
     policy.slope *= weight;
   }
   vf slope = policy.slope * run.policy_weight;
-  if (run.faulty) {
+  if (extras && run.faulty) {
     const vi wrong = mark > 1;
     policy.value = wrong ? set1(NAN) : policy.value;
     slope = wrong ? set1(NAN) : slope;
   }
   total.terms[kPolicy] += keep ? policy.value : none;
 
-  if (run.kl != kNone) {
+  if (extras && run.kl != kNone) {
     const Term kl = kl_term(run, load_floats(run.ref_log_probs + i, n) - log_p);
     total.terms[kKl] += keep ? kl.value : none;
     if (run.kl_weight != 0) slope += kl.slope * run.kl_weight;
   }
-  if (run.entropy) {
+  if (extras && run.entropy) {
     total.terms[kEntropy] += keep ? load_floats(run.entropy + i, n) : none;
     store_floats(run.d_entropy + i, keep ? set1(run.entropy_weight) : none, n);
   }
@@ -157,7 +165,7 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
   store_floats(run.d_log_probs + i, keep ? slope : none, n);
 }
 
-template <int objective>
+template <int objective, bool extras>
 void tokens_of(const PolicyRun* pointer, double* sums) {
   const PolicyRun run = *pointer;  // a copy, which no store to the results can change
   const Advantage shared = advantage_of(run, set1(run.advantage));
@@ -167,22 +175,30 @@ void tokens_of(const PolicyRun* pointer, double* sums) {
     const int64_t end = run.n - begin < kPartial ? run.n : begin + kPartial;
     Totals total;
     int64_t i = begin;
-    for (; i + W <= end; i += W) add_tokens<objective>(run, shared, i, W, total);
-    if (i < end) add_tokens<objective>(run, shared, i, (int)(end - i), total);
+    for (; i + W <= end; i += W) add_tokens<objective, extras>(run, shared, i, W, total);
+    if (i < end) add_tokens<objective, extras>(run, shared, i, (int)(end - i), total);
     for (int k : {kPolicy, kApproxKl, kRatio}) add_to(&terms[k], total.terms[k]);
-    if (run.kl != kNone) add_to(&terms[kKl], total.terms[kKl]);
-    if (run.entropy) add_to(&terms[kEntropy], total.terms[kEntropy]);
+    if (extras && run.kl != kNone) add_to(&terms[kKl], total.terms[kKl]);
+    if (extras && run.entropy) add_to(&terms[kEntropy], total.terms[kEntropy]);
     clipped += total.clipped;
     lower += total.lower;
   }
   for (int k : {kPolicy, kKl, kEntropy, kApproxKl, kRatio}) sums[k] = sum(terms[k]);
   int32_t counts[2] = {};
   for (int lane = 0; lane < W; ++lane) {
-    counts[0] -= clipped[lane];  // a true lane is -1
-    counts[1] -= lower[lane];
+    counts[0] += clipped[lane];
+    counts[1] += lower[lane];
   }
   sums[kClipped] = counts[0];
   sums[kClippedLower] = counts[1];
+}
+
+template <int objective>
+void run_of(const PolicyRun* run, double* sums) {
+  if (run->kl != kNone || run->entropy || run->importance || run->advantages || run->faulty)
+    tokens_of<objective, true>(run, sums);
+  else
+    tokens_of<objective, false>(run, sums);
 }
 
 }  // namespace
@@ -190,15 +206,15 @@ void tokens_of(const PolicyRun* pointer, double* sums) {
 void policy_run(const PolicyRun* run, double* sums) {
   switch (run->objective) {
     case kPpo:
-      return tokens_of<kPpo>(run, sums);
+      return run_of<kPpo>(run, sums);
     case kGspo:
-      return tokens_of<kGspo>(run, sums);
+      return run_of<kGspo>(run, sums);
     case kCispo:
-      return tokens_of<kCispo>(run, sums);
+      return run_of<kCispo>(run, sums);
     case kSapo:
-      return tokens_of<kSapo>(run, sums);
+      return run_of<kSapo>(run, sums);
     default:
-      return tokens_of<kGpg>(run, sums);
+      return run_of<kGpg>(run, sums);
   }
 }
 

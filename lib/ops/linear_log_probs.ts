@@ -71,8 +71,10 @@ export interface LinearLogProbsBackward extends LinearHead {
 /**
  * The gradients of linearLogProbs. The logits are computed again, a chunk at a time: beside its
  * results it takes some 50 MB on the CPU, and on CUDA 128 MB, or 1.2 GB where tensor cores take the
- * products. There the gradient of the logits is rounded to 16 bits, elsewhere it is f32. Rows whose target is
- * -100, or whose gradients are 0, get 0 and are not read.
+ * products (16-bit hidden and weight, and C a multiple of 8). There the gradient of the logits is rounded to
+ * 16 bits, elsewhere, and always for f32, it is f32. How much is taken follows from the shapes alone, as
+ * the order of sums does, not from what is free: where it doesn't fit, ERR_MEMORY; fewer rows at a time, added
+ * up by `into`, take less. Rows whose target is -100, or whose gradients are 0, get 0 and are not read.
  *
  * @returns dHidden as hidden; dWeight f32 [V, C]; dBias f32 [V] if there is a bias.
  */
