@@ -155,11 +155,12 @@ function rotaryTables(b: Backend, tokens: number, d: number) {
 // bf16 for its products where it has AVX512-BF16. The others, on tensor cores, round them to the inputs'
 // type, f16 or bf16.
 const exact = ['tiled', 'plain']
+// 'wgmma', which alone takes `deterministic: false` at its word.
+const wgmmaTakes = (dtype: Float, d: number) => dtype !== 'f32' && [64, 72, 80, 128].includes(d)
 const kernelsFor = (b: Backend, dtype: Float, d: number) =>
   kernels('attention', b.device).filter(
     (name) =>
-      (dtype !== 'f32' || exact.includes(name)) &&
-      (name !== 'wgmma' || [64, 72, 80, 128].includes(d)),
+      (dtype !== 'f32' || exact.includes(name)) && (name !== 'wgmma' || wgmmaTakes(dtype, d)),
   )
 const rounds = (dtype: Float, kernel?: string) =>
   dtype !== 'f32' &&
@@ -230,6 +231,19 @@ onEveryBackend('attention', (b) => {
           expectClose(await back.dV.toFloat32(), expected.dv, bound)
           expectClose(await back.dQ.toFloat32(), expected.dq, bound)
           expectClose(await back.dK.toFloat32(), expected.dk, bound)
+
+          // The order of a sum is within the bound, so this one is the same.
+          if (!wgmmaTakes(dtype, c.d)) continue
+          const loose = recorded(
+            b,
+            `attention backward in any order ${name}`,
+            backwardBound(dtype),
+            () => attentionBackward({ ...given, dOut, out, lse, kernel, deterministic: false }),
+            tilesWork,
+          )
+          expectClose(await loose.dV.toFloat32(), expected.dv, bound)
+          expectClose(await loose.dQ.toFloat32(), expected.dq, bound)
+          expectClose(await loose.dK.toFloat32(), expected.dk, bound)
         }
       })
 
@@ -278,6 +292,13 @@ onEveryBackend('attention', (b) => {
         const { dQkv } = recorded(b, `attention backward ${name}`, backwardBound(dtype), () =>
           attentionBackward({ ...packed, ...one, dOut, cuSeqlens, kernel }),
         )
+        const loose = recorded(
+          b,
+          `attention backward in any order ${name}`,
+          backwardBound(dtype),
+          () =>
+            attentionBackward({ ...packed, ...one, dOut, cuSeqlens, kernel, deterministic: false }),
+        )
         const { dQ, dK, dV } = attentionBackward({ ...apart, ...two, dOut, cuSeqlens, kernel })
         const back = (g: Tensor) =>
           turned ? applyRotary({ x: g, ...rotary, inverse: true }).toFloat32() : g.toFloat32()
@@ -285,6 +306,12 @@ onEveryBackend('attention', (b) => {
         const expected = pack(await back(dQ), await back(dK), await dV.toFloat32(), inner)
         const twice = turned ? 3 * roundoff[dtype] : 0
         expectClose(await dQkv.toFloat32(), expected, { absolute: twice, relative: twice })
+        // Other sums of the same rounded factors.
+        const order = roundoff[dtype]
+        expectClose(await loose.dQkv.toFloat32(), await dQkv.toFloat32(), {
+          absolute: 2e-5 + 4 * order,
+          relative: 2 * order,
+        })
       }
     })
 
@@ -359,6 +386,31 @@ onEveryBackend('attention', (b) => {
           expect(values.subarray(7 * 144, 77 * 144).some(Number.isNaN)).toBe(true)
         })
       }
+    })
+
+  // Tiles at a sequence's end reach into the next one.
+  for (const d of [64, 72, 80, 128])
+    test(`gradients keep clear of a neighbour full of NaN, D ${d}`, async () => {
+      const dtype = 'bf16'
+      const x = random({ d, heads: 1, lengths: [65, 30, 70] }, dtype, 12)
+      for (const part of [x.q, x.k, x.v, x.dOut]) part.fill(NaN, 65 * d, 95 * d)
+      const expected = oracle(x, x.dOut)
+      const { q, k, v, dOut } = upload(b, x, dtype)
+      for (const kernel of kernelsFor(b, dtype, d))
+        for (const deterministic of [true, false]) {
+          const given = { q, k, v, cuSeqlens: x.cu, kernel }
+          const { out, lse } = attention(given)
+          const { dQ, dK, dV } = recorded(
+            b,
+            `attention backward beside NaN, D ${d}${deterministic ? '' : ', in any order'}`,
+            backwardBound(dtype),
+            () => attentionBackward({ ...given, dOut, out, lse, deterministic }),
+          )
+          const bound = backwardBound(dtype, kernel)
+          expectClose(await dQ.toFloat32(), expected.dq, bound)
+          expectClose(await dK.toFloat32(), expected.dk, bound)
+          expectClose(await dV.toFloat32(), expected.dv, bound)
+        }
     })
 
   test('parts of the keys are put together by lse', async () => {
@@ -587,6 +639,26 @@ onEveryBackend('attention', (b) => {
     expect(b.device.memory().peakBytes - before).toBeLessThan(
       threads * 2 ** 22 + 6 * 4 * tokens * d,
     )
+  })
+
+  test('sums in any order cost 4 bytes an entry on a GPU, with rotary too', async () => {
+    const [tokens, heads, d] = [1024, 2, 64]
+    const qkv = b.device.tensor(
+      new Random(13).normals(tokens * 3 * heads * d),
+      [tokens, 3, heads, d],
+      'bf16',
+    )
+    const rotary = rotaryTables(b, tokens, d)
+    const given = { qkv, rotary, cuSeqlens: [0, tokens] }
+    const { out, lse } = attention(given)
+    await b.device.synchronize()
+    b.device.resetPeak()
+    const before = b.device.memory().liveBytes
+    attentionBackward({ ...given, dOut: out, out, lse, deterministic: false })
+    await b.device.synchronize()
+    const threads = b.device.info.threads
+    const scratch = threads === undefined ? 4 * tokens * heads * (d + 2) : threads * 2 ** 22
+    expect(b.device.memory().peakBytes - before).toBeLessThan(scratch + 2 * qkv.size)
   })
 
   test('runs a kernel by name', async () => {
