@@ -405,6 +405,7 @@ onEveryBackend('attention', (b) => {
             `attention backward beside NaN, D ${d}${deterministic ? '' : ', in any order'}`,
             backwardBound(dtype),
             () => attentionBackward({ ...given, dOut, out, lse, deterministic }),
+            tilesWork,
           )
           const bound = backwardBound(dtype, kernel)
           expectClose(await dQ.toFloat32(), expected.dq, bound)
