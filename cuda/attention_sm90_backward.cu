@@ -9,16 +9,14 @@
 //   queries own:  S = Q K^T, dP = dO V^T, dQ += dS K                        walking over keys
 //
 // So the weights and dS leave the tensor core in the very registers from which it takes them for
-// the next product, and nothing but inputs passes through shared memory. That is 7 products where
-// a pass that adds up dQ in global memory has 5, and no workspace: at 72 columns, which that pass
-// pads to 96, 90 % of its speed by count of products. One warp loads, two warpgroups of 64 rows
-// multiply; one's exponentials run beside the other's products.
+// the next product, and nothing but inputs passes through shared memory. That is 7 products and no
+// workspace; without `deterministic` a pass of 5 products and a workspace takes their place
+// (attention_sm90_onepass.cu). One warp loads, two warpgroups of 64 rows multiply; one's
+// exponentials run beside the other's products.
 //
 // dP - delta is not scaled before it is rounded for the product: dQ and dK are, once, at the end.
 // Steps go from the last to the first, so that the ragged one, whose rows beyond the sequence are
 // zeroed in shared memory, comes first.
-//
-// Without `deterministic` the one pass of attention_sm90_onepass.cu takes their place.
 //
 // Prediction (no GPU has run this yet; H200, TFLOP/s of the 10 T^2 D H that a backward counts, at
 // 8k tokens and more): products at 60 % of their peak would make 989 * 0.6 * 5 / 7 = 420, but S and
@@ -62,7 +60,7 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
   const Bars bars(ptx::smem_u32(bar_words));
   bars.init();
 
-  const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
+  const int group = threadIdx.x / 128;
   if (group == kGroups) {
     ptx::reg_dealloc<R::loader_registers>();
     if (threadIdx.x / 32 == 4 * kGroups)

@@ -24,10 +24,16 @@
 // written only after the pass, and dK by the one block that reads these keys, when it has.
 //
 // Prediction (no GPU has run this yet; H200, TFLOP/s of the 10 T^2 D H that a backward counts, at
-// 8k tokens and more), in clocks a step of 128 by 128 at 72 columns: the tensor cores need 3000,
-// shared memory 3300 (of which 560 for dQ's way out), the exponentials 1000, of which half runs
-// beside products; with the rendezvous some 5000, so 2350 FLOP a clock: 420 at 132 processors and
-// 1.35 GHz... see the table in the issue.
+// 8k tokens and more). A step of 128 keys by 128 queries (by 64 at 128 columns), in clocks of the
+// tensor cores / of shared memory at 128 bytes each, of which what leaves with dQ is a sixth:
+//
+//   D 64: 2560 / 2820    72: 3010 / 3300    80: 3200 / 3780    128: 2560 / 2940
+//
+// To the larger come 1024 clocks of exponentials (512 at 128), half of them beside products, and
+// what kernels of this kind lose at their rendezvous, in all some 2700 (2000 at 128). At 1.75 GHz
+// that makes 440 at 64, 460 at 72 and 80 and 490 at 128; 400, 410 and 440 if the additions in L2
+// take a tenth. The two passes, by the same count, have 3600 to 4500 clocks of the tensor cores a
+// step and twice the exponentials: this is 1.2 to 1.25 times as fast.
 #include "cuda/attention_sm90_backward.cuh"
 
 namespace p2r::cuda {
