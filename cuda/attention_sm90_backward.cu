@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
     ptx::reg_dealloc<R::loader_registers>();
     if (threadIdx.x / 32 == 4 * kGroups)
       load_all<D, N>(list, bars, memory, shared_work, k_map, v_map, q_map, g_map, scalars, lse,
-                     delta, tokens);
+                     delta, tokens, static_cast<const T*>(nullptr), 0);
   } else {
     ptx::reg_alloc<R::registers>();
     const float scale_log2 = scale * kLog2E;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
     ptx::reg_dealloc<R::loader_registers>();
     if (threadIdx.x / 32 == 4 * kGroups)
       load_all<D, N>(list, bars, memory, shared_work, q_map, g_map, k_map, v_map, nullptr, lse,
-                     delta, tokens);
+                     delta, tokens, static_cast<const T*>(nullptr), 0);
   } else {
     ptx::reg_alloc<R::registers>();
     const float scale_log2 = scale * kLog2E;

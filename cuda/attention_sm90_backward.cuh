@@ -45,15 +45,37 @@ struct Scalars {
   float lse[Rows], delta[Rows];
 };
 
+// Rows of a head to an owned tile: `inside` of them, zeros below, where TMA would read the rows of
+// the next sequence. A whole warp calls it.
+template <int D, class T>
+__device__ __forceinline__ void copy_rows(uint32_t tile, const T* x, int64_t row, int inside) {
+  using P = Panels<D>;
+  constexpr int chunks = P::row_bytes / 16;
+#pragma unroll 4
+  for (int i = threadIdx.x % 32; i < P::count * kOwned * chunks; i += 32) {
+    const int chunk = i % chunks, r = i / chunks % kOwned, panel = i / (chunks * kOwned);
+    const int column = panel * P::width + chunk * 8,
+              swizzled = chunk ^ r * P::row_bytes / 128 % chunks;
+    const bool there = r < inside && column < D;
+    ptx::cp_async16(tile + (panel * kOwned + r) * P::row_bytes + swizzled * 16,
+                    there ? x + r * row + column : x, there);
+  }
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  ptx::fence_proxy_async();
+  __syncwarp();
+}
+
 // The loading warp's work: the tensors a and b of the owned rows, then x and y step by step, with
-// the scalars of the queries where it is queries that come in steps. With `Clears`, what the tile
-// of `a` holds beyond the sequence is zeroed too.
-template <int D, int Rows, bool Clears = false>
+// the scalars of the queries where it is queries that come in steps. Where `cut` is given, it is
+// where a lies, of which nothing beyond the sequence is to be read.
+template <int D, int Rows, class T>
 __device__ __forceinline__ void load_all(const WorkList& list, const Bars& bars,
                                          unsigned char* memory, Work* shared_work,
                                          const TensorMap& a, const TensorMap& b, const TensorMap& x,
                                          const TensorMap& y, Scalars<Rows>* scalars,
-                                         const float* lse, const float* delta, int64_t tokens) {
+                                         const float* lse, const float* delta, int64_t tokens,
+                                         const T* cut, int64_t cut_row) {
   using Tile = Tiles<D, Rows>;
   const int lane = threadIdx.x % 32;
   const uint32_t owned = ptx::smem_u32(memory), steps_at = 2 * Tile::owned_bytes;
@@ -61,24 +83,26 @@ __device__ __forceinline__ void load_all(const WorkList& list, const Bars& bars,
   int cleared = 0;
   for (int item = 0;; ++item) {
     const Work work = next_work(list);
-    const bool clears_own = Clears && work.head >= 0 && work.first + kOwned > work.length;
     wait_warp(bars.own_empty, item % 2 ^ 1);
+    if (work.head < 0) {
+      if (lane == 0) {
+        *shared_work = work;
+        ptx::mbar_arrive(bars.own_full);
+      }
+      break;
+    }
+    const int token = work.begin + work.first;
+    const bool whole = !cut || work.first + kOwned <= work.length;
     if (lane == 0) {
       *shared_work = work;
-      const uint32_t bar = clears_own ? bars.landed : bars.own_full;
-      ptx::mbar_arrive_expect_tx(bar, work.head < 0 ? 0 : 2 * Tile::owned_bytes);
-      if (work.head >= 0) {
-        const int token = work.begin + work.first;
-        load_rows<D, kOwned>(owned, a, bar, work.head, token);
-        load_rows<D, kOwned>(owned + Tile::owned_bytes, b, bar, work.head, token);
-      }
+      ptx::mbar_expect_tx(bars.own_full, whole ? 2 * Tile::owned_bytes : Tile::owned_bytes);
+      if (whole) load_rows<D, kOwned>(owned, a, bars.own_full, work.head, token);
+      load_rows<D, kOwned>(owned + Tile::owned_bytes, b, bars.own_full, work.head, token);
     }
-    if (work.head < 0) break;
-    if (clears_own) {
-      ptx::mbar_wait(bars.landed, cleared++ % 2);
-      clear_rows<D, kOwned>(memory, work.length - work.first);
-      if (lane == 0) ptx::mbar_arrive(bars.own_full);
-    }
+    if (!whole)
+      copy_rows<D>(owned, cut + token * cut_row + int64_t{work.head} * D, cut_row,
+                   work.length - work.first);
+    if (lane == 0) ptx::mbar_arrive(bars.own_full);
     const int steps = (work.length + Rows - 1) / Rows, left = work.length % Rows;
     const auto clear = [&](uint32_t at) {
       ptx::mbar_wait(bars.landed, cleared++ % 2);

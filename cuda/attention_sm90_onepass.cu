@@ -131,14 +131,11 @@ __device__ __forceinline__ void add_sums(float* staged, const float (&dq)[Width 
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
-    attention_one_pass_sm90_kernel(const __grid_constant__ TensorMap k_map,
-                                   const __grid_constant__ TensorMap v_map,
-                                   const __grid_constant__ TensorMap q_map,
-                                   const __grid_constant__ TensorMap g_map, WorkList list,
-                                   const float* lse, const float* delta, T* d_k, T* d_v,
-                                   int64_t d_row, float* sums, const float* cos, const float* sin,
-                                   int64_t tokens, float scale) {
+__global__ void __launch_bounds__(Roles<kGroups>::threads, 1) attention_one_pass_sm90_kernel(
+    const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+    const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap g_map, WorkList list,
+    const T* k_rows, int64_t k_row, const float* lse, const float* delta, T* d_k, T* d_v,
+    int64_t d_row, float* sums, const float* cos, const float* sin, int64_t tokens, float scale) {
   using Pass = OnePass<D>;
   constexpr int N = Pass::queries, Part = Pass::at_once, Width = Pass::width;
   using Tile = Tiles<D, N>;
@@ -154,8 +151,8 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
   if (group == kGroups) {
     ptx::reg_dealloc<R::loader_registers>();
     if (warp == 4 * kGroups)
-      load_all<D, N, true>(list, bars, memory, shared_work, k_map, v_map, q_map, g_map, scalars,
-                           lse, delta, tokens);
+      load_all<D, N>(list, bars, memory, shared_work, k_map, v_map, q_map, g_map, scalars, lse,
+                     delta, tokens, k_rows, k_row);
   } else {
     ptx::reg_alloc<R::registers>();
     const float scale_log2 = scale * kLog2E;
@@ -285,8 +282,8 @@ void attention_sm90::one_pass_backward(const AttentionBackwardArgs& a, Device& d
       launch(attention_one_pass_sm90_kernel<T, D>, b.work.blocks(device), Roles<kGroups>::threads,
              OnePass<D>::shared, stream_of(device), b.template map<D, kOwned>(p.k, p.qk_row),
              b.template map<D, kOwned>(p.v, p.v_row), b.template map<D, N>(p.q, p.qk_row),
-             b.template d_out_map<D, N>(), b.work.list(), b.lse, b.delta, b.d_k, b.d_v, b.grad.row,
-             sums, p.cos, p.sin, in.tokens, p.scale);
+             b.template d_out_map<D, N>(), b.work.list(), p.k, p.qk_row, b.lse, b.delta, b.d_k,
+             b.d_v, b.grad.row, sums, p.cos, p.sin, in.tokens, p.scale);
       launch(attention_d_q_of_sums_kernel<T, D>, blocks_for(in.tokens * in.heads * (D / 8), kBlock),
              kBlock, 0, stream_of(device), static_cast<const float*>(sums), b.d_q, b.grad.row,
              p.cos, p.sin, in.tokens, static_cast<int>(in.heads), p.scale);
