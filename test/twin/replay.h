@@ -109,7 +109,7 @@ std::string run_once(Case& c, Function<Args> function, int64_t kernel, Stage& st
   const std::shared_ptr<Fault> fault = device.new_fault(c.function, "");
   if constexpr (requires { args.fault; }) args.fault = fault->flag;
   device.reset_peak();
-  const size_t before = device.live();
+  [[maybe_unused]] const size_t before = device.live();
   (device.kernels().*function)(args, device);
   if constexpr (requires { args.scratch(); })
     if (const size_t took = device.peak() - before; took > static_cast<size_t>(args.scratch()))
