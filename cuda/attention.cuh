@@ -184,14 +184,15 @@ inline std::vector<AttentionTile> attention_tiles(const Ints& cu_seqlens, int64_
 // Shared memory for rows of Width floats.
 constexpr size_t tile_bytes(int rows, int width) { return sizeof(float) * rows * (width + kPad); }
 
-// One call on the device: its tiles of `step` tokens, and q and k turned if there are tables.
+// One call on the device: its tiles of `step` tokens, and q and k turned if there are tables, into
+// `room`'s if it is given.
 template <class T>
 class AttentionOnDevice {
  public:
   AttentionOnDevice(const AttentionLayout& in, const View& cos, const View& sin, double scale,
-                    Device& device)
+                    Device& device, const AttentionLayout* room = nullptr)
       : device_(device),
-        turned_(device, cos ? 2 * in.tokens * in.heads * in.head_dim * sizeof(T) : 0) {
+        turned_(device, cos && !room ? 2 * in.tokens * in.heads * in.head_dim * sizeof(T) : 0) {
     p_.q = reinterpret_cast<const T*>(in.q);
     p_.k = reinterpret_cast<const T*>(in.k);
     p_.v = reinterpret_cast<const T*>(in.v);
@@ -203,16 +204,16 @@ class AttentionOnDevice {
     p_.cos = cos.as<const float>();
     p_.sin = sin.as<const float>();
     if (!cos) return;
-    const int64_t inner = in.heads * in.head_dim;
-    T* q = turned_.template as<T>();
-    T* k = q + in.tokens * inner;
-    rotate_rows<T>(p_.q, in.row, p_.cos, p_.sin, q, in.tokens, in.heads, in.head_dim, false,
+    const int64_t inner = in.heads * in.head_dim, row = room ? room->row : inner;
+    T* q = room ? reinterpret_cast<T*>(room->q) : turned_.template as<T>();
+    T* k = room ? reinterpret_cast<T*>(room->k) : q + in.tokens * inner;
+    rotate_rows<T>(p_.q, in.row, p_.cos, p_.sin, q, row, in.tokens, in.heads, in.head_dim, false,
                    device);
-    rotate_rows<T>(p_.k, in.row, p_.cos, p_.sin, k, in.tokens, in.heads, in.head_dim, false,
+    rotate_rows<T>(p_.k, in.row, p_.cos, p_.sin, k, row, in.tokens, in.heads, in.head_dim, false,
                    device);
     p_.q = q;
     p_.k = k;
-    p_.qk_row = inner;
+    p_.qk_row = row;
   }
 
   const AttentionProblem<T>& problem() const { return p_; }

@@ -80,8 +80,8 @@ __device__ __forceinline__ void clear_rows(unsigned char* tile, int first) {
   __syncwarp();
 }
 
-// s = A B^T over d, for 64 rows of a tile of ARows (from row_bytes * row) and all N rows of B.
-template <class T, int D, int ARows, int N>
+// s = A B^T over d, for 64 rows of a tile of ARows (from row_bytes * row) and N of B's BRows.
+template <class T, int D, int ARows, int N, int BRows = N>
 __device__ __forceinline__ void multiply_rows(float (&s)[N / 2], uint32_t a, uint32_t b) {
   using P = Panels<D>;
 #pragma unroll
@@ -90,7 +90,7 @@ __device__ __forceinline__ void multiply_rows(float (&s)[N / 2], uint32_t a, uin
     ptx::wgmma_ss<T, N>(
         s,
         ptx::matrix_desc(a + panel * ARows * P::row_bytes + inside, 0, P::group_bytes, P::swizzle),
-        ptx::matrix_desc(b + panel * N * P::row_bytes + inside, 0, P::group_bytes, P::swizzle),
+        ptx::matrix_desc(b + panel * BRows * P::row_bytes + inside, 0, P::group_bytes, P::swizzle),
         k > 0);
   }
 }

@@ -598,6 +598,21 @@ P2R_PTX void tma_reduce_add(const TensorMap& map, uint32_t src, const int (&c)[R
 #endif
 }
 
+// Adds contiguous f32 in shared memory, a multiple of 16 bytes, to global memory, in an order that
+// is not fixed.
+P2R_PTX void bulk_reduce_add(float* dst, uint32_t src, uint32_t bytes P2R_AND_HERE) {
+#ifdef P2R_TWIN
+  simt::bulk_reduce_add(dst, src, bytes, at);
+#elif defined(P2R_SM90)
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst),
+      "r"(src), "r"(bytes)
+      : "memory");
+#else
+  __trap();
+#endif
+}
+
 P2R_PTX void tma_commit() {
 #ifdef P2R_TWIN
   simt::tma_commit();

@@ -13,14 +13,15 @@ constexpr int kBlock = 256;
 template <class T>
 __global__ void __launch_bounds__(kBlock)
     rotate_kernel(const T* x, int64_t x_row, const float* cos, const float* sin, T* out,
-                  int64_t tokens, int64_t width, int d, bool inverse) {
+                  int64_t out_row, int64_t tokens, int64_t width, int d, bool inverse) {
   for (int64_t i = blockIdx.x * int64_t{kBlock} + threadIdx.x; i < tokens * width;
        i += int64_t{gridDim.x} * kBlock) {
     const int64_t token = i / width, at = i % width;
     const int c = static_cast<int>(at % d);
     const T* row = x + token * x_row + (at - c);
     const auto entry = [row](int j) { return to_float(row[j]); };
-    out[i] = from_float<T>(rotate_half(entry, cos + token * d, sin + token * d, c, d / 2, inverse));
+    out[token * out_row + at] =
+        from_float<T>(rotate_half(entry, cos + token * d, sin + token * d, c, d / 2, inverse));
   }
 }
 
@@ -44,25 +45,26 @@ __global__ void __launch_bounds__(kBlock)
 
 template <class T>
 void rotate_rows(const T* x, int64_t x_row, const float* cos, const float* sin, T* out,
-                 int64_t tokens, int64_t heads, int64_t d, bool inverse, Device& device) {
+                 int64_t out_row, int64_t tokens, int64_t heads, int64_t d, bool inverse,
+                 Device& device) {
   const int64_t n = tokens * heads * d;
   if (!n) return;
   launch(rotate_kernel<T>, blocks_for(n, kBlock), kBlock, 0, stream_of(device), x, x_row, cos, sin,
-         out, tokens, heads * d, static_cast<int>(d), inverse);
+         out, out_row, tokens, heads * d, static_cast<int>(d), inverse);
 }
 template void rotate_rows(const float*, int64_t, const float*, const float*, float*, int64_t,
-                          int64_t, int64_t, bool, Device&);
-template void rotate_rows(const __half*, int64_t, const float*, const float*, __half*, int64_t,
-                          int64_t, int64_t, bool, Device&);
-template void rotate_rows(const __nv_bfloat16*, int64_t, const float*, const float*, __nv_bfloat16*,
                           int64_t, int64_t, int64_t, bool, Device&);
+template void rotate_rows(const __half*, int64_t, const float*, const float*, __half*, int64_t,
+                          int64_t, int64_t, int64_t, bool, Device&);
+template void rotate_rows(const __nv_bfloat16*, int64_t, const float*, const float*, __nv_bfloat16*,
+                          int64_t, int64_t, int64_t, int64_t, bool, Device&);
 
 void apply_rotary(const ApplyRotaryArgs& a, Device& device) {
   with_float_type(a.x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    rotate_rows<T>(a.x.as<const T>(), a.x.shape[1] * a.x.shape[2], a.cos.as<const float>(),
-                   a.sin.as<const float>(), a.out.as<T>(), a.x.shape[0], a.x.shape[1], a.x.shape[2],
-                   a.inverse, device);
+    const int64_t row = a.x.shape[1] * a.x.shape[2];
+    rotate_rows<T>(a.x.as<const T>(), row, a.cos.as<const float>(), a.sin.as<const float>(),
+                   a.out.as<T>(), row, a.x.shape[0], a.x.shape[1], a.x.shape[2], a.inverse, device);
   });
 }
 

@@ -14,9 +14,10 @@ __device__ __forceinline__ float rotate_half(const Row& x, const float* cos, con
   return c < half ? cos[c] * x(c) - sin[c] * x(c + half) : cos[c] * x(c) + sin[c] * x(c - half);
 }
 
-// Turns x, whose tokens lie x_row elements apart, into out [tokens, heads, d].
+// Turns x [tokens, heads, d] into out; their tokens lie x_row and out_row elements apart.
 template <class T>
 void rotate_rows(const T* x, int64_t x_row, const float* cos, const float* sin, T* out,
-                 int64_t tokens, int64_t heads, int64_t d, bool inverse, Device& device);
+                 int64_t out_row, int64_t tokens, int64_t heads, int64_t d, bool inverse,
+                 Device& device);
 
 }  // namespace p2r::cuda

@@ -29,6 +29,7 @@
 // lse of its query NaN. The backward and the mass take lse as the forward gave it; where it is not
 // finite, that query's gradient and its whole sequence's dK, dV and mass of that head are NaN.
 #pragma once
+#include <algorithm>
 #include <tuple>
 
 #include "ops/tensor.h"
@@ -55,23 +56,6 @@ struct AttentionArgs {
   Out out, lse;
   auto fields() { return std::tie(q, k, v, qkv, cos, sin, cu_seqlens, scale, kernel, out, lse); }
   double work() const { return 2 * attention_product(qkv ? qkv : q, cu_seqlens); }
-};
-
-// Either d_qkv is given, or d_q, d_k and d_v, as in the input. Without `deterministic` a kernel may
-// add in an order that changes from run to run, in a workspace of up to 4 T H D bytes.
-struct AttentionBackwardArgs {
-  In d_out, q, k, v, qkv, cos, sin, out, lse;
-  Ints cu_seqlens;
-  double scale = 1;
-  bool deterministic = true;
-  int64_t kernel = 0;
-  Out d_q, d_k, d_v, d_qkv;
-  auto fields() {
-    return std::tie(d_out, q, k, v, qkv, cos, sin, out, lse, cu_seqlens, scale, deterministic,
-                    kernel, d_q, d_k, d_v, d_qkv);
-  }
-  // S and dP in each of the two passes, and the three gradients.
-  double work() const { return 7 * attention_product(qkv ? qkv : q, cu_seqlens); }
 };
 
 struct AttentionMassArgs {
@@ -110,5 +94,39 @@ inline AttentionLayout attention_layout(const View& q, const View& k, const View
   l.v = part(v, 2);
   return l;
 }
+
+// What a backward pass takes on a GPU to turn q and k, in their type, or to sum up dQ, in f32. Not
+// for both: the turned rows then lie in d_qkv until the gradients take their place.
+inline int64_t attention_workspace(const AttentionLayout& in, bool rotary, bool deterministic) {
+  const int64_t entries = in.tokens * in.heads * in.head_dim;
+  return std::max(rotary ? 2 * entries * static_cast<int64_t>(size_of(in.dtype)) : 0,
+                  deterministic ? 0 : 4 * entries);
+}
+
+// Either d_qkv is given, or d_q, d_k and d_v, as in the input; none may overlap the inputs. Without
+// `deterministic` a kernel may add in an order that changes from run to run. Of all there are, only
+// CUDA's "wgmma" does: it sums up dQ in a workspace. The others do the same either way.
+struct AttentionBackwardArgs {
+  In d_out, q, k, v, qkv, cos, sin, out, lse;
+  Ints cu_seqlens;
+  double scale = 1;
+  bool deterministic = true;
+  int64_t kernel = 0;
+  Out d_q, d_k, d_v, d_qkv;
+  auto fields() {
+    return std::tie(d_out, q, k, v, qkv, cos, sin, out, lse, cu_seqlens, scale, deterministic,
+                    kernel, d_q, d_k, d_v, d_qkv);
+  }
+  // S and dP in each of the two passes, and the three gradients.
+  double work() const { return 7 * attention_product(qkv ? qkv : q, cu_seqlens); }
+  // All that it may take on a GPU beyond inputs and outputs: the workspace, delta, and the list of
+  // its tiles of 32 tokens or more.
+  int64_t scratch() const {
+    const AttentionLayout in = attention_layout(q, k, v, qkv);
+    const int64_t tiles = in.tokens / 32 + static_cast<int64_t>(cu_seqlens.size());
+    return attention_workspace(in, static_cast<bool>(cos), deterministic) +
+           4 * in.tokens * in.heads + 12 * tiles + 16;
+  }
+};
 
 }  // namespace p2r

@@ -155,11 +155,12 @@ function rotaryTables(b: Backend, tokens: number, d: number) {
 // bf16 for its products where it has AVX512-BF16. The others, on tensor cores, round them to the inputs'
 // type, f16 or bf16.
 const exact = ['tiled', 'plain']
+// 'wgmma', which alone takes `deterministic: false` at its word.
+const wgmmaTakes = (dtype: Float, d: number) => dtype !== 'f32' && [64, 72, 80, 128].includes(d)
 const kernelsFor = (b: Backend, dtype: Float, d: number) =>
   kernels('attention', b.device).filter(
     (name) =>
-      (dtype !== 'f32' || exact.includes(name)) &&
-      (name !== 'wgmma' || [64, 72, 80, 128].includes(d)),
+      (dtype !== 'f32' || exact.includes(name)) && (name !== 'wgmma' || wgmmaTakes(dtype, d)),
   )
 const rounds = (dtype: Float, kernel?: string) =>
   dtype !== 'f32' &&
@@ -230,6 +231,19 @@ onEveryBackend('attention', (b) => {
           expectClose(await back.dV.toFloat32(), expected.dv, bound)
           expectClose(await back.dQ.toFloat32(), expected.dq, bound)
           expectClose(await back.dK.toFloat32(), expected.dk, bound)
+
+          // The order of a sum is within the bound, so this one is the same.
+          if (!wgmmaTakes(dtype, c.d)) continue
+          const loose = recorded(
+            b,
+            `attention backward in any order ${name}`,
+            backwardBound(dtype),
+            () => attentionBackward({ ...given, dOut, out, lse, kernel, deterministic: false }),
+            tilesWork,
+          )
+          expectClose(await loose.dV.toFloat32(), expected.dv, bound)
+          expectClose(await loose.dQ.toFloat32(), expected.dq, bound)
+          expectClose(await loose.dK.toFloat32(), expected.dk, bound)
         }
       })
 
@@ -247,19 +261,24 @@ onEveryBackend('attention', (b) => {
     expectClose(await back.dK.read(), expected.dk, backwardBound('f32'))
   })
 
-  for (const dtype of floats)
-    test(`packed and turned, ${dtype}`, async () => {
-      const x = random({ d: 72, heads: 2, lengths: [3, 0, 70] }, dtype, 2)
+  const packedCases: (Case & { dtype: Float })[] = [
+    ...floats.map((dtype) => ({ d: 72, heads: 2, lengths: [3, 0, 70], dtype })),
+    ...[64, 80, 128].map((d) => ({ d, heads: 1, lengths: [3, 0, 130], dtype: 'bf16' as const })),
+  ]
+  for (const { dtype, ...c } of packedCases)
+    test(`packed and turned, ${title(c)}, ${dtype}`, async () => {
+      const x = random(c, dtype, 2)
       const { q, k, v, dOut } = upload(b, x, dtype)
-      const [tokens, inner] = [73, 2 * 72]
-      const qkv = b.device.tensor(pack(x.q, x.k, x.v, inner), [tokens, 3, 2, 72], dtype)
-      const rotary = rotaryTables(b, tokens, 72)
+      const [tokens, inner] = [x.cu.at(-1)!, c.heads * c.d]
+      const shape = [tokens, 3, c.heads, c.d]
+      const qkv = b.device.tensor(pack(x.q, x.k, x.v, inner), shape, dtype)
+      const rotary = rotaryTables(b, tokens, c.d)
       const cuSeqlens = x.cu
 
       for (const [turned, kernel] of [false, true].flatMap((turned) =>
-        kernelsFor(b, dtype, 72).map((kernel) => [turned, kernel] as const),
+        kernelsFor(b, dtype, c.d).map((kernel) => [turned, kernel] as const),
       )) {
-        const name = `packed${turned ? ' turned' : ''} ${dtype}`
+        const name = `packed${turned ? ' turned' : ''}, D ${c.d}, ${dtype}`
         const apart = turned
           ? { q: applyRotary({ x: q, ...rotary }), k: applyRotary({ x: k, ...rotary }), v }
           : { q, k, v }
@@ -275,9 +294,15 @@ onEveryBackend('attention', (b) => {
         const massOfTwo = attentionMass({ q: apart.q, k: apart.k, lse: two.lse, cuSeqlens })
         expect(await massOfOne.read()).toEqual(await massOfTwo.read())
 
-        const { dQkv } = recorded(b, `attention backward ${name}`, backwardBound(dtype), () =>
-          attentionBackward({ ...packed, ...one, dOut, cuSeqlens, kernel }),
-        )
+        const [{ dQkv }, loose] = [true, false].map((deterministic) =>
+          recorded(
+            b,
+            `attention backward ${deterministic ? '' : 'in any order '}${name}`,
+            backwardBound(dtype),
+            () => attentionBackward({ ...packed, ...one, dOut, cuSeqlens, kernel, deterministic }),
+            tilesWork,
+          ),
+        ) as [{ dQkv: Tensor }, { dQkv: Tensor }]
         const { dQ, dK, dV } = attentionBackward({ ...apart, ...two, dOut, cuSeqlens, kernel })
         const back = (g: Tensor) =>
           turned ? applyRotary({ x: g, ...rotary, inverse: true }).toFloat32() : g.toFloat32()
@@ -285,6 +310,11 @@ onEveryBackend('attention', (b) => {
         const expected = pack(await back(dQ), await back(dK), await dV.toFloat32(), inner)
         const twice = turned ? 3 * roundoff[dtype] : 0
         expectClose(await dQkv.toFloat32(), expected, { absolute: twice, relative: twice })
+        // The same factors, rounded before they are summed up.
+        expectClose(await loose.dQkv.toFloat32(), await dQkv.toFloat32(), {
+          absolute: 2e-5,
+          relative: 2 * roundoff[dtype],
+        })
       }
     })
 
@@ -359,6 +389,32 @@ onEveryBackend('attention', (b) => {
           expect(values.subarray(7 * 144, 77 * 144).some(Number.isNaN)).toBe(true)
         })
       }
+    })
+
+  // Tiles at a sequence's end reach into the next one.
+  for (const d of [64, 72, 80, 128])
+    test(`gradients keep clear of a neighbour full of NaN, D ${d}`, async () => {
+      const dtype = 'bf16'
+      const x = random({ d, heads: 1, lengths: [65, 30, 70] }, dtype, 12)
+      for (const part of [x.q, x.k, x.v, x.dOut]) part.fill(NaN, 65 * d, 95 * d)
+      const expected = oracle(x, x.dOut)
+      const { q, k, v, dOut } = upload(b, x, dtype)
+      for (const kernel of kernelsFor(b, dtype, d))
+        for (const deterministic of [true, false]) {
+          const given = { q, k, v, cuSeqlens: x.cu, kernel }
+          const { out, lse } = attention(given)
+          const { dQ, dK, dV } = recorded(
+            b,
+            `attention backward beside NaN, D ${d}${deterministic ? '' : ', in any order'}`,
+            backwardBound(dtype),
+            () => attentionBackward({ ...given, dOut, out, lse, deterministic }),
+            tilesWork,
+          )
+          const bound = backwardBound(dtype, kernel)
+          expectClose(await dQ.toFloat32(), expected.dq, bound)
+          expectClose(await dK.toFloat32(), expected.dk, bound)
+          expectClose(await dV.toFloat32(), expected.dv, bound)
+        }
     })
 
   test('parts of the keys are put together by lse', async () => {
@@ -587,6 +643,26 @@ onEveryBackend('attention', (b) => {
     expect(b.device.memory().peakBytes - before).toBeLessThan(
       threads * 2 ** 22 + 6 * 4 * tokens * d,
     )
+  })
+
+  test('sums in any order cost 4 bytes an entry on a GPU, with rotary too', async () => {
+    const [tokens, heads, d] = [1024, 2, 64]
+    const qkv = b.device.tensor(
+      new Random(13).normals(tokens * 3 * heads * d),
+      [tokens, 3, heads, d],
+      'bf16',
+    )
+    const rotary = rotaryTables(b, tokens, d)
+    const given = { qkv, rotary, cuSeqlens: [0, tokens] }
+    const { out, lse } = attention(given)
+    await b.device.synchronize()
+    b.device.resetPeak()
+    const before = b.device.memory().liveBytes
+    attentionBackward({ ...given, dOut: out, out, lse, deterministic: false })
+    await b.device.synchronize()
+    const threads = b.device.info.threads
+    const scratch = threads === undefined ? 4 * tokens * heads * (d + 2) : threads * 2 ** 22
+    expect(b.device.memory().peakBytes - before).toBeLessThan(scratch + 2 * qkv.size)
   })
 
   test('runs a kernel by name', async () => {

@@ -62,9 +62,11 @@ type Answer = {
 
 /**
  * The gradients of `attention`, given its out and lse and the gradient dOut of out. Repeats bit for
- * bit; `deterministic: false` allows a faster kernel, where there is one, whose sums change their
- * order from run to run and which may take a workspace of 4·T·H·D bytes.
+ * bit.
  *
+ * @param a.deterministic false lets the kernel 'wgmma' (f16 and bf16 on Hopper) sum up dQ in one
+ *   pass, in an order that changes from run to run, with a workspace of 4·T·H·D bytes; with rotary
+ *   it takes no more than that. The other kernels, the CPU's among them, do the same either way.
  * @returns dQ, dK and dV like q, k and v; or dQkv like qkv, rotated back through the tables.
  */
 export function attentionBackward(

@@ -206,6 +206,21 @@ void write_tile(BulkStore& s) {
   watch::release(&current->warp->async_done);
 }
 
+void issue_store(const TensorMap& map, uint32_t src, const int* coord, bool add, Where at) {
+  async_reads(src, tile_bytes(map), "a TMA store", at);
+  BulkStore s{};
+  s.map = map;
+  std::copy(coord, coord + map.rank, s.coord);
+  s.src = src;
+  s.add = add;
+  s.at = at;
+  if (block->at_once()) {
+    read_tile(s);
+    write_tile(s);
+  }
+  self().stores_open.push_back(std::move(s));
+}
+
 }  // namespace
 
 void land_load(BulkLoad& load) {
@@ -268,18 +283,24 @@ void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar, Wher
 void tma_store(const TensorMap& map, uint32_t src, const int* coord, int rank, bool add, Where at) {
   Quiet quiet;
   check_tile(map, src, rank, add ? "TMA reduce" : "TMA store", at);
-  async_reads(src, tile_bytes(map), "a TMA store", at);
-  BulkStore s{};
-  s.map = map;
-  std::copy(coord, coord + rank, s.coord);
-  s.src = src;
-  s.add = add;
-  s.at = at;
-  if (block->at_once()) {
-    read_tile(s);
-    write_tile(s);
-  }
-  self().stores_open.push_back(std::move(s));
+  issue_store(map, src, coord, add, at);
+}
+
+// As the addition of a tile of one row.
+void bulk_reduce_add(float* dst, uint32_t src, uint32_t bytes, Where at) {
+  Quiet quiet;
+  if (src % 16 || bytes % 16 || !bytes || reinterpret_cast<uintptr_t>(dst) % 16)
+    fail("bulk reduce: address or size is not a multiple of 16", at);
+  shared_check(src, bytes, "bulk reduce", at);
+  TensorMap row{};
+  row.base = dst;
+  row.rank = 1;
+  row.element = Element::f32;
+  row.stride[0] = sizeof(float);
+  row.dim[0] = row.box[0] = uint16_t(bytes / sizeof(float));
+  if (row.box[0] != bytes / sizeof(float)) fail("bulk reduce: more than the twin takes", at);
+  const int first = 0;
+  issue_store(row, src, &first, true, at);
 }
 
 void tma_commit() {

@@ -146,6 +146,20 @@ __global__ void tma_out(const __grid_constant__ TensorMap map, int elements) {
   }
 }
 
+__global__ void bulk_out(float* to) {
+  SMEM_DYN(s);
+  for (int i = threadIdx.x; i < 512; i += 128) reinterpret_cast<float*>(s)[i] = float(i % 1000);
+  ptx::fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::bulk_reduce_add(to, ptx::smem_u32(s), 2048);
+    ptx::bulk_reduce_add(to + 8, ptx::smem_u32(s) + 64, 1024);
+    ptx::tma_commit();
+    ptx::tma_wait_read<0>();
+    ptx::tma_wait<0>();
+  }
+}
+
 // Tiles of integers straight in shared memory; only that both builds read them alike matters.
 template <class T, int N, bool FromRegisters, bool AMajor, bool BMajor, Swizzle Mode>
 __global__ void __launch_bounds__(128) wgmma(uint32_t* out) {
@@ -282,6 +296,7 @@ int main() try {
   run_tma_out<3>("3d");
   run_tma_out<4>("4d");
   run_tma_out<5>("5d");
+  run("bulk_reduce_add", bulk_out, 128, reinterpret_cast<float*>(to));
   run_wgmma<8>();
   run_wgmma<16>();
   run_wgmma<64>();

@@ -108,7 +108,13 @@ std::string run_once(Case& c, Function<Args> function, int64_t kernel, Stage& st
   if constexpr (requires { args.kernel; }) args.kernel = kernel;
   const std::shared_ptr<Fault> fault = device.new_fault(c.function, "");
   if constexpr (requires { args.fault; }) args.fault = fault->flag;
+  device.reset_peak();
+  [[maybe_unused]] const size_t before = device.live();
   (device.kernels().*function)(args, device);
+  if constexpr (requires { args.scratch(); })
+    if (const size_t took = device.peak() - before; took > static_cast<size_t>(args.scratch()))
+      return "took " + std::to_string(took) + " bytes of scratch, and may take " +
+             std::to_string(args.scratch());
   std::vector<std::vector<char>> after(c.fields.size());
   for (size_t i = 0; i < c.fields.size(); ++i) {
     after[i].resize(c.fields[i].after.size());

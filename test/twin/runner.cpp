@@ -34,7 +34,7 @@ class TwinDevice final : public Device, public replay::Stage {
     info_.capability = capability;
   }
   ~TwinDevice() override {
-    for (void* block : blocks_) std::free(block);
+    for (const auto& [block, bytes] : blocks_) std::free(block);
   }
   Device& device() override { return *this; }
   void* tensor(size_t bytes) override { return allocate(bytes); }
@@ -42,10 +42,12 @@ class TwinDevice final : public Device, public replay::Stage {
     void* block = nullptr;
     if (posix_memalign(&block, 256, bytes ? bytes : 1)) throw Error(Code::memory, "out of memory");
     std::memset(block, 0xFF, bytes);
-    blocks_.push_back(block);
+    blocks_[block] = bytes;
+    adopt(bytes);
     return block;
   }
-  void release(void*) override {}  // with the device: a released block must still be readable
+  // Freed with the device: a released block must still be readable.
+  void release(void* block) override { disown(blocks_.at(block)); }
   const DeviceInfo& info() const override {
     asked_ = true;
     return info_;
@@ -88,7 +90,7 @@ class TwinDevice final : public Device, public replay::Stage {
  private:
   DeviceInfo info_;
   mutable bool asked_ = false;
-  std::vector<void*> blocks_;
+  std::map<void*, size_t> blocks_;
 };
 
 class Twin final : public replay::Place {
