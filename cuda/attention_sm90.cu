@@ -104,162 +104,166 @@ __global__ void __launch_bounds__(Roles<Forward<D>::groups>::threads, 1)
                           const __grid_constant__ TensorMap k_map,
                           const __grid_constant__ TensorMap v_map, WorkList list, T* out,
                           float* lse, int64_t tokens, float scale) {
-  using F = Forward<D>;
-  using R = Roles<F::groups>;
-  constexpr int N = F::keys;
-  SMEM_DYN(memory);
-  SMEM_ARRAY(uint64_t, bars, 4 * F::stages + 3);
-  SMEM_ARRAY(Work, shared_work, 1);
-  const uint32_t q = ptx::smem_u32(memory), k = q + F::query_bytes;
-  const uint32_t v = k + F::stages * F::key_bytes;
-  const Ring<F::stages> keys(ptx::smem_u32(bars)), vals(keys.full + Ring<F::stages>::bytes);
-  const uint32_t q_full = vals.full + Ring<F::stages>::bytes, q_empty = q_full + 8;
-  const uint32_t v_landed = q_full + 16;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = threadIdx.x / 128;
-  if (threadIdx.x == 0) {
-    keys.init(4 * F::groups);
-    vals.init(4 * F::groups);
-    ptx::mbar_init(q_full, 1);
-    ptx::mbar_init(q_empty, 4 * F::groups);
-    ptx::mbar_init(v_landed, 1);
-    ptx::mbar_fence_init();
-  }
-  __syncthreads();
-  uint32_t step = 0;  // of the ring, over all work
-
-  if (group == F::groups) {
-    ptx::reg_dealloc<R::loader_registers>();
-    if (warp == 4 * F::groups) {
-      int cleared = 0;
-      for (int item = 0;; ++item) {
-        const Work work = next_work(list);
-        wait_warp(q_empty, item % 2 ^ 1);
-        if (lane == 0) {
-          shared_work[0] = work;
-          ptx::mbar_arrive_expect_tx(q_full, work.head < 0 ? 0 : F::query_bytes);
-          if (work.head >= 0)
-            load_rows<D, F::queries>(q, q_map, q_full, work.head, work.begin + work.first);
-        }
-        if (work.head < 0) break;
-        const int steps = (work.length + N - 1) / N, left = work.length % N;
-        const auto clear_values = [&](uint32_t at) {
-          ptx::mbar_wait(v_landed, cleared % 2);
-          ++cleared;
-          clear_rows<D, N>(memory + (v - q) + vals.stage(at) * F::key_bytes, left);
-          if (lane == 0) ptx::mbar_arrive(vals.full_bar(at));
-        };
-        for (int n = steps - 1; n >= 0; --n, ++step) {
-          const int token = work.begin + n * N, place = keys.stage(step) * F::key_bytes;
-          keys.wait_empty(step);
-          if (lane == 0) {
-            ptx::mbar_arrive_expect_tx(keys.full_bar(step), F::key_bytes);
-            load_rows<D, N>(k + place, k_map, keys.full_bar(step), work.head, token);
-          }
-          // The ragged values are on their way for a while; the next keys went first.
-          if (left && n == steps - 2) clear_values(step - 1);
-          vals.wait_empty(step);
-          if (lane == 0) {
-            const uint32_t landed = left && n == steps - 1 ? v_landed : vals.full_bar(step);
-            ptx::mbar_arrive_expect_tx(landed, F::key_bytes);
-            load_rows<D, N>(v + place, v_map, landed, work.head, token);
-          }
-        }
-        if (left && steps == 1) clear_values(step - 1);
-      }
+  if constexpr (ptx::on_sm90a) {
+    using F = Forward<D>;
+    using R = Roles<F::groups>;
+    constexpr int N = F::keys;
+    SMEM_DYN(memory);
+    SMEM_ARRAY(uint64_t, bars, 4 * F::stages + 3);
+    SMEM_ARRAY(Work, shared_work, 1);
+    const uint32_t q = ptx::smem_u32(memory), k = q + F::query_bytes;
+    const uint32_t v = k + F::stages * F::key_bytes;
+    const Ring<F::stages> keys(ptx::smem_u32(bars)), vals(keys.full + Ring<F::stages>::bytes);
+    const uint32_t q_full = vals.full + Ring<F::stages>::bytes, q_empty = q_full + 8;
+    const uint32_t v_landed = q_full + 16;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = threadIdx.x / 128;
+    if (threadIdx.x == 0) {
+      keys.init(4 * F::groups);
+      vals.init(4 * F::groups);
+      ptx::mbar_init(q_full, 1);
+      ptx::mbar_init(q_empty, 4 * F::groups);
+      ptx::mbar_init(v_landed, 1);
+      ptx::mbar_fence_init();
     }
-  } else {
-    ptx::reg_alloc<R::registers>();
-    if (group == F::groups - 1) pass_turn(group, F::groups);
-    const uint32_t own_q = q + group * 64 * Panels<D>::row_bytes;
-    for (int item = 0;; ++item) {
-      ptx::mbar_wait(q_full, item % 2);
-      const Work work = shared_work[0];
-      if (work.head < 0) break;
-      const uint32_t last = step + (work.length - 1) / N;
-      const int left = work.length % N;
-      RunningSoftmax softmax(scale);
-      float s[N / 2], o[D / 2], decay[2];
-      uint32_t p[N / 16][4];
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) o[i] = 0;
+    __syncthreads();
+    uint32_t step = 0;  // of the ring, over all work
 
-      keys.wait_full(step);
-      take_turn(group);
-      ptx::wgmma_fence();
-      multiply_rows<T, D, F::queries, N>(s, own_q, k + keys.stage(step) * F::key_bytes);
-      ptx::wgmma_commit();
-      pass_turn(group, F::groups);
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_keep(s);
-      arrive_warp(keys.empty_bar(step));
-      if (step == last) arrive_warp(q_empty);
-      if (left) {
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i)
-          if (8 * (i / 4) + 2 * (lane % 4) + i % 2 >= left) s[i] = softmax.least;
+    if (group == F::groups) {
+      ptx::reg_dealloc<R::loader_registers>();
+      if (warp == 4 * F::groups) {
+        int cleared = 0;
+        for (int item = 0;; ++item) {
+          const Work work = next_work(list);
+          wait_warp(q_empty, item % 2 ^ 1);
+          if (lane == 0) {
+            shared_work[0] = work;
+            ptx::mbar_arrive_expect_tx(q_full, work.head < 0 ? 0 : F::query_bytes);
+            if (work.head >= 0)
+              load_rows<D, F::queries>(q, q_map, q_full, work.head, work.begin + work.first);
+          }
+          if (work.head < 0) break;
+          const int steps = (work.length + N - 1) / N, left = work.length % N;
+          const auto clear_values = [&](uint32_t at) {
+            ptx::mbar_wait(v_landed, cleared % 2);
+            ++cleared;
+            clear_rows<D, N>(memory + (v - q) + vals.stage(at) * F::key_bytes, left);
+            if (lane == 0) ptx::mbar_arrive(vals.full_bar(at));
+          };
+          for (int n = steps - 1; n >= 0; --n, ++step) {
+            const int token = work.begin + n * N, place = keys.stage(step) * F::key_bytes;
+            keys.wait_empty(step);
+            if (lane == 0) {
+              ptx::mbar_arrive_expect_tx(keys.full_bar(step), F::key_bytes);
+              load_rows<D, N>(k + place, k_map, keys.full_bar(step), work.head, token);
+            }
+            // The ragged values are on their way for a while; the next keys went first.
+            if (left && n == steps - 2) clear_values(step - 1);
+            vals.wait_empty(step);
+            if (lane == 0) {
+              const uint32_t landed = left && n == steps - 1 ? v_landed : vals.full_bar(step);
+              ptx::mbar_arrive_expect_tx(landed, F::key_bytes);
+              load_rows<D, N>(v + place, v_map, landed, work.head, token);
+            }
+          }
+          if (left && steps == 1) clear_values(step - 1);
+        }
       }
-      softmax.weigh(s, decay);
-      pack_weights<T, N>(p, s);
+    } else {
+      ptx::reg_alloc<R::registers>();
+      if (group == F::groups - 1) pass_turn(group, F::groups);
+      const uint32_t own_q = q + group * 64 * Panels<D>::row_bytes;
+      for (int item = 0;; ++item) {
+        ptx::mbar_wait(q_full, item % 2);
+        const Work work = shared_work[0];
+        if (work.head < 0) break;
+        const uint32_t last = step + (work.length - 1) / N;
+        const int left = work.length % N;
+        RunningSoftmax softmax(scale);
+        float s[N / 2], o[D / 2], decay[2];
+        uint32_t p[N / 16][4];
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) o[i] = 0;
 
-      for (; step < last; ++step) {
-        const uint32_t next = step + 1;
-        keys.wait_full(next);
+        keys.wait_full(step);
         take_turn(group);
-        ptx::wgmma_keep(s);
         ptx::wgmma_fence();
-        multiply_rows<T, D, F::queries, N>(s, own_q, k + keys.stage(next) * F::key_bytes);
+        multiply_rows<T, D, F::queries, N>(s, own_q, k + keys.stage(step) * F::key_bytes);
         ptx::wgmma_commit();
+        pass_turn(group, F::groups);
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_keep(s);
+        arrive_warp(keys.empty_bar(step));
+        if (step == last) arrive_warp(q_empty);
+        if (left) {
+#pragma unroll
+          for (int i = 0; i < N / 2; ++i)
+            if (8 * (i / 4) + 2 * (lane % 4) + i % 2 >= left) s[i] = softmax.least;
+        }
+        softmax.weigh(s, decay);
+        pack_weights<T, N>(p, s);
+
+        for (; step < last; ++step) {
+          const uint32_t next = step + 1;
+          keys.wait_full(next);
+          take_turn(group);
+          ptx::wgmma_keep(s);
+          ptx::wgmma_fence();
+          multiply_rows<T, D, F::queries, N>(s, own_q, k + keys.stage(next) * F::key_bytes);
+          ptx::wgmma_commit();
+          vals.wait_full(step);
+          ptx::wgmma_keep(o);
+          keep_weights<N>(p);
+          ptx::wgmma_fence();
+          add_rows<T, D, N>(o, p, v + vals.stage(step) * F::key_bytes);
+          ptx::wgmma_commit();
+          pass_turn(group, F::groups);
+          ptx::wgmma_wait<1>();
+          ptx::wgmma_keep(s);
+          arrive_warp(keys.empty_bar(next));
+          if (next == last) arrive_warp(q_empty);
+          softmax.weigh(s, decay);
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_keep(o);
+          arrive_warp(vals.empty_bar(step));
+          // Not before: the product just waited for was reading the last step's weights.
+          pack_weights<T, N>(p, s);
+#pragma unroll
+          for (int i = 0; i < D / 2; ++i) o[i] *= decay[i / 2 % 2];
+        }
+
         vals.wait_full(step);
         ptx::wgmma_keep(o);
         keep_weights<N>(p);
         ptx::wgmma_fence();
         add_rows<T, D, N>(o, p, v + vals.stage(step) * F::key_bytes);
         ptx::wgmma_commit();
-        pass_turn(group, F::groups);
-        ptx::wgmma_wait<1>();
-        ptx::wgmma_keep(s);
-        arrive_warp(keys.empty_bar(next));
-        if (next == last) arrive_warp(q_empty);
-        softmax.weigh(s, decay);
         ptx::wgmma_wait<0>();
         ptx::wgmma_keep(o);
         arrive_warp(vals.empty_bar(step));
-        // Not before: the product just waited for was reading the last step's weights.
-        pack_weights<T, N>(p, s);
-#pragma unroll
-        for (int i = 0; i < D / 2; ++i) o[i] *= decay[i / 2 % 2];
-      }
-
-      vals.wait_full(step);
-      ptx::wgmma_keep(o);
-      keep_weights<N>(p);
-      ptx::wgmma_fence();
-      add_rows<T, D, N>(o, p, v + vals.stage(step) * F::key_bytes);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_keep(o);
-      arrive_warp(vals.empty_bar(step));
-      ++step;
+        ++step;
 
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float total = softmax.sum[h];
-        total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
-        total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
-        const int row = work.first + warp * 16 + lane / 4 + 8 * h;
-        if (row >= work.length) continue;
-        const int64_t token = int64_t{work.begin} + row;
-        if (lane % 4 == 0)
-          lse[work.head * tokens + token] = softmax.top[h] * (scale * 0.69314718f) + logf(total);
-        const float inverse = 1 / total;
-        T* to = out + (token * list.heads + work.head) * D + 2 * (lane % 4);
+        for (int h = 0; h < 2; ++h) {
+          float total = softmax.sum[h];
+          total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
+          total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
+          const int row = work.first + warp * 16 + lane / 4 + 8 * h;
+          if (row >= work.length) continue;
+          const int64_t token = int64_t{work.begin} + row;
+          if (lane % 4 == 0)
+            lse[work.head * tokens + token] = softmax.top[h] * (scale * 0.69314718f) + logf(total);
+          const float inverse = 1 / total;
+          T* to = out + (token * list.heads + work.head) * D + 2 * (lane % 4);
 #pragma unroll
-        for (int c = 0; c < D / 8; ++c)
-          *reinterpret_cast<uint32_t*>(to + 8 * c) =
-              ptx::pack2<T>(o[4 * c + 2 * h] * inverse, o[4 * c + 2 * h + 1] * inverse);
+          for (int c = 0; c < D / 8; ++c)
+            *reinterpret_cast<uint32_t*>(to + 8 * c) =
+                ptx::pack2<T>(o[4 * c + 2 * h] * inverse, o[4 * c + 2 * h + 1] * inverse);
+        }
       }
+      if (group == 0) take_turn(group);
     }
-    if (group == 0) take_turn(group);
+  } else {
+    ptx::trap();
   }
 }
 

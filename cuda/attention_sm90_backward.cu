@@ -50,61 +50,66 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
                                const __grid_constant__ TensorMap g_map, WorkList list,
                                const float* lse, const float* delta, T* d_k, T* d_v, int64_t d_row,
                                const float* cos, const float* sin, int64_t tokens, float scale) {
-  constexpr int N = KeysOwn<D>::rows;
-  using Tile = Tiles<D, N>;
-  using R = Roles<kGroups>;
-  SMEM_DYN(memory);
-  SMEM_ARRAY(uint64_t, bar_words, Bars::count);
-  SMEM_ARRAY(Work, shared_work, 1);
-  SMEM_ARRAY(Scalars<N>, scalars, kStages);
-  const Bars bars(ptx::smem_u32(bar_words));
-  bars.init();
+  if constexpr (ptx::on_sm90a) {
+    constexpr int N = KeysOwn<D>::rows;
+    using Tile = Tiles<D, N>;
+    using R = Roles<kGroups>;
+    SMEM_DYN(memory);
+    SMEM_ARRAY(uint64_t, bar_words, Bars::count);
+    SMEM_ARRAY(Work, shared_work, 1);
+    SMEM_ARRAY(Scalars<N>, scalars, kStages);
+    const Bars bars(ptx::smem_u32(bar_words));
+    bars.init();
 
-  const int group = threadIdx.x / 128;
-  if (group == kGroups) {
-    ptx::reg_dealloc<R::loader_registers>();
-    if (threadIdx.x / 32 == 4 * kGroups)
-      load_all<D, N>(list, bars, memory, shared_work, k_map, v_map, q_map, g_map, scalars, lse,
-                     delta, tokens, static_cast<const T*>(nullptr), 0);
-  } else {
-    ptx::reg_alloc<R::registers>();
-    const float scale_log2 = scale * kLog2E;
-    const uint32_t own_k = ptx::smem_u32(memory) + group * 64 * Panels<D>::row_bytes;
-    const uint32_t own_v = own_k + Tile::owned_bytes;
-    uint32_t step = 0;
-    for (int item = 0;; ++item) {
-      ptx::mbar_wait(bars.own_full, item % 2);
-      const Work work = shared_work[0];
-      if (work.head < 0) break;
-      const uint32_t end = step + (work.length + N - 1) / N;
-      float dk[D / 2], dv[D / 2], s[N / 2], ds[N / 2];
-      uint32_t p[N / 16][4], w[N / 16][4];
+    const int group = threadIdx.x / 128;
+    if (group == kGroups) {
+      ptx::reg_dealloc<R::loader_registers>();
+      if (threadIdx.x / 32 == 4 * kGroups)
+        load_all<D, N>(list, bars, memory, shared_work, k_map, v_map, q_map, g_map, scalars, lse,
+                       delta, tokens, static_cast<const T*>(nullptr), 0);
+    } else {
+      ptx::reg_alloc<R::registers>();
+      const float scale_log2 = scale * kLog2E;
+      const uint32_t own_k = ptx::smem_u32(memory) + group * 64 * Panels<D>::row_bytes;
+      const uint32_t own_v = own_k + Tile::owned_bytes;
+      uint32_t step = 0;
+      for (int item = 0;; ++item) {
+        ptx::mbar_wait(bars.own_full, item % 2);
+        const Work work = shared_work[0];
+        if (work.head < 0) break;
+        const uint32_t end = step + (work.length + N - 1) / N;
+        float dk[D / 2], dv[D / 2], s[N / 2], ds[N / 2];
+        uint32_t p[N / 16][4], w[N / 16][4];
 #pragma unroll
-      for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
+        for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
 
-      for (; step != end; ++step) {
-        const int stage = bars.ring.stage(step);
-        const uint32_t q = ptx::smem_u32(memory) + 2 * Tile::owned_bytes + 2 * stage * Tile::bytes;
-        const uint32_t g = q + Tile::bytes;
-        bars.ring.wait_full(step);
-        weigh_queries<T, D, N, N>(p, w, s, ds, own_k, q, own_v, g, scalars[stage], scale_log2);
-        ptx::wgmma_keep(dv);
-        ptx::wgmma_keep(dk);
-        keep_weights<N>(p);
-        keep_weights<N>(w);
-        ptx::wgmma_fence();
-        add_rows<T, D, N>(dv, p, g);
-        add_rows<T, D, N>(dk, w, q);
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_keep(dv);
-        ptx::wgmma_keep(dk);
-        arrive_warp(bars.ring.empty_bar(step));
+        for (; step != end; ++step) {
+          const int stage = bars.ring.stage(step);
+          const uint32_t q =
+              ptx::smem_u32(memory) + 2 * Tile::owned_bytes + 2 * stage * Tile::bytes;
+          const uint32_t g = q + Tile::bytes;
+          bars.ring.wait_full(step);
+          weigh_queries<T, D, N, N>(p, w, s, ds, own_k, q, own_v, g, scalars[stage], scale_log2);
+          ptx::wgmma_keep(dv);
+          ptx::wgmma_keep(dk);
+          keep_weights<N>(p);
+          keep_weights<N>(w);
+          ptx::wgmma_fence();
+          add_rows<T, D, N>(dv, p, g);
+          add_rows<T, D, N>(dk, w, q);
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_keep(dv);
+          ptx::wgmma_keep(dk);
+          arrive_warp(bars.ring.empty_bar(step));
+        }
+        arrive_warp(bars.own_empty);
+        store_sums<T, D>(dv, 1.0f, work, d_v, d_row, nullptr, nullptr);
+        store_sums<T, D>(dk, scale, work, d_k, d_row, cos, sin);
       }
-      arrive_warp(bars.own_empty);
-      store_sums<T, D>(dv, 1.0f, work, d_v, d_row, nullptr, nullptr);
-      store_sums<T, D>(dk, scale, work, d_k, d_row, cos, sin);
     }
+  } else {
+    ptx::trap();
   }
 }
 
@@ -116,75 +121,79 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
                               const __grid_constant__ TensorMap v_map, WorkList list,
                               const float* lse, const float* delta, T* d_q, int64_t d_row,
                               const float* cos, const float* sin, int64_t tokens, float scale) {
-  constexpr int N = QueriesOwn<D>::rows;
-  using Tile = Tiles<D, N>;
-  using R = Roles<kGroups>;
-  SMEM_DYN(memory);
-  SMEM_ARRAY(uint64_t, bar_words, Bars::count);
-  SMEM_ARRAY(Work, shared_work, 1);
-  const Bars bars(ptx::smem_u32(bar_words));
-  bars.init();
+  if constexpr (ptx::on_sm90a) {
+    constexpr int N = QueriesOwn<D>::rows;
+    using Tile = Tiles<D, N>;
+    using R = Roles<kGroups>;
+    SMEM_DYN(memory);
+    SMEM_ARRAY(uint64_t, bar_words, Bars::count);
+    SMEM_ARRAY(Work, shared_work, 1);
+    const Bars bars(ptx::smem_u32(bar_words));
+    bars.init();
 
-  const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
-  if (group == kGroups) {
-    ptx::reg_dealloc<R::loader_registers>();
-    if (threadIdx.x / 32 == 4 * kGroups)
-      load_all<D, N>(list, bars, memory, shared_work, q_map, g_map, k_map, v_map, nullptr, lse,
-                     delta, tokens, static_cast<const T*>(nullptr), 0);
-  } else {
-    ptx::reg_alloc<R::registers>();
-    const float scale_log2 = scale * kLog2E;
-    const uint32_t own_q = ptx::smem_u32(memory) + group * 64 * Panels<D>::row_bytes;
-    const uint32_t own_g = own_q + Tile::owned_bytes;
-    uint32_t step = 0;
-    for (int item = 0;; ++item) {
-      ptx::mbar_wait(bars.own_full, item % 2);
-      const Work work = shared_work[0];
-      if (work.head < 0) break;
-      const uint32_t first = step, end = step + (work.length + N - 1) / N;
-      const int left = work.length % N;
-      float shift[2], mean[2], dq[D / 2], s[N / 2], ds[N / 2];
-      uint32_t w[N / 16][4];
+    const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    if (group == kGroups) {
+      ptx::reg_dealloc<R::loader_registers>();
+      if (threadIdx.x / 32 == 4 * kGroups)
+        load_all<D, N>(list, bars, memory, shared_work, q_map, g_map, k_map, v_map, nullptr, lse,
+                       delta, tokens, static_cast<const T*>(nullptr), 0);
+    } else {
+      ptx::reg_alloc<R::registers>();
+      const float scale_log2 = scale * kLog2E;
+      const uint32_t own_q = ptx::smem_u32(memory) + group * 64 * Panels<D>::row_bytes;
+      const uint32_t own_g = own_q + Tile::owned_bytes;
+      uint32_t step = 0;
+      for (int item = 0;; ++item) {
+        ptx::mbar_wait(bars.own_full, item % 2);
+        const Work work = shared_work[0];
+        if (work.head < 0) break;
+        const uint32_t first = step, end = step + (work.length + N - 1) / N;
+        const int left = work.length % N;
+        float shift[2], mean[2], dq[D / 2], s[N / 2], ds[N / 2];
+        uint32_t w[N / 16][4];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = work.first + threadIdx.x / 32 * 16 + lane / 4 + 8 * h;
-        const int64_t at = work.head * tokens + work.begin + row;
-        shift[h] = row < work.length ? lse[at] * kLog2E : 0.0f;
-        mean[h] = row < work.length ? delta[at] : 0.0f;
-      }
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) dq[i] = 0;
-
-      for (; step != end; ++step) {
-        const uint32_t k =
-            ptx::smem_u32(memory) + 2 * Tile::owned_bytes + 2 * bars.ring.stage(step) * Tile::bytes;
-        bars.ring.wait_full(step);
-        start_squares<T, D, N, N>(s, ds, own_q, k, own_g, k + Tile::bytes);
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i) s[i] = ptx::ex2(s[i] * scale_log2 - shift[i / 2 % 2]);
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_keep(ds);
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i) s[i] *= ds[i] - mean[i / 2 % 2];
-        // Beyond the end a weight of exp(0 - lse) can be infinite.
-        if (left && step == first) {
-#pragma unroll
-          for (int i = 0; i < N / 2; ++i)
-            if (8 * (i / 4) + 2 * (lane % 4) + i % 2 >= left) s[i] = 0;
+        for (int h = 0; h < 2; ++h) {
+          const int row = work.first + threadIdx.x / 32 * 16 + lane / 4 + 8 * h;
+          const int64_t at = work.head * tokens + work.begin + row;
+          shift[h] = row < work.length ? lse[at] * kLog2E : 0.0f;
+          mean[h] = row < work.length ? delta[at] : 0.0f;
         }
-        pack_weights<T, N>(w, s);
-        ptx::wgmma_keep(dq);
-        keep_weights<N>(w);
-        ptx::wgmma_fence();
-        add_rows<T, D, N>(dq, w, k);
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_keep(dq);
-        arrive_warp(bars.ring.empty_bar(step));
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) dq[i] = 0;
+
+        for (; step != end; ++step) {
+          const uint32_t k = ptx::smem_u32(memory) + 2 * Tile::owned_bytes +
+                             2 * bars.ring.stage(step) * Tile::bytes;
+          bars.ring.wait_full(step);
+          start_squares<T, D, N, N>(s, ds, own_q, k, own_g, k + Tile::bytes);
+#pragma unroll
+          for (int i = 0; i < N / 2; ++i) s[i] = ptx::ex2(s[i] * scale_log2 - shift[i / 2 % 2]);
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_keep(ds);
+#pragma unroll
+          for (int i = 0; i < N / 2; ++i) s[i] *= ds[i] - mean[i / 2 % 2];
+          // Beyond the end a weight of exp(0 - lse) can be infinite.
+          if (left && step == first) {
+#pragma unroll
+            for (int i = 0; i < N / 2; ++i)
+              if (8 * (i / 4) + 2 * (lane % 4) + i % 2 >= left) s[i] = 0;
+          }
+          pack_weights<T, N>(w, s);
+          ptx::wgmma_keep(dq);
+          keep_weights<N>(w);
+          ptx::wgmma_fence();
+          add_rows<T, D, N>(dq, w, k);
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_keep(dq);
+          arrive_warp(bars.ring.empty_bar(step));
+        }
+        arrive_warp(bars.own_empty);
+        store_sums<T, D>(dq, scale, work, d_q, d_row, cos, sin);
       }
-      arrive_warp(bars.own_empty);
-      store_sums<T, D>(dq, scale, work, d_q, d_row, cos, sin);
     }
+  } else {
+    ptx::trap();
   }
 }
 

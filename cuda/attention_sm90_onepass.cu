@@ -136,88 +136,93 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1) attention_one_pass
     const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap g_map, WorkList list,
     const T* k_rows, int64_t k_row, const float* lse, const float* delta, T* d_k, T* d_v,
     int64_t d_row, float* sums, const float* cos, const float* sin, int64_t tokens, float scale) {
-  using Pass = OnePass<D>;
-  constexpr int N = Pass::queries, Part = Pass::at_once, Width = Pass::width;
-  using Tile = Tiles<D, N>;
-  using R = Roles<kGroups>;
-  SMEM_DYN(memory);
-  SMEM_ARRAY(uint64_t, bar_words, Bars::count);
-  SMEM_ARRAY(Work, shared_work, 1);
-  SMEM_ARRAY(Scalars<N>, scalars, kStages);
-  const Bars bars(ptx::smem_u32(bar_words));
-  bars.init();
+  if constexpr (ptx::on_sm90a) {
+    using Pass = OnePass<D>;
+    constexpr int N = Pass::queries, Part = Pass::at_once, Width = Pass::width;
+    using Tile = Tiles<D, N>;
+    using R = Roles<kGroups>;
+    SMEM_DYN(memory);
+    SMEM_ARRAY(uint64_t, bar_words, Bars::count);
+    SMEM_ARRAY(Work, shared_work, 1);
+    SMEM_ARRAY(Scalars<N>, scalars, kStages);
+    const Bars bars(ptx::smem_u32(bar_words));
+    bars.init();
 
-  const int warp = threadIdx.x / 32, group = threadIdx.x / 128, lane = threadIdx.x % 32;
-  if (group == kGroups) {
-    ptx::reg_dealloc<R::loader_registers>();
-    if (warp == 4 * kGroups)
-      load_all<D, N>(list, bars, memory, shared_work, k_map, v_map, q_map, g_map, scalars, lse,
-                     delta, tokens, k_rows, k_row);
-  } else {
-    ptx::reg_alloc<R::registers>();
-    const float scale_log2 = scale * kLog2E;
-    const uint32_t k = ptx::smem_u32(memory), own_k = k + group * 64 * Panels<D>::row_bytes;
-    const uint32_t own_v = own_k + Tile::owned_bytes;
-    // What this warpgroup makes of dQ: 64 queries of a step and Width columns.
-    const int part = Pass::parts == 1 ? 0 : group, queries = Pass::parts == 1 ? group * 64 : 0;
-    const uint32_t squares = k + Pass::squares_at + queries / 64 * kOwned * 128;
-    const uint32_t keys = k + part * kOwned * Panels<D>::row_bytes;
-    float* staged = reinterpret_cast<float*>(memory + Pass::sums_at) + warp * 16 * Width;
-    uint32_t step = 0;
-    for (int item = 0;; ++item) {
-      ptx::mbar_wait(bars.own_full, item % 2);
-      const Work work = shared_work[0];
-      if (work.head < 0) break;
-      const uint32_t end = step + (work.length + N - 1) / N;
-      float dk[D / 2], dv[D / 2], dq[Width / 2], s[Part / 2], ds[Part / 2];
-      uint32_t p[N / 16][4], w[N / 16][4];
+    const int warp = threadIdx.x / 32, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    if (group == kGroups) {
+      ptx::reg_dealloc<R::loader_registers>();
+      if (warp == 4 * kGroups)
+        load_all<D, N>(list, bars, memory, shared_work, k_map, v_map, q_map, g_map, scalars, lse,
+                       delta, tokens, k_rows, k_row);
+    } else {
+      ptx::reg_alloc<R::registers>();
+      const float scale_log2 = scale * kLog2E;
+      const uint32_t k = ptx::smem_u32(memory), own_k = k + group * 64 * Panels<D>::row_bytes;
+      const uint32_t own_v = own_k + Tile::owned_bytes;
+      // What this warpgroup makes of dQ: 64 queries of a step and Width columns.
+      const int part = Pass::parts == 1 ? 0 : group, queries = Pass::parts == 1 ? group * 64 : 0;
+      const uint32_t squares = k + Pass::squares_at + queries / 64 * kOwned * 128;
+      const uint32_t keys = k + part * kOwned * Panels<D>::row_bytes;
+      float* staged = reinterpret_cast<float*>(memory + Pass::sums_at) + warp * 16 * Width;
+      uint32_t step = 0;
+      for (int item = 0;; ++item) {
+        ptx::mbar_wait(bars.own_full, item % 2);
+        const Work work = shared_work[0];
+        if (work.head < 0) break;
+        const uint32_t end = step + (work.length + N - 1) / N;
+        float dk[D / 2], dv[D / 2], dq[Width / 2], s[Part / 2], ds[Part / 2];
+        uint32_t p[N / 16][4], w[N / 16][4];
 #pragma unroll
-      for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
+        for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
 
-      for (; step != end; ++step) {
-        const int stage = bars.ring.stage(step);
-        const uint32_t q = k + 2 * Tile::owned_bytes + 2 * stage * Tile::bytes;
-        const uint32_t g = q + Tile::bytes;
-        bars.ring.wait_full(step);
-        weigh_queries<T, D, N, Part>(p, w, s, ds, own_k, q, own_v, g, scalars[stage], scale_log2);
-        if (const int inside = work.length - work.first - group * 64; inside < 64)
-          drop_rows<N>(w, inside);
-        ptx::wgmma_keep(dv);
-        keep_weights<N>(p);
-        ptx::wgmma_fence();
-        add_rows<T, D, N>(dv, p, g);
-        ptx::wgmma_commit();
+        for (; step != end; ++step) {
+          const int stage = bars.ring.stage(step);
+          const uint32_t q = k + 2 * Tile::owned_bytes + 2 * stage * Tile::bytes;
+          const uint32_t g = q + Tile::bytes;
+          bars.ring.wait_full(step);
+          weigh_queries<T, D, N, Part>(p, w, s, ds, own_k, q, own_v, g, scalars[stage], scale_log2);
+          if (const int inside = work.length - work.first - group * 64; inside < 64)
+            drop_rows<N>(w, inside);
+          ptx::wgmma_keep(dv);
+          keep_weights<N>(p);
+          ptx::wgmma_fence();
+          add_rows<T, D, N>(dv, p, g);
+          ptx::wgmma_commit();
 
-        ptx::mbar_wait(bars.squares_empty, step % 2 ^ 1);
-        put_squares<N>(memory + Pass::squares_at, w);
-        ptx::fence_proxy_async();
-        arrive_warp(bars.squares_full);
-        ptx::mbar_wait(bars.squares_full, step % 2);
-        ptx::wgmma_keep(dq);
-        ptx::wgmma_keep(dk);
-        keep_weights<N>(w);
-        ptx::wgmma_fence();
-        multiply_keys<T, D, Width>(dq, squares, keys);
-        ptx::wgmma_commit();
-        add_rows<T, D, N>(dk, w, q);
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<1>();
-        ptx::wgmma_keep(dv);
-        ptx::wgmma_keep(dq);
-        arrive_warp(bars.squares_empty);
-        // The first step is the sequence's last.
-        const int row = static_cast<int>(end - 1 - step) * N + queries + warp % 4 * 16;
-        const int64_t plane = int64_t{work.head} * Pass::parts + part;
-        add_sums<Width>(staged, dq, sums + (plane * tokens + work.begin + row) * Width, row, work);
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_keep(dk);
-        arrive_warp(bars.ring.empty_bar(step));
+          ptx::mbar_wait(bars.squares_empty, step % 2 ^ 1);
+          put_squares<N>(memory + Pass::squares_at, w);
+          ptx::fence_proxy_async();
+          arrive_warp(bars.squares_full);
+          ptx::mbar_wait(bars.squares_full, step % 2);
+          ptx::wgmma_keep(dq);
+          ptx::wgmma_keep(dk);
+          keep_weights<N>(w);
+          ptx::wgmma_fence();
+          multiply_keys<T, D, Width>(dq, squares, keys);
+          ptx::wgmma_commit();
+          add_rows<T, D, N>(dk, w, q);
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<1>();
+          ptx::wgmma_keep(dv);
+          ptx::wgmma_keep(dq);
+          arrive_warp(bars.squares_empty);
+          // The first step is the sequence's last.
+          const int row = static_cast<int>(end - 1 - step) * N + queries + warp % 4 * 16;
+          const int64_t plane = int64_t{work.head} * Pass::parts + part;
+          add_sums<Width>(staged, dq, sums + (plane * tokens + work.begin + row) * Width, row,
+                          work);
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_keep(dk);
+          arrive_warp(bars.ring.empty_bar(step));
+        }
+        arrive_warp(bars.own_empty);
+        store_sums<T, D>(dv, 1.0f, work, d_v, d_row, nullptr, nullptr);
+        store_sums<T, D>(dk, scale, work, d_k, d_row, cos, sin);
       }
-      arrive_warp(bars.own_empty);
-      store_sums<T, D>(dv, 1.0f, work, d_v, d_row, nullptr, nullptr);
-      store_sums<T, D>(dk, scale, work, d_k, d_row, cos, sin);
+      if (lane == 0) ptx::tma_wait_read<0>();
     }
-    if (lane == 0) ptx::tma_wait_read<0>();
+  } else {
+    ptx::trap();
   }
 }
 

@@ -153,6 +153,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         epilogue.end(state, place);
       }
     }
+  } else {
+    ptx::trap();
   }
 }
 

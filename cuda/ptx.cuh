@@ -13,7 +13,7 @@
 //
 // Instructions of sm_90 compile everywhere and trap below sm_90 (wgmma and setmaxnreg: outside
 // sm_90a), so a kernel needs no guard; choosing the kernel for the device is the launcher's work.
-// A large one leaves its body out of the builds that can't run it by `if constexpr (ptx::on_sm90a)`.
+// A large one leaves its body out of builds that can't run it: `if constexpr (ptx::on_sm90a)`.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -159,6 +159,13 @@ inline constexpr bool on_sm90a = true;
 #else
 inline constexpr bool on_sm90a = false;
 #endif
+
+// What a kernel does where its body was left out.
+P2R_PTX void trap() {
+#ifndef P2R_TWIN
+  __trap();
+#endif
+}
 
 template <class T>
 inline constexpr bool is_half = std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>;
