@@ -48,8 +48,7 @@ constexpr int64_t kQueryBlock = 96;     // backward: queries of a block
 constexpr int64_t kKeyChunk = 256;      // backward of a long sequence, and mass: a task's keys
 constexpr int64_t kWhole = 900 * 1024;  // backward: floats of K, V, K^T, dK and dV of one task
 constexpr int64_t kWholeTokens = 2304;  // and its longest sequence, or few threads would have work
-constexpr int64_t kShortWords =
-    80 * 1024;  // forward of a short sequence: its K and V, packed, in L2
+constexpr int64_t kShortWords = 80 * 1024;          // forward: K and V of a short sequence, in L2
 constexpr int64_t kPastCaches = int64_t{32} << 20;  // bytes of an output that no cache holds
 constexpr int64_t kMaxDim = 128, kMaxPanel = 64;
 constexpr double kTaskWork = 4e6;  // multiply-adds worth handing to a thread

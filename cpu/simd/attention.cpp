@@ -155,7 +155,8 @@ void softmax_rows(bool pairs, int64_t queries, int64_t keys, int64_t ld, float s
       const Logits x{s + r * ld, vectors, counts};
       row[r] = scale < 0 ? best_of<vmin>(x, worst) : best_of<vmax>(x, worst);
     }
-    const vf best = scale < 0 ? across(row, vmin) : across(row, vmax);
+    const vf best = scale < 0 ? across(row, [](vf a, vf b) { return vmin(a, b); })
+                              : across(row, [](vf a, vf b) { return vmax(a, b); });
     // Where every logit is -inf, all weights are 0, not exp(-inf + inf).
     float shift[W];
     store(shift, (best == worst ? vf{} : best) * slope);
