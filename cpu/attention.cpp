@@ -9,6 +9,14 @@
 //   O = (O^T / sum)^T
 // Queries are lanes that know nothing of each other, so how they are cut may follow the threads.
 //
+// Forward, of a sequence whose K and V stay in L2, for each MR queries:
+//   S = Q K^T                           [MR][keys]: Q as it lies in memory, keys in lanes
+//   P = exp(S - max)                    all keys at once: nothing is brought up to date
+//   out = P V / sum                     [MR][D]: P as it lies, V in panels by D; stored as it lies
+// Only K is turned around. A window of 64 tokens is read in the time of its products, so its rows
+// are asked for during those of the window before, line by line, and a large output goes past the
+// caches.
+//
 // Backward, for queries and keys of a sequence and a head:
 //   for each block of queries
 //     for each panel of NR keys         S = Q K^T, dP = dO V^T   [queries][NR]: keys in lanes
@@ -40,7 +48,8 @@ constexpr int64_t kQueryBlock = 96;     // backward: queries of a block
 constexpr int64_t kKeyChunk = 256;      // backward of a long sequence, and mass: a task's keys
 constexpr int64_t kWhole = 900 * 1024;  // backward: floats of K, V, K^T, dK and dV of one task
 constexpr int64_t kWholeTokens = 2304;  // and its longest sequence, or few threads would have work
-constexpr int64_t kShort = 256;         // forward: tokens of a sequence that is asked for ahead
+constexpr int64_t kShortWords = 80 * 1024;          // forward: K and V of a short sequence, in L2
+constexpr int64_t kPastCaches = int64_t{32} << 20;  // bytes of an output that no cache holds
 constexpr int64_t kMaxDim = 128, kMaxPanel = 64;
 constexpr double kTaskWork = 4e6;  // multiply-adds worth handing to a thread
 
@@ -112,6 +121,7 @@ struct Call {
   int64_t blocks(int64_t keys) const { return (keys + kKeys - 1) / kKeys; }
   // Words of a panel for k steps.
   int64_t depth(int64_t k) const { return pairs ? (k + 1) / 2 : k; }
+  bool is_short(int64_t keys) const { return 2 * keys * depth(in.head_dim) <= kShortWords; }
 
   // The packing and the product of simd.h, in the call's kind of panels.
   void pack_a(const Rows& x, int64_t m, int64_t k, float* out) const {
@@ -123,6 +133,10 @@ struct Call {
   void multiply(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* to,
                 int64_t ld, bool accumulate) const {
     simd->gemm_panels(pairs, m, n, k, a, b, to, ld, accumulate);
+  }
+  void multiply_rows(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+                     float* to, int64_t ld, bool accumulate, Ahead* ahead) const {
+    simd->gemm_rows(pairs, m, n, k, a, lda, b, to, ld, accumulate, ahead);
   }
 };
 
@@ -184,33 +198,20 @@ void store_columns(const Call& c, const float* x, int64_t tokens, float* room, c
   }
 }
 
-// Asks for the rows of a task that comes next, inputs and outputs, a few at a time between the
-// products of this one. Of short sequences alone, which would wait for memory otherwise.
-class Ahead {
- public:
-  Ahead(const Call& c, const Task* next, int64_t head, const char* out) {
-    if (!next || next->keys.size() > kShort) return;
-    rows_ = next->keys.size();
-    bytes_ = c.in.head_dim * c.size();
-    row_ = c.in.row * c.size();
-    out_row_ = c.in.heads * bytes_;
-    const char* tensors[] = {c.in.q, c.in.k, c.in.v};
-    for (int i = 0; i < 3; ++i) in_[i] = tensors[i] + next->keys.begin * row_ + head * bytes_;
-    out_ = out + next->keys.begin * out_row_ + head * bytes_;
-  }
-  // One of `parts` parts.
-  void ask(int64_t part, int64_t parts) const {
-    for (int64_t r = rows_ * part / parts; r < rows_ * (part + 1) / parts; ++r)
-      for (int64_t b = 0; b < bytes_; b += 64) {
-        for (const char* in : in_) __builtin_prefetch(in + r * row_ + b, 0, 2);
-        __builtin_prefetch(out_ + r * out_row_ + b, 1, 2);
-      }
-  }
-
- private:
-  const char *in_[3] = {}, *out_ = nullptr;
-  int64_t rows_ = 0, bytes_ = 0, row_ = 0, out_row_ = 0;
-};
+// The rows of a task that comes next, if it is a short sequence, which would wait for memory.
+Ahead rows_ahead(const Call& c, const Task* next, int64_t head) {
+  Ahead a;
+  if (!next || !c.is_short(next->keys.size())) return a;
+  const int64_t bytes = c.in.head_dim * c.size(), row = c.in.row * c.size();
+  const int64_t from = next->keys.begin * row + head * bytes;
+  a.line = c.in.q + from;
+  a.second = c.in.k - c.in.q;
+  a.third = c.in.v - c.in.q;
+  a.left = a.lines = (bytes + 63) / 64;
+  a.rows = next->keys.size();
+  a.skip = row - 64 * a.lines;
+  return a;
+}
 
 struct Forward {
   float *staged, *q, *k, *v, *s, *o, *max, *sum, *decay, *lse;
@@ -229,12 +230,10 @@ struct Forward {
   }
 };
 
-void forward(const Call& c, const Forward& w, const Task& task, int64_t head, const Ahead& ahead,
-             char* out, float* lse) {
+void forward(const Call& c, const Forward& w, const Task& task, int64_t head, char* out,
+             float* lse) {
   const Simd& simd = *c.simd;
   const int64_t d = c.in.head_dim, queries = task.queries.size(), panels = c.panels(queries);
-  const int64_t parts = 2 * panels * c.blocks(task.keys.size());
-  int64_t part = 0;
   c.pack_b(rotated(c, c.in.q, head, task.queries, w.staged), queries, d, w.q);
   // Below all logits as scaled; with a scale of 0 they are equal, and 0 times infinity is a NaN.
   const float lowest = c.scale == 0 ? 0 : std::copysign(HUGE_VALF, -c.scale);
@@ -249,9 +248,7 @@ void forward(const Call& c, const Forward& w, const Task& task, int64_t head, co
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t lanes = c.lanes(queries - p * c.nr);
       float* o = w.o + p * c.nr * d;
-      ahead.ask(part++, parts);
       c.multiply(block.size(), lanes, d, w.k, w.q + p * c.nr * c.depth(d), w.s, c.nr, false);
-      ahead.ask(part++, parts);
       const bool moved = simd.softmax_step(c.pairs, block.size(), c.nr, lanes, c.scale, w.s,
                                            w.max + p * c.nr, w.sum + p * c.nr, w.decay);
       if (moved && !first) simd.scale_columns(d, c.nr, lanes, w.decay, o);
@@ -268,6 +265,59 @@ void forward(const Call& c, const Forward& w, const Task& task, int64_t head, co
     std::copy_n(w.lse, count, lse + head * c.in.tokens + token);
     store_columns(c, w.o + p * c.nr * d, count, w.s, out + (token * row + head * d) * c.size(), row,
                   nullptr, nullptr);
+  }
+}
+
+struct Short {
+  float *staged, *q, *k, *v, *s, *o, *lse, *inverse;
+  int64_t ld;
+  Short(const Call& c, Room& room, int64_t most) {
+    const int64_t d = c.in.head_dim, keys = round_up(most, c.nr), rows = round_up(c.mr, c.width);
+    ld = keys + 16;  // no power of two, or the rows would share their lines' places in L1
+    staged = room.take(c.cos ? most * d : 0);
+    q = room.take(c.in.dtype != DType::f32 && !c.pairs ? most * d : 0);
+    k = room.take(keys * c.depth(d));
+    v = room.take(c.depth(most) * round_up(d, c.nr));
+    s = room.take(c.mr * ld);
+    o = room.take(c.mr * round_up(d, c.width));
+    lse = room.take(rows);
+    inverse = room.take(rows);
+  }
+};
+
+void forward_short(const Call& c, const Short& w, const Task& task, int64_t head, Ahead ahead,
+                   char* out, float* lse) {
+  const Simd& simd = *c.simd;
+  const int64_t d = c.in.head_dim, keys = task.keys.size(), queries = task.queries.size();
+  const int64_t row = c.in.heads * d, lanes = round_up(keys, c.width), ld_o = round_up(d, c.width);
+  const bool past_caches = c.in.tokens * row * c.size() > kPastCaches;
+  c.pack_b(rotated(c, c.in.k, head, task.keys, w.staged), keys, d, w.k);
+  c.pack_b(rows_of(c, c.in.v, c.in.row, head, task.keys).transposed(), d, keys, w.v);
+
+  // Q in words.
+  const Rows rows = rotated(c, c.in.q, head, task.queries, w.staged);
+  const float* q = static_cast<const float*>(rows.data);
+  int64_t stride = rows.stride;
+  if (c.pairs) {
+    stride /= 2;
+  } else if (c.in.dtype != DType::f32) {
+    for (int64_t t = 0; t < queries; ++t)
+      simd.to_f32(c.in.dtype, static_cast<const char*>(rows.data) + t * stride * c.size(),
+                  w.q + t * d, d);
+    q = w.q;
+    stride = d;
+  }
+
+  const int64_t groups = (queries + c.mr - 1) / c.mr;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = queries * g / groups, n = queries * (g + 1) / groups - first;
+    const int64_t token = task.queries.begin + first;
+    c.multiply_rows(n, lanes, d, q + first * stride, stride, w.k, w.s, w.ld, false, &ahead);
+    simd.softmax_rows(c.pairs, n, keys, w.ld, c.scale, w.s, w.lse, w.inverse);
+    std::copy_n(w.lse, n, lse + head * c.in.tokens + token);
+    c.multiply_rows(n, ld_o, keys, w.s, w.ld, w.v, w.o, ld_o, false, &ahead);
+    simd.store_rows(c.in.dtype, n, d, ld_o, w.o, w.inverse,
+                    out + (token * row + head * d) * c.size(), row, past_caches);
   }
 }
 
@@ -289,7 +339,7 @@ struct Backward {
     s = room.take(std::max(rows * c.nr, round_up(d, c.nr) * c.nr));
     d_s = room.take(rows * c.nr);
     d_s_pairs = c.pairs ? room.take(rows / 2 * c.nr) : nullptr;
-    packed = room.take(rows * c.nr);
+    packed = c.pairs ? room.take(rows / 2 * c.nr) : nullptr;
     d_q = room.take(rows * d);
     panel = c.nr * d;
     panel_rows = c.nr * round_up(d, c.nr);
@@ -358,8 +408,14 @@ void backward(const Call& c, const Backward& w, int wanted, const Task& task, in
                    !first);
       }
       if (wanted & kDq) {
-        c.pack_a({DType::f32, w.d_s, c.nr}, n, span.size(), w.packed);
-        c.multiply(n, d, span.size(), w.packed, w.k_rows + slot * w.panel_rows, w.d_q, d, p > 0);
+        const float* k_rows = w.k_rows + slot * w.panel_rows;
+        if (c.pairs) {
+          c.pack_a({DType::f32, w.d_s, c.nr}, n, span.size(), w.packed);
+          c.multiply(n, d, span.size(), w.packed, k_rows, w.d_q, d, p > 0);
+        } else {
+          Ahead none;
+          c.multiply_rows(n, d, span.size(), w.d_s, c.nr, k_rows, w.d_q, d, p > 0, &none);
+        }
       }
     }
 
@@ -451,20 +507,28 @@ int64_t floats_of(const Call& c, Arguments... arguments) {
 void attention(const AttentionArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   const Call c(cpu, attention_layout(a.q, a.k, a.v, a.qkv), a.cos, a.sin, a.scale);
-  int64_t longest = 0, most = kMostQueries;
-  for (size_t s = 1; s < a.cu_seqlens.size(); ++s)
-    longest = std::max(longest, a.cu_seqlens[s] - a.cu_seqlens[s - 1]);
+  int64_t most = kMostQueries, longest = 0, longest_short = 0;
+  for (size_t i = 1; i < a.cu_seqlens.size(); ++i) {
+    const int64_t keys = a.cu_seqlens[i] - a.cu_seqlens[i - 1];
+    int64_t& so_far = c.is_short(keys) ? longest_short : longest;
+    so_far = std::max(so_far, keys);
+  }
   const auto tasks = [&] { return cut_up(a.cu_seqlens, Cut::queries, most); };
   while (most > kFewestQueries &&
          static_cast<int64_t>(tasks().size()) * c.in.heads < 4 * cpu.threads())
     most /= 2;
   const int64_t room_for = std::min(most, longest);
-  each_task(cpu, c, tasks(), floats_of<Forward>(c, room_for),
-            [c, room_for, out = a.out.as<char>(), lse = a.lse.as<float>()](
+  const int64_t floats =
+      std::max(floats_of<Forward>(c, room_for), floats_of<Short>(c, longest_short));
+  each_task(cpu, c, tasks(), floats,
+            [c, room_for, longest_short, out = a.out.as<char>(), lse = a.lse.as<float>()](
                 const Task& task, int64_t head, float* memory, const Task* next) {
               Room room(memory);
-              forward(c, Forward(c, room, room_for), task, head,
-                      Ahead(c, next, (head + 1) % c.in.heads, out), out, lse);
+              if (c.is_short(task.keys.size()))
+                forward_short(c, Short(c, room, longest_short), task, head,
+                              rows_ahead(c, next, (head + 1) % c.in.heads), out, lse);
+              else
+                forward(c, Forward(c, room, room_for), task, head, out, lse);
             });
 }
 

@@ -78,6 +78,122 @@ bool softmax_step(bool pairs, int64_t keys, int64_t ld, int64_t columns, float s
   return any != 0;
 }
 
+namespace {
+
+// Lane i: the best, or the sum, of the lanes of row[i], in a fixed order. Two rows that have been
+// halved D times share a vector, as a transpose goes.
+template <int D = W / 2, class F>
+inline vf across(vf* row, F combine) {
+  vi left, right;
+  for (int i = 0; i < W; ++i) {
+    left[i] = i & D ? W + i - D : i;
+    right[i] = i & D ? W + i : i + D;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < D; ++i)
+    row[i] = combine(__builtin_shuffle(row[i], row[i + D], left),
+                     __builtin_shuffle(row[i], row[i + D], right));
+  if constexpr (D > 1)
+    return across<D / 2>(row, combine);
+  else
+    return row[0];
+}
+
+// The logits of a query; of the last vector only the lanes that count.
+struct Logits {
+  float* x;
+  int64_t vectors;
+  vi counts;
+  const float* last() const { return x + (vectors - 1) * W; }
+};
+
+template <vf (*Best)(vf, vf)>
+inline vf best_of(const Logits& s, float worst) {
+  return Best(s.counts ? loadf(s.last()) : set1(worst),
+              extreme<Best>(s.vectors - 1, W, s.x, worst));
+}
+
+// exp2(slope x - shift) in place, and its sum by lanes.
+template <bool kPairs>
+inline vf weigh(const Logits& s, float slope, vf shift) {
+  vf total[2] = {};
+  const auto weight = [&](int64_t v) { return vexp2(loadf(s.x + v * W) * slope - shift); };
+  const auto put = [&](int64_t v, vf low, vf high) {
+    total[0] += low;
+    total[1] += high;
+    if constexpr (kPairs) {
+      store(s.x + v / 2 * W, bf16_neighbours(low, high));
+    } else {
+      store(s.x + v * W, low);
+      store(s.x + (v + 1) * W, high);
+    }
+  };
+  int64_t v = 0;
+  for (; v + 2 < s.vectors; v += 2) put(v, weight(v), weight(v + 1));
+  const vf last = s.counts ? weight(s.vectors - 1) : vf{};
+  if (v + 2 == s.vectors)
+    put(v, weight(v), last);
+  else
+    put(v, last, vf{});
+  return total[0] + total[1];
+}
+
+}  // namespace
+
+void softmax_rows(bool pairs, int64_t queries, int64_t keys, int64_t ld, float scale, float* s,
+                  float* lse, float* inverse) {
+  const float slope = scale * 1.44269504f, worst = scale < 0 ? kInfinity : -kInfinity;
+  const int64_t vectors = (keys + W - 1) / W;
+  vi lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  const vi counts = lane < static_cast<int32_t>(keys - (vectors - 1) * W);
+  for (int64_t first = 0; first < queries; first += W, s += W * ld) {
+    const int n = static_cast<int>(queries - first < W ? queries - first : W);
+    vf row[W];
+    for (int r = n; r < W; ++r) row[r] = vf{};
+    for (int r = 0; r < n; ++r) {
+      const Logits x{s + r * ld, vectors, counts};
+      row[r] = scale < 0 ? best_of<vmin>(x, worst) : best_of<vmax>(x, worst);
+    }
+    const vf best = scale < 0 ? across(row, [](vf a, vf b) { return vmin(a, b); })
+                              : across(row, [](vf a, vf b) { return vmax(a, b); });
+    // Where every logit is -inf, all weights are 0, not exp(-inf + inf).
+    float shift[W];
+    store(shift, (best == worst ? vf{} : best) * slope);
+    for (int r = 0; r < n; ++r) {
+      const Logits x{s + r * ld, vectors, counts};
+      row[r] =
+          pairs ? weigh<true>(x, slope, set1(shift[r])) : weigh<false>(x, slope, set1(shift[r]));
+    }
+    const vf total = across(row, [](vf a, vf b) { return a + b; });
+    store(lse + first, best * scale + vlog(total));
+    store(inverse + first, 1.0f / total);
+  }
+}
+
+void store_rows(DType to, int64_t rows, int64_t n, int64_t ld, const float* x, const float* factor,
+                void* out, int64_t stride, bool past_caches) {
+  for (int64_t r = 0; r < rows; ++r, x += ld) {
+    const vf by = set1(factor[r]);
+    if (to == DType::f32) {
+      float* y = static_cast<float*>(out) + r * stride;
+      int64_t i = 0;
+      // Whole lines only: parts of one would be written to memory one by one.
+      if (past_caches && n % 16 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0)
+        for (; i < n; i += W) stream(y + i, loadf(x + i) * by);
+      for (; i + W <= n; i += W) store(y + i, loadf(x + i) * by);
+      if (i < n) store_first(y + i, loadf(x + i) * by, static_cast<int>(n - i));
+      continue;
+    }
+    uint16_t* y = static_cast<uint16_t*>(out) + r * stride;
+    for (int64_t i = 0; i < n; i += W) {
+      const vf v = loadf(x + i) * by;
+      const vh narrow = to == DType::bf16 ? to_bf16(v) : to_f16(v);
+      memcpy(y + i, &narrow, i + W <= n ? sizeof narrow : (n - i) * 2);
+    }
+  }
+}
+
 void softmax_finish(int64_t columns, float scale, const float* max, const float* sum, float* lse,
                     float* inverse) {
   for (int64_t c = 0; c < columns; c += W) {

@@ -226,22 +226,50 @@ struct Pairs {
   static vf add_product(vf sum, vf x, vf y) { return bf16_dot(sum, x, y); }
 };
 
+// Asks for one line of each tensor, into L2.
+inline void ask(Ahead& a) {
+  if (!a.rows) return;
+  __builtin_prefetch(a.line, 0, 2);
+  __builtin_prefetch(a.line + a.second, 0, 2);
+  __builtin_prefetch(a.line + a.third, 0, 2);
+  a.line += 64;
+  if (--a.left) return;
+  a.left = a.lines;
+  a.line += a.skip;
+  --a.rows;
+}
+
+// How A lies: in packed panels, the words of a step of k side by side, or in rows, those of a row.
+enum class Lie { panels, rows };
+
 // R rows and V vectors of columns of one tile, the last of which has `last` columns.
-template <class Step, int R, int V>
-void tile(int64_t k, const float* a, const float* b, float* c, int64_t ldc, int last,
-          bool accumulate) {
+template <class Step, Lie kLie, int R, int V>
+void tile(int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int last,
+          bool accumulate, Ahead* ahead) {
   vf acc[R][V] = {};
-  for (int64_t i = 0; i < k; ++i, a += MR, b += NR) {
+  const auto step = [&]() __attribute__((always_inline)) {
     vf row[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) row[v] = loadf(b + v * W);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const vf x = set1(a[r]);
+      const vf x = set1(a[kLie == Lie::rows ? r * lda : r]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[r][v] = Step::add_product(acc[r][v], x, row[v]);
     }
-  }
+    a += kLie == Lie::rows ? 1 : lda;
+    b += NR;
+  };
+  int64_t i = 0;
+  if constexpr (kLie == Lie::rows)
+    for (; i + 4 <= k; i += 4) {
+      ask(*ahead);
+      step();
+      step();
+      step();
+      step();
+    }
+  for (; i < k; ++i) step();
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -254,30 +282,48 @@ void tile(int64_t k, const float* a, const float* b, float* c, int64_t ldc, int 
     }
 }
 
-template <class Step, int V, int R = MR>
-inline void tile_of(int rows, int64_t k, const float* a, const float* b, float* c, int64_t ldc,
-                    int last, bool accumulate) {
+template <class Step, Lie kLie, int V, int R = MR>
+inline void tile_of(int rows, int64_t k, const float* a, int64_t lda, const float* b, float* c,
+                    int64_t ldc, int last, bool accumulate, Ahead* ahead) {
   if (rows == R)
-    tile<Step, R, V>(k, a, b, c, ldc, last, accumulate);
+    tile<Step, kLie, R, V>(k, a, lda, b, c, ldc, last, accumulate, ahead);
   else if constexpr (R > 1)
-    tile_of<Step, V, R - 1>(rows, k, a, b, c, ldc, last, accumulate);
+    tile_of<Step, kLie, V, R - 1>(rows, k, a, lda, b, c, ldc, last, accumulate, ahead);
+}
+
+template <class Step, Lie kLie>
+inline void tile_at(int64_t columns, int rows, int64_t depth, const float* a, int64_t lda,
+                    const float* b, float* c, int64_t ldc, bool accumulate, Ahead* ahead) {
+  if (columns > W)
+    tile_of<Step, kLie, 2>(rows, depth, a, lda, b, c, ldc, static_cast<int>(columns) - W,
+                           accumulate, ahead);
+  else
+    tile_of<Step, kLie, 1>(rows, depth, a, lda, b, c, ldc, static_cast<int>(columns), accumulate,
+                           ahead);
 }
 
 template <class Step>
 void panels(int64_t m, int64_t n, int64_t depth, const float* a, const float* b, float* c,
             int64_t ldc, bool accumulate) {
-  for (int64_t j = 0; j < n; j += NR) {
-    const int columns = static_cast<int>(least(NR, n - j));
-    for (int64_t i = 0; i < m; i += MR) {
-      const int rows = static_cast<int>(least(MR, m - i));
-      const float *x = a + i * depth, *y = b + j * depth;
-      float* to = c + i * ldc + j;
-      if (columns > W)
-        tile_of<Step, 2>(rows, depth, x, y, to, ldc, columns - W, accumulate);
-      else
-        tile_of<Step, 1>(rows, depth, x, y, to, ldc, columns, accumulate);
+  for (int64_t j = 0; j < n; j += NR)
+    for (int64_t i = 0; i < m; i += MR)
+      tile_at<Step, Lie::panels>(least(NR, n - j), static_cast<int>(least(MR, m - i)), depth,
+                                 a + i * depth, MR, b + j * depth, c + i * ldc + j, ldc, accumulate,
+                                 nullptr);
+}
+
+// In tiles of even height: one of a few rows would not hide the latency of its products.
+template <class Step, Lie kLie>
+void rows_of_a(int64_t m, int64_t n, int64_t depth, const float* a, int64_t lda, const float* b,
+               float* c, int64_t ldc, bool accumulate, Ahead* ahead) {
+  const int64_t tiles = (m + MR - 1) / MR;
+  for (int64_t j = 0; j < n; j += NR)
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t i = m * t / tiles, end = m * (t + 1) / tiles;
+      tile_at<Step, kLie>(least(NR, n - j), static_cast<int>(end - i), depth,
+                          a + (kLie == Lie::rows ? i * lda : i), lda, b + j * depth,
+                          c + i * ldc + j, ldc, accumulate, ahead);
     }
-  }
 }
 
 }  // namespace
@@ -303,6 +349,14 @@ void gemm_panels(bool pairs, int64_t m, int64_t n, int64_t k, const float* a, co
     panels<Pairs>(m, n, (k + 1) / 2, a, b, c, ldc, accumulate);
   else
     panels<Floats>(m, n, k, a, b, c, ldc, accumulate);
+}
+
+void gemm_rows(bool pairs, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
+               const float* b, float* c, int64_t ldc, bool accumulate, Ahead* ahead) {
+  if (pairs)
+    rows_of_a<Pairs, Lie::rows>(m, n, (k + 1) / 2, a, lda, b, c, ldc, accumulate, ahead);
+  else
+    rows_of_a<Floats, Lie::rows>(m, n, k, a, lda, b, c, ldc, accumulate, ahead);
 }
 
 }  // namespace p2r::cpu::P2R_ISA

@@ -58,6 +58,17 @@ inline void store_first(float* p, vf v, int n) {
   memcpy(p, &v, n * 4);
 #endif
 }
+// To memory past the caches; p is aligned to the vector. What is written so is seen by other
+// threads after the next locked instruction, as at the end of every loop of Threads.
+inline void stream(float* p, vf v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
 inline vf loadf(const float* p) { return load<vf>(p); }
 inline vf set1(float x) { return x - vf{}; }
 
