@@ -10,6 +10,7 @@ const shared = {
   test: {
     pool: 'forks' as const,
     maxWorkers: 2,
+    maxConcurrency: 2,
     testTimeout: 60_000,
     server: { deps: { external: [/\/dist\//] } },
   },

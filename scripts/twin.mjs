@@ -5,7 +5,7 @@
 //
 // --quick leaves out the units and mutants and runs one schedule over the smallest of the cases
 // that together launch every kernel.
-import { spawnSync } from 'node:child_process'
+import { execFile, spawnSync } from 'node:child_process'
 import {
   existsSync,
   mkdirSync,
@@ -178,7 +178,7 @@ export function covering(output) {
 
 // Compiles the changed file as the build compiles the original, and links it before the library, so
 // that its kernels are the ones taken.
-function buildPlanted(variant, index) {
+async function buildPlanted(variant, index) {
   const { file, compile = file, search, replace } = planted[index]
   const folder = join(folderOf(variant), 'planted', String(index))
   // What an older bug's files left there would be found before the library's own.
@@ -217,17 +217,26 @@ function buildPlanted(variant, index) {
       runner,
     ],
   ]) {
-    const { ok, errors } = step(compiler, args)
-    if (!ok) throw new Error(errors.slice(-8000))
+    await compiled(compiler, args)
   }
   return runner
 }
 
-function tryPlanted(variant, index) {
+// Beside other work of this process, since bugs are compiled one by one.
+function compiled(compiler, args) {
+  return new Promise((resolve, reject) => {
+    execFile(compiler, args, { cwd: root, maxBuffer: 1 << 28 }, (error, _, errors) => {
+      if (error) reject(new Error(errors.slice(-8000) || error.message))
+      else resolve()
+    })
+  })
+}
+
+async function tryPlanted(variant, index) {
   const { cases: wanted } = planted[index]
   const folders = existsSync(cases) ? readdirSync(cases).filter((f) => wanted.test(f)) : []
   if (!folders.length) return { ok: false, output: 'no cases were recorded: run the tests first' }
-  const runner = buildPlanted(variant, index)
+  const runner = await buildPlanted(variant, index)
   const paths = folders.map((f) => join(cases, f))
   for (const schedule of schedules) {
     const { ok, output, errors } = step(runner, [...options(schedule, 1), '--jobs', jobs, ...paths])
@@ -241,7 +250,7 @@ function tryPlanted(variant, index) {
 
 // ---- All runs ----
 
-/** The runs of a variant: a title, and a function that gives { ok, output }. */
+/** The runs of a variant: a title, and a function that gives { ok, output }, those of planted bugs later. */
 export function twinRuns(variant, { quick = false, seed = Date.now() % 1_000_000 } = {}) {
   const program = (name, ...args) => {
     const { ok, output, errors } = step(join(folderOf(variant), name), args)
@@ -281,7 +290,7 @@ export function twinRuns(variant, { quick = false, seed = Date.now() % 1_000_000
   }
   for (const [index, { bug, variant: home }] of planted.entries())
     if (home === variant)
-      runs.push({ title: `caught: ${bug}`, run: () => tryPlanted(variant, index) })
+      runs.push({ title: `caught: ${bug}`, run: () => tryPlanted(variant, index), planted: true })
   return runs
 }
 
@@ -297,9 +306,9 @@ if (process.argv[1] === fileURLToPath(import.meta.url)) {
     console.log(`The kernel twin is skipped: ${problem}.`)
     process.exit(0)
   }
-  const timed = (title, work) => {
+  const timed = async (title, work) => {
     const start = performance.now()
-    const { ok, output } = work()
+    const { ok, output } = await work()
     const took = ((performance.now() - start) / 1000).toFixed(1)
     console.log(`${ok ? 'ok  ' : 'FAIL'} ${title}: ${output.trim().split('\n').at(-1)} (${took} s)`)
     if (!ok) console.log(output.slice(-12_000))
@@ -314,7 +323,8 @@ if (process.argv[1] === fileURLToPath(import.meta.url)) {
   if (quick) buildTwin('plain', ['runner'])
   console.log(`built (${((performance.now() - start) / 1000).toFixed(1)} s)`)
   const runs = twinRuns(variant, { quick })
-  const failed = runs.filter(({ title, run }) => !timed(title, run)).length
+  let failed = 0
+  for (const { title, run } of runs) if (!(await timed(title, run))) failed++
   console.log(`${runs.length - failed} passed, ${failed} failed`)
   process.exit(failed ? 1 : 0)
 }

@@ -768,9 +768,13 @@ test.for(everyWay)('the number of threads does not matter on $name, $dtype', asy
     const { out, lse } = attention({ q, k, v, cuSeqlens: x.cu })
     const mass = attentionMass({ q, k, lse, cuSeqlens: x.cu })
     const { dQ, dK, dV } = attentionBackward({ dOut, q, k, v, out, lse, cuSeqlens: x.cu })
-    return Promise.all([out, lse, mass, dQ, dK, dV].map((t) => t.toFloat32()))
+    // As bytes: toEqual would take seconds for so many numbers.
+    return Promise.all(
+      [out, lse, mass, dQ, dK, dV].map(async (t) => Buffer.from((await t.toFloat32()).buffer)),
+    )
   }
-  expect(await run(3)).toEqual(await run(1))
+  const [three, one] = [await run(3), await run(1)]
+  expect(three.map((bytes, i) => bytes.equals(one[i]!))).toEqual(Array(6).fill(true))
 })
 
 describe('windowLayout', () => {

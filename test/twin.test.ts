@@ -17,9 +17,9 @@ const problem = twinProblem()
 
 describe.skipIf(problem)(`the kernel twin${problem ? ` (skipped: ${problem})` : ''}`, () => {
   beforeAll(() => buildTwin('plain'), 1_200_000)
-  for (const { title, run } of twinRuns('plain'))
-    test(title, { timeout: 600_000 }, () => {
-      const { ok, output } = run()
+  for (const { title, run, planted } of twinRuns('plain'))
+    test(title, { timeout: 600_000, concurrent: planted ?? false }, async ({ expect }) => {
+      const { ok, output } = await run()
       expect(ok, output.slice(-8000)).toBe(true)
     })
   test('the recorded cases launch every kernel, in every instantiation', {
