@@ -294,15 +294,16 @@ onEveryBackend('attention', (b) => {
         const massOfTwo = attentionMass({ q: apart.q, k: apart.k, lse: two.lse, cuSeqlens })
         expect(await massOfOne.read()).toEqual(await massOfTwo.read())
 
-        const [{ dQkv }, loose] = [true, false].map((deterministic) =>
+        const backward = (deterministic: boolean) =>
           recorded(
             b,
             `attention backward ${deterministic ? '' : 'in any order '}${name}`,
             backwardBound(dtype),
             () => attentionBackward({ ...packed, ...one, dOut, cuSeqlens, kernel, deterministic }),
             tilesWork,
-          ),
-        ) as [{ dQkv: Tensor }, { dQkv: Tensor }]
+          )
+        const { dQkv } = backward(true)
+        const loose = backward(false)
         const { dQ, dK, dV } = attentionBackward({ ...apart, ...two, dOut, cuSeqlens, kernel })
         const back = (g: Tensor) =>
           turned ? applyRotary({ x: g, ...rotary, inverse: true }).toFloat32() : g.toFloat32()
