@@ -132,7 +132,7 @@ struct Call {
   }
   void multiply(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* to,
                 int64_t ld, bool accumulate) const {
-    simd->gemm_panels(pairs, m, n, k, a, b, to, ld, accumulate);
+    simd->gemm_panels(pairs, m, n, k, a, b, to, ld, accumulate, nullptr);
   }
   void multiply_rows(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
                      float* to, int64_t ld, bool accumulate, Ahead* ahead) const {
@@ -413,8 +413,7 @@ void backward(const Call& c, const Backward& w, int wanted, const Task& task, in
           c.pack_a({DType::f32, w.d_s, c.nr}, n, span.size(), w.packed);
           c.multiply(n, d, span.size(), w.packed, k_rows, w.d_q, d, p > 0);
         } else {
-          Ahead none;
-          c.multiply_rows(n, d, span.size(), w.d_s, c.nr, k_rows, w.d_q, d, p > 0, &none);
+          c.multiply_rows(n, d, span.size(), w.d_s, c.nr, k_rows, w.d_q, d, p > 0, nullptr);
         }
       }
     }

@@ -152,7 +152,7 @@ void compute(const Gemm& g, const Simd& simd, const Tiling& plan, const Tile& t,
     add = true;
   }
   if (g.k == 0 && !add)
-    simd.gemm_panels(plan.pairs, t.m, t.n, 0, a_block, b_block, c, stride, false);
+    simd.gemm_panels(plan.pairs, t.m, t.n, 0, a_block, b_block, c, stride, false, nullptr);
   for (int64_t k0 = 0; k0 < g.k; k0 += plan.block_k, add = true) {
     const int64_t k = std::min(plan.block_k, g.k - k0);
     const Matrix x = g.a.from(t.i, k0);
@@ -164,7 +164,7 @@ void compute(const Gemm& g, const Simd& simd, const Tiling& plan, const Tile& t,
       const Matrix y = g.b.from(k0, t.j);
       simd.pack_b(plan.pairs, y.dtype, y.data, y.row_stride, y.column_stride, k, t.n, b_block);
     }
-    simd.gemm_panels(plan.pairs, t.m, t.n, k, a_block, columns, c, stride, add);
+    simd.gemm_panels(plan.pairs, t.m, t.n, k, a_block, columns, c, stride, add, nullptr);
   }
   if (!direct)
     for (int64_t i = 0; i < t.m; ++i)

@@ -178,6 +178,13 @@ void make_logits(const Simd& simd, const Head& h, int64_t taken, int64_t first, 
   for (int64_t k0 = 0; k0 < h.channels; k0 += h.block_k())
     simd.pack_b(h.pairs, h.weight.dtype, at(h.weight, first * h.channels + k0), 1, h.channels,
                 std::min(h.block_k(), h.channels - k0), n, packed + h.depth(k0) * width);
+  // The next block's weights are asked for meanwhile, as they are mostly this thread's next ones.
+  const int64_t next = first + n, size = h.channels * static_cast<int64_t>(size_of(h.weight.dtype));
+  Ahead ahead;
+  ahead.line = at(h.weight, next * h.channels);
+  ahead.rows = h.columns > next && h.channels > 0;
+  ahead.left = std::min(n, h.columns - next) * size / 64;
+  if (!ahead.left) ahead.rows = 0;
   for (int64_t i = 0; i < taken; i += kTileRows) {
     const int64_t m = std::min(kTileRows, taken - i);
     float* logits = to(i, m);
@@ -189,7 +196,7 @@ void make_logits(const Simd& simd, const Head& h, int64_t taken, int64_t first, 
     for (int64_t k0 = 0; k0 < h.channels; k0 += h.block_k()) {
       const int64_t k = std::min(h.block_k(), h.channels - k0);
       simd.gemm_panels(h.pairs, m, n, k, h.panels + h.depth(k0) * h.padded() + i * h.depth(k),
-                       packed + h.depth(k0) * width, logits, pitch, h.bias || k0);
+                       packed + h.depth(k0) * width, logits, pitch, h.bias || k0, &ahead);
     }
     then(i, m, logits);
   }

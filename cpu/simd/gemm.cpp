@@ -230,8 +230,8 @@ struct Pairs {
 inline void ask(Ahead& a) {
   if (!a.rows) return;
   __builtin_prefetch(a.line, 0, 2);
-  __builtin_prefetch(a.line + a.second, 0, 2);
-  __builtin_prefetch(a.line + a.third, 0, 2);
+  if (a.second) __builtin_prefetch(a.line + a.second, 0, 2);
+  if (a.third) __builtin_prefetch(a.line + a.third, 0, 2);
   a.line += 64;
   if (--a.left) return;
   a.left = a.lines;
@@ -261,14 +261,13 @@ void tile(int64_t k, const float* a, int64_t lda, const float* b, float* c, int6
     b += NR;
   };
   int64_t i = 0;
-  if constexpr (kLie == Lie::rows)
-    for (; i + 4 <= k; i += 4) {
-      ask(*ahead);
-      step();
-      step();
-      step();
-      step();
-    }
+  for (; i + 4 <= k; i += 4) {
+    if (ahead) ask(*ahead);
+    step();
+    step();
+    step();
+    step();
+  }
   for (; i < k; ++i) step();
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -304,12 +303,12 @@ inline void tile_at(int64_t columns, int rows, int64_t depth, const float* a, in
 
 template <class Step>
 void panels(int64_t m, int64_t n, int64_t depth, const float* a, const float* b, float* c,
-            int64_t ldc, bool accumulate) {
+            int64_t ldc, bool accumulate, Ahead* ahead) {
   for (int64_t j = 0; j < n; j += NR)
     for (int64_t i = 0; i < m; i += MR)
       tile_at<Step, Lie::panels>(least(NR, n - j), static_cast<int>(least(MR, m - i)), depth,
                                  a + i * depth, MR, b + j * depth, c + i * ldc + j, ldc, accumulate,
-                                 nullptr);
+                                 ahead);
 }
 
 // In tiles of even height: one of a few rows would not hide the latency of its products.
@@ -344,11 +343,11 @@ void pack_b(bool pairs, DType type, const void* x, int64_t k_stride, int64_t col
 }
 
 void gemm_panels(bool pairs, int64_t m, int64_t n, int64_t k, const float* a, const float* b,
-                 float* c, int64_t ldc, bool accumulate) {
+                 float* c, int64_t ldc, bool accumulate, Ahead* ahead) {
   if (pairs)
-    panels<Pairs>(m, n, (k + 1) / 2, a, b, c, ldc, accumulate);
+    panels<Pairs>(m, n, (k + 1) / 2, a, b, c, ldc, accumulate, ahead);
   else
-    panels<Floats>(m, n, k, a, b, c, ldc, accumulate);
+    panels<Floats>(m, n, k, a, b, c, ldc, accumulate, ahead);
 }
 
 void gemm_rows(bool pairs, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
