@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kBlock)
   wrong = block_sum(wrong, shared);
   if (threadIdx.x == 0) {
     lengths[blockIdx.x] = wrong > 0 ? static_cast<double>(NAN) : kept;
-    if (wrong > 0) *fault = 1;
+    if (wrong > 0) ptx::raise(fault);
   }
 }
 
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kBlock) relate_kernel(Relate a) {
     if (!s.finite) {
       base = NAN;
       silent = false;
-      if (lane == 0) *a.fault = 1;
+      if (lane == 0) ptx::raise(a.fault);
     } else if (n == 1) {
       base = 0;
       silent = a.singleton_zero;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kBlock)
   const int32_t* members = groups.order + groups.starts[group];
   const int n = groups.starts[group + 1] - groups.starts[group];
   const Spread s = spread_of(groups.rewards, members, n, 1, 0);
-  if (!s.finite && lane == 0) *fault = 1;
+  if (!s.finite && lane == 0) ptx::raise(fault);
   for (int i = lane; i < n; i += 32) out[members[i]] = s.finite && (s.mixed || n == 1);
 }
 

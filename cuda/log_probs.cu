@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kRows)
     if (row.sum == 0) s.y = NAN;
     if (target < 0 || target >= columns) {
       log_prob = h = s.x = s.y = NAN;
-      *fault = 1;
+      ptx::raise(fault);
     } else {
       const double x = to_float(logits[row_stride ? i * row_stride + target : i]);
       log_prob = static_cast<float>((x - row.maximum) * inverse - log_sum);
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(kRows)
   float t = static_cast<float>(exp(shift) * (row.moment + shift * row.sum));
   if (target < 0 && target != kSkippedTarget) {
     x = t = s.x = s.y = NAN;
-    *fault = 1;
+    ptx::raise(fault);
   }
   stats[i] = s;
   target_logit[i] = x;
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kBlock) slopes_kernel(const T* logits, D* d_lo
   const double g = a.d_log_probs[row] * scale;
   const double h = a.d_entropy ? a.d_entropy[row] * scale : 0;
   if (wrong || target == kSkippedTarget || (g == 0 && h == 0)) {
-    if (wrong && threadIdx.x == 0) *a.fault = 1;
+    if (wrong && threadIdx.x == 0) ptx::raise(a.fault);
     float x[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) x[i] = wrong ? NAN : 0;

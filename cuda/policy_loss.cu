@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kBlock) count_kernel(Loss a) {
   double kept = 0, log_ratio = 0;
   for (int64_t t = run.begin + threadIdx.x; t < run.begin + run.size; t += kBlock) {
     const int mark = a.mask ? a.mask[t] : 1;
-    if (mark > 1) *a.fault = 1;
+    if (mark > 1) ptx::raise(a.fault);
     if (!mark) continue;
     kept += 1;
     if (ratios)

@@ -160,6 +160,15 @@ inline constexpr bool on_sm90a = true;
 inline constexpr bool on_sm90a = false;
 #endif
 
+// Several threads may raise a fault at once.
+P2R_PTX void raise(int32_t* fault) {
+#ifdef P2R_TWIN
+  __atomic_store_n(fault, 1, __ATOMIC_RELAXED);
+#else
+  *static_cast<volatile int32_t*>(fault) = 1;
+#endif
+}
+
 // What a kernel does where its body was left out.
 P2R_PTX void trap() {
 #ifndef P2R_TWIN

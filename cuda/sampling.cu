@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kBlock)
   for (int i = 0; i < kWarps; ++i) take_larger(best, where, warp_best[i], warp_where[i]);
   if (bad || best == -INFINITY) {
     if (threadIdx.x == 0) {
-      *fault = 1;
+      ptx::raise(fault);
       out[row] = -1;
     }
     return;
