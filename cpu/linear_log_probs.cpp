@@ -1,18 +1,21 @@
-// Logits are made where they are used: a thread packs a block of the weight's rows, multiplies the
-// packed hidden states of a chunk of rows with it, tile by tile, and hands each tile on while it
-// is in the cache.
+// Logits are made where they are used: a thread multiplies a block of the weight's rows, read as
+// they lie, with the packed hidden states of a chunk of rows, and hands the block's logits on while
+// they are in the cache. They are [columns of the vocabulary][rows]: the weight, which is read once
+// and is most of the memory, needs no packing, and a row is a lane, so that its maximum and sums
+// never cross lanes. Where gradients are taken, the blocks are turned around as they are put down.
 //
 //   for each chunk of rows that take part, found by reading the targets:
 //     pack their hidden states, for all threads
-//     forward:   for each span of the vocabulary: for each block: tiles -> the rows' running sums
+//     forward:   for each span of the vocabulary: for each block: logits -> the rows' running sums
 //                merge every row's spans in order
-//     backward:  for each part of the vocabulary: tiles -> dz, in place; then three products of dz
-//     the loss:  tiles -> chunk of logits, and sums; the loss's gradient; dz in place; products
+//     backward:  for each part of the vocabulary: logits -> dz, in place; then three products of dz
+//     the loss:  logits -> a chunk of them, and sums; the loss's gradient; dz in place; products
 //
 // How the vocabulary is cut follows from V and C alone.
 #include "ops/linear_log_probs.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/gemm.h"
 #include "cpu/log_probs.h"
@@ -23,16 +26,17 @@ void policy_loss(const PolicyLossArgs& a, Device& device);
 
 namespace {
 
-constexpr int64_t kTileRows = 96;              // whole panels for every register tile
-constexpr int64_t kMostColumns = 512;          // of a block
-constexpr int64_t kBlock = 128 * 1024;         // words of a packed block of weight: 512 KiB of L2
-constexpr int64_t kBlockK = 256;               // words: a panel of 32 columns, 32 KiB, fits L1
+constexpr int64_t kMostPanel = 32;             // rows of the widest panel of hidden states
+constexpr int64_t kWholeTiles = 24;            // columns: whole register tiles on every CPU
+constexpr int64_t kMostColumns = 96;           // of a block
+constexpr int64_t kBlock = 128 * 1024;         // words of a block of weight: 512 KiB of L2
+constexpr int64_t kBlockK = 256;               // words: a panel of 32 rows, 32 KiB, fits L1
 constexpr int64_t kPanels = 768 * 1024;        // words of packed hidden states: 3 MiB of L3
 constexpr int64_t kMostRows = 768;             // of a chunk
+constexpr int64_t kSumColumns = 512;           // of the bias's gradient at once
 constexpr int64_t kMostSpans = 128;            // of the vocabulary
 constexpr int64_t kSlopes = 8 * 1024 * 1024;   // floats of dz backward
 constexpr int64_t kLogits = 32 * 1024 * 1024;  // floats of logits of the policy loss
-constexpr int64_t kFewestRows = 12;            // of its chunk
 constexpr int64_t kStretch = 4096;             // columns that a thread takes of a long row
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -48,18 +52,20 @@ struct Head {
   int64_t rows, columns, channels;
   double inverse;
 
-  bool pairs;     // whether a word of the packed panels holds two bf16
+  bool pairs;     // whether a word of the product holds two bf16
+  bool in_words;  // whether the weight is made of such words as it lies
   int64_t most;   // rows of a chunk
-  int64_t block;  // columns packed at once
+  int64_t pitch;  // of a block's logits; no power of two, or they would share their places in L1
+  int64_t block;  // columns
   int64_t span, spans;
   bool moment = false;
 
   int64_t* list = nullptr;        // the chunk's rows
   float* panels = nullptr;        // their hidden states, packed
-  float* blocks = nullptr;        // packed weight, by thread
-  float* tiles = nullptr;         // of logits, by thread
+  float* words = nullptr;         // a block of the weight, by thread, unless it is in_words
+  float* logits = nullptr;        // of a block, by thread
   float* partials = nullptr;      // [most, spans, 3]
-  double* running = nullptr;      // [threads, most, 3]
+  float* running = nullptr;       // [threads, 3, pitch]
   float* target_logit = nullptr;  // [most]
 
   template <class Args>
@@ -72,20 +78,23 @@ struct Head {
         columns(a.weight.shape[0]),
         channels(a.weight.shape[1]),
         inverse(1 / a.temperature),
-        pairs(cpu.features().bf16 && a.weight.dtype == DType::bf16) {
+        pairs(cpu.features().bf16 && a.weight.dtype == DType::bf16),
+        in_words(a.weight.dtype == DType::f32 || (pairs && channels % 2 == 0)) {
     const int64_t deep = std::max<int64_t>(depth(channels), 1);
-    const int64_t fit = std::clamp(kPanels / deep / kTileRows * kTileRows, kTileRows, kMostRows);
+    const int64_t fit = std::clamp(kPanels / deep / 96 * 96, int64_t{96}, kMostRows);
     most = std::min({fit, std::max<int64_t>(rows, 1), most_rows});
-    block = std::clamp<int64_t>(kBlock / deep / 32 * 32, 32, kMostColumns);
+    pitch = padded() + 16;
+    block = std::clamp(kBlock / deep / kWholeTiles * kWholeTiles, kWholeTiles, kMostColumns);
     span = round_up(std::max<int64_t>(ceil_div(columns, kMostSpans), 1), block);
     spans = ceil_div(columns, span);
   }
 
-  int64_t padded() const { return round_up(most, kTileRows); }
-  // Words of the packed panels for k channels, and the channels of a block of them.
+  int64_t padded() const { return round_up(most, kMostPanel); }
+  // Words for k channels, and the channels of a block of them.
   int64_t depth(int64_t k) const { return pairs ? (k + 1) / 2 : k; }
   int64_t block_k() const { return pairs ? 2 * kBlockK : kBlockK; }
-  int64_t block_floats() const { return block * depth(channels); }
+  int64_t word_floats() const { return in_words ? 0 : block * depth(channels); }
+  int64_t logit_floats() const { return block * pitch; }
   Part part(int64_t row) const {
     const int32_t target = targets.as<int32_t>()[row];
     return target == kSkippedTarget          ? Part::skipped
@@ -128,10 +137,11 @@ class Laid {
 void lay(Pieces& pieces, Head& h, const CpuDevice& cpu, bool sums) {
   pieces.lay(h.list, h.most);
   pieces.lay(h.panels, h.padded() * h.depth(h.channels));
-  pieces.lay(h.blocks, cpu.threads() * h.block_floats());
+  pieces.lay(h.words, cpu.threads() * h.word_floats());
+  pieces.lay(h.logits, cpu.threads() * h.logit_floats());
   if (!sums) return;
   pieces.lay(h.partials, h.most * h.spans * 3);
-  pieces.lay(h.running, cpu.threads() * h.most * 3);
+  pieces.lay(h.running, cpu.threads() * 3 * h.pitch);
   pieces.lay(h.target_logit, h.most);
 }
 
@@ -148,36 +158,51 @@ int64_t take_rows(const Head& h, int64_t& next, const F& part) {
 void pack_rows(CpuDevice& cpu, const Head& h, int64_t taken) {
   int mr, nr;
   cpu.simd().gemm_tile_size(&mr, &nr);
-  cpu.parallel(ceil_div(taken, mr), 1, [&](int64_t begin, int64_t end, int) {
+  cpu.parallel(ceil_div(taken, nr), 1, [&](int64_t begin, int64_t end, int) {
     const Simd& simd = cpu.simd();
-    float lines[16 * 2 * kBlockK];
+    float lines[kMostPanel * 2 * kBlockK];
     for (int64_t p = begin; p < end; ++p) {
-      const int64_t first = p * mr, n = std::min<int64_t>(mr, taken - first);
+      const int64_t first = p * nr, n = std::min<int64_t>(nr, taken - first);
       for (int64_t k0 = 0; k0 < h.channels; k0 += h.block_k()) {
         const int64_t k = std::min(h.block_k(), h.channels - k0);
         for (int64_t r = 0; r < n; ++r)
           simd.to_f32(h.hidden.dtype, at(h.hidden, h.list[first + r] * h.channels + k0),
                       lines + r * k, k);
-        simd.pack_a(h.pairs, DType::f32, lines, k, 1, n, k,
+        simd.pack_b(h.pairs, DType::f32, lines, 1, k, k, n,
                     h.panels + h.depth(k0) * h.padded() + first * h.depth(k));
       }
     }
   });
 }
 
-// The logits of the chunk in columns first .. first + n, tile by tile: to(i, m) is where the rows
-// i .. i + m go, `pitch` floats apart; then(i, m, logits) is what becomes of them.
-template <class To, class Then>
-void make_logits(const Simd& simd, const Head& h, int64_t taken, int64_t first, int64_t n,
-                 int64_t pitch, float* packed, const To& to, const Then& then) {
-  int mr, nr;
-  simd.gemm_tile_size(&mr, &nr);
-  const int64_t width = round_up(n, nr);
+// The weight's rows first .. first + n in words, depth(channels) apart.
+const float* words_of(const Simd& simd, const Head& h, int64_t first, int64_t n, float* room) {
+  const char* rows = at(h.weight, first * h.channels);
+  if (h.in_words) return reinterpret_cast<const float*>(rows);
+  if (!h.pairs) {
+    simd.to_f32(h.weight.dtype, rows, room, n * h.channels);
+    return room;
+  }
+  // An odd number of bf16: the last word's other half is 0.
+  const int64_t deep = h.depth(h.channels), bytes = h.channels * 2;
+  for (int64_t r = 0; r < n; ++r) {
+    room[(r + 1) * deep - 1] = 0;
+    std::memcpy(room + r * deep, rows + r * bytes, bytes);
+  }
+  return room;
+}
+
+// The logits of the chunk's rows in columns first .. first + n: [n][pitch], a row a lane, with
+// whatever they may be in the lanes up to a whole vector.
+const float* make_logits(const Simd& simd, const Head& h, int64_t taken, int64_t first, int64_t n,
+                         int thread) {
+  float* logits = h.logits + thread * h.logit_floats();
+  const float* words = words_of(simd, h, first, n, h.words + thread * h.word_floats());
+  const int64_t lanes = round_up(taken, simd.vector_width()), deep = h.depth(h.channels);
   float bias[kMostColumns];
   if (h.bias) simd.to_f32(h.bias.dtype, at(h.bias, first), bias, n);
-  for (int64_t k0 = 0; k0 < h.channels; k0 += h.block_k())
-    simd.pack_b(h.pairs, h.weight.dtype, at(h.weight, first * h.channels + k0), 1, h.channels,
-                std::min(h.block_k(), h.channels - k0), n, packed + h.depth(k0) * width);
+  if (h.bias || h.channels == 0)
+    for (int64_t j = 0; j < n; ++j) std::fill_n(logits + j * h.pitch, lanes, h.bias ? bias[j] : 0);
   // The next block's weights are asked for meanwhile, as they are mostly this thread's next ones.
   const int64_t next = first + n, size = h.channels * static_cast<int64_t>(size_of(h.weight.dtype));
   Ahead ahead;
@@ -185,59 +210,41 @@ void make_logits(const Simd& simd, const Head& h, int64_t taken, int64_t first, 
   ahead.rows = h.columns > next && h.channels > 0;
   ahead.left = std::min(n, h.columns - next) * size / 64;
   if (!ahead.left) ahead.rows = 0;
-  for (int64_t i = 0; i < taken; i += kTileRows) {
-    const int64_t m = std::min(kTileRows, taken - i);
-    float* logits = to(i, m);
-    for (int64_t r = 0; r < m; ++r)
-      if (h.bias)
-        std::copy(bias, bias + n, logits + r * pitch);
-      else if (h.channels == 0)
-        std::fill(logits + r * pitch, logits + r * pitch + n, 0.0f);
-    for (int64_t k0 = 0; k0 < h.channels; k0 += h.block_k()) {
-      const int64_t k = std::min(h.block_k(), h.channels - k0);
-      simd.gemm_panels(h.pairs, m, n, k, h.panels + h.depth(k0) * h.padded() + i * h.depth(k),
-                       packed + h.depth(k0) * width, logits, pitch, h.bias || k0, &ahead);
-    }
-    then(i, m, logits);
-  }
+  for (int64_t k0 = 0; k0 < h.channels; k0 += h.block_k())
+    simd.gemm_rows(h.pairs, n, lanes, std::min(h.block_k(), h.channels - k0), words + h.depth(k0),
+                   deep, h.panels + h.depth(k0) * h.padded(), logits, h.pitch, h.bias || k0,
+                   &ahead);
+  return logits;
 }
 
 // The sums of every row of the chunk over every span. The logits go to `chunk`, [taken, columns],
-// or nowhere.
+// unless it is null.
 void sum_spans(CpuDevice& cpu, const Head& h, int64_t taken, float* chunk) {
   cpu.parallel(h.spans, 1, [&](int64_t begin, int64_t end, int thread) {
     const Simd& simd = cpu.simd();
-    float* tile = chunk ? nullptr : h.tiles + thread * kTileRows * h.block;
-    auto* running = reinterpret_cast<Sums*>(h.running + thread * h.most * 3);
+    const int64_t lanes = round_up(taken, simd.vector_width());
+    float* running = h.running + thread * 3 * h.pitch;
     for (int64_t s = begin; s < end; ++s) {
-      std::fill(running, running + taken, Sums{});
+      std::fill_n(running, h.pitch, static_cast<float>(-kInfinity));
+      std::fill_n(running + h.pitch, 2 * h.pitch, 0.0f);
       const int64_t stop = std::min(h.columns, (s + 1) * h.span);
       for (int64_t first = s * h.span; first < stop; first += h.block) {
-        const int64_t n = std::min(h.block, stop - first), pitch = chunk ? h.columns : h.block;
-        make_logits(
-            simd, h, taken, first, n, pitch, h.blocks + thread * h.block_floats(),
-            [&](int64_t i, int64_t) { return chunk ? chunk + i * pitch + first : tile; },
-            [&](int64_t i, int64_t m, const float* logits) {
-              for (int64_t r = 0; r < m; ++r) {
-                const float* z = logits + r * pitch;
-                float sums[3];
-                simd.softmax_sums(DType::f32, z, n, static_cast<float>(h.inverse), h.moment, sums);
-                merge(running[i + r], {sums[0], sums[1], sums[2]}, h.inverse);
-                const int64_t label = h.target(i + r) - first;
-                if (label >= 0 && label < n) h.target_logit[i + r] = z[label];
-              }
-            });
+        const int64_t n = std::min(h.block, stop - first);
+        const float* logits = make_logits(simd, h, taken, first, n, thread);
+        simd.softmax_lanes(n, h.pitch, lanes, static_cast<float>(h.inverse), h.moment, logits,
+                           running);
+        for (int64_t i = 0; i < taken; ++i) {
+          const int64_t label = h.target(i) - first;
+          if (label >= 0 && label < n) h.target_logit[i] = logits[label * h.pitch + i];
+        }
+        if (chunk) simd.transpose(n, taken, logits, h.pitch, chunk + first, h.columns);
       }
-      for (int64_t i = 0; i < taken; ++i) {
-        float* to = h.partials + (i * h.spans + s) * 3;
-        to[0] = static_cast<float>(running[i].maximum);
-        to[1] = static_cast<float>(running[i].sum);
-        to[2] = static_cast<float>(running[i].moment);
-      }
+      for (int64_t i = 0; i < taken; ++i)
+        for (int64_t k = 0; k < 3; ++k)
+          h.partials[(i * h.spans + s) * 3 + k] = running[k * h.pitch + i];
     }
   });
 }
-static_assert(sizeof(Sums) == 3 * sizeof(double));
 
 RowLogProb merged(const Head& h, int64_t i) {
   return row_log_prob(merge_slices(h.partials + i * h.spans * 3, h.spans, h.inverse),
@@ -339,10 +346,10 @@ void multiply(CpuDevice& cpu, const Head& h, const Gradients& g, int64_t taken, 
            g.memory);
   if (!g.bias) return;
   const bool add = g.add_bias || started;
-  cpu.parallel(ceil_div(n, kMostColumns), 4, [&](int64_t begin, int64_t end, int) {
+  cpu.parallel(ceil_div(n, kSumColumns), 4, [&](int64_t begin, int64_t end, int) {
     for (int64_t c = begin; c < end; ++c) {
-      const int64_t skip = c * kMostColumns, width = std::min(kMostColumns, n - skip);
-      float sums[kMostColumns] = {};
+      const int64_t skip = c * kSumColumns, width = std::min(kSumColumns, n - skip);
+      float sums[kSumColumns] = {};
       for (int64_t i = 0; i < taken; ++i)
         for (int64_t j = 0; j < width; ++j) sums[j] += dz[i * pitch + skip + j];
       float* to = g.bias.as<float>() + first + skip;
@@ -378,10 +385,7 @@ void linear_log_probs(const LinearLogProbsArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   Head h(a, cpu, kMostRows);
   h.moment = bool(a.entropy);
-  const Laid memory(device, [&](Pieces& pieces) {
-    lay(pieces, h, cpu, true);
-    pieces.lay(h.tiles, cpu.threads() * kTileRows * h.block);
-  });
+  const Laid memory(device, [&](Pieces& pieces) { lay(pieces, h, cpu, true); });
   cpu.submit([=, &cpu] {
     const auto write = [&](int64_t row, const RowLogProb& r) {
       a.log_probs.as<float>()[row] = r.log_prob;
@@ -440,20 +444,17 @@ void linear_log_probs_backward(const LinearLogProbsBackwardArgs& a, Device& devi
         cpu.parallel(ceil_div(n, h.block), 1, [&](int64_t begin, int64_t end, int thread) {
           for (int64_t b = begin; b < end; ++b) {
             const int64_t skip = b * h.block, width = std::min(h.block, n - skip);
-            make_logits(
-                simd, h, taken, first + skip, width, part, h.blocks + thread * h.block_floats(),
-                [&](int64_t i, int64_t) { return dz + i * part + skip; },
-                [&](int64_t i, int64_t m, float* logits) {
-                  for (int64_t r = 0; r < m; ++r) {
-                    const int64_t row = h.list[i + r];
-                    double dg, dh;
-                    slopes_of(row, dg, dh);
-                    const RowSlope slope(h.inverse, a.stats.as<float>() + 2 * row, dg, dh,
-                                         dh != 0 ? a.entropy.as<float>()[row] : 0);
-                    float* z = logits + r * part;
-                    make_slopes(simd, h, i + r, slope, z, z, first + skip, width);
-                  }
-                });
+            float* to = dz + skip;
+            simd.transpose(width, taken, make_logits(simd, h, taken, first + skip, width, thread),
+                           h.pitch, to, part);
+            for (int64_t i = 0; i < taken; ++i) {
+              const int64_t row = h.list[i];
+              double dg, dh;
+              slopes_of(row, dg, dh);
+              const RowSlope slope(h.inverse, a.stats.as<float>() + 2 * row, dg, dh,
+                                   dh != 0 ? a.entropy.as<float>()[row] : 0);
+              make_slopes(simd, h, i, slope, to + i * part, to + i * part, first + skip, width);
+            }
           }
         });
         multiply(cpu, h, g, taken, dz, part, first, n, p.started);
@@ -469,7 +470,7 @@ void linear_policy_loss(const LinearPolicyLossArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   const int64_t columns = a.weight.shape[0];
   Head h(a, cpu,
-         std::max(kLogits / std::max<int64_t>(columns, 1) / kFewestRows, int64_t{1}) * kFewestRows);
+         std::max(kLogits / std::max<int64_t>(columns, 1) / kMostPanel, int64_t{1}) * kMostPanel);
   Gradients g(a);
   h.moment = a.loss.entropy_coef != 0;
   float *logits = nullptr, *stats = nullptr, *entropy = nullptr, *d_log_probs = nullptr,

@@ -342,6 +342,21 @@ void pack_b(bool pairs, DType type, const void* x, int64_t k_stride, int64_t col
   pack<NR>(pairs, type, x, column_stride, k_stride, n, k, out);
 }
 
+void transpose(int64_t m, int64_t n, const float* x, int64_t ldx, float* y, int64_t ldy) {
+  for (int64_t i = 0; i < m; i += W)
+    for (int64_t j = 0; j < n; j += W) {
+      const int rows = static_cast<int>(least(W, m - i)), columns = static_cast<int>(least(W, n - j));
+      vf block[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r)
+        block[r] = r < rows ? load_first<vf>(x + (i + r) * ldx + j, columns) : vf{};
+      transpose(block);
+#pragma GCC unroll 16
+      for (int c = 0; c < W; ++c)
+        if (c < columns) store_first(y + (j + c) * ldy + i, block[c], rows);
+    }
+}
+
 void gemm_panels(bool pairs, int64_t m, int64_t n, int64_t k, const float* a, const float* b,
                  float* c, int64_t ldc, bool accumulate, Ahead* ahead) {
   if (pairs)

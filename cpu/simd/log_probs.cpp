@@ -106,6 +106,43 @@ void sums(const typename E::T* z, int64_t n, float inverse, float* out) {
   out[2] = (float)weighted;
 }
 
+template <bool moment>
+void lane_sums(int64_t n, int64_t ld, int64_t lanes, float inverse, const float* z, float* sums) {
+  const float to_binary = (float)(inverse / kLn2);
+  for (int64_t l = 0; l < lanes; l += W, z += W, sums += W) {
+    const vf before = loadf(sums);
+    vf top[4] = {before, before, before, before};
+    int64_t j = 0;
+    for (; j + 4 <= n; j += 4)
+      for (int k = 0; k < 4; ++k) top[k] = vmax(loadf(z + (j + k) * ld), top[k]);
+    for (; j < n; ++j) top[0] = vmax(loadf(z + j * ld), top[0]);
+    const vf maximum = vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
+    const vf from = maximum == -INFINITY ? vf{} : maximum;
+
+    vf s[4] = {}, t[4] = {};
+    const auto add = [&](int k, vf x) {
+      const vf d = (x - from) * to_binary;
+      const Power e = power_below(d);
+      s[k] += e.scale * e.rest;
+      if (moment) t[k] += e.scale * (e.rest * vmax(set1(-160.0f), d));
+    };
+    for (j = 0; j + 4 <= n; j += 4)
+      for (int k = 0; k < 4; ++k) add(k, loadf(z + (j + k) * ld));
+    for (; j < n; ++j) add(0, loadf(z + j * ld));
+
+    // What was summed so far moves to the new maximum; before there was any it is 0, and stays so.
+    const vf shift = vmax(set1(-160.0f), (before - from) * to_binary);
+    const Power e = power_below(shift);
+    const vf scale = e.scale * e.rest, sum = loadf(sums + ld);
+    store(sums, maximum);
+    store(sums + ld, scale * sum + ((s[0] + s[1]) + (s[2] + s[3])));
+    if (moment) {
+      const vf so_far = loadf(sums + 2 * ld) + shift * (float)kLn2 * sum;
+      store(sums + 2 * ld, scale * so_far + ((t[0] + t[1]) + (t[2] + t[3])) * (float)kLn2);
+    }
+  }
+}
+
 // `exact`: 1 / temperature is an f32, so that its low part is 0.
 template <class E, bool entropy, bool exact>
 void slopes(const typename E::T* z, typename E::T* dz, int64_t n, const SoftmaxRow& row) {
@@ -163,6 +200,11 @@ void softmax_sums(DType type, const void* z, int64_t n, float inverse, bool mome
     sums_of<F16>(z, n, inverse, moment, out);
   else
     sums_of<Bf16>(z, n, inverse, moment, out);
+}
+
+void softmax_lanes(int64_t n, int64_t ld, int64_t lanes, float inverse, bool moment, const float* z,
+                   float* sums) {
+  (moment ? lane_sums<true> : lane_sums<false>)(n, ld, lanes, inverse, z, sums);
 }
 
 void softmax_slopes(DType type, const void* z, void* dz, int64_t n, const SoftmaxRow* row) {
