@@ -114,8 +114,13 @@ DeviceHandle::DeviceHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<De
   }
 }
 
-void DeviceHandle::Finalize(Napi::BasicEnv) {
-  device_.reset();  // tensors may outlive the device's handle: the last of them closes it
+void DeviceHandle::Finalize(Napi::BasicEnv env) {
+  // Tensors may outlive the device's handle: the last of them closes it.
+  if (device_ && device_.use_count() == 1) {
+    device_->close();
+    device_->account(env);
+  }
+  device_.reset();
 }
 
 DeviceHandle* DeviceHandle::From(const Napi::Value& value) {
@@ -236,6 +241,7 @@ Napi::Value DeviceHandle::ResetPeak(const Napi::CallbackInfo& info) {
 
 Napi::Value DeviceHandle::Dispose(const Napi::CallbackInfo& info) {
   device_->close();
+  device_->account(info.Env());
   return info.Env().Undefined();
 }
 

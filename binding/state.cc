@@ -30,13 +30,13 @@ void OpenDevice::close() {
   pending.clear();
 }
 
-void OpenDevice::account(Napi::BasicEnv env, int64_t bytes) {
+void OpenDevice::account(Napi::BasicEnv env) {
   constexpr int64_t kStep = int64_t{128} << 20;
-  held_ += bytes;
-  const int64_t untold = held_ - told_;
-  if (untold < kStep && untold > -kStep) return;
-  Napi::MemoryManagement::AdjustExternalMemory(env, untold);
-  told_ = held_;
+  const int64_t held = device ? static_cast<int64_t>(device->reserved()) : 0;
+  const int64_t untold = held - told_;
+  if (device && untold < kStep && untold > -kStep) return;
+  if (untold) Napi::MemoryManagement::AdjustExternalMemory(env, untold);
+  told_ = held;
 }
 
 struct State::Done {

@@ -32,13 +32,15 @@ struct OpenDevice {
   void settle();
   // Drains, stops and frees.
   void close();
-  // Tells V8 of memory that handles hold. In large steps: a collection each time that a training
-  // step allocates and disposes would cost more than the step, and a leak is large sooner or later.
-  void account(Napi::BasicEnv env, int64_t bytes);
+  // Tells V8 how much memory the device has taken from the system, in large steps. V8 collects
+  // garbage for some milliseconds when it is told of more, beside the work that was just queued. So
+  // memory that is disposed and handed out again is not told of; tensors that are left to be
+  // collected make the device take more, sooner or later.
+  void account(Napi::BasicEnv env);
 
  private:
   std::shared_ptr<Registry> registry_;
-  int64_t held_ = 0, told_ = 0;
+  int64_t told_ = 0;
 };
 
 // Several operations that are one for their caller: errors and faults carry its name.

@@ -74,9 +74,7 @@ void TensorHandle::adopt(Napi::Env env, std::shared_ptr<Storage> storage, DType 
   dtype_ = dtype;
   shape_ = shape;
   offset_ = offset;
-  // Views share their storage: V8 hears of it with the first handle and the last.
-  if (storage_->handles++ == 0)
-    storage_->device->account(env, static_cast<int64_t>(storage_->bytes));
+  storage_->device->account(env);
 }
 
 Napi::Object TensorHandle::Make(Napi::Env env, std::shared_ptr<Storage> storage, DType dtype,
@@ -96,9 +94,10 @@ TensorHandle* TensorHandle::From(const Napi::Value& value) {
 
 void TensorHandle::drop(Napi::BasicEnv env) {
   if (!storage_) return;
-  if (--storage_->handles == 0)
-    storage_->device->account(env, -static_cast<int64_t>(storage_->bytes));
+  const std::shared_ptr<OpenDevice> device = storage_->device;
   storage_.reset();
+  if (device.use_count() == 1) device->close();  // its handle went before
+  device->account(env);
 }
 
 void TensorHandle::Finalize(Napi::BasicEnv env) { drop(env); }

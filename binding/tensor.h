@@ -25,7 +25,6 @@ struct Storage {
   bool mapped = false;  // not of the device's pool
   std::string shared;   // the name by which other processes open it; empty: none
   int shares = 0;       // how often it was shared and not taken back
-  int handles = 0;      // JavaScript's, this one and its views
   std::vector<std::shared_ptr<Fault>> faults;  // that its contents may depend on
 };
 

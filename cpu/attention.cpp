@@ -12,10 +12,10 @@
 // Forward, of a sequence whose K and V stay in L2, for each MR queries:
 //   S = Q K^T                           [MR][keys]: Q as it lies in memory, keys in lanes
 //   P = exp(S - max)                    all keys at once: nothing is brought up to date
-//   out = P V / sum                     [MR][D]: P as it lies, V in panels by D; stored as it lies
-// Only K is turned around. A window of 64 tokens is read in the time of its products, so its rows
-// are asked for during those of the window before, line by line, and a large output goes past the
-// caches.
+//   out = P V / sum                     [MR][D]: P and V as they lie; stored as it lies
+// Only K is turned around, and V packed if its words are not f32. A window of 64 tokens is read in
+// the time of its products, so its rows are asked for during those of the window before, line by
+// line, and a large output goes past the caches.
 //
 // Backward, for queries and keys of a sequence and a head:
 //   for each block of queries
@@ -51,7 +51,9 @@ constexpr int64_t kWholeTokens = 2304;  // and its longest sequence, or few thre
 constexpr int64_t kShortWords = 80 * 1024;          // forward: K and V of a short sequence, in L2
 constexpr int64_t kPastCaches = int64_t{32} << 20;  // bytes of an output that no cache holds
 constexpr int64_t kMaxDim = 128, kMaxPanel = 64;
-constexpr double kTaskWork = 4e6;  // multiply-adds worth handing to a thread
+// Multiply-adds worth handing to a thread: some 40 windows of 64 tokens, so that the rows it asks
+// for ahead are mostly its own.
+constexpr double kTaskWork = 2.5e7;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -135,8 +137,8 @@ struct Call {
     simd->gemm_panels(pairs, m, n, k, a, b, to, ld, accumulate, nullptr);
   }
   void multiply_rows(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
-                     float* to, int64_t ld, bool accumulate, Ahead* ahead) const {
-    simd->gemm_rows(pairs, m, n, k, a, lda, b, to, ld, accumulate, ahead);
+                     int64_t ldb, float* to, int64_t ld, bool accumulate, Ahead* ahead) const {
+    simd->gemm_rows(pairs, m, n, k, a, lda, b, ldb, to, ld, accumulate, ahead);
   }
 };
 
@@ -277,7 +279,7 @@ struct Short {
     staged = room.take(c.cos ? most * d : 0);
     q = room.take(c.in.dtype != DType::f32 && !c.pairs ? most * d : 0);
     k = room.take(keys * c.depth(d));
-    v = room.take(c.depth(most) * round_up(d, c.nr));
+    v = room.take(c.in.dtype == DType::f32 ? 0 : c.depth(most) * round_up(d, c.nr));
     s = room.take(c.mr * ld);
     o = room.take(c.mr * round_up(d, c.width));
     lse = room.take(rows);
@@ -292,7 +294,11 @@ void forward_short(const Call& c, const Short& w, const Task& task, int64_t head
   const int64_t row = c.in.heads * d, lanes = round_up(keys, c.width), ld_o = round_up(d, c.width);
   const bool past_caches = c.in.tokens * row * c.size() > kPastCaches;
   c.pack_b(rotated(c, c.in.k, head, task.keys, w.staged), keys, d, w.k);
-  c.pack_b(rows_of(c, c.in.v, c.in.row, head, task.keys).transposed(), d, keys, w.v);
+  const Rows values = rows_of(c, c.in.v, c.in.row, head, task.keys);
+  const bool as_it_lies = c.in.dtype == DType::f32;
+  if (!as_it_lies) c.pack_b(values.transposed(), d, keys, w.v);
+  const float* v = as_it_lies ? static_cast<const float*>(values.data) : w.v;
+  const int64_t ldv = as_it_lies ? values.stride : c.nr;
 
   // Q in words.
   const Rows rows = rotated(c, c.in.q, head, task.queries, w.staged);
@@ -312,10 +318,10 @@ void forward_short(const Call& c, const Short& w, const Task& task, int64_t head
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = queries * g / groups, n = queries * (g + 1) / groups - first;
     const int64_t token = task.queries.begin + first;
-    c.multiply_rows(n, lanes, d, q + first * stride, stride, w.k, w.s, w.ld, false, &ahead);
+    c.multiply_rows(n, lanes, d, q + first * stride, stride, w.k, c.nr, w.s, w.ld, false, &ahead);
     simd.softmax_rows(c.pairs, n, keys, w.ld, c.scale, w.s, w.lse, w.inverse);
     std::copy_n(w.lse, n, lse + head * c.in.tokens + token);
-    c.multiply_rows(n, ld_o, keys, w.s, w.ld, w.v, w.o, ld_o, false, &ahead);
+    c.multiply_rows(n, d, keys, w.s, w.ld, v, ldv, w.o, ld_o, false, &ahead);
     simd.store_rows(c.in.dtype, n, d, ld_o, w.o, w.inverse,
                     out + (token * row + head * d) * c.size(), row, past_caches);
   }
@@ -413,7 +419,7 @@ void backward(const Call& c, const Backward& w, int wanted, const Task& task, in
           c.pack_a({DType::f32, w.d_s, c.nr}, n, span.size(), w.packed);
           c.multiply(n, d, span.size(), w.packed, k_rows, w.d_q, d, p > 0);
         } else {
-          c.multiply_rows(n, d, span.size(), w.d_s, c.nr, k_rows, w.d_q, d, p > 0, nullptr);
+          c.multiply_rows(n, d, span.size(), w.d_s, c.nr, k_rows, c.nr, w.d_q, d, p > 0, nullptr);
         }
       }
     }

@@ -196,6 +196,8 @@ const float* words_of(const Simd& simd, const Head& h, int64_t first, int64_t n,
 // whatever they may be in the lanes up to a whole vector.
 const float* make_logits(const Simd& simd, const Head& h, int64_t taken, int64_t first, int64_t n,
                          int thread) {
+  int mr, nr;
+  simd.gemm_tile_size(&mr, &nr);
   float* logits = h.logits + thread * h.logit_floats();
   const float* words = words_of(simd, h, first, n, h.words + thread * h.word_floats());
   const int64_t lanes = round_up(taken, simd.vector_width()), deep = h.depth(h.channels);
@@ -212,7 +214,7 @@ const float* make_logits(const Simd& simd, const Head& h, int64_t taken, int64_t
   if (!ahead.left) ahead.rows = 0;
   for (int64_t k0 = 0; k0 < h.channels; k0 += h.block_k())
     simd.gemm_rows(h.pairs, n, lanes, std::min(h.block_k(), h.channels - k0), words + h.depth(k0),
-                   deep, h.panels + h.depth(k0) * h.padded(), logits, h.pitch, h.bias || k0,
+                   deep, h.panels + h.depth(k0) * h.padded(), nr, logits, h.pitch, h.bias || k0,
                    &ahead);
   return logits;
 }

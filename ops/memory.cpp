@@ -51,8 +51,14 @@ void Memory::release(void* data) {
 }
 
 void Memory::adopt(size_t bytes) {
+  reserved_ += bytes;
   live_ += bytes;
   if (live_ > peak_) peak_ = live_;
+}
+
+void Memory::disown(size_t bytes) {
+  reserved_ -= bytes;
+  live_ -= bytes;
 }
 
 void Memory::trim() {

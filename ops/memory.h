@@ -21,9 +21,9 @@ class Memory {
   // Gives every cached block back to the system, once the queue is drained.
   void trim();
 
-  // Memory that is not from here, but in use like what is: it counts among the live bytes.
+  // Memory that is not from here, but in use like what is: it counts as if it were.
   void adopt(size_t bytes);
-  void disown(size_t bytes) { live_ -= bytes; }
+  void disown(size_t bytes);
 
   size_t live() const { return live_; }
   size_t peak() const { return peak_; }

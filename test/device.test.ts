@@ -1,3 +1,4 @@
+import { constants, PerformanceObserver } from 'node:perf_hooks'
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
 import { cudaStatus, devices, gelu, openDevice, type Tensor } from 'p2r-kernels'
@@ -222,6 +223,27 @@ onEveryBackend('device', (b) => {
     }
     // 4800 MiB were made. V8 hears of each 128 MiB, and marks garbage beside the loop when it likes.
     expect(peak).toBeLessThan(2400 * 2 ** 20)
+  })
+
+  test('V8 does not collect because of memory that is used again', async () => {
+    using device = open()
+    let collections = 0
+    const observer = new PerformanceObserver((list) => {
+      for (const { detail } of list.getEntries())
+        if ((detail as { kind: number }).kind !== constants.NODE_PERFORMANCE_GC_MINOR) collections++
+    })
+    const use = () => device.zeros([40 << 20]).dispose()
+    use()
+    await device.synchronize()
+    collectGarbage()
+    observer.observe({ entryTypes: ['gc'] })
+    for (let i = 0; i < 40; i++) {
+      use()
+      await turn()
+    }
+    observer.disconnect()
+    // One may come for another reason. It was 9 to 19 when V8 heard of every tensor.
+    expect(collections).toBeLessThan(4)
   })
 
   test('what no memory can hold is ERR_MEMORY, and the device goes on', async () => {

@@ -239,18 +239,22 @@ inline void ask(Ahead& a) {
   --a.rows;
 }
 
-// How A lies: in packed panels, the words of a step of k side by side, or in rows, those of a row.
+// How A and B lie: in packed panels, the words of a step of k side by side, or A in rows, those of
+// a row, and B's rows anywhere, which then end at their last column.
 enum class Lie { panels, rows };
 
-// R rows and V vectors of columns of one tile, the last of which has `last` columns.
+// R rows and V vectors of columns of one tile, the last of which has `last` columns. The steps of B
+// lie ldb apart.
 template <class Step, Lie kLie, int R, int V>
-void tile(int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int last,
-          bool accumulate, Ahead* ahead) {
+void tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+          int64_t ldc, int last, bool accumulate, Ahead* ahead) {
   vf acc[R][V] = {};
   const auto step = [&]() __attribute__((always_inline)) {
     vf row[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) row[v] = loadf(b + v * W);
+    for (int v = 0; v < V; ++v)
+      row[v] = kLie == Lie::rows && W == 16 && v == V - 1 ? load_first<vf>(b + v * W, last)
+                                                          : loadf(b + v * W);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vf x = set1(a[kLie == Lie::rows ? r * lda : r]);
@@ -258,7 +262,7 @@ void tile(int64_t k, const float* a, int64_t lda, const float* b, float* c, int6
       for (int v = 0; v < V; ++v) acc[r][v] = Step::add_product(acc[r][v], x, row[v]);
     }
     a += kLie == Lie::rows ? 1 : lda;
-    b += NR;
+    b += ldb;
   };
   int64_t i = 0;
   for (; i + 4 <= k; i += 4) {
@@ -282,23 +286,24 @@ void tile(int64_t k, const float* a, int64_t lda, const float* b, float* c, int6
 }
 
 template <class Step, Lie kLie, int V, int R = MR>
-inline void tile_of(int rows, int64_t k, const float* a, int64_t lda, const float* b, float* c,
-                    int64_t ldc, int last, bool accumulate, Ahead* ahead) {
+inline void tile_of(int rows, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
+                    float* c, int64_t ldc, int last, bool accumulate, Ahead* ahead) {
   if (rows == R)
-    tile<Step, kLie, R, V>(k, a, lda, b, c, ldc, last, accumulate, ahead);
+    tile<Step, kLie, R, V>(k, a, lda, b, ldb, c, ldc, last, accumulate, ahead);
   else if constexpr (R > 1)
-    tile_of<Step, kLie, V, R - 1>(rows, k, a, lda, b, c, ldc, last, accumulate, ahead);
+    tile_of<Step, kLie, V, R - 1>(rows, k, a, lda, b, ldb, c, ldc, last, accumulate, ahead);
 }
 
 template <class Step, Lie kLie>
 inline void tile_at(int64_t columns, int rows, int64_t depth, const float* a, int64_t lda,
-                    const float* b, float* c, int64_t ldc, bool accumulate, Ahead* ahead) {
+                    const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate,
+                    Ahead* ahead) {
   if (columns > W)
-    tile_of<Step, kLie, 2>(rows, depth, a, lda, b, c, ldc, static_cast<int>(columns) - W,
+    tile_of<Step, kLie, 2>(rows, depth, a, lda, b, ldb, c, ldc, static_cast<int>(columns) - W,
                            accumulate, ahead);
   else
-    tile_of<Step, kLie, 1>(rows, depth, a, lda, b, c, ldc, static_cast<int>(columns), accumulate,
-                           ahead);
+    tile_of<Step, kLie, 1>(rows, depth, a, lda, b, ldb, c, ldc, static_cast<int>(columns),
+                           accumulate, ahead);
 }
 
 template <class Step>
@@ -307,21 +312,21 @@ void panels(int64_t m, int64_t n, int64_t depth, const float* a, const float* b,
   for (int64_t j = 0; j < n; j += NR)
     for (int64_t i = 0; i < m; i += MR)
       tile_at<Step, Lie::panels>(least(NR, n - j), static_cast<int>(least(MR, m - i)), depth,
-                                 a + i * depth, MR, b + j * depth, c + i * ldc + j, ldc, accumulate,
-                                 ahead);
+                                 a + i * depth, MR, b + j * depth, NR, c + i * ldc + j, ldc,
+                                 accumulate, ahead);
 }
 
-// In tiles of even height: one of a few rows would not hide the latency of its products.
-template <class Step, Lie kLie>
+// In tiles of even height: one of a few rows would not hide the latency of its products. Packed
+// panels are what rows NR apart would be too: those have no second panel.
+template <class Step>
 void rows_of_a(int64_t m, int64_t n, int64_t depth, const float* a, int64_t lda, const float* b,
-               float* c, int64_t ldc, bool accumulate, Ahead* ahead) {
-  const int64_t tiles = (m + MR - 1) / MR;
+               int64_t ldb, float* c, int64_t ldc, bool accumulate, Ahead* ahead) {
+  const int64_t tiles = (m + MR - 1) / MR, along = ldb == NR ? depth : 1;
   for (int64_t j = 0; j < n; j += NR)
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t i = m * t / tiles, end = m * (t + 1) / tiles;
-      tile_at<Step, kLie>(least(NR, n - j), static_cast<int>(end - i), depth,
-                          a + (kLie == Lie::rows ? i * lda : i), lda, b + j * depth,
-                          c + i * ldc + j, ldc, accumulate, ahead);
+      tile_at<Step, Lie::rows>(least(NR, n - j), static_cast<int>(end - i), depth, a + i * lda, lda,
+                               b + j * along, ldb, c + i * ldc + j, ldc, accumulate, ahead);
     }
 }
 
@@ -345,7 +350,8 @@ void pack_b(bool pairs, DType type, const void* x, int64_t k_stride, int64_t col
 void transpose(int64_t m, int64_t n, const float* x, int64_t ldx, float* y, int64_t ldy) {
   for (int64_t i = 0; i < m; i += W)
     for (int64_t j = 0; j < n; j += W) {
-      const int rows = static_cast<int>(least(W, m - i)), columns = static_cast<int>(least(W, n - j));
+      const int rows = static_cast<int>(least(W, m - i)),
+                columns = static_cast<int>(least(W, n - j));
       vf block[W];
 #pragma GCC unroll 16
       for (int r = 0; r < W; ++r)
@@ -366,11 +372,11 @@ void gemm_panels(bool pairs, int64_t m, int64_t n, int64_t k, const float* a, co
 }
 
 void gemm_rows(bool pairs, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
-               const float* b, float* c, int64_t ldc, bool accumulate, Ahead* ahead) {
+               const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate, Ahead* ahead) {
   if (pairs)
-    rows_of_a<Pairs, Lie::rows>(m, n, (k + 1) / 2, a, lda, b, c, ldc, accumulate, ahead);
+    rows_of_a<Pairs>(m, n, (k + 1) / 2, a, lda, b, ldb, c, ldc, accumulate, ahead);
   else
-    rows_of_a<Floats, Lie::rows>(m, n, k, a, lda, b, c, ldc, accumulate, ahead);
+    rows_of_a<Floats>(m, n, k, a, lda, b, ldb, c, ldc, accumulate, ahead);
 }
 
 }  // namespace p2r::cpu::P2R_ISA
