@@ -9,10 +9,10 @@
 //   O = (O^T / sum)^T
 // Queries are lanes that know nothing of each other, so how they are cut may follow the threads.
 //
-// Forward, of a sequence whose K and V stay in L2, for each MR queries:
-//   S = Q K^T                           [MR][keys]: Q as it lies in memory, keys in lanes
+// Forward, of a sequence whose K and V stay in L2, for each 2 MR queries:
+//   S = Q K^T                           [2 MR][keys]: Q as it lies in memory, keys in lanes
 //   P = exp(S - max)                    all keys at once: nothing is brought up to date
-//   out = P V / sum                     [MR][D]: P and V as they lie; stored as it lies
+//   out = P V / sum                     [2 MR][D]: P and V as they lie; stored as it lies
 // Only K is turned around, and V packed if its words are not f32. A window of 64 tokens is read in
 // the time of its products, so its rows are asked for during those of the window before, line by
 // line, and a large output goes past the caches.
@@ -36,6 +36,7 @@
 #include <memory>
 
 #include "cpu/device.h"
+#include "cpu/gemm.h"
 
 namespace p2r::cpu {
 
@@ -272,18 +273,19 @@ void forward(const Call& c, const Forward& w, const Task& task, int64_t head, ch
 
 struct Short {
   float *staged, *q, *k, *v, *s, *o, *lse, *inverse;
-  int64_t ld;
+  int64_t ld, rows;
   Short(const Call& c, Room& room, int64_t most) {
-    const int64_t d = c.in.head_dim, keys = round_up(most, c.nr), rows = round_up(c.mr, c.width);
+    const int64_t d = c.in.head_dim, keys = round_up(most, c.nr);
+    rows = 2 * c.mr;  // enough to share the keys' way from L2
     ld = keys + 16;  // no power of two, or the rows would share their lines' places in L1
     staged = room.take(c.cos ? most * d : 0);
     q = room.take(c.in.dtype != DType::f32 && !c.pairs ? most * d : 0);
     k = room.take(keys * c.depth(d));
     v = room.take(c.in.dtype == DType::f32 ? 0 : c.depth(most) * round_up(d, c.nr));
-    s = room.take(c.mr * ld);
-    o = room.take(c.mr * round_up(d, c.width));
-    lse = room.take(rows);
-    inverse = room.take(rows);
+    s = room.take(rows * ld);
+    o = room.take(rows * round_up(d, c.width));
+    lse = room.take(round_up(rows, c.width));
+    inverse = room.take(round_up(rows, c.width));
   }
 };
 
@@ -314,9 +316,16 @@ void forward_short(const Call& c, const Short& w, const Task& task, int64_t head
     stride = d;
   }
 
-  const int64_t groups = (queries + c.mr - 1) / c.mr;
+  const int64_t groups = (queries + w.rows - 1) / w.rows;
+  const auto first_of = [&](int64_t g) { return queries * g / groups; };
+  int64_t chances = 0;
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t first = queries * g / groups, n = queries * (g + 1) / groups - first;
+    const int64_t n = first_of(g + 1) - first_of(g);
+    chances += chances_of(simd, n, lanes, c.depth(d)) + chances_of(simd, n, d, c.depth(keys));
+  }
+  spread(ahead, chances);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = first_of(g), n = first_of(g + 1) - first;
     const int64_t token = task.queries.begin + first;
     c.multiply_rows(n, lanes, d, q + first * stride, stride, w.k, c.nr, w.s, w.ld, false, &ahead);
     simd.softmax_rows(c.pairs, n, keys, w.ld, c.scale, w.s, w.lse, w.inverse);

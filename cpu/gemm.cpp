@@ -322,6 +322,17 @@ void gemm(CpuDevice& cpu, const Gemm& g) {
   }
 }
 
+int64_t chances_of(const Simd& simd, int64_t m, int64_t n, int64_t k) {
+  int mr, nr;
+  simd.gemm_tile_size(&mr, &nr);
+  return ceil_div(m, mr) * ceil_div(n, nr) * (k / 4);
+}
+
+void spread(Ahead& ahead, int64_t chances) {
+  const int64_t lines = ahead.rows * ahead.lines;
+  if (lines > 0) ahead.pace = ahead.wait = std::max<int64_t>(chances / lines, 1);
+}
+
 void gemm_now(CpuDevice& cpu, const Gemm& g, float* memory) {
   if (g.m <= 0 || g.n <= 0) return;
   int mr, nr;

@@ -45,6 +45,11 @@ struct Gemm {
 
 void gemm(CpuDevice& cpu, const Gemm& g);
 
+// Chances to ask for lines ahead in a gemm_rows of m rows, n columns and k words (simd.h); and the
+// pace that spreads the lines over `chances`.
+int64_t chances_of(const Simd& simd, int64_t m, int64_t n, int64_t k);
+void spread(Ahead& ahead, int64_t chances);
+
 // The same inside queued work, for an f32 C, in memory of gemm_floats(cpu, n) floats.
 void gemm_now(CpuDevice& cpu, const Gemm& g, float* memory);
 int64_t gemm_floats(const CpuDevice& cpu, int64_t n);

@@ -209,9 +209,9 @@ const float* make_logits(const Simd& simd, const Head& h, int64_t taken, int64_t
   const int64_t next = first + n, size = h.channels * static_cast<int64_t>(size_of(h.weight.dtype));
   Ahead ahead;
   ahead.line = at(h.weight, next * h.channels);
-  ahead.rows = h.columns > next && h.channels > 0;
-  ahead.left = std::min(n, h.columns - next) * size / 64;
-  if (!ahead.left) ahead.rows = 0;
+  ahead.left = ahead.lines = std::max<int64_t>(std::min(n, h.columns - next), 0) * size / 64;
+  ahead.rows = ahead.lines > 0;
+  spread(ahead, chances_of(simd, n, lanes, deep));
   for (int64_t k0 = 0; k0 < h.channels; k0 += h.block_k())
     simd.gemm_rows(h.pairs, n, lanes, std::min(h.block_k(), h.channels - k0), words + h.depth(k0),
                    deep, h.panels + h.depth(k0) * h.padded(), nr, logits, h.pitch, h.bias || k0,

@@ -226,8 +226,10 @@ struct Pairs {
   static vf add_product(vf sum, vf x, vf y) { return bf16_dot(sum, x, y); }
 };
 
-// Asks for one line of each tensor, into L2.
+// Asks for one line of each tensor, into L2, if it is time.
 inline void ask(Ahead& a) {
+  if (--a.wait) return;
+  a.wait = a.pace;
   if (!a.rows) return;
   __builtin_prefetch(a.line, 0, 2);
   if (a.second) __builtin_prefetch(a.line + a.second, 0, 2);

@@ -18,13 +18,15 @@ struct ResampleRows;  // resample.h
 struct PatchRow;
 
 // Rows of up to three tensors that the next task will read: a product asks for their lines one by
-// one between its steps, so that memory is busy while the arithmetic is.
+// one between its steps, so that memory is busy while the arithmetic is. Asked for sooner than need
+// be, they would be in the way of what is read now: see spread() in gemm.h.
 struct Ahead {
   const char* line = nullptr;     // of the first tensor, the next to be asked for
   int64_t second = 0, third = 0;  // bytes from there to the lines of others, or 0
   int64_t rows = 0;               // left
   int64_t lines = 0, skip = 0;    // of a row; bytes from its last line to the next row's first
   int64_t left = 0;               // lines of this row
+  int64_t pace = 1, wait = 1;     // chances to ask from one line to the next, and still to pass
 };
 
 struct Simd {
