@@ -12,10 +12,10 @@
 // Forward, of a sequence whose K and V stay in L2, for each 2 MR queries:
 //   S = Q K^T                           [2 MR][keys]: Q as it lies in memory, keys in lanes
 //   P = exp(S - max)                    all keys at once: nothing is brought up to date
-//   out = P V / sum                     [2 MR][D]: P and V as they lie; stored as it lies
-// Only K is turned around, and V packed if its words are not f32. A window of 64 tokens is read in
-// the time of its products, so its rows are asked for during those of the window before, line by
-// line, and a large output goes past the caches.
+//   out = P V / sum                     [2 MR][D]: P, V and out as they lie
+// Only K is turned around, and V packed and out rounded if they are not f32. A window of 64 tokens
+// is read in the time of its products, so its rows are asked for during those of the window before,
+// line by line, and a large output goes past the caches.
 //
 // Backward, for queries and keys of a sequence and a head:
 //   for each block of queries
@@ -83,8 +83,9 @@ std::vector<Task> cut_up(const Ints& cu_seqlens, Cut side, int64_t step) {
       tasks.push_back(side == Cut::queries ? Task{part, whole} : Task{whole, part});
     }
   }
-  std::stable_sort(tasks.begin(), tasks.end(),
-                   [](const Task& a, const Task& b) { return a.work() > b.work(); });
+  const auto longer = [](const Task& a, const Task& b) { return a.work() > b.work(); };
+  if (!std::is_sorted(tasks.begin(), tasks.end(), longer))
+    std::stable_sort(tasks.begin(), tasks.end(), longer);
   return tasks;
 }
 
@@ -136,10 +137,6 @@ struct Call {
   void multiply(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* to,
                 int64_t ld, bool accumulate) const {
     simd->gemm_panels(pairs, m, n, k, a, b, to, ld, accumulate, nullptr);
-  }
-  void multiply_rows(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
-                     int64_t ldb, float* to, int64_t ld, bool accumulate, Ahead* ahead) const {
-    simd->gemm_rows(pairs, m, n, k, a, lda, b, ldb, to, ld, accumulate, ahead);
   }
 };
 
@@ -277,13 +274,13 @@ struct Short {
   Short(const Call& c, Room& room, int64_t most) {
     const int64_t d = c.in.head_dim, keys = round_up(most, c.nr);
     rows = 2 * c.mr;  // enough to share the keys' way from L2
-    ld = keys + 16;  // no power of two, or the rows would share their lines' places in L1
+    ld = keys + 16;   // no power of two, or the rows would share their lines' places in L1
     staged = room.take(c.cos ? most * d : 0);
     q = room.take(c.in.dtype != DType::f32 && !c.pairs ? most * d : 0);
     k = room.take(keys * c.depth(d));
     v = room.take(c.in.dtype == DType::f32 ? 0 : c.depth(most) * round_up(d, c.nr));
     s = room.take(rows * ld);
-    o = room.take(rows * round_up(d, c.width));
+    o = room.take(c.in.dtype == DType::f32 ? 0 : rows * d);
     lse = room.take(round_up(rows, c.width));
     inverse = room.take(round_up(rows, c.width));
   }
@@ -293,11 +290,13 @@ void forward_short(const Call& c, const Short& w, const Task& task, int64_t head
                    char* out, float* lse) {
   const Simd& simd = *c.simd;
   const int64_t d = c.in.head_dim, keys = task.keys.size(), queries = task.queries.size();
-  const int64_t row = c.in.heads * d, lanes = round_up(keys, c.width), ld_o = round_up(d, c.width);
-  const bool past_caches = c.in.tokens * row * c.size() > kPastCaches;
+  const int64_t row = c.in.heads * d, lanes = round_up(keys, c.width);
   c.pack_b(rotated(c, c.in.k, head, task.keys, w.staged), keys, d, w.k);
   const Rows values = rows_of(c, c.in.v, c.in.row, head, task.keys);
   const bool as_it_lies = c.in.dtype == DType::f32;
+  // Whole lines only: parts of one would be written to memory one by one.
+  const bool past_caches = as_it_lies && c.in.tokens * row * c.size() > kPastCaches &&
+                           d % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   if (!as_it_lies) c.pack_b(values.transposed(), d, keys, w.v);
   const float* v = as_it_lies ? static_cast<const float*>(values.data) : w.v;
   const int64_t ldv = as_it_lies ? values.stride : c.nr;
@@ -327,12 +326,34 @@ void forward_short(const Call& c, const Short& w, const Task& task, int64_t head
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = first_of(g), n = first_of(g + 1) - first;
     const int64_t token = task.queries.begin + first;
-    c.multiply_rows(n, lanes, d, q + first * stride, stride, w.k, c.nr, w.s, w.ld, false, &ahead);
+    simd.gemm_rows(c.pairs, {.m = n,
+                             .n = lanes,
+                             .k = d,
+                             .a = q + first * stride,
+                             .lda = stride,
+                             .b = w.k,
+                             .ldb = c.nr,
+                             .c = w.s,
+                             .ldc = w.ld,
+                             .ahead = &ahead});
     simd.softmax_rows(c.pairs, n, keys, w.ld, c.scale, w.s, w.lse, w.inverse);
     std::copy_n(w.lse, n, lse + head * c.in.tokens + token);
-    c.multiply_rows(n, d, keys, w.s, w.ld, v, ldv, w.o, ld_o, false, &ahead);
-    simd.store_rows(c.in.dtype, n, d, ld_o, w.o, w.inverse,
-                    out + (token * row + head * d) * c.size(), row, past_caches);
+    char* to = out + (token * row + head * d) * c.size();
+    float* o = as_it_lies ? reinterpret_cast<float*>(to) : w.o;
+    simd.gemm_rows(c.pairs, {.m = n,
+                             .n = d,
+                             .k = keys,
+                             .a = w.s,
+                             .lda = w.ld,
+                             .b = v,
+                             .ldb = ldv,
+                             .c = o,
+                             .ldc = as_it_lies ? row : d,
+                             .factor = w.inverse,
+                             .past_caches = past_caches,
+                             .ahead = &ahead});
+    for (int64_t r = 0; r < n && !as_it_lies; ++r)
+      simd.from_f32(c.in.dtype, o + r * d, to + r * row * c.size(), d);
   }
 }
 
@@ -428,7 +449,16 @@ void backward(const Call& c, const Backward& w, int wanted, const Task& task, in
           c.pack_a({DType::f32, w.d_s, c.nr}, n, span.size(), w.packed);
           c.multiply(n, d, span.size(), w.packed, k_rows, w.d_q, d, p > 0);
         } else {
-          c.multiply_rows(n, d, span.size(), w.d_s, c.nr, k_rows, c.nr, w.d_q, d, p > 0, nullptr);
+          simd.gemm_rows(false, {.m = n,
+                                 .n = d,
+                                 .k = span.size(),
+                                 .a = w.d_s,
+                                 .lda = c.nr,
+                                 .b = k_rows,
+                                 .ldb = c.nr,
+                                 .c = w.d_q,
+                                 .ldc = d,
+                                 .accumulate = p > 0});
         }
       }
     }
@@ -527,14 +557,14 @@ void attention(const AttentionArgs& a, Device& device) {
     int64_t& so_far = c.is_short(keys) ? longest_short : longest;
     so_far = std::max(so_far, keys);
   }
-  const auto tasks = [&] { return cut_up(a.cu_seqlens, Cut::queries, most); };
+  std::vector<Task> tasks = cut_up(a.cu_seqlens, Cut::queries, most);
   while (most > kFewestQueries &&
-         static_cast<int64_t>(tasks().size()) * c.in.heads < 4 * cpu.threads())
-    most /= 2;
+         static_cast<int64_t>(tasks.size()) * c.in.heads < 4 * cpu.threads())
+    tasks = cut_up(a.cu_seqlens, Cut::queries, most /= 2);
   const int64_t room_for = std::min(most, longest);
   const int64_t floats =
       std::max(floats_of<Forward>(c, room_for), floats_of<Short>(c, longest_short));
-  each_task(cpu, c, tasks(), floats,
+  each_task(cpu, c, std::move(tasks), floats,
             [c, room_for, longest_short, out = a.out.as<char>(), lse = a.lse.as<float>()](
                 const Task& task, int64_t head, float* memory, const Task* next) {
               Room room(memory);

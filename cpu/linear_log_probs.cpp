@@ -213,9 +213,17 @@ const float* make_logits(const Simd& simd, const Head& h, int64_t taken, int64_t
   ahead.rows = ahead.lines > 0;
   spread(ahead, chances_of(simd, n, lanes, deep));
   for (int64_t k0 = 0; k0 < h.channels; k0 += h.block_k())
-    simd.gemm_rows(h.pairs, n, lanes, std::min(h.block_k(), h.channels - k0), words + h.depth(k0),
-                   deep, h.panels + h.depth(k0) * h.padded(), nr, logits, h.pitch, h.bias || k0,
-                   &ahead);
+    simd.gemm_rows(h.pairs, {.m = n,
+                             .n = lanes,
+                             .k = std::min(h.block_k(), h.channels - k0),
+                             .a = words + h.depth(k0),
+                             .lda = deep,
+                             .b = h.panels + h.depth(k0) * h.padded(),
+                             .ldb = nr,
+                             .c = logits,
+                             .ldc = h.pitch,
+                             .accumulate = h.bias || k0,
+                             .ahead = &ahead});
   return logits;
 }
 

@@ -171,29 +171,6 @@ void softmax_rows(bool pairs, int64_t queries, int64_t keys, int64_t ld, float s
   }
 }
 
-void store_rows(DType to, int64_t rows, int64_t n, int64_t ld, const float* x, const float* factor,
-                void* out, int64_t stride, bool past_caches) {
-  for (int64_t r = 0; r < rows; ++r, x += ld) {
-    const vf by = set1(factor[r]);
-    if (to == DType::f32) {
-      float* y = static_cast<float*>(out) + r * stride;
-      int64_t i = 0;
-      // Whole lines only: parts of one would be written to memory one by one.
-      if (past_caches && n % 16 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0)
-        for (; i < n; i += W) stream(y + i, loadf(x + i) * by);
-      for (; i + W <= n; i += W) store(y + i, loadf(x + i) * by);
-      if (i < n) store_first(y + i, loadf(x + i) * by, static_cast<int>(n - i));
-      continue;
-    }
-    uint16_t* y = static_cast<uint16_t*>(out) + r * stride;
-    for (int64_t i = 0; i < n; i += W) {
-      const vf v = loadf(x + i) * by;
-      const vh narrow = to == DType::bf16 ? to_bf16(v) : to_f16(v);
-      memcpy(y + i, &narrow, i + W <= n ? sizeof narrow : (n - i) * 2);
-    }
-  }
-}
-
 void softmax_finish(int64_t columns, float scale, const float* max, const float* sum, float* lse,
                     float* inverse) {
   for (int64_t c = 0; c < columns; c += W) {

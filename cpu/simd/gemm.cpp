@@ -245,11 +245,18 @@ inline void ask(Ahead& a) {
 // a row, and B's rows anywhere, which then end at their last column.
 enum class Lie { panels, rows };
 
+// What becomes of a tile's sums.
+struct Finish {
+  bool accumulate;
+  const float* factor;
+  bool past_caches;
+};
+
 // R rows and V vectors of columns of one tile, the last of which has `last` columns. The steps of B
 // lie ldb apart.
 template <class Step, Lie kLie, int R, int V>
 void tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-          int64_t ldc, int last, bool accumulate, Ahead* ahead) {
+          int64_t ldc, int last, const Finish& finish, Ahead* ahead) {
   vf acc[R][V] = {};
   const auto step = [&]() __attribute__((always_inline)) {
     vf row[V];
@@ -275,37 +282,52 @@ void tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, f
     step();
   }
   for (; i < k; ++i) step();
+  const auto each = [&](auto f) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      float* to = c + r * ldc + v * W;
-      if (v < V - 1 || last == W)
-        store(to, accumulate ? loadf(to) + acc[r][v] : acc[r][v]);
+      for (int v = 0; v < V; ++v) f(r, v, c + r * ldc + v * W);
+  };
+  const auto whole = [&](int v) { return v < V - 1 || last == W; };
+  // A branch around each of these, and none inside: the sums stay in registers.
+  if (finish.accumulate)
+    each([&](int r, int v, float* to) {
+      acc[r][v] += whole(v) ? loadf(to) : load_first<vf>(to, last);
+    });
+  if (kLie == Lie::rows && finish.factor)
+    each([&](int r, int v, float*) { acc[r][v] *= finish.factor[r]; });
+  if (kLie == Lie::rows && finish.past_caches)
+    each([&](int r, int v, float* to) { stream(to, acc[r][v]); });
+  else if (last == W)
+    each([&](int r, int v, float* to) { store(to, acc[r][v]); });
+  else
+    each([&](int r, int v, float* to) {
+      if (v < V - 1)
+        store(to, acc[r][v]);
       else
-        store_first(to, accumulate ? load_first<vf>(to, last) + acc[r][v] : acc[r][v], last);
-    }
+        store_first(to, acc[r][v], last);
+    });
 }
 
 template <class Step, Lie kLie, int V, int R = MR>
 inline void tile_of(int rows, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
-                    float* c, int64_t ldc, int last, bool accumulate, Ahead* ahead) {
+                    float* c, int64_t ldc, int last, const Finish& finish, Ahead* ahead) {
   if (rows == R)
-    tile<Step, kLie, R, V>(k, a, lda, b, ldb, c, ldc, last, accumulate, ahead);
+    tile<Step, kLie, R, V>(k, a, lda, b, ldb, c, ldc, last, finish, ahead);
   else if constexpr (R > 1)
-    tile_of<Step, kLie, V, R - 1>(rows, k, a, lda, b, ldb, c, ldc, last, accumulate, ahead);
+    tile_of<Step, kLie, V, R - 1>(rows, k, a, lda, b, ldb, c, ldc, last, finish, ahead);
 }
 
 template <class Step, Lie kLie>
 inline void tile_at(int64_t columns, int rows, int64_t depth, const float* a, int64_t lda,
-                    const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate,
+                    const float* b, int64_t ldb, float* c, int64_t ldc, const Finish& finish,
                     Ahead* ahead) {
   if (columns > W)
     tile_of<Step, kLie, 2>(rows, depth, a, lda, b, ldb, c, ldc, static_cast<int>(columns) - W,
-                           accumulate, ahead);
+                           finish, ahead);
   else
-    tile_of<Step, kLie, 1>(rows, depth, a, lda, b, ldb, c, ldc, static_cast<int>(columns),
-                           accumulate, ahead);
+    tile_of<Step, kLie, 1>(rows, depth, a, lda, b, ldb, c, ldc, static_cast<int>(columns), finish,
+                           ahead);
 }
 
 template <class Step>
@@ -315,20 +337,21 @@ void panels(int64_t m, int64_t n, int64_t depth, const float* a, const float* b,
     for (int64_t i = 0; i < m; i += MR)
       tile_at<Step, Lie::panels>(least(NR, n - j), static_cast<int>(least(MR, m - i)), depth,
                                  a + i * depth, MR, b + j * depth, NR, c + i * ldc + j, ldc,
-                                 accumulate, ahead);
+                                 Finish{accumulate, nullptr, false}, ahead);
 }
 
 // In tiles of even height: one of a few rows would not hide the latency of its products. Packed
 // panels are what rows NR apart would be too: those have no second panel.
 template <class Step>
-void rows_of_a(int64_t m, int64_t n, int64_t depth, const float* a, int64_t lda, const float* b,
-               int64_t ldb, float* c, int64_t ldc, bool accumulate, Ahead* ahead) {
-  const int64_t tiles = (m + MR - 1) / MR, along = ldb == NR ? depth : 1;
-  for (int64_t j = 0; j < n; j += NR)
+void rows_of_a(const RowsProduct& p, int64_t depth) {
+  const int64_t tiles = (p.m + MR - 1) / MR, along = p.ldb == NR ? depth : 1;
+  for (int64_t j = 0; j < p.n; j += NR)
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t i = m * t / tiles, end = m * (t + 1) / tiles;
-      tile_at<Step, Lie::rows>(least(NR, n - j), static_cast<int>(end - i), depth, a + i * lda, lda,
-                               b + j * along, ldb, c + i * ldc + j, ldc, accumulate, ahead);
+      const int64_t i = p.m * t / tiles, end = p.m * (t + 1) / tiles;
+      tile_at<Step, Lie::rows>(
+          least(NR, p.n - j), static_cast<int>(end - i), depth, p.a + i * p.lda, p.lda,
+          p.b + j * along, p.ldb, p.c + i * p.ldc + j, p.ldc,
+          Finish{p.accumulate, p.factor ? p.factor + i : nullptr, p.past_caches}, p.ahead);
     }
 }
 
@@ -373,12 +396,11 @@ void gemm_panels(bool pairs, int64_t m, int64_t n, int64_t k, const float* a, co
     panels<Floats>(m, n, k, a, b, c, ldc, accumulate, ahead);
 }
 
-void gemm_rows(bool pairs, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
-               const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate, Ahead* ahead) {
+void gemm_rows(bool pairs, const RowsProduct& p) {
   if (pairs)
-    rows_of_a<Pairs>(m, n, (k + 1) / 2, a, lda, b, ldb, c, ldc, accumulate, ahead);
+    rows_of_a<Pairs>(p, (p.k + 1) / 2);
   else
-    rows_of_a<Floats>(m, n, k, a, lda, b, ldb, c, ldc, accumulate, ahead);
+    rows_of_a<Floats>(p, p.k);
 }
 
 }  // namespace p2r::cpu::P2R_ISA

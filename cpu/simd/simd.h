@@ -29,6 +29,22 @@ struct Ahead {
   int64_t pace = 1, wait = 1;     // chances to ask from one line to the next, and still to pass
 };
 
+// C[m, n] = A B of words as they lie, see gemm_panels: A in rows lda words apart, B in panels, with
+// ldb = NR, or in rows of n words, a multiple of 8, ldb words apart.
+struct RowsProduct {
+  int64_t m, n, k;
+  const float* a;
+  int64_t lda;
+  const float* b;
+  int64_t ldb;
+  float* c;
+  int64_t ldc;
+  bool accumulate = false;
+  const float* factor = nullptr;  // of each row of C at last; null: 1
+  bool past_caches = false;  // C is too large to be found there again; its rows are whole lines
+  Ahead* ahead = nullptr;
+};
+
 struct Simd {
   const char* name;
 #define KERNEL(result, name, parameters) result(*name) parameters;
