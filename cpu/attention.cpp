@@ -19,10 +19,13 @@
 //
 // Backward, for queries and keys of a sequence and a head:
 //   for each block of queries
-//     for each panel of NR keys         S = Q K^T, dP = dO V^T   [queries][NR]: keys in lanes
-//       P = exp(S - lse), dS            in place
-//       dV^T += dO^T P, dK^T += Q^T dS  [D][NR]; P and dS are the packed panels as they lie
-//       dQ += dS K                      dS packed once more
+//     for each group of panels of NR keys
+//       for each of its panels          S = Q K^T, dP = dO V^T   [queries][NR]: keys in lanes
+//         P = exp(S - lse), dS          in place, and dS once more in rows along the group's keys
+//         dV^T += dO^T P, dK^T += Q^T dS  [D][NR]; P and dS are the packed panels as they lie
+//       dQ += dS K                      all keys of the group at once
+// Q, dO and the dS of dQ are read as rows. The rows of the next group and block, and those that the
+// gradients go to, are asked for during the products before.
 // A sequence short enough for its sums to stay in the cache is one task a head. A longer one is cut
 // twice, along the keys for dK and dV and along the queries for dQ: seven products for five, but no
 // sum crosses tasks. Which way is taken depends on the length and D alone.
@@ -33,6 +36,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 
 #include "cpu/device.h"
@@ -45,9 +49,10 @@ namespace {
 // Forward: a task's queries, whose outputs stay in L2; few, if the threads had no work otherwise.
 constexpr int64_t kMostQueries = 512, kFewestQueries = 64;
 constexpr int64_t kKeys = 192;          // forward: keys of a block; a panel of P^T fills half of L1
-constexpr int64_t kQueryBlock = 96;     // backward: queries of a block
+constexpr int64_t kQueryBlock = 192;    // backward: queries of a block
+constexpr int64_t kKeyGroup = 4;        // panels of keys of one product for dQ
 constexpr int64_t kKeyChunk = 256;      // backward of a long sequence, and mass: a task's keys
-constexpr int64_t kWhole = 900 * 1024;  // backward: floats of K, V, K^T, dK and dV of one task
+constexpr int64_t kWhole = 832 * 1024;  // backward: floats of K, V, K^T, dK and dV of one task
 constexpr int64_t kWholeTokens = 2304;  // and its longest sequence, or few threads would have work
 constexpr int64_t kShortWords = 80 * 1024;          // forward: K and V of a short sequence, in L2
 constexpr int64_t kPastCaches = int64_t{32} << 20;  // bytes of an output that no cache holds
@@ -135,8 +140,8 @@ struct Call {
     simd->pack_b(pairs, x.dtype, x.data, x.step, x.stride, k, n, out);
   }
   void multiply(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* to,
-                int64_t ld, bool accumulate) const {
-    simd->gemm_panels(pairs, m, n, k, a, b, to, ld, accumulate, nullptr);
+                int64_t ld, bool accumulate, Ahead* ahead = nullptr) const {
+    simd->gemm_panels(pairs, m, n, k, a, b, to, ld, accumulate, ahead);
   }
 };
 
@@ -361,27 +366,31 @@ void forward_short(const Call& c, const Short& w, const Task& task, int64_t head
 enum Wanted { kDq = 1, kDkDv = 2 };
 
 struct Backward {
-  float *staged, *q, *q_t, *d_out, *d_out_t, *delta, *s, *d_s, *d_s_pairs, *packed, *d_q;
+  float *staged, *q, *q_t, *d_out, *d_out_t, *delta, *s, *d_s, *d_s_rows, *d_q;
   float *k, *v, *k_rows, *d_k, *d_v;  // for each panel of keys
   int64_t panel, panel_rows;          // their sizes
+  int64_t ld, ld_s;                   // words of a row of q and d_out, and of d_s_rows
   Backward(const Call& c, Room& room, int wanted, int64_t keys) {
     const int64_t d = c.in.head_dim, rows = round_up(kQueryBlock, c.mr);
-    staged = room.take(std::max<int64_t>(kQueryBlock, c.nr) * d);
-    q = room.take(rows * d);
-    q_t = room.take(round_up(d, c.mr) * kQueryBlock);
-    d_out = room.take(rows * d);
-    d_out_t = room.take(round_up(d, c.mr) * kQueryBlock);
+    // No powers of two, see Short.
+    ld = c.depth(d) + 16;
+    ld_s = c.depth(kKeyGroup * c.nr) + 16;
+    q = room.take(kQueryBlock * ld);
+    q_t = room.take(round_up(d, c.mr) * c.depth(kQueryBlock));
+    d_out = room.take(kQueryBlock * ld);
+    d_out_t = room.take(round_up(d, c.mr) * c.depth(kQueryBlock));
     delta = room.take(kQueryBlock);
     s = room.take(std::max(rows * c.nr, round_up(d, c.nr) * c.nr));
     d_s = room.take(rows * c.nr);
-    d_s_pairs = c.pairs ? room.take(rows / 2 * c.nr) : nullptr;
-    packed = c.pairs ? room.take(rows / 2 * c.nr) : nullptr;
-    d_q = room.take(rows * d);
+    // What is turned is packed before there is dS.
+    const int64_t turned = c.cos ? std::max<int64_t>(kQueryBlock, kKeyGroup * c.nr) * d : 0;
+    d_s_rows = staged = room.take(std::max(wanted & kDq ? rows * ld_s : 0, turned));
+    d_q = room.take(wanted & kDq ? kQueryBlock * d : 0);
     panel = c.nr * d;
-    panel_rows = c.nr * round_up(d, c.nr);
-    const int64_t slots = wanted & kDkDv ? c.panels(keys) : 1;
-    k = room.take(slots * panel);
-    v = room.take(slots * panel);
+    panel_rows = c.depth(c.nr) * round_up(d, c.nr);
+    const int64_t slots = wanted & kDkDv ? c.panels(keys) : kKeyGroup;
+    k = room.take(slots * c.depth(d) * c.nr);
+    v = room.take(slots * c.depth(d) * c.nr);
     k_rows = room.take(wanted & kDq ? slots * panel_rows : 0);
     d_k = room.take(wanted & kDkDv ? slots * panel : 0);
     d_v = room.take(wanted & kDkDv ? slots * panel : 0);
@@ -394,73 +403,119 @@ struct Answer {
   AttentionLayout grad;
 };
 
+// Rows of a tensor as rows of words, `ld` words apart in `room`.
+Rows words_of(const Call& c, const Rows& x, int64_t n, int64_t ld, float* room) {
+  const int64_t d = c.in.head_dim;
+  for (int64_t t = 0; t < n; ++t) {
+    const char* row = static_cast<const char*>(x.data) + t * x.stride * c.size();
+    if (c.pairs)
+      std::memcpy(room + t * ld, row, d * c.size());
+    else
+      c.simd->to_f32(x.dtype, row, room + t * ld, d);
+  }
+  return {c.pairs ? DType::bf16 : DType::f32, room, c.pairs ? 2 * ld : ld};
+}
+
+// One head of some tokens of x, and of y, whose rows are as long.
+Ahead ask_for(const Call& c, const char* x, const char* y, int64_t row, int64_t head, Span tokens) {
+  Ahead a;
+  const int64_t bytes = c.in.head_dim * c.size();
+  a.line = x + (tokens.begin * row + head * c.in.head_dim) * c.size();
+  a.second = y ? y - x : 0;
+  a.left = a.lines = (bytes + 63) / 64;
+  a.rows = tokens.size();
+  a.skip = row * c.size() - 64 * a.lines;
+  return a;
+}
+
 void backward(const Call& c, const Backward& w, int wanted, const Task& task, int64_t head,
               const Answer& a) {
   const Simd& simd = *c.simd;
   const DType type = c.in.dtype;
-  const int64_t d = c.in.head_dim, row = c.in.heads * d, keys = task.keys.size();
-  const int64_t panels = c.panels(keys);
+  const int64_t d = c.in.head_dim, row = c.in.heads * d, group = kKeyGroup * c.nr;
 
   for (int64_t at = task.queries.begin; at < task.queries.end; at += kQueryBlock) {
     const Span block{at, std::min(at + kQueryBlock, task.queries.end)};
     const int64_t n = block.size();
-    const bool first = at == task.queries.begin;
+    const bool first = at == task.queries.begin, last = block.end == task.queries.end;
     const float* lse = a.lse + head * c.in.tokens + block.begin;
-    const Rows q = rotated(c, c.in.q, head, block, w.staged);
-    const Rows d_out = rows_of(c, a.d_out, row, head, block);
-    const Rows out = rows_of(c, a.out, row, head, block);
-    c.pack_a(q, n, d, w.q);
-    c.pack_a(d_out, n, d, w.d_out);
+    const Rows q = words_of(c, rotated(c, c.in.q, head, block, w.staged), n, w.ld, w.q);
+    const Rows d_out = words_of(c, rows_of(c, a.d_out, row, head, block), n, w.ld, w.d_out);
     if (wanted & kDkDv) {
       c.pack_a(q.transposed(), d, n, w.q_t);
       c.pack_a(d_out.transposed(), d, n, w.d_out_t);
     }
-    for (int64_t t = 0; t < n; ++t) {
-      float x[kMaxDim], y[kMaxDim];
-      simd.to_f32(type, static_cast<const char*>(d_out.data) + t * row * c.size(), x, d);
-      simd.to_f32(type, static_cast<const char*>(out.data) + t * row * c.size(), y, d);
-      w.delta[t] = simd.dot(x, y, d);
-    }
+    simd.dot_rows(type, n, d, rows_of(c, a.d_out, row, head, block).data,
+                  rows_of(c, a.out, row, head, block).data, row, w.delta);
 
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t slot = wanted & kDkDv ? p : 0;
-      const int64_t key = task.keys.begin + p * c.nr;
-      const Span span{key, std::min<int64_t>(key + c.nr, task.keys.end)};
-      const int64_t lanes = c.lanes(span.size());
-      float *k = w.k + slot * w.panel, *v = w.v + slot * w.panel;
+    for (int64_t from = task.keys.begin; from < task.keys.end; from += group) {
+      const Span keys{from, std::min(from + group, task.keys.end)};
+      // The first of the group's panels.
+      const int64_t slot = wanted & kDkDv ? (from - task.keys.begin) / c.nr : 0;
+      float* k_rows = w.k_rows + slot * w.panel_rows;
+      // What comes next is asked for during the products.
+      Ahead inputs, gradients, queries;
       if (first) {
-        const Rows k_in = rotated(c, c.in.k, head, span, w.staged);
-        c.pack_b(k_in, span.size(), d, k);
-        c.pack_b(rows_of(c, c.in.v, c.in.row, head, span), span.size(), d, v);
-        if (wanted & kDq)
-          c.pack_b(k_in.transposed(), d, span.size(), w.k_rows + slot * w.panel_rows);
+        const Span next{keys.end, std::min(keys.end + group, task.keys.end)};
+        inputs = ask_for(c, c.in.k, c.in.v, c.in.row, head, next);
+      } else if (last) {
+        gradients = ask_for(c, a.grad.k, a.grad.v, a.grad.row, head, keys);
       }
-      c.multiply(n, lanes, d, w.q, k, w.s, c.nr, false);
-      c.multiply(n, lanes, d, w.d_out, v, w.d_s, c.nr, false);
-      simd.softmax_backward(n, c.nr, lanes, c.scale, lse, w.delta, w.s, w.d_s, w.d_s_pairs);
-      if (wanted & kDkDv) {
-        c.multiply(d, lanes, n, w.d_out_t, w.s, w.d_v + p * w.panel, c.nr, !first);
-        c.multiply(d, lanes, n, w.q_t, c.pairs ? w.d_s_pairs : w.d_s, w.d_k + p * w.panel, c.nr,
-                   !first);
+      if (keys.end == task.keys.end) {
+        const Span next{block.end, std::min(block.end + kQueryBlock, task.queries.end)};
+        inputs = ask_for(c, c.in.q, nullptr, c.in.row, head, next);
+        queries = ask_for(c, a.d_out, a.out, row, head, next);
       }
-      if (wanted & kDq) {
-        const float* k_rows = w.k_rows + slot * w.panel_rows;
-        if (c.pairs) {
-          c.pack_a({DType::f32, w.d_s, c.nr}, n, span.size(), w.packed);
-          c.multiply(n, d, span.size(), w.packed, k_rows, w.d_q, d, p > 0);
-        } else {
-          simd.gemm_rows(false, {.m = n,
+      if (first) {
+        const Rows k = rotated(c, c.in.k, head, keys, w.staged);
+        c.pack_b(k, keys.size(), d, w.k + slot * c.nr * c.depth(d));
+        c.pack_b(rows_of(c, c.in.v, c.in.row, head, keys), keys.size(), d,
+                 w.v + slot * c.nr * c.depth(d));
+        if (wanted & kDq) c.pack_b(k.transposed(), d, keys.size(), k_rows);
+      }
+      for (int64_t p = 0; p < c.panels(keys.size()); ++p) {
+        const int64_t key = keys.begin + p * c.nr, count = std::min<int64_t>(keys.end - key, c.nr);
+        const int64_t lanes = c.lanes(count), panel = (slot + p) * c.nr * c.depth(d);
+        RowsProduct product = {.m = n,
+                               .n = lanes,
+                               .k = d,
+                               .a = w.q,
+                               .lda = w.ld,
+                               .b = w.k + panel,
+                               .ldb = c.nr,
+                               .c = w.s,
+                               .ldc = c.nr,
+                               .ahead = &inputs};
+        simd.gemm_rows(c.pairs, product);
+        product.a = w.d_out;
+        product.b = w.v + panel;
+        product.c = w.d_s;
+        simd.gemm_rows(c.pairs, product);
+        simd.softmax_backward(c.pairs, n, c.nr, count, c.scale, lse, w.delta, w.s, w.d_s,
+                              wanted & kDq ? w.d_s_rows + p * c.depth(c.nr) : nullptr, w.ld_s);
+        if (wanted & kDkDv) {
+          float *d_k = w.d_k + (slot + p) * w.panel, *d_v = w.d_v + (slot + p) * w.panel;
+          c.multiply(d, lanes, n, w.d_out_t, w.s, d_v, c.nr, !first, &queries);
+          c.multiply(d, lanes, n, w.q_t, w.d_s, d_k, c.nr, !first, &gradients);
+          if (last) {
+            const int64_t to = (key * a.grad.row + head * d) * c.size(), turn = key * d;
+            store_columns(c, d_k, count, w.s, a.grad.k + to, a.grad.row,
+                          c.cos ? c.cos + turn : nullptr, c.cos ? c.sin + turn : nullptr);
+            store_columns(c, d_v, count, w.s, a.grad.v + to, a.grad.row, nullptr, nullptr);
+          }
+        }
+      }
+      if (wanted & kDq)
+        simd.gemm_rows(c.pairs, {.m = n,
                                  .n = d,
-                                 .k = span.size(),
-                                 .a = w.d_s,
-                                 .lda = c.nr,
+                                 .k = keys.size(),
+                                 .a = w.d_s_rows,
+                                 .lda = w.ld_s,
                                  .b = k_rows,
                                  .ldb = c.nr,
                                  .c = w.d_q,
                                  .ldc = d,
-                                 .accumulate = p > 0});
-        }
-      }
+                                 .accumulate = from > task.keys.begin});
     }
 
     if (wanted & kDq)
@@ -471,18 +526,6 @@ void backward(const Call& c, const Backward& w, int wanted, const Task& task, in
         simd.from_f32(type, line, a.grad.q + (token * a.grad.row + head * d) * c.size(), d);
       }
   }
-
-  if (wanted & kDkDv)
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t key = task.keys.begin + p * c.nr;
-      const int64_t count = std::min<int64_t>(c.nr, task.keys.end - key);
-      const int64_t to = (key * a.grad.row + head * d) * c.size();
-      const int64_t turn = key * d;
-      store_columns(c, w.d_k + p * w.panel, count, w.s, a.grad.k + to, a.grad.row,
-                    c.cos ? c.cos + turn : nullptr, c.cos ? c.sin + turn : nullptr);
-      store_columns(c, w.d_v + p * w.panel, count, w.s, a.grad.v + to, a.grad.row, nullptr,
-                    nullptr);
-    }
 }
 
 struct Mass {

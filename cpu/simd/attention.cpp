@@ -186,25 +186,61 @@ void scale_columns(int64_t rows, int64_t ld, int64_t columns, const float* facto
       store(x + r * ld + c, loadf(x + r * ld + c) * loadf(factor + c));
 }
 
-void softmax_backward(int64_t queries, int64_t ld, int64_t columns, float scale, const float* lse,
-                      const float* delta, float* s, float* d, float* d_pairs) {
-  for (int64_t r = 0; r < queries; r += 2)
-    for (int64_t c = 0; c < columns; c += W) {
-      vf p[2] = {}, g[2] = {};
+namespace {
+
+// Of the first `keys` of two vectors of keys. kWhole: there are no fewer.
+template <bool kPairs, bool kWhole>
+inline void slopes(int64_t queries, int64_t ld, int64_t keys, float scale, const float* lse,
+                   const float* delta, float* s, float* d, float* rows, int64_t ld_rows) {
+  vi lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  for (int64_t r = 0; r < queries; r += 2) {
+    vf p[2][2] = {}, g[2][2] = {};  // of two queries
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        if (r + i == queries || (!kWhole && v * W >= keys)) continue;
+        const int64_t at = (r + i) * ld + v * W;
+        // Far below, where weights are 0 anyway, lies what power_of_two does not take.
+        const vf x = vmax(set1(-1e3f), loadf(s + at) * scale - set1(lse[r + i]));
+        const Power power = power_of_two(x, 1.44269504f);
+        p[i][v] = power.scale * power.rest;
+        g[i][v] = p[i][v] * ((loadf(d + at) - set1(delta[r + i])) * scale);
+        if (kPairs && !kWhole) {
+          g[i][v] = lane < static_cast<int32_t>(keys - v * W) ? g[i][v] : vf{};
+        } else if (!kPairs) {
+          store(s + at, p[i][v]);
+          store(d + at, g[i][v]);
+          if (rows) store(rows + (r + i) * ld_rows + v * W, g[i][v]);
+        }
+      }
+    if (!kPairs) continue;
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      if (!kWhole && v * W >= keys) continue;
+      store(s + r / 2 * ld + v * W, bf16_pairs(p[0][v], p[1][v]));
+      store(d + r / 2 * ld + v * W, bf16_pairs(g[0][v], g[1][v]));
+    }
+    if (rows)
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i)
-        if (r + i < queries) {
-          const int64_t at = (r + i) * ld + c;
-          p[i] = vexp2((loadf(s + at) * scale - set1(lse[r + i])) * 1.44269504f);
-          g[i] = p[i] * (loadf(d + at) - set1(delta[r + i])) * scale;
-          if (!d_pairs) store(s + at, p[i]);
-          store(d + at, g[i]);
-        }
-      if (d_pairs) {
-        store(s + r / 2 * ld + c, bf16_pairs(p[0], p[1]));
-        store(d_pairs + r / 2 * ld + c, bf16_pairs(g[0], g[1]));
-      }
-    }
+        if (r + i < queries) store(rows + (r + i) * ld_rows, bf16_neighbours(g[i][0], g[i][1]));
+  }
+}
+
+}  // namespace
+
+void softmax_backward(bool pairs, int64_t queries, int64_t ld, int64_t keys, float scale,
+                      const float* lse, const float* delta, float* s, float* d, float* rows,
+                      int64_t ld_rows) {
+  for (int64_t c = 0; c < keys; c += 2 * W) {
+    const bool whole = c + 2 * W <= keys;
+    (pairs   ? whole ? slopes<true, true> : slopes<true, false>
+       : whole ? slopes<false, true>
+             : slopes<false, false>)(queries, ld, keys - c, scale, lse, delta, s + c, d + c,
+                                     rows ? rows + (pairs ? c / 2 : c) : nullptr, ld_rows);
+  }
 }
 
 void softmax_mass(int64_t queries, int64_t ld, int64_t columns, float scale, const float* lse,
@@ -221,15 +257,41 @@ void softmax_mass(int64_t queries, int64_t ld, int64_t columns, float scale, con
   }
 }
 
-float dot(const float* x, const float* y, int64_t n) {
-  vf total = {};
-  int64_t i = 0;
-  for (; i + W <= n; i += W) total += loadf(x + i) * loadf(y + i);
-  if (i < n) {
-    const int left = static_cast<int>(n - i);
-    total += load_first<vf>(x + i, left) * load_first<vf>(y + i, left);
+namespace {
+
+template <class Load>
+inline void dot_rows_of(int64_t rows, int64_t n, int64_t stride, float* out, Load load_at) {
+  for (int64_t first = 0; first < rows; first += W) {
+    vf total[W];
+    for (int r = 0; r < W; ++r) {
+      total[r] = vf{};
+      if (first + r < rows)
+        for (int64_t i = 0; i < n; i += W) {
+          const int64_t at = (first + r) * stride + i;
+          const int count = static_cast<int>(n - i < W ? n - i : W);
+          total[r] += load_at(0, at, count) * load_at(1, at, count);
+        }
+    }
+    store(out + first, across(total, [](vf a, vf b) { return a + b; }));
   }
-  return sum(total);
+}
+
+}  // namespace
+
+void dot_rows(DType type, int64_t rows, int64_t n, const void* x, const void* y, int64_t stride,
+              float* out) {
+  const void* of[2] = {x, y};
+  if (type == DType::f32)
+    dot_rows_of(rows, n, stride, out, [&](int which, int64_t at, int count) {
+      const float* from = static_cast<const float*>(of[which]) + at;
+      return count == W ? loadf(from) : load_first<vf>(from, count);
+    });
+  else
+    dot_rows_of(rows, n, stride, out, [&](int which, int64_t at, int count) {
+      const uint16_t* from = static_cast<const uint16_t*>(of[which]) + at;
+      const vh h = count == W ? load<vh>(from) : load_first<vh>(from, count);
+      return type == DType::bf16 ? from_bf16(h) : from_f16(h);
+    });
 }
 
 }  // namespace p2r::cpu::P2R_ISA
