@@ -65,6 +65,9 @@ class Threads {
  private:
   void work(int thread);
   void take_chunks(int thread);
+  // Keeps the workers off the CPU that the caller is on. A scheduler may wake one there, although
+  // another CPU is idle, and it then waits for many milliseconds for the caller to be done.
+  void keep_off();
 
   const int count_;
   std::vector<std::thread> workers_;
@@ -74,6 +77,7 @@ class Threads {
   // the workers inside it: in the lower half.
   std::atomic<uint64_t> gate_{0};
   std::atomic<bool> stop_{false};
+  int kept_off_ = -1;  // a CPU
   std::atomic<int64_t> next_{0};
   int64_t items_ = 0, grain_ = 1;
   const Body* body_ = nullptr;

@@ -1,5 +1,10 @@
 #include "cpu/device.h"
 
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
 namespace p2r::cpu {
 
 namespace {
@@ -23,6 +28,18 @@ Threads::~Threads() {
   for (std::thread& t : workers_) t.join();
 }
 
+void Threads::keep_off() {
+#if defined(__linux__)
+  const int here = sched_getcpu();
+  if (here < 0 || here == kept_off_) return;
+  kept_off_ = here;
+  cpu_set_t others;
+  if (sched_getaffinity(0, sizeof others, &others) != 0 || CPU_COUNT(&others) < count_) return;
+  CPU_CLR(here, &others);
+  for (std::thread& t : workers_) pthread_setaffinity_np(t.native_handle(), sizeof others, &others);
+#endif
+}
+
 void Threads::take_chunks(int thread) {
   for (;;) {
     const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
@@ -38,6 +55,7 @@ void Threads::parallel(int64_t items, int64_t grain, const Body& f) {
       f(begin, begin + grain < items ? begin + grain : items, 0);
     return;
   }
+  keep_off();
   items_ = items;
   grain_ = grain;
   body_ = &f;

@@ -1,3 +1,5 @@
+import { readdirSync, readFileSync } from 'node:fs'
+import { availableParallelism } from 'node:os'
 import { constants, PerformanceObserver } from 'node:perf_hooks'
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
@@ -255,6 +257,18 @@ onEveryBackend('device', (b) => {
     using x = device.tensor([1, 2, 3], [3])
     expect(Array.from(await x.read())).toEqual([1, 2, 3])
   })
+})
+
+test.runIf(process.platform === 'linux')('a worker alone is kept off a CPU', async () => {
+  const mask = (task: string) =>
+    readFileSync(`/proc/self/task/${task}/status`, 'utf8').match(/Cpus_allowed_list:\s*(\S+)/)![1]
+  const tasks = () => readdirSync('/proc/self/task')
+  const before = new Set(tasks())
+  using device = openDevice('cpu', { threads: 2 })
+  gelu({ x: device.zeros([1 << 20]) })
+  await device.synchronize()
+  const bound = tasks().filter((t) => !before.has(t) && mask(t) !== mask(`${process.pid}`))
+  expect(bound).toHaveLength(availableParallelism() > 1 ? 1 : 0)
 })
 
 test('tensors keep their device alive', async () => {
