@@ -13,9 +13,9 @@
 //   S = Q K^T                           [2 MR][keys]: Q as it lies in memory, keys in lanes
 //   P = exp(S - max)                    all keys at once: nothing is brought up to date
 //   out = P V / sum                     [2 MR][D]: P, V and out as they lie
-// Only K is turned around, and V packed and out rounded if they are not f32. A window of 64 tokens
-// is read in the time of its products, so its rows are asked for during those of the window before,
-// line by line, and a large output goes past the caches.
+// Only K is turned around, and V packed and out rounded if they are not whole lines of f32. A
+// window of 64 tokens is read in the time of its products, so its rows are asked for during those
+// of the window before, line by line, and a large output goes past the caches.
 //
 // Backward, for queries and keys of a sequence and a head:
 //   for each block of queries
@@ -57,9 +57,9 @@ constexpr int64_t kWholeTokens = 2304;  // and its longest sequence, or few thre
 constexpr int64_t kShortWords = 80 * 1024;          // forward: K and V of a short sequence, in L2
 constexpr int64_t kPastCaches = int64_t{32} << 20;  // bytes of an output that no cache holds
 constexpr int64_t kMaxDim = 128, kMaxPanel = 64;
-// Multiply-adds worth handing to a thread: some 40 windows of 64 tokens, so that the rows it asks
+// Multiply-adds worth handing to a thread: some 25 windows of 64 tokens, so that the rows it asks
 // for ahead are mostly its own.
-constexpr double kTaskWork = 2.5e7;
+constexpr double kTaskWork = 1.6e7;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -130,6 +130,9 @@ struct Call {
   int64_t blocks(int64_t keys) const { return (keys + kKeys - 1) / kKeys; }
   // Words of a panel for k steps.
   int64_t depth(int64_t k) const { return pairs ? (k + 1) / 2 : k; }
+  // Whether a row is made of whole lines of words: parts of one would be read twice, and written to
+  // memory one by one.
+  bool reads_in_place() const { return in.dtype == DType::f32 && in.head_dim % 16 == 0; }
   bool is_short(int64_t keys) const { return 2 * keys * depth(in.head_dim) <= kShortWords; }
 
   // The packing and the product of simd.h, in the call's kind of panels.
@@ -203,18 +206,36 @@ void store_columns(const Call& c, const float* x, int64_t tokens, float* room, c
   }
 }
 
+// Rows of a tensor as rows of words, `ld` words apart in `room`.
+Rows words_of(const Call& c, const Rows& x, int64_t n, int64_t ld, float* room) {
+  const int64_t d = c.in.head_dim;
+  for (int64_t t = 0; t < n; ++t) {
+    const char* row = static_cast<const char*>(x.data) + t * x.stride * c.size();
+    if (c.pairs)
+      std::memcpy(room + t * ld, row, d * c.size());
+    else
+      c.simd->to_f32(x.dtype, row, room + t * ld, d);
+  }
+  return {c.pairs ? DType::bf16 : DType::f32, room, c.pairs ? 2 * ld : ld};
+}
+
+// One head of some tokens of x, and of y, whose rows are as long.
+Ahead ask_for(const Call& c, const char* x, const char* y, int64_t row, int64_t head, Span tokens) {
+  Ahead a;
+  const int64_t bytes = c.in.head_dim * c.size();
+  a.line = x + (tokens.begin * row + head * c.in.head_dim) * c.size();
+  a.second = y ? y - x : 0;
+  a.left = a.lines = (bytes + 63) / 64;
+  a.rows = tokens.size();
+  a.skip = row * c.size() - 64 * a.lines;
+  return a;
+}
+
 // The rows of a task that comes next, if it is a short sequence, which would wait for memory.
 Ahead rows_ahead(const Call& c, const Task* next, int64_t head) {
-  Ahead a;
-  if (!next || !c.is_short(next->keys.size())) return a;
-  const int64_t bytes = c.in.head_dim * c.size(), row = c.in.row * c.size();
-  const int64_t from = next->keys.begin * row + head * bytes;
-  a.line = c.in.q + from;
-  a.second = c.in.k - c.in.q;
+  if (!next || !c.is_short(next->keys.size())) return {};
+  Ahead a = ask_for(c, c.in.q, c.in.k, c.in.row, head, next->keys);
   a.third = c.in.v - c.in.q;
-  a.left = a.lines = (bytes + 63) / 64;
-  a.rows = next->keys.size();
-  a.skip = row - 64 * a.lines;
   return a;
 }
 
@@ -283,9 +304,9 @@ struct Short {
     staged = room.take(c.cos ? most * d : 0);
     q = room.take(c.in.dtype != DType::f32 && !c.pairs ? most * d : 0);
     k = room.take(keys * c.depth(d));
-    v = room.take(c.in.dtype == DType::f32 ? 0 : c.depth(most) * round_up(d, c.nr));
+    v = room.take(c.reads_in_place() ? 0 : c.depth(most) * round_up(d, c.nr));
     s = room.take(rows * ld);
-    o = room.take(c.in.dtype == DType::f32 ? 0 : rows * d);
+    o = room.take(c.reads_in_place() ? 0 : rows * d);
     lse = room.take(round_up(rows, c.width));
     inverse = room.take(round_up(rows, c.width));
   }
@@ -297,28 +318,19 @@ void forward_short(const Call& c, const Short& w, const Task& task, int64_t head
   const int64_t d = c.in.head_dim, keys = task.keys.size(), queries = task.queries.size();
   const int64_t row = c.in.heads * d, lanes = round_up(keys, c.width);
   c.pack_b(rotated(c, c.in.k, head, task.keys, w.staged), keys, d, w.k);
+  const bool as_it_lies = c.reads_in_place();
   const Rows values = rows_of(c, c.in.v, c.in.row, head, task.keys);
-  const bool as_it_lies = c.in.dtype == DType::f32;
-  // Whole lines only: parts of one would be written to memory one by one.
-  const bool past_caches = as_it_lies && c.in.tokens * row * c.size() > kPastCaches &&
-                           d % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   if (!as_it_lies) c.pack_b(values.transposed(), d, keys, w.v);
   const float* v = as_it_lies ? static_cast<const float*>(values.data) : w.v;
   const int64_t ldv = as_it_lies ? values.stride : c.nr;
+  const bool past_caches = as_it_lies && c.in.tokens * row * c.size() > kPastCaches &&
+                           reinterpret_cast<uintptr_t>(out) % 64 == 0;
 
   // Q in words.
-  const Rows rows = rotated(c, c.in.q, head, task.queries, w.staged);
+  Rows rows = rotated(c, c.in.q, head, task.queries, w.staged);
+  if (c.in.dtype != DType::f32 && !c.pairs) rows = words_of(c, rows, queries, d, w.q);
   const float* q = static_cast<const float*>(rows.data);
-  int64_t stride = rows.stride;
-  if (c.pairs) {
-    stride /= 2;
-  } else if (c.in.dtype != DType::f32) {
-    for (int64_t t = 0; t < queries; ++t)
-      simd.to_f32(c.in.dtype, static_cast<const char*>(rows.data) + t * stride * c.size(),
-                  w.q + t * d, d);
-    q = w.q;
-    stride = d;
-  }
+  const int64_t stride = c.pairs ? rows.stride / 2 : rows.stride;
 
   const int64_t groups = (queries + w.rows - 1) / w.rows;
   const auto first_of = [&](int64_t g) { return queries * g / groups; };
@@ -402,31 +414,6 @@ struct Answer {
   const float* lse;
   AttentionLayout grad;
 };
-
-// Rows of a tensor as rows of words, `ld` words apart in `room`.
-Rows words_of(const Call& c, const Rows& x, int64_t n, int64_t ld, float* room) {
-  const int64_t d = c.in.head_dim;
-  for (int64_t t = 0; t < n; ++t) {
-    const char* row = static_cast<const char*>(x.data) + t * x.stride * c.size();
-    if (c.pairs)
-      std::memcpy(room + t * ld, row, d * c.size());
-    else
-      c.simd->to_f32(x.dtype, row, room + t * ld, d);
-  }
-  return {c.pairs ? DType::bf16 : DType::f32, room, c.pairs ? 2 * ld : ld};
-}
-
-// One head of some tokens of x, and of y, whose rows are as long.
-Ahead ask_for(const Call& c, const char* x, const char* y, int64_t row, int64_t head, Span tokens) {
-  Ahead a;
-  const int64_t bytes = c.in.head_dim * c.size();
-  a.line = x + (tokens.begin * row + head * c.in.head_dim) * c.size();
-  a.second = y ? y - x : 0;
-  a.left = a.lines = (bytes + 63) / 64;
-  a.rows = tokens.size();
-  a.skip = row * c.size() - 64 * a.lines;
-  return a;
-}
 
 void backward(const Call& c, const Backward& w, int wanted, const Task& task, int64_t head,
               const Answer& a) {

@@ -330,7 +330,8 @@ int64_t chances_of(const Simd& simd, int64_t m, int64_t n, int64_t k) {
 
 void spread(Ahead& ahead, int64_t chances) {
   const int64_t lines = ahead.rows * ahead.lines;
-  if (lines > 0) ahead.pace = ahead.wait = std::max<int64_t>(chances / lines, 1);
+  // An eighth is for tiles wider than they are counted, of which there are fewer.
+  if (lines > 0) ahead.pace = ahead.wait = std::max<int64_t>((chances - chances / 8) / lines, 1);
 }
 
 void gemm_now(CpuDevice& cpu, const Gemm& g, float* memory) {

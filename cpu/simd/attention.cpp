@@ -117,7 +117,10 @@ inline vf best_of(const Logits& s, float worst) {
 template <bool kPairs>
 inline vf weigh(const Logits& s, float slope, vf shift) {
   vf total[2] = {};
-  const auto weight = [&](int64_t v) { return vexp2(loadf(s.x + v * W) * slope - shift); };
+  const auto weight = [&](int64_t v) {
+    const Power p = power_of_two(vmax(set1(-160.0f), loadf(s.x + v * W) * slope - shift), 1.0f);
+    return p.scale * p.rest;
+  };
   const auto put = [&](int64_t v, vf low, vf high) {
     total[0] += low;
     total[1] += high;

@@ -241,8 +241,7 @@ inline void ask(Ahead& a) {
   --a.rows;
 }
 
-// How A and B lie: in packed panels, the words of a step of k side by side, or A in rows, those of
-// a row, and B's rows anywhere, which then end at their last column.
+// How A lies: in packed panels, the words of a step of k side by side, or in rows, those of a row.
 enum class Lie { panels, rows };
 
 // What becomes of a tile's sums.
@@ -261,9 +260,7 @@ void tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, f
   const auto step = [&]() __attribute__((always_inline)) {
     vf row[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      row[v] = kLie == Lie::rows && W == 16 && v == V - 1 ? load_first<vf>(b + v * W, last)
-                                                          : loadf(b + v * W);
+    for (int v = 0; v < V; ++v) row[v] = loadf(b + v * W);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vf x = set1(a[kLie == Lie::rows ? r * lda : r]);
@@ -318,41 +315,55 @@ inline void tile_of(int rows, int64_t k, const float* a, int64_t lda, const floa
     tile_of<Step, kLie, V, R - 1>(rows, k, a, lda, b, ldb, c, ldc, last, finish, ahead);
 }
 
-template <class Step, Lie kLie>
-inline void tile_at(int64_t columns, int rows, int64_t depth, const float* a, int64_t lda,
-                    const float* b, int64_t ldb, float* c, int64_t ldc, const Finish& finish,
-                    Ahead* ahead) {
-  if (columns > W)
-    tile_of<Step, kLie, 2>(rows, depth, a, lda, b, ldb, c, ldc, static_cast<int>(columns) - W,
-                           finish, ahead);
-  else
-    tile_of<Step, kLie, 1>(rows, depth, a, lda, b, ldb, c, ldc, static_cast<int>(columns), finish,
-                           ahead);
-}
-
 template <class Step>
 void panels(int64_t m, int64_t n, int64_t depth, const float* a, const float* b, float* c,
             int64_t ldc, bool accumulate, Ahead* ahead) {
-  for (int64_t j = 0; j < n; j += NR)
-    for (int64_t i = 0; i < m; i += MR)
-      tile_at<Step, Lie::panels>(least(NR, n - j), static_cast<int>(least(MR, m - i)), depth,
-                                 a + i * depth, MR, b + j * depth, NR, c + i * ldc + j, ldc,
-                                 Finish{accumulate, nullptr, false}, ahead);
+  const Finish finish{accumulate, nullptr, false};
+  for (int64_t j = 0; j < n; j += NR) {
+    const int columns = static_cast<int>(least(NR, n - j));
+    for (int64_t i = 0; i < m; i += MR) {
+      const int rows = static_cast<int>(least(MR, m - i));
+      const float *x = a + i * depth, *y = b + j * depth;
+      float* to = c + i * ldc + j;
+      if (columns > W)
+        tile_of<Step, Lie::panels, 2>(rows, depth, x, MR, y, NR, to, ldc, columns - W, finish,
+                                      ahead);
+      else
+        tile_of<Step, Lie::panels, 1>(rows, depth, x, MR, y, NR, to, ldc, columns, finish, ahead);
+    }
+  }
 }
 
-// In tiles of even height: one of a few rows would not hide the latency of its products. Packed
-// panels are what rows NR apart would be too: those have no second panel.
+// V vectors of columns from j on, in tiles of even height: one of a few rows would not hide the
+// latency of its products.
+template <class Step, int V, int R = MR>
+void strip(const RowsProduct& p, int64_t depth, const float* b, int64_t j) {
+  const int64_t tiles = (p.m + R - 1) / R;
+  const int last = static_cast<int>(least(W, p.n - j - (V - 1) * W));
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t i = p.m * t / tiles, end = p.m * (t + 1) / tiles;
+    tile_of<Step, Lie::rows, V, R>(
+        static_cast<int>(end - i), depth, p.a + i * p.lda, p.lda, b, p.ldb, p.c + i * p.ldc + j,
+        p.ldc, last, Finish{p.accumulate, p.factor ? p.factor + i : nullptr, p.past_caches},
+        p.ahead);
+  }
+}
+
+// Packed panels are what rows NR apart would be too: those have no second panel.
 template <class Step>
 void rows_of_a(const RowsProduct& p, int64_t depth) {
-  const int64_t tiles = (p.m + MR - 1) / MR, along = p.ldb == NR ? depth : 1;
-  for (int64_t j = 0; j < p.n; j += NR)
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t i = p.m * t / tiles, end = p.m * (t + 1) / tiles;
-      tile_at<Step, Lie::rows>(
-          least(NR, p.n - j), static_cast<int>(end - i), depth, p.a + i * p.lda, p.lda,
-          p.b + j * along, p.ldb, p.c + i * p.ldc + j, p.ldc,
-          Finish{p.accumulate, p.factor ? p.factor + i : nullptr, p.past_caches}, p.ahead);
-    }
+  const bool panels = p.ldb == NR;
+  for (int64_t j = 0; j < p.n; j += NR) {
+    const float* b = p.b + (panels ? j * depth : j);
+    const int64_t left = p.n - j;
+    if constexpr (W == 16)
+      // A tile of one vector loads as much as it multiplies; a third one costs a wider tile rows.
+      if (!panels && left > 2 * W && left <= 3 * W) return strip<Step, 3, 9>(p, depth, b, j);
+    if (left > W)
+      strip<Step, 2>(p, depth, b, j);
+    else
+      strip<Step, 1>(p, depth, b, j);
+  }
 }
 
 }  // namespace

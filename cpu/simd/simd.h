@@ -30,7 +30,7 @@ struct Ahead {
 };
 
 // C[m, n] = A B of words as they lie, see gemm_panels: A in rows lda words apart, B in panels, with
-// ldb = NR, or in rows of n words, a multiple of 8, ldb words apart.
+// ldb = NR, or in rows ldb words apart of n words, a multiple of vector_width().
 struct RowsProduct {
   int64_t m, n, k;
   const float* a;
