@@ -231,7 +231,7 @@ onEveryBackend('device', (b) => {
     using device = open()
     let collections = 0
     const observer = new PerformanceObserver((list) => {
-      for (const { detail } of list.getEntries())
+      for (const { detail } of list.getEntries() as { detail?: unknown }[])
         if ((detail as { kind: number }).kind !== constants.NODE_PERFORMANCE_GC_MINOR) collections++
     })
     const use = () => device.zeros([40 << 20]).dispose()
