@@ -12,6 +12,12 @@ namespace {
 
 const float kInfinity = __builtin_inff();
 
+// 2 to the x, for x <= 0 or NaN.
+inline vf weight_of(vf x) {
+  const Power p = power_of_two(vmax(set1(-160.0f), x), 1.0f);
+  return p.scale * p.rest;
+}
+
 }  // namespace
 
 int vector_width() { return W; }
@@ -41,11 +47,11 @@ bool softmax_step(bool pairs, int64_t keys, int64_t ld, int64_t columns, float s
     // Where every logit so far is -inf, all weights are 0, not exp(-inf + inf).
     const vi none = after == (scale < 0 ? kInfinity : -kInfinity);
     const vf shift = none ? vf{} : after;
-    const vf factor = vexp2((before - shift) * slope);
+    const vf factor = weight_of((before - shift) * slope);
 
     vf total[4] = {};
     const auto weight = [&](int64_t key, int i) {
-      const vf p = vexp2((loadf(x + key * ld) - shift) * slope);
+      const vf p = weight_of((loadf(x + key * ld) - shift) * slope);
       total[i] += p;
       return p;
     };
@@ -117,10 +123,7 @@ inline vf best_of(const Logits& s, float worst) {
 template <bool kPairs>
 inline vf weigh(const Logits& s, float slope, vf shift) {
   vf total[2] = {};
-  const auto weight = [&](int64_t v) {
-    const Power p = power_of_two(vmax(set1(-160.0f), loadf(s.x + v * W) * slope - shift), 1.0f);
-    return p.scale * p.rest;
-  };
+  const auto weight = [&](int64_t v) { return weight_of(loadf(s.x + v * W) * slope - shift); };
   const auto put = [&](int64_t v, vf low, vf high) {
     total[0] += low;
     total[1] += high;

@@ -292,33 +292,6 @@ inline vf vexp(vf x) {
 #endif
 }
 
-// 2 to the x, within 2 ulp, for x below 128: x = n + r with |r| <= 1/2, the polynomial of degree 6
-// that is closest to 2^r there (relatively, 2e-9), and 2^n, through the subnormals to an exact 0 on
-// AVX-512, to 0 at once below 2^-126 elsewhere.
-inline vf vexp2(vf x) {
-#if defined(__AVX512F__)
-  const vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  const float kShift = 0x1.8p23f;
-  const vf within = vmax(set1(-127.0f), x);  // passes on a NaN
-  const vf shifted = within + kShift;
-  const vf r = within - (shifted - kShift);
-#endif
-  vf p = r * 1.559467637e-4f + 1.340664341e-3f;
-  p = p * r + 9.617692791e-3f;
-  p = p * r + 5.550310388e-2f;
-  p = p * r + 2.402265221e-1f;
-  p = p * r + 6.931472421e-1f;
-  p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)(x - r));
-#else
-  // At n = -127 the exponent's bits are 0: an exact 0 for r = 0 after the clamp.
-  const vi n = (vi)shifted - 0x4B400000;
-  return p * (vf)((n + 127) << 23);
-#endif
-}
-
 // The natural logarithm, within 1 ulp: x = m 2^e with m around 1 and a polynomial in m - 1
 // (coefficients of both: Moshier, Cephes, 1989). -inf for 0, NaN below.
 inline vf vlog(vf x) {
