@@ -256,6 +256,14 @@ struct Finish {
 template <class Step, Lie kLie, int R, int V>
 void tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
           int64_t ldc, int last, const Finish& finish, Ahead* ahead) {
+  const auto each = [&](auto f) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) f(r, v, c + r * ldc + v * W);
+  };
+  // What the sums are added to comes from L2 while they are made.
+  if (finish.accumulate) each([](int, int, float* to) { __builtin_prefetch(to, 1); });
   vf acc[R][V] = {};
   const auto step = [&]() __attribute__((always_inline)) {
     vf row[V];
@@ -279,12 +287,6 @@ void tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, f
     step();
   }
   for (; i < k; ++i) step();
-  const auto each = [&](auto f) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) f(r, v, c + r * ldc + v * W);
-  };
   const auto whole = [&](int v) { return v < V - 1 || last == W; };
   // A branch around each of these, and none inside: the sums stay in registers.
   if (finish.accumulate)
