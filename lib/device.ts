@@ -27,7 +27,10 @@ export interface DeviceInfo {
 }
 
 export interface OpenOptions {
-  /** CPU: worker threads; from affinity and cgroup unless given. */
+  /**
+   * CPU: worker threads; from affinity and cgroup unless given. On Linux, if there are as many CPUs,
+   * the workers keep off the one that their caller, the queue's thread, is on.
+   */
   threads?: number
   /** Forces a path that the CPU has, for tests and measurements. */
   simd?: 'avx512' | 'avx2' | 'neon' | 'scalar'

@@ -22,13 +22,13 @@
 //
 // Memory beside inputs and results, which does not grow with N: forward on the CPU some 5 MB and
 // 0.3 MB a thread (0.8 MB where the weight has 16 bits and is not multiplied as it lies, more where
-// C exceeds 4096); backward 15 MB and the same a thread, and a chunk of dz of at most 32 MB; on CUDA
-// a chunk of at most 128 MB of logits and some 20 MB. The policy loss has a chunk of 128 MB of
-// logits on both (of at least 32 rows, 12 on CUDA), so that reading and writing dweight once a chunk
-// costs little beside the products, and 12 bytes a token. On tensor cores the products are so fast
-// that backward and the loss take 640 MB, half as much for dz, and some 200 MB of partial sums;
-// forward has no logits in memory, and takes 7 MB. Chunks follow from the shapes alone, since the
-// order of dweight's sums does; fewer rows than a chunk has take less.
+// C exceeds 4096); backward 15 MB and the same a thread, and a chunk of dz of at most 32 MB; on
+// CUDA a chunk of at most 128 MB of logits and some 20 MB. The policy loss has a chunk of 128 MB of
+// logits on both (of at least 32 rows, 12 on CUDA), so that reading and writing dweight once a
+// chunk costs little beside the products, and 12 bytes a token. On tensor cores the products are so
+// fast that backward and the loss take 640 MB, half as much for dz, and some 200 MB of partial
+// sums; forward has no logits in memory, and takes 7 MB. Chunks follow from the shapes alone, since
+// the order of dweight's sums does; fewer rows than a chunk has take less.
 //
 // The order of every sum follows from the shapes alone (dweight: and from which rows are skipped);
 // forward, a row has the same bits in any batch. The vocabulary is cut into at most 128 spans of

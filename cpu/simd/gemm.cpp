@@ -359,7 +359,8 @@ void rows_of_a(const RowsProduct& p, int64_t depth) {
     const float* b = p.b + (panels ? j * depth : j);
     const int64_t left = p.n - j;
     if constexpr (W == 16)
-      // A tile of one vector loads as much as it multiplies; a third one costs a wider tile rows.
+      // The last three vectors go as one tile of fewer rows: a tile of one loads as much as it
+      // multiplies.
       if (!panels && left > 2 * W && left <= 3 * W) return strip<Step, 3, 9>(p, depth, b, j);
     if (left > W)
       strip<Step, 2>(p, depth, b, j);
