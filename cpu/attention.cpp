@@ -9,11 +9,11 @@
 //   O = (O^T / sum)^T
 // Queries are lanes that know nothing of each other, so how they are cut may follow the threads.
 //
-// Forward, of a sequence whose K and V stay in L2, for each 2 MR queries:
-//   S = Q K^T                           [2 MR][keys]: Q as it lies in memory, keys in lanes
-//   P = exp(S - max)                    all keys at once: nothing is brought up to date
-//   out = P V / sum                     [2 MR][D]: P, V and out as they lie
-// Only K is turned around, and V packed and out rounded if they are not whole lines of f32. A
+// Forward, of a sequence whose K and V stay in L2, for each panel of NR queries:
+//   S^T = K Q^T                         [keys][NR]: K as it lies in memory
+//   P^T = exp(S^T - max)                all keys at once: nothing is brought up to date
+//   out = P V / sum                     [NR][D]: P^T, V and out as they lie
+// Only Q is turned around, and V packed and out rounded if they are not whole lines of f32. A
 // window of 64 tokens is read in the time of its products, so its rows are asked for during those
 // of the window before, line by line, and a large output goes past the caches.
 //
@@ -67,6 +67,8 @@ int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 struct Span {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
+  // From `at` on, at most n tokens.
+  Span part(int64_t at, int64_t n) const { return {at, std::min(at + n, end)}; }
 };
 
 // A task: some queries against some keys of a sequence, for each head.
@@ -84,7 +86,7 @@ std::vector<Task> cut_up(const Ints& cu_seqlens, Cut side, int64_t step) {
   for (size_t s = 1; s < cu_seqlens.size(); ++s) {
     const Span whole{cu_seqlens[s - 1], cu_seqlens[s]};
     for (int64_t at = whole.begin; at < whole.end; at += step) {
-      const Span part{at, std::min(at + step, whole.end)};
+      const Span part = whole.part(at, step);
       tasks.push_back(side == Cut::queries ? Task{part, whole} : Task{whole, part});
     }
   }
@@ -130,6 +132,8 @@ struct Call {
   int64_t blocks(int64_t keys) const { return (keys + kKeys - 1) / kKeys; }
   // Words of a panel for k steps.
   int64_t depth(int64_t k) const { return pairs ? (k + 1) / 2 : k; }
+  // Below all logits as scaled; with a scale of 0 they are equal, and 0 times infinity is a NaN.
+  float lowest() const { return scale == 0 ? 0 : std::copysign(HUGE_VALF, -scale); }
   // Whether a row is made of whole lines of words: parts of one would be read twice, and written to
   // memory one by one.
   bool reads_in_place() const { return in.dtype == DType::f32 && in.head_dim % 16 == 0; }
@@ -256,29 +260,36 @@ struct Forward {
   }
 };
 
-void forward(const Call& c, const Forward& w, const Task& task, int64_t head, char* out,
-             float* lse) {
+void forward(const Call& c, const Forward& w, const Task& task, int64_t head, const Task* next,
+             int64_t next_head, char* out, float* lse) {
   const Simd& simd = *c.simd;
   const int64_t d = c.in.head_dim, queries = task.queries.size(), panels = c.panels(queries);
   c.pack_b(rotated(c, c.in.q, head, task.queries, w.staged), queries, d, w.q);
-  // Below all logits as scaled; with a scale of 0 they are equal, and 0 times infinity is a NaN.
-  const float lowest = c.scale == 0 ? 0 : std::copysign(HUGE_VALF, -c.scale);
-  std::fill_n(w.max, panels * c.nr, lowest);
+  std::fill_n(w.max, panels * c.nr, c.lowest());
   std::fill_n(w.sum, panels * c.nr, 0.0f);
 
   for (int64_t at = task.keys.begin; at < task.keys.end; at += kKeys) {
-    const Span block{at, std::min(at + kKeys, task.keys.end)};
+    const Span block = task.keys.part(at, kKeys);
     const bool first = at == task.keys.begin;
+    Ahead keys, later;
+    if (block.end < task.keys.end) {
+      keys = ask_for(c, c.in.k, c.in.v, c.in.row, head, task.keys.part(block.end, kKeys));
+    } else if (next) {
+      keys = ask_for(c, c.in.k, c.in.v, c.in.row, next_head, next->keys.part(next->keys.begin, kKeys));
+      later = ask_for(c, c.in.q, nullptr, c.in.row, next_head, next->queries);
+    }
+    spread(keys, chances_of(simd, block.size(), queries, c.depth(d)));
+    spread(later, chances_of(simd, d, queries, c.depth(block.size())));
     c.pack_a(rotated(c, c.in.k, head, block, w.staged), block.size(), d, w.k);
     c.pack_a(rows_of(c, c.in.v, c.in.row, head, block).transposed(), d, block.size(), w.v);
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t lanes = c.lanes(queries - p * c.nr);
       float* o = w.o + p * c.nr * d;
-      c.multiply(block.size(), lanes, d, w.k, w.q + p * c.nr * c.depth(d), w.s, c.nr, false);
+      c.multiply(block.size(), lanes, d, w.k, w.q + p * c.nr * c.depth(d), w.s, c.nr, false, &keys);
       const bool moved = simd.softmax_step(c.pairs, block.size(), c.nr, lanes, c.scale, w.s,
                                            w.max + p * c.nr, w.sum + p * c.nr, w.decay);
       if (moved && !first) simd.scale_columns(d, c.nr, lanes, w.decay, o);
-      c.multiply(d, lanes, block.size(), w.v, w.s, o, c.nr, !first);
+      c.multiply(d, lanes, block.size(), w.v, w.s, o, c.nr, !first, &later);
     }
   }
 
@@ -295,20 +306,19 @@ void forward(const Call& c, const Forward& w, const Task& task, int64_t head, ch
 }
 
 struct Short {
-  float *staged, *q, *k, *v, *s, *o, *lse, *inverse;
-  int64_t ld, rows;
+  float *staged, *q, *k, *v, *s, *o, *max, *sum, *lse, *inverse;
   Short(const Call& c, Room& room, int64_t most) {
-    const int64_t d = c.in.head_dim, keys = round_up(most, c.nr);
-    rows = 2 * c.mr;  // enough to share the keys' way from L2
-    ld = keys + 16;   // no power of two, or the rows would share their lines' places in L1
+    const int64_t d = c.in.head_dim;
     staged = room.take(c.cos ? most * d : 0);
-    q = room.take(c.in.dtype != DType::f32 && !c.pairs ? most * d : 0);
-    k = room.take(keys * c.depth(d));
+    q = room.take(round_up(most, c.nr) * c.depth(d));
+    k = room.take(c.in.dtype != DType::f32 && !c.pairs ? most * d : 0);
     v = room.take(c.reads_in_place() ? 0 : c.depth(most) * round_up(d, c.nr));
-    s = room.take(rows * ld);
-    o = room.take(c.reads_in_place() ? 0 : rows * d);
-    lse = room.take(round_up(rows, c.width));
-    inverse = room.take(round_up(rows, c.width));
+    s = room.take(most * c.nr);
+    o = room.take(c.reads_in_place() ? 0 : c.nr * d);
+    max = room.take(c.nr);
+    sum = room.take(c.nr);
+    lse = room.take(c.nr);
+    inverse = room.take(c.nr);
   }
 };
 
@@ -316,44 +326,36 @@ void forward_short(const Call& c, const Short& w, const Task& task, int64_t head
                    char* out, float* lse) {
   const Simd& simd = *c.simd;
   const int64_t d = c.in.head_dim, keys = task.keys.size(), queries = task.queries.size();
-  const int64_t row = c.in.heads * d, lanes = round_up(keys, c.width);
-  c.pack_b(rotated(c, c.in.k, head, task.keys, w.staged), keys, d, w.k);
+  const int64_t row = c.in.heads * d;
+  c.pack_b(rotated(c, c.in.q, head, task.queries, w.staged), queries, d, w.q);
+  // K in words.
+  Rows k = rotated(c, c.in.k, head, task.keys, w.staged);
+  if (c.in.dtype != DType::f32 && !c.pairs) k = words_of(c, k, keys, d, w.k);
   const bool as_it_lies = c.reads_in_place();
   const Rows values = rows_of(c, c.in.v, c.in.row, head, task.keys);
   if (!as_it_lies) c.pack_b(values.transposed(), d, keys, w.v);
-  const float* v = as_it_lies ? static_cast<const float*>(values.data) : w.v;
-  const int64_t ldv = as_it_lies ? values.stride : c.nr;
   const bool past_caches = as_it_lies && c.in.tokens * row * c.size() > kPastCaches &&
                            reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  spread(ahead, chances_of(simd, keys, queries, c.depth(d)) +
+                    c.panels(queries) * chances_of(simd, c.nr, d, c.depth(keys)));
 
-  // Q in words.
-  Rows rows = rotated(c, c.in.q, head, task.queries, w.staged);
-  if (c.in.dtype != DType::f32 && !c.pairs) rows = words_of(c, rows, queries, d, w.q);
-  const float* q = static_cast<const float*>(rows.data);
-  const int64_t stride = c.pairs ? rows.stride / 2 : rows.stride;
-
-  const int64_t groups = (queries + w.rows - 1) / w.rows;
-  const auto first_of = [&](int64_t g) { return queries * g / groups; };
-  int64_t chances = 0;
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t n = first_of(g + 1) - first_of(g);
-    chances += chances_of(simd, n, lanes, c.depth(d)) + chances_of(simd, n, d, c.depth(keys));
-  }
-  spread(ahead, chances);
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t first = first_of(g), n = first_of(g + 1) - first;
+  for (int64_t first = 0; first < queries; first += c.nr) {
+    const int64_t n = std::min<int64_t>(queries - first, c.nr), lanes = c.lanes(n);
     const int64_t token = task.queries.begin + first;
-    simd.gemm_rows(c.pairs, {.m = n,
+    simd.gemm_rows(c.pairs, {.m = keys,
                              .n = lanes,
                              .k = d,
-                             .a = q + first * stride,
-                             .lda = stride,
-                             .b = w.k,
+                             .a = static_cast<const float*>(k.data),
+                             .lda = c.pairs ? k.stride / 2 : k.stride,
+                             .b = w.q + first * c.depth(d),
                              .ldb = c.nr,
                              .c = w.s,
-                             .ldc = w.ld,
+                             .ldc = c.nr,
                              .ahead = &ahead});
-    simd.softmax_rows(c.pairs, n, keys, w.ld, c.scale, w.s, w.lse, w.inverse);
+    std::fill_n(w.max, lanes, c.lowest());
+    std::fill_n(w.sum, lanes, 0.0f);
+    simd.softmax_step(c.pairs, keys, c.nr, lanes, c.scale, w.s, w.max, w.sum, w.inverse);
+    simd.softmax_finish(lanes, c.scale, w.max, w.sum, w.lse, w.inverse);
     std::copy_n(w.lse, n, lse + head * c.in.tokens + token);
     char* to = out + (token * row + head * d) * c.size();
     float* o = as_it_lies ? reinterpret_cast<float*>(to) : w.o;
@@ -361,11 +363,12 @@ void forward_short(const Call& c, const Short& w, const Task& task, int64_t head
                              .n = d,
                              .k = keys,
                              .a = w.s,
-                             .lda = w.ld,
-                             .b = v,
-                             .ldb = ldv,
+                             .lda = c.nr,
+                             .b = as_it_lies ? static_cast<const float*>(values.data) : w.v,
+                             .ldb = as_it_lies ? values.stride : c.nr,
                              .c = o,
                              .ldc = as_it_lies ? row : d,
+                             .turned = true,
                              .factor = w.inverse,
                              .past_caches = past_caches,
                              .ahead = &ahead});
@@ -422,7 +425,7 @@ void backward(const Call& c, const Backward& w, int wanted, const Task& task, in
   const int64_t d = c.in.head_dim, row = c.in.heads * d, group = kKeyGroup * c.nr;
 
   for (int64_t at = task.queries.begin; at < task.queries.end; at += kQueryBlock) {
-    const Span block{at, std::min(at + kQueryBlock, task.queries.end)};
+    const Span block = task.queries.part(at, kQueryBlock);
     const int64_t n = block.size();
     const bool first = at == task.queries.begin, last = block.end == task.queries.end;
     const float* lse = a.lse + head * c.in.tokens + block.begin;
@@ -436,20 +439,19 @@ void backward(const Call& c, const Backward& w, int wanted, const Task& task, in
                   rows_of(c, a.out, row, head, block).data, row, w.delta);
 
     for (int64_t from = task.keys.begin; from < task.keys.end; from += group) {
-      const Span keys{from, std::min(from + group, task.keys.end)};
+      const Span keys = task.keys.part(from, group);
       // The first of the group's panels.
       const int64_t slot = wanted & kDkDv ? (from - task.keys.begin) / c.nr : 0;
       float* k_rows = w.k_rows + slot * w.panel_rows;
       // What comes next is asked for during the products.
       Ahead inputs, gradients, queries;
       if (first) {
-        const Span next{keys.end, std::min(keys.end + group, task.keys.end)};
-        inputs = ask_for(c, c.in.k, c.in.v, c.in.row, head, next);
+        inputs = ask_for(c, c.in.k, c.in.v, c.in.row, head, task.keys.part(keys.end, group));
       } else if (last) {
         gradients = ask_for(c, a.grad.k, a.grad.v, a.grad.row, head, keys);
       }
       if (keys.end == task.keys.end) {
-        const Span next{block.end, std::min(block.end + kQueryBlock, task.queries.end)};
+        const Span next = task.queries.part(block.end, kQueryBlock);
         inputs = ask_for(c, c.in.q, nullptr, c.in.row, head, next);
         queries = ask_for(c, a.d_out, a.out, row, head, next);
       }
@@ -534,7 +536,7 @@ void mass(const Call& c, const Mass& w, const Task& task, int64_t head, const fl
   c.pack_b(rotated(c, c.in.k, head, task.keys, w.staged), keys, d, w.k);
   std::fill_n(w.mass, panels * c.nr, 0.0f);
   for (int64_t at = task.queries.begin; at < task.queries.end; at += kQueryBlock) {
-    const Span block{at, std::min(at + kQueryBlock, task.queries.end)};
+    const Span block = task.queries.part(at, kQueryBlock);
     c.pack_a(rotated(c, c.in.q, head, block, w.staged), block.size(), d, w.q);
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t lanes = c.lanes(keys - p * c.nr);
@@ -602,7 +604,8 @@ void attention(const AttentionArgs& a, Device& device) {
                 forward_short(c, Short(c, room, longest_short), task, head,
                               rows_ahead(c, next, (head + 1) % c.in.heads), out, lse);
               else
-                forward(c, Forward(c, room, room_for), task, head, out, lse);
+                forward(c, Forward(c, room, room_for), task, head, next, (head + 1) % c.in.heads,
+                        out, lse);
             });
 }
 

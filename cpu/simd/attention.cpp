@@ -14,7 +14,7 @@ const float kInfinity = __builtin_inff();
 
 // 2 to the x, for x <= 0 or NaN.
 inline vf weight_of(vf x) {
-  const Power p = power_of_two(vmax(set1(-160.0f), x), 1.0f);
+  const Power p = power_of_two(x, 1);
   return p.scale * p.rest;
 }
 
@@ -47,11 +47,11 @@ bool softmax_step(bool pairs, int64_t keys, int64_t ld, int64_t columns, float s
     // Where every logit so far is -inf, all weights are 0, not exp(-inf + inf).
     const vi none = after == (scale < 0 ? kInfinity : -kInfinity);
     const vf shift = none ? vf{} : after;
-    const vf factor = weight_of((before - shift) * slope);
+    const vf factor = weight_of((before - shift) * slope), origin = shift * slope;
 
     vf total[4] = {};
     const auto weight = [&](int64_t key, int i) {
-      const vf p = weight_of((loadf(x + key * ld) - shift) * slope);
+      const vf p = weight_of(loadf(x + key * ld) * slope - origin);
       total[i] += p;
       return p;
     };
@@ -105,77 +105,7 @@ inline vf across(vf* row, F combine) {
     return row[0];
 }
 
-// The logits of a query; of the last vector only the lanes that count.
-struct Logits {
-  float* x;
-  int64_t vectors;
-  vi counts;
-  const float* last() const { return x + (vectors - 1) * W; }
-};
-
-template <vf (*Best)(vf, vf)>
-inline vf best_of(const Logits& s, float worst) {
-  return Best(s.counts ? loadf(s.last()) : set1(worst),
-              extreme<Best>(s.vectors - 1, W, s.x, worst));
-}
-
-// exp2(slope x - shift) in place, and its sum by lanes.
-template <bool kPairs>
-inline vf weigh(const Logits& s, float slope, vf shift) {
-  vf total[2] = {};
-  const auto weight = [&](int64_t v) { return weight_of(loadf(s.x + v * W) * slope - shift); };
-  const auto put = [&](int64_t v, vf low, vf high) {
-    total[0] += low;
-    total[1] += high;
-    if constexpr (kPairs) {
-      store(s.x + v / 2 * W, bf16_neighbours(low, high));
-    } else {
-      store(s.x + v * W, low);
-      store(s.x + (v + 1) * W, high);
-    }
-  };
-  int64_t v = 0;
-  for (; v + 2 < s.vectors; v += 2) put(v, weight(v), weight(v + 1));
-  const vf last = s.counts ? weight(s.vectors - 1) : vf{};
-  if (v + 2 == s.vectors)
-    put(v, weight(v), last);
-  else
-    put(v, last, vf{});
-  return total[0] + total[1];
-}
-
 }  // namespace
-
-void softmax_rows(bool pairs, int64_t queries, int64_t keys, int64_t ld, float scale, float* s,
-                  float* lse, float* inverse) {
-  const float slope = scale * 1.44269504f, worst = scale < 0 ? kInfinity : -kInfinity;
-  const int64_t vectors = (keys + W - 1) / W;
-  vi lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
-  const vi counts = lane < static_cast<int32_t>(keys - (vectors - 1) * W);
-  for (int64_t first = 0; first < queries; first += W, s += W * ld) {
-    const int n = static_cast<int>(queries - first < W ? queries - first : W);
-    vf row[W];
-    for (int r = n; r < W; ++r) row[r] = vf{};
-    for (int r = 0; r < n; ++r) {
-      const Logits x{s + r * ld, vectors, counts};
-      row[r] = scale < 0 ? best_of<vmin>(x, worst) : best_of<vmax>(x, worst);
-    }
-    const vf best = scale < 0 ? across(row, [](vf a, vf b) { return vmin(a, b); })
-                              : across(row, [](vf a, vf b) { return vmax(a, b); });
-    // Where every logit is -inf, all weights are 0, not exp(-inf + inf).
-    float shift[W];
-    store(shift, (best == worst ? vf{} : best) * slope);
-    for (int r = 0; r < n; ++r) {
-      const Logits x{s + r * ld, vectors, counts};
-      row[r] =
-          pairs ? weigh<true>(x, slope, set1(shift[r])) : weigh<false>(x, slope, set1(shift[r]));
-    }
-    const vf total = across(row, [](vf a, vf b) { return a + b; });
-    store(lse + first, best * scale + vlog(total));
-    store(inverse + first, 1.0f / total);
-  }
-}
 
 void softmax_finish(int64_t columns, float scale, const float* max, const float* sum, float* lse,
                     float* inverse) {
@@ -208,9 +138,7 @@ inline void slopes(int64_t queries, int64_t ld, int64_t keys, float scale, const
       for (int v = 0; v < 2; ++v) {
         if (r + i == queries || (!kWhole && v * W >= keys)) continue;
         const int64_t at = (r + i) * ld + v * W;
-        // Far below, where weights are 0 anyway, lies what power_of_two does not take.
-        const vf x = vmax(set1(-1e3f), loadf(s + at) * scale - set1(lse[r + i]));
-        const Power power = power_of_two(x, 1.44269504f);
+        const Power power = power_of_two(loadf(s + at) * scale - set1(lse[r + i]), 1.44269504f);
         p[i][v] = power.scale * power.rest;
         g[i][v] = p[i][v] * ((loadf(d + at) - set1(delta[r + i])) * scale);
         if (kPairs && !kWhole) {

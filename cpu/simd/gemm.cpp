@@ -241,8 +241,8 @@ inline void ask(Ahead& a) {
   --a.rows;
 }
 
-// How A lies: in packed panels, the words of a step of k side by side, or in rows, those of a row.
-enum class Lie { panels, rows };
+// How A lies: the words of a step of k side by side, as in packed panels, or those of a row.
+enum class Lie { steps, rows };
 
 // What becomes of a tile's sums.
 struct Finish {
@@ -293,9 +293,9 @@ void tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, f
     each([&](int r, int v, float* to) {
       acc[r][v] += whole(v) ? loadf(to) : load_first<vf>(to, last);
     });
-  if (kLie == Lie::rows && finish.factor)
+  if (finish.factor)
     each([&](int r, int v, float*) { acc[r][v] *= finish.factor[r]; });
-  if (kLie == Lie::rows && finish.past_caches)
+  if (finish.past_caches)
     each([&](int r, int v, float* to) { stream(to, acc[r][v]); });
   else if (last == W)
     each([&](int r, int v, float* to) { store(to, acc[r][v]); });
@@ -328,32 +328,32 @@ void panels(int64_t m, int64_t n, int64_t depth, const float* a, const float* b,
       const float *x = a + i * depth, *y = b + j * depth;
       float* to = c + i * ldc + j;
       if (columns > W)
-        tile_of<Step, Lie::panels, 2>(rows, depth, x, MR, y, NR, to, ldc, columns - W, finish,
+        tile_of<Step, Lie::steps, 2>(rows, depth, x, MR, y, NR, to, ldc, columns - W, finish,
                                       ahead);
       else
-        tile_of<Step, Lie::panels, 1>(rows, depth, x, MR, y, NR, to, ldc, columns, finish, ahead);
+        tile_of<Step, Lie::steps, 1>(rows, depth, x, MR, y, NR, to, ldc, columns, finish, ahead);
     }
   }
 }
 
 // V vectors of columns from j on, in tiles of even height: one of a few rows would not hide the
 // latency of its products.
-template <class Step, int V, int R = MR>
+template <class Step, Lie kLie, int V, int R = MR>
 void strip(const RowsProduct& p, int64_t depth, const float* b, int64_t j) {
   const int64_t tiles = (p.m + R - 1) / R;
   const int last = static_cast<int>(least(W, p.n - j - (V - 1) * W));
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t i = p.m * t / tiles, end = p.m * (t + 1) / tiles;
-    tile_of<Step, Lie::rows, V, R>(
-        static_cast<int>(end - i), depth, p.a + i * p.lda, p.lda, b, p.ldb, p.c + i * p.ldc + j,
-        p.ldc, last, Finish{p.accumulate, p.factor ? p.factor + i : nullptr, p.past_caches},
-        p.ahead);
+    tile_of<Step, kLie, V, R>(
+        static_cast<int>(end - i), depth, p.a + (kLie == Lie::rows ? i * p.lda : i), p.lda, b,
+        p.ldb, p.c + i * p.ldc + j, p.ldc, last,
+        Finish{p.accumulate, p.factor ? p.factor + i : nullptr, p.past_caches}, p.ahead);
   }
 }
 
 // Packed panels are what rows NR apart would be too: those have no second panel.
-template <class Step>
-void rows_of_a(const RowsProduct& p, int64_t depth) {
+template <class Step, Lie kLie>
+void unpacked(const RowsProduct& p, int64_t depth) {
   const bool panels = p.ldb == NR;
   for (int64_t j = 0; j < p.n; j += NR) {
     const float* b = p.b + (panels ? j * depth : j);
@@ -361,11 +361,11 @@ void rows_of_a(const RowsProduct& p, int64_t depth) {
     if constexpr (W == 16)
       // The last three vectors go as one tile of fewer rows: a tile of one loads as much as it
       // multiplies.
-      if (!panels && left > 2 * W && left <= 3 * W) return strip<Step, 3, 9>(p, depth, b, j);
+      if (!panels && left > 2 * W && left <= 3 * W) return strip<Step, kLie, 3, 9>(p, depth, b, j);
     if (left > W)
-      strip<Step, 2>(p, depth, b, j);
+      strip<Step, kLie, 2>(p, depth, b, j);
     else
-      strip<Step, 1>(p, depth, b, j);
+      strip<Step, kLie, 1>(p, depth, b, j);
   }
 }
 
@@ -412,9 +412,9 @@ void gemm_panels(bool pairs, int64_t m, int64_t n, int64_t k, const float* a, co
 
 void gemm_rows(bool pairs, const RowsProduct& p) {
   if (pairs)
-    rows_of_a<Pairs>(p, (p.k + 1) / 2);
+    (p.turned ? unpacked<Pairs, Lie::steps> : unpacked<Pairs, Lie::rows>)(p, (p.k + 1) / 2);
   else
-    rows_of_a<Floats>(p, p.k);
+    (p.turned ? unpacked<Floats, Lie::steps> : unpacked<Floats, Lie::rows>)(p, p.k);
 }
 
 }  // namespace p2r::cpu::P2R_ISA

@@ -51,9 +51,6 @@ inline vf get_part(const typename E::T* p, int64_t n, vf padding) {
   return lane < (int32_t)n ? x : padding;
 }
 
-// 2 to the x for any x <= 127: 0 for -inf, NaN for NaN.
-inline Power power_below(vf x) { return power_of_two(vmax(set1(-160.0f), x), 1.0f); }
-
 template <class E, bool moment>
 void sums(const typename E::T* z, int64_t n, float inverse, float* out) {
   const vf lowest = set1(-INFINITY);
@@ -87,7 +84,7 @@ void sums(const typename E::T* z, int64_t n, float inverse, float* out) {
     vf s[4] = {}, t[4] = {};
     const auto add = [&](int k, vf x) {
       const vf d = (x - from) * to_binary;
-      const Power e = power_below(d);
+      const Power e = power_of_two(d, 1);
       s[k] += e.scale * e.rest;  // the same bits with the moment or without: no product is shared
       if (moment) t[k] += e.scale * (e.rest * vmax(set1(-160.0f), d));  // 0 · -inf is not 0
     };
@@ -122,7 +119,7 @@ void lane_sums(int64_t n, int64_t ld, int64_t lanes, float inverse, const float*
     vf s[4] = {}, t[4] = {};
     const auto add = [&](int k, vf x) {
       const vf d = (x - from) * to_binary;
-      const Power e = power_below(d);
+      const Power e = power_of_two(d, 1);
       s[k] += e.scale * e.rest;
       if (moment) t[k] += e.scale * (e.rest * vmax(set1(-160.0f), d));
     };
@@ -132,7 +129,7 @@ void lane_sums(int64_t n, int64_t ld, int64_t lanes, float inverse, const float*
 
     // What was summed so far moves to the new maximum; before there was any it is 0, and stays so.
     const vf shift = vmax(set1(-160.0f), (before - from) * to_binary);
-    const Power e = power_below(shift);
+    const Power e = power_of_two(shift, 1);
     const vf scale = e.scale * e.rest, sum = loadf(sums + ld);
     store(sums, maximum);
     store(sums + ld, scale * sum + ((s[0] + s[1]) + (s[2] + s[3])));
@@ -151,7 +148,7 @@ void slopes(const typename E::T* z, typename E::T* dz, int64_t n, const SoftmaxR
     // The low part of the product is of a finite x: -inf times 0 is not 0.
     if (!exact) rest = vmax(set1(-FLT_MAX), x) * row.inverse_low + rest;
     const vf log_p = (x * row.inverse - row.maximum) + rest;
-    const Power p = power_below(log_p * (float)(1 / kLn2));
+    const Power p = power_of_two(log_p * (float)(1 / kLn2), 1);
     // p is 0 at -128, and 0 · -inf is not.
     vf scale = set1(row.scale_p);
     if (entropy) scale += row.scale_h * vmax(set1(-128.0f), log_p);

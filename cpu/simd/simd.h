@@ -39,6 +39,7 @@ struct RowsProduct {
   int64_t ldb;
   float* c;
   int64_t ldc;
+  bool turned = false;  // A lies in rows of a step of k, m words each
   bool accumulate = false;
   const float* factor = nullptr;  // of each row of C at last; null: 1
   bool past_caches = false;  // C is too large to be found there again; its rows are whole lines

@@ -234,15 +234,19 @@ inline vh to_f16(vf x) {
 #endif
 }
 
-// 2 to the `x by`, for -1e4 < x by <= 127 or NaN, as a product of two factors, within 1 ulp: sums
-// and products of powers take the multiplication into one that they have anyway.
+// 2 to the `x by`, for x by <= 127 or NaN, as a product of two factors, within 1 ulp: sums and
+// products of powers take the multiplication into one that they have anyway. Both are 0 where the
+// power would be below the smallest normal number.
 struct Power {
   vf scale, rest;
 };
 inline Power power_of_two(vf x, float by) {
+  const vi vanishes = x < -126.0f / by;
 #if defined(__AVX512F__)
-  // x by = j/32 + r with a table of 2^(j/32), which the low five bits of the rounded product index,
-  // and a parabola for |r| <= 1/64, whose cubic term is spread (Chebyshev) to leave 5e-8.
+  // x by = n + j/32 + r with a parabola for |r| <= 1/64, whose cubic term is spread (Chebyshev) to
+  // leave 5e-8, and a table of 2^(j/32). The sum with kShift ends in the bits 32 n + j: its low
+  // five are the table's index, and all of them, moved up to the exponent, add n to it, and j to
+  // the bits below it, which the table's entries lack.
   const float kShift = 0x1.8p18f;
   const vf low = {1.0f,        1.02189715f, 1.04427378f, 1.06714040f, 1.09050773f, 1.11438674f,
                   1.13878863f, 1.16372485f, 1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f,
@@ -250,25 +254,27 @@ inline Power power_of_two(vf x, float by) {
   const vf high = {1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f, 1.54221083f, 1.57598085f,
                    1.61049033f, 1.64575548f, 1.68179283f, 1.71861930f, 1.75625216f, 1.79470907f,
                    1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
+  const vi j = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const __m512i from = (__m512i)((vi)low - (j << 18)), on = (__m512i)((vi)high - ((j + 16) << 18));
   const vf shifted = x * by + kShift;
-  const vf steps = shifted - kShift, r = x * by - steps;
-  const vf power = (vf)_mm512_permutex2var_ps((__m512)low, (__m512i)shifted, (__m512)high);
-  return {(vf)_mm512_scalef_ps((__m512)power, (__m512)steps),
-          (r * 0.24022886f + 0.69315734f) * r + 1.0f};
+  const vf r = x * by - (shifted - kShift);
+  const vi entry = (vi)_mm512_permutex2var_epi32(from, (__m512i)shifted, on);
+  const vf scale = (vf)(entry + ((vi)shifted << 18));
+  const vf rest = (r * 0.24022886f + 0.69315734f) * r + 1.0f;
 #else
-  // As vexp, with the polynomial of Cephes for 2^r. Below 2^-149 the scale is an exact 0.
+  // As vexp, with the polynomial of Cephes for 2^r.
   const float kShift = 0x1.8p23f;
   const vf shifted = x * by + kShift;
   const vf r = x * by - (shifted - kShift);
-  vf p = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
-  p = p * r + 9.618437357674640e-3f;
-  p = p * r + 5.550332471162809e-2f;
-  p = p * r + 2.402264791363012e-1f;
-  p = p * r + 6.931472028550421e-1f;
-  const vi rounded = (vi)shifted - 0x4B400000, e = rounded > -250 ? rounded : vi{} - 250;
-  const vi half = e >> 1;
-  return {(vf)((half + 127) << 23) * (vf)((e - half + 127) << 23), p * r + 1.0f};
+  vf rest = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
+  rest = rest * r + 9.618437357674640e-3f;
+  rest = rest * r + 5.550332471162809e-2f;
+  rest = rest * r + 2.402264791363012e-1f;
+  rest = rest * r + 6.931472028550421e-1f;
+  rest = rest * r + 1.0f;
+  const vf scale = (vf)(((vi)shifted << 23) + 0x3f800000);
 #endif
+  return {vanishes ? vf{} : scale, vanishes ? vf{} : rest};
 }
 // e to the x, within 1 ulp: x = n ln 2 + r with ln 2 in two parts (Cody and Waite, 1980), a
 // polynomial in r, and 2^n in two steps, so that results fade through the subnormals to an exact 0.
