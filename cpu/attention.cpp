@@ -9,7 +9,7 @@
 //   O = (O^T / sum)^T
 // Queries are lanes that know nothing of each other, so how they are cut may follow the threads.
 //
-// Forward, of a sequence whose K and V stay in L2, for each panel of NR queries:
+// Forward, of a sequence so short that a panel of P is not much of L1, for each panel of NR queries:
 //   S^T = K Q^T                         [keys][NR]: K as it lies in memory
 //   P^T = exp(S^T - max)                all keys at once: nothing is brought up to date
 //   out = P V / sum                     [NR][D]: P^T, V and out as they lie
@@ -54,7 +54,7 @@ constexpr int64_t kKeyGroup = 4;        // panels of keys of one product for dQ
 constexpr int64_t kKeyChunk = 256;      // backward of a long sequence, and mass: a task's keys
 constexpr int64_t kWhole = 832 * 1024;  // backward: floats of K, V, K^T, dK and dV of one task
 constexpr int64_t kWholeTokens = 2304;  // and its longest sequence, or few threads would have work
-constexpr int64_t kShortWords = 80 * 1024;          // forward: K and V of a short sequence, in L2
+constexpr int64_t kShortWords = 256;    // forward: a short sequence's row of P
 constexpr int64_t kPastCaches = int64_t{32} << 20;  // bytes of an output that no cache holds
 constexpr int64_t kMaxDim = 128, kMaxPanel = 64;
 // Multiply-adds worth handing to a thread: some 25 windows of 64 tokens, so that the rows it asks
@@ -137,7 +137,7 @@ struct Call {
   // Whether a row is made of whole lines of words: parts of one would be read twice, and written to
   // memory one by one.
   bool reads_in_place() const { return in.dtype == DType::f32 && in.head_dim % 16 == 0; }
-  bool is_short(int64_t keys) const { return 2 * keys * depth(in.head_dim) <= kShortWords; }
+  bool is_short(int64_t keys) const { return depth(keys) <= kShortWords; }
 
   // The packing and the product of simd.h, in the call's kind of panels.
   void pack_a(const Rows& x, int64_t m, int64_t k, float* out) const {

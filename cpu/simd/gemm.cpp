@@ -257,10 +257,14 @@ template <class Step, Lie kLie, int R, int V>
 void tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
           int64_t ldc, int last, const Finish& finish, Ahead* ahead) {
   const auto each = [&](auto f) __attribute__((always_inline)) {
+    float* to = c;
+    // Each pass walks down by itself: the addresses of all rows, made once for every pass that
+    // might need them, would take 60 cycles and more registers than there are.
+    asm("" : "+r"(to));
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r, to += ldc)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) f(r, v, c + r * ldc + v * W);
+      for (int v = 0; v < V; ++v) f(r, v, to + v * W);
   };
   // What the sums are added to comes from L2 while they are made.
   if (finish.accumulate) each([](int, int, float* to) { __builtin_prefetch(to, 1); });
