@@ -9,7 +9,7 @@
 //   O = (O^T / sum)^T
 // Queries are lanes that know nothing of each other, so how they are cut may follow the threads.
 //
-// Forward, of a sequence so short that a panel of P is not much of L1, for each panel of NR queries:
+// Forward, of a sequence so short that a panel of P stays in L1, for each panel of NR queries:
 //   S^T = K Q^T                         [keys][NR]: K as it lies in memory
 //   P^T = exp(S^T - max)                all keys at once: nothing is brought up to date
 //   out = P V / sum                     [NR][D]: P^T, V and out as they lie
@@ -36,7 +36,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <memory>
 
 #include "cpu/device.h"
@@ -56,7 +55,7 @@ constexpr int64_t kWhole = 832 * 1024;  // backward: floats of K, V, K^T, dK and
 constexpr int64_t kWholeTokens = 2304;  // and its longest sequence, or few threads would have work
 constexpr int64_t kShortWords = 256;    // forward: a short sequence's row of P
 constexpr int64_t kPastCaches = int64_t{32} << 20;  // bytes of an output that no cache holds
-constexpr int64_t kMaxDim = 128, kMaxPanel = 64;
+constexpr int64_t kMaxDim = 128;
 // Multiply-adds worth handing to a thread: some 25 windows of 64 tokens, so that the rows it asks
 // for ahead are mostly its own.
 constexpr double kTaskWork = 1.6e7;
@@ -193,33 +192,17 @@ class Room {
 void store_columns(const Call& c, const float* x, int64_t tokens, float* room, char* out,
                    int64_t row, const float* cos, const float* sin) {
   const int64_t d = c.in.head_dim;
-  c.simd->pack_b(false, DType::f32, x, 1, c.nr, tokens, d, room);  // panels [tokens][nr] of D
+  c.simd->transpose(d, tokens, x, c.nr, room, d);
   for (int64_t t = 0; t < tokens; ++t) {
-    char* to = out + t * row * c.size();
-    float line[kMaxDim + kMaxPanel];
-    for (int64_t i = 0; i < d; i += c.nr) {
-      const float* part = room + i * tokens + t * c.nr;
-      if (cos)
-        std::copy_n(part, c.nr, line + i);
-      else
-        c.simd->from_f32(c.in.dtype, part, to + i * c.size(), std::min<int64_t>(c.nr, d - i));
-    }
-    if (!cos) continue;
-    c.simd->rotate_half(line, cos + t * d, sin + t * d, d / 2, true, line);
-    c.simd->from_f32(c.in.dtype, line, to, d);
+    float* line = room + t * d;
+    if (cos) c.simd->rotate_half(line, cos + t * d, sin + t * d, d / 2, true, line);
+    c.simd->from_f32(c.in.dtype, line, out + t * row * c.size(), d);
   }
 }
 
 // Rows of a tensor as rows of words, `ld` words apart in `room`.
 Rows words_of(const Call& c, const Rows& x, int64_t n, int64_t ld, float* room) {
-  const int64_t d = c.in.head_dim;
-  for (int64_t t = 0; t < n; ++t) {
-    const char* row = static_cast<const char*>(x.data) + t * x.stride * c.size();
-    if (c.pairs)
-      std::memcpy(room + t * ld, row, d * c.size());
-    else
-      c.simd->to_f32(x.dtype, row, room + t * ld, d);
-  }
+  to_words(*c.simd, c.pairs, x.dtype, x.data, x.stride, n, c.in.head_dim, room, ld);
   return {c.pairs ? DType::bf16 : DType::f32, room, c.pairs ? 2 * ld : ld};
 }
 
@@ -251,7 +234,7 @@ struct Forward {
     q = room.take(queries * c.depth(d));
     k = room.take(round_up(kKeys, c.mr) * c.depth(d));
     v = room.take(round_up(d, c.mr) * c.depth(kKeys));
-    s = room.take(std::max(kKeys * c.nr, round_up(d, c.nr) * c.nr));
+    s = room.take(kKeys * c.nr);
     o = room.take(queries * d);
     max = room.take(queries);
     sum = room.take(queries);
@@ -275,7 +258,8 @@ void forward(const Call& c, const Forward& w, const Task& task, int64_t head, co
     if (block.end < task.keys.end) {
       keys = ask_for(c, c.in.k, c.in.v, c.in.row, head, task.keys.part(block.end, kKeys));
     } else if (next) {
-      keys = ask_for(c, c.in.k, c.in.v, c.in.row, next_head, next->keys.part(next->keys.begin, kKeys));
+      keys =
+          ask_for(c, c.in.k, c.in.v, c.in.row, next_head, next->keys.part(next->keys.begin, kKeys));
       later = ask_for(c, c.in.q, nullptr, c.in.row, next_head, next->queries);
     }
     spread(keys, chances_of(simd, block.size(), queries, c.depth(d)));
@@ -395,7 +379,7 @@ struct Backward {
     d_out = room.take(kQueryBlock * ld);
     d_out_t = room.take(round_up(d, c.mr) * c.depth(kQueryBlock));
     delta = room.take(kQueryBlock);
-    s = room.take(std::max(rows * c.nr, round_up(d, c.nr) * c.nr));
+    s = room.take(rows * c.nr);
     d_s = room.take(rows * c.nr);
     // What is turned is packed before there is dS.
     const int64_t turned = c.cos ? std::max<int64_t>(kQueryBlock, kKeyGroup * c.nr) * d : 0;

@@ -322,6 +322,20 @@ void gemm(CpuDevice& cpu, const Gemm& g) {
   }
 }
 
+void to_words(const Simd& simd, bool pairs, DType type, const void* rows, int64_t stride, int64_t n,
+              int64_t k, float* to, int64_t ld) {
+  const int64_t size = static_cast<int64_t>(size_of(type));
+  for (int64_t r = 0; r < n; ++r, to += ld) {
+    const char* row = static_cast<const char*>(rows) + r * stride * size;
+    if (!pairs) {
+      simd.to_f32(type, row, to, k);
+      continue;
+    }
+    if (k % 2) to[k / 2] = 0;  // the last word's other half
+    std::memcpy(to, row, k * size);
+  }
+}
+
 int64_t chances_of(const Simd& simd, int64_t m, int64_t n, int64_t k) {
   int mr, nr;
   simd.gemm_tile_size(&mr, &nr);

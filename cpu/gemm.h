@@ -45,13 +45,18 @@ struct Gemm {
 
 void gemm(CpuDevice& cpu, const Gemm& g);
 
+// The same inside queued work, for an f32 C, in memory of gemm_floats(cpu, n) floats.
+void gemm_now(CpuDevice& cpu, const Gemm& g, float* memory);
+int64_t gemm_floats(const CpuDevice& cpu, int64_t n);
+
+// For those who call the kernels themselves: n rows of k entries, `stride` apart, as rows of words
+// (kernels.def), ld words apart in `to`. With pairs they are bf16.
+void to_words(const Simd& simd, bool pairs, DType type, const void* rows, int64_t stride, int64_t n,
+              int64_t k, float* to, int64_t ld);
+
 // Chances to ask for lines ahead in a gemm_rows of m rows, n columns and k words (simd.h); and the
 // pace that spreads the lines over `chances`.
 int64_t chances_of(const Simd& simd, int64_t m, int64_t n, int64_t k);
 void spread(Ahead& ahead, int64_t chances);
-
-// The same inside queued work, for an f32 C, in memory of gemm_floats(cpu, n) floats.
-void gemm_now(CpuDevice& cpu, const Gemm& g, float* memory);
-int64_t gemm_floats(const CpuDevice& cpu, int64_t n);
 
 }  // namespace p2r::cpu

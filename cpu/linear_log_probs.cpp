@@ -15,7 +15,6 @@
 #include "ops/linear_log_probs.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "cpu/gemm.h"
 #include "cpu/log_probs.h"
@@ -33,6 +32,7 @@ constexpr int64_t kBlock = 128 * 1024;         // words of a block of weight: 51
 constexpr int64_t kBlockK = 256;               // words: a panel of 32 rows, 32 KiB, fits L1
 constexpr int64_t kPanels = 768 * 1024;        // words of packed hidden states: 3 MiB of L3
 constexpr int64_t kMostRows = 768;             // of a chunk
+constexpr int64_t kFewestRows = 96;            // of which a chunk has a multiple
 constexpr int64_t kSumColumns = 512;           // of the bias's gradient at once
 constexpr int64_t kMostSpans = 128;            // of the vocabulary
 constexpr int64_t kSlopes = 8 * 1024 * 1024;   // floats of dz backward
@@ -81,7 +81,8 @@ struct Head {
         pairs(cpu.features().bf16 && a.weight.dtype == DType::bf16),
         in_words(a.weight.dtype == DType::f32 || (pairs && channels % 2 == 0)) {
     const int64_t deep = std::max<int64_t>(depth(channels), 1);
-    const int64_t fit = std::clamp(kPanels / deep / 96 * 96, int64_t{96}, kMostRows);
+    const int64_t fit =
+        std::clamp(kPanels / deep / kFewestRows * kFewestRows, kFewestRows, kMostRows);
     most = std::min({fit, std::max<int64_t>(rows, 1), most_rows});
     pitch = padded() + 16;
     block = std::clamp(kBlock / deep / kWholeTiles * kWholeTiles, kWholeTiles, kMostColumns);
@@ -179,16 +180,8 @@ void pack_rows(CpuDevice& cpu, const Head& h, int64_t taken) {
 const float* words_of(const Simd& simd, const Head& h, int64_t first, int64_t n, float* room) {
   const char* rows = at(h.weight, first * h.channels);
   if (h.in_words) return reinterpret_cast<const float*>(rows);
-  if (!h.pairs) {
-    simd.to_f32(h.weight.dtype, rows, room, n * h.channels);
-    return room;
-  }
-  // An odd number of bf16: the last word's other half is 0.
-  const int64_t deep = h.depth(h.channels), bytes = h.channels * 2;
-  for (int64_t r = 0; r < n; ++r) {
-    room[(r + 1) * deep - 1] = 0;
-    std::memcpy(room + r * deep, rows + r * bytes, bytes);
-  }
+  to_words(simd, h.pairs, h.weight.dtype, rows, h.channels, n, h.channels, room,
+           h.depth(h.channels));
   return room;
 }
 

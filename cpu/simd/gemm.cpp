@@ -34,6 +34,7 @@ struct F32 {
   typedef float Element;
   typedef vf Vector;
   static vf widen(vf x) { return x; }
+  static vf pairs(vf low, vf high) { return bf16_pairs(low, high); }
   // The first n of 2 W elements that lie side by side, as W pairs.
   static vf neighbours(const float* x, int64_t n) {
     const int more = n < W ? 0 : static_cast<int>(least(n - W, W));
@@ -50,6 +51,7 @@ struct Bf16 {
   typedef uint16_t Element;
   typedef vh Vector;
   static vf widen(vh x) { return from_bf16(x); }
+  static vf pairs(vh low, vh high) { return from_bits(widened(low) | widened(high) << 16); }
   static vf neighbours(const uint16_t* x, int64_t n) {
     if (n >= 2 * W) return load<vf>(x);
     uint16_t some[2 * W] = {};
@@ -97,11 +99,14 @@ inline vf step_of(const typename Type::Element* x, int64_t k_stride, int64_t i, 
   typedef typename Type::Vector Vector;
   // Spelt out for whole vectors, which need no loops over bytes.
   const auto lanes = [&](const typename Type::Element* p) {
-    return Type::widen(valid == W ? load<Vector>(p) : load_first<Vector>(p, valid));
+    return valid == W ? load<Vector>(p) : load_first<Vector>(p, valid);
   };
-  if constexpr (!kPairs) return lanes(x + i * k_stride);
-  const typename Type::Element* low = x + 2 * i * k_stride;
-  return bf16_pairs(lanes(low), 2 * i + 1 < k ? lanes(low + k_stride) : vf{});
+  if constexpr (kPairs) {
+    const typename Type::Element* low = x + 2 * i * k_stride;
+    return Type::pairs(lanes(low), 2 * i + 1 < k ? lanes(low + k_stride) : Vector{});
+  } else {
+    return Type::widen(lanes(x + i * k_stride));
+  }
 }
 
 // Lanes lie side by side: one short copy for each step. Eight steps at a time, so that reads follow
@@ -297,8 +302,7 @@ void tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, f
     each([&](int r, int v, float* to) {
       acc[r][v] += whole(v) ? loadf(to) : load_first<vf>(to, last);
     });
-  if (finish.factor)
-    each([&](int r, int v, float*) { acc[r][v] *= finish.factor[r]; });
+  if (finish.factor) each([&](int r, int v, float*) { acc[r][v] *= finish.factor[r]; });
   if (finish.past_caches)
     each([&](int r, int v, float* to) { stream(to, acc[r][v]); });
   else if (last == W)
@@ -333,7 +337,7 @@ void panels(int64_t m, int64_t n, int64_t depth, const float* a, const float* b,
       float* to = c + i * ldc + j;
       if (columns > W)
         tile_of<Step, Lie::steps, 2>(rows, depth, x, MR, y, NR, to, ldc, columns - W, finish,
-                                      ahead);
+                                     ahead);
       else
         tile_of<Step, Lie::steps, 1>(rows, depth, x, MR, y, NR, to, ldc, columns, finish, ahead);
     }
@@ -396,13 +400,18 @@ void transpose(int64_t m, int64_t n, const float* x, int64_t ldx, float* y, int6
       const int rows = static_cast<int>(least(W, m - i)),
                 columns = static_cast<int>(least(W, n - j));
       vf block[W];
+      if (rows == W && columns == W) {
 #pragma GCC unroll 16
+        for (int r = 0; r < W; ++r) block[r] = loadf(x + (i + r) * ldx + j);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int c = 0; c < W; ++c) store(y + (j + c) * ldy + i, block[c]);
+        continue;
+      }
       for (int r = 0; r < W; ++r)
         block[r] = r < rows ? load_first<vf>(x + (i + r) * ldx + j, columns) : vf{};
       transpose(block);
-#pragma GCC unroll 16
-      for (int c = 0; c < W; ++c)
-        if (c < columns) store_first(y + (j + c) * ldy + i, block[c], rows);
+      for (int c = 0; c < columns; ++c) store_first(y + (j + c) * ldy + i, block[c], rows);
     }
 }
 

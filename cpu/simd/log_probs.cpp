@@ -51,6 +51,19 @@ inline vf get_part(const typename E::T* p, int64_t n, vf padding) {
   return lane < (int32_t)n ? x : padding;
 }
 
+// Σ 2^d and, where `moment`, Σ 2^d d, in four parts that keep the latencies apart.
+template <bool moment>
+struct Powers {
+  vf s[4] = {}, t[4] = {};
+  void add(int k, vf d) {
+    const Power e = power_of_two(d, 1);
+    s[k] += e.scale * e.rest;  // the same bits with the moment or without: no product is shared
+    if (moment) t[k] += e.scale * (e.rest * vmax(set1(-160.0f), d));  // 0 · -inf is not 0
+  }
+  vf sum() const { return (s[0] + s[1]) + (s[2] + s[3]); }
+  vf weighted() const { return (t[0] + t[1]) + (t[2] + t[3]); }
+};
+
 template <class E, bool moment>
 void sums(const typename E::T* z, int64_t n, float inverse, float* out) {
   const vf lowest = set1(-INFINITY);
@@ -81,13 +94,8 @@ void sums(const typename E::T* z, int64_t n, float inverse, float* out) {
     }
     // A block of -inf alone adds nothing, whatever it is compared with; NaN shows in the sum.
     const vf from = set1(maximum == -INFINITY ? 0 : maximum);
-    vf s[4] = {}, t[4] = {};
-    const auto add = [&](int k, vf x) {
-      const vf d = (x - from) * to_binary;
-      const Power e = power_of_two(d, 1);
-      s[k] += e.scale * e.rest;  // the same bits with the moment or without: no product is shared
-      if (moment) t[k] += e.scale * (e.rest * vmax(set1(-160.0f), d));  // 0 · -inf is not 0
-    };
+    Powers<moment> powers;
+    const auto add = [&](int k, vf x) { powers.add(k, (x - from) * to_binary); };
     for (i = 0; i + 4 * W <= whole; i += 4 * W) {
       for (size_t byte = 0; byte < 4 * W * sizeof *block; byte += 64)
         __builtin_prefetch((const char*)(block + kBlock + i) + byte);
@@ -95,8 +103,8 @@ void sums(const typename E::T* z, int64_t n, float inverse, float* out) {
     }
     for (; i < whole; i += W) add(0, E::get(block + i));
     if (whole < size) add(0, get_part<E>(block + whole, size - whole, lowest));
-    total += sum((s[0] + s[1]) + (s[2] + s[3]));
-    if (moment) weighted += kLn2 * sum((t[0] + t[1]) + (t[2] + t[3]));
+    total += sum(powers.sum());
+    if (moment) weighted += kLn2 * sum(powers.weighted());
   }
   out[0] = maximum;
   out[1] = (float)total;
@@ -116,13 +124,8 @@ void lane_sums(int64_t n, int64_t ld, int64_t lanes, float inverse, const float*
     const vf maximum = vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
     const vf from = maximum == -INFINITY ? vf{} : maximum;
 
-    vf s[4] = {}, t[4] = {};
-    const auto add = [&](int k, vf x) {
-      const vf d = (x - from) * to_binary;
-      const Power e = power_of_two(d, 1);
-      s[k] += e.scale * e.rest;
-      if (moment) t[k] += e.scale * (e.rest * vmax(set1(-160.0f), d));
-    };
+    Powers<moment> powers;
+    const auto add = [&](int k, vf x) { powers.add(k, (x - from) * to_binary); };
     for (j = 0; j + 4 <= n; j += 4)
       for (int k = 0; k < 4; ++k) add(k, loadf(z + (j + k) * ld));
     for (; j < n; ++j) add(0, loadf(z + j * ld));
@@ -132,10 +135,10 @@ void lane_sums(int64_t n, int64_t ld, int64_t lanes, float inverse, const float*
     const Power e = power_of_two(shift, 1);
     const vf scale = e.scale * e.rest, sum = loadf(sums + ld);
     store(sums, maximum);
-    store(sums + ld, scale * sum + ((s[0] + s[1]) + (s[2] + s[3])));
+    store(sums + ld, scale * sum + powers.sum());
     if (moment) {
       const vf so_far = loadf(sums + 2 * ld) + shift * (float)kLn2 * sum;
-      store(sums + 2 * ld, scale * so_far + ((t[0] + t[1]) + (t[2] + t[3])) * (float)kLn2);
+      store(sums + 2 * ld, scale * so_far + powers.weighted() * (float)kLn2);
     }
   }
 }
