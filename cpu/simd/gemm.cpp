@@ -27,6 +27,7 @@ constexpr int MR = 8;
 constexpr int MR = 6;
 #endif
 constexpr int NV = 2, NR = NV * W;
+constexpr int64_t kLongSum = 128;  // words
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -271,8 +272,10 @@ void tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, f
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) f(r, v, to + v * W);
   };
-  // What the sums are added to comes from L2 while they are made.
-  if (finish.accumulate) each([](int, int, float* to) { __builtin_prefetch(to, 1); });
+  // The lines that the sums go to come while they are made; asked for, as stores alone would wait
+  // for them. A short sum's are mostly in the cache.
+  if (finish.accumulate || (k >= kLongSum && !finish.past_caches))
+    each([](int, int, float* to) { __builtin_prefetch(to, 1); });
   vf acc[R][V] = {};
   const auto step = [&]() __attribute__((always_inline)) {
     vf row[V];
