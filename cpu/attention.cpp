@@ -5,15 +5,15 @@
 //   for each block of keys
 //     for each panel of NR queries      S^T = K Q^T        [keys][NR]: queries in lanes
 //       P^T = exp(S^T - max)            in place; max, sum brought up to date
-//       O^T = O^T decay + V^T P^T       [D][NR]; P^T is the packed panel as it lies
-//   O = (O^T / sum)^T
+//       O = O decay + P V               [NR][D]; P^T as it lies
+//   out = O / sum                       in the last of these products
 // Queries are lanes that know nothing of each other, so how they are cut may follow the threads.
 //
 // Forward, of a sequence so short that a panel of P stays in L1, for each panel of NR queries:
 //   S^T = K Q^T                         [keys][NR]: K as it lies in memory
 //   P^T = exp(S^T - max)                all keys at once: nothing is brought up to date
 //   out = P V / sum                     [NR][D]: P^T, V and out as they lie
-// Only Q is turned around, and V packed and out rounded if they are not whole lines of f32. A
+// Only Q is turned around; V is copied and out rounded if they are not whole lines of f32. A
 // window of 64 tokens is read in the time of its products, so its rows are asked for during those
 // of the window before, line by line, and a large output goes past the caches.
 //
@@ -136,6 +136,8 @@ struct Call {
   // Whether a row is made of whole lines of words: parts of one would be read twice, and written to
   // memory one by one.
   bool reads_in_place() const { return in.dtype == DType::f32 && in.head_dim % 16 == 0; }
+  // Words of a row of V: an odd number of lines, or rows would share their places in L1.
+  int64_t value_row() const { return round_up(in.head_dim, 16) | 16; }
   bool is_short(int64_t keys) const { return depth(keys) <= kShortWords; }
 
   // The packing and the product of simd.h, in the call's kind of panels.
@@ -206,6 +208,17 @@ Rows words_of(const Call& c, const Rows& x, int64_t n, int64_t ld, float* room) 
   return {c.pairs ? DType::bf16 : DType::f32, room, c.pairs ? 2 * ld : ld};
 }
 
+// V in words, a row for each step of its product: a key, or a pair of them.
+void values_of(const Call& c, const Rows& v, int64_t keys, int64_t ld, float* room) {
+  if (!c.pairs) {
+    words_of(c, v, keys, ld, room);
+    return;
+  }
+  const uint16_t* row = static_cast<const uint16_t*>(v.data);
+  for (int64_t t = 0; t < keys; t += 2, row += 2 * v.stride, room += ld)
+    c.simd->pair_rows(c.in.head_dim, row, t + 1 < keys ? row + v.stride : nullptr, room);
+}
+
 // One head of some tokens of x, and of y, whose rows are as long.
 Ahead ask_for(const Call& c, const char* x, const char* y, int64_t row, int64_t head, Span tokens) {
   Ahead a;
@@ -227,76 +240,90 @@ Ahead rows_ahead(const Call& c, const Task* next, int64_t head) {
 }
 
 struct Forward {
-  float *staged, *q, *k, *v, *s, *o, *max, *sum, *decay, *lse;
+  float *staged, *q, *k, *v, *s, *o, *max, *sum, *decay, *lse, *inverse;
+  int64_t ld;  // words of a row of v
   Forward(const Call& c, Room& room, int64_t most) {
     const int64_t d = c.in.head_dim, queries = round_up(most, c.nr);
     staged = room.take(c.cos ? std::max(most, kKeys) * d : 0);
     q = room.take(queries * c.depth(d));
     k = room.take(round_up(kKeys, c.mr) * c.depth(d));
-    v = room.take(round_up(d, c.mr) * c.depth(kKeys));
+    ld = c.value_row();
+    v = room.take(c.depth(kKeys) * ld);
     s = room.take(kKeys * c.nr);
-    o = room.take(queries * d);
+    o = room.take(most * d);
     max = room.take(queries);
     sum = room.take(queries);
     decay = room.take(c.nr);
     lse = room.take(c.nr);
+    inverse = room.take(c.nr);
   }
 };
 
 void forward(const Call& c, const Forward& w, const Task& task, int64_t head, const Task* next,
              int64_t next_head, char* out, float* lse) {
   const Simd& simd = *c.simd;
-  const int64_t d = c.in.head_dim, queries = task.queries.size(), panels = c.panels(queries);
+  const int64_t d = c.in.head_dim, queries = task.queries.size(), row = c.in.heads * d;
   c.pack_b(rotated(c, c.in.q, head, task.queries, w.staged), queries, d, w.q);
-  std::fill_n(w.max, panels * c.nr, c.lowest());
-  std::fill_n(w.sum, panels * c.nr, 0.0f);
+  std::fill_n(w.max, round_up(queries, c.nr), c.lowest());
+  std::fill_n(w.sum, round_up(queries, c.nr), 0.0f);
 
   for (int64_t at = task.keys.begin; at < task.keys.end; at += kKeys) {
     const Span block = task.keys.part(at, kKeys);
-    const bool first = at == task.keys.begin;
+    const bool first = at == task.keys.begin, last = block.end == task.keys.end;
+    // What comes next is asked for during the products.
     Ahead keys, later;
-    if (block.end < task.keys.end) {
+    if (!last) {
       keys = ask_for(c, c.in.k, c.in.v, c.in.row, head, task.keys.part(block.end, kKeys));
     } else if (next) {
-      keys =
-          ask_for(c, c.in.k, c.in.v, c.in.row, next_head, next->keys.part(next->keys.begin, kKeys));
+      const Span begin = next->keys.part(next->keys.begin, kKeys);
+      keys = ask_for(c, c.in.k, c.in.v, c.in.row, next_head, begin);
       later = ask_for(c, c.in.q, nullptr, c.in.row, next_head, next->queries);
     }
     spread(keys, chances_of(simd, block.size(), queries, c.depth(d)));
-    spread(later, chances_of(simd, d, queries, c.depth(block.size())));
+    spread(later, c.panels(queries) * chances_of(simd, c.nr, d, c.depth(block.size())));
     c.pack_a(rotated(c, c.in.k, head, block, w.staged), block.size(), d, w.k);
-    c.pack_a(rows_of(c, c.in.v, c.in.row, head, block).transposed(), d, block.size(), w.v);
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t lanes = c.lanes(queries - p * c.nr);
-      float* o = w.o + p * c.nr * d;
-      c.multiply(block.size(), lanes, d, w.k, w.q + p * c.nr * c.depth(d), w.s, c.nr, false, &keys);
+    values_of(c, rows_of(c, c.in.v, c.in.row, head, block), block.size(), w.ld, w.v);
+    for (int64_t from = 0; from < queries; from += c.nr) {
+      const int64_t n = std::min<int64_t>(queries - from, c.nr), lanes = c.lanes(n);
+      const int64_t token = task.queries.begin + from;
+      float* o = w.o + from * d;
+      c.multiply(block.size(), lanes, d, w.k, w.q + from * c.depth(d), w.s, c.nr, false, &keys);
       const bool moved = simd.softmax_step(c.pairs, block.size(), c.nr, lanes, c.scale, w.s,
-                                           w.max + p * c.nr, w.sum + p * c.nr, w.decay);
-      if (moved && !first) simd.scale_columns(d, c.nr, lanes, w.decay, o);
-      c.multiply(d, lanes, block.size(), w.v, w.s, o, c.nr, !first, &later);
+                                           w.max + from, w.sum + from, w.decay);
+      if (moved && !first) simd.scale_rows(n, d, w.decay, o);
+      if (last) {
+        simd.softmax_finish(lanes, c.scale, w.max + from, w.sum + from, w.lse, w.inverse);
+        std::copy_n(w.lse, n, lse + head * c.in.tokens + token);
+      }
+      simd.gemm_rows(c.pairs, {.m = n,
+                               .n = d,
+                               .k = block.size(),
+                               .a = w.s,
+                               .lda = c.nr,
+                               .b = w.v,
+                               .ldb = w.ld,
+                               .c = o,
+                               .ldc = d,
+                               .turned = true,
+                               .accumulate = !first,
+                               .factor = last ? w.inverse : nullptr,
+                               .ahead = &later});
+      for (int64_t r = 0; r < n && last; ++r)
+        simd.from_f32(c.in.dtype, o + r * d, out + ((token + r) * row + head * d) * c.size(), d);
     }
-  }
-
-  const int64_t row = c.in.heads * d;
-  for (int64_t p = 0; p < panels; ++p) {
-    const int64_t count = std::min<int64_t>(queries - p * c.nr, c.nr), lanes = c.lanes(count);
-    const int64_t token = task.queries.begin + p * c.nr;
-    simd.softmax_finish(lanes, c.scale, w.max + p * c.nr, w.sum + p * c.nr, w.lse, w.decay);
-    simd.scale_columns(d, c.nr, lanes, w.decay, w.o + p * c.nr * d);
-    std::copy_n(w.lse, count, lse + head * c.in.tokens + token);
-    store_columns(c, w.o + p * c.nr * d, count, w.s, out + (token * row + head * d) * c.size(), row,
-                  nullptr, nullptr);
   }
 }
 
 struct Short {
   float *staged, *q, *k, *v, *s, *o, *max, *sum, *lse, *inverse;
+  int64_t ld;  // words of a row of v
   Short(const Call& c, Room& room, int64_t most) {
     const int64_t d = c.in.head_dim;
     staged = room.take(c.cos ? most * d : 0);
     q = room.take(round_up(most, c.nr) * c.depth(d));
     k = room.take(c.in.dtype != DType::f32 && !c.pairs ? most * d : 0);
-    v = room.take(c.reads_in_place() ? 0 : c.depth(most) * round_up(d, c.nr));
+    ld = c.value_row();
+    v = room.take(c.reads_in_place() ? 0 : c.depth(most) * ld);
     s = room.take(most * c.nr);
     o = room.take(c.reads_in_place() ? 0 : c.nr * d);
     max = room.take(c.nr);
@@ -317,7 +344,7 @@ void forward_short(const Call& c, const Short& w, const Task& task, int64_t head
   if (c.in.dtype != DType::f32 && !c.pairs) k = words_of(c, k, keys, d, w.k);
   const bool as_it_lies = c.reads_in_place();
   const Rows values = rows_of(c, c.in.v, c.in.row, head, task.keys);
-  if (!as_it_lies) c.pack_b(values.transposed(), d, keys, w.v);
+  if (!as_it_lies) values_of(c, values, keys, w.ld, w.v);
   const bool past_caches = as_it_lies && c.in.tokens * row * c.size() > kPastCaches &&
                            reinterpret_cast<uintptr_t>(out) % 64 == 0;
   spread(ahead, chances_of(simd, keys, queries, c.depth(d)) +
@@ -349,7 +376,7 @@ void forward_short(const Call& c, const Short& w, const Task& task, int64_t head
                              .a = w.s,
                              .lda = c.nr,
                              .b = as_it_lies ? static_cast<const float*>(values.data) : w.v,
-                             .ldb = as_it_lies ? values.stride : c.nr,
+                             .ldb = as_it_lies ? values.stride : w.ld,
                              .c = o,
                              .ldc = as_it_lies ? row : d,
                              .turned = true,
@@ -371,7 +398,7 @@ struct Backward {
   int64_t ld, ld_s;                   // words of a row of q and d_out, and of d_s_rows
   Backward(const Call& c, Room& room, int wanted, int64_t keys) {
     const int64_t d = c.in.head_dim, rows = round_up(kQueryBlock, c.mr);
-    // No powers of two, see Short.
+    // No powers of two, see value_row.
     ld = c.depth(d) + 16;
     ld_s = c.depth(kKeyGroup * c.nr) + 16;
     q = room.take(kQueryBlock * ld);

@@ -116,10 +116,9 @@ void softmax_finish(int64_t columns, float scale, const float* max, const float*
   }
 }
 
-void scale_columns(int64_t rows, int64_t ld, int64_t columns, const float* factor, float* x) {
+void scale_rows(int64_t rows, int64_t n, const float* factor, float* x) {
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; c += W)
-      store(x + r * ld + c, loadf(x + r * ld + c) * loadf(factor + c));
+    for (int64_t i = 0; i < n; ++i) x[r * n + i] *= factor[r];
 }
 
 namespace {

@@ -397,6 +397,20 @@ void pack_b(bool pairs, DType type, const void* x, int64_t k_stride, int64_t col
   pack<NR>(pairs, type, x, column_stride, k_stride, n, k, out);
 }
 
+void pair_rows(int64_t n, const uint16_t* low, const uint16_t* high, float* out) {
+  for (int64_t i = 0; i < n; i += W) {
+    const int count = static_cast<int>(least(W, n - i));
+    const auto part = [&](const uint16_t* x) {
+      return count == W ? load<vh>(x + i) : load_first<vh>(x + i, count);
+    };
+    const vf words = Bf16::pairs(part(low), high ? part(high) : vh{});
+    if (count == W)
+      store(out + i, words);
+    else
+      store_first(out + i, words, count);
+  }
+}
+
 void transpose(int64_t m, int64_t n, const float* x, int64_t ldx, float* y, int64_t ldy) {
   for (int64_t i = 0; i < m; i += W)
     for (int64_t j = 0; j < n; j += W) {

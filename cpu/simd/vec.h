@@ -257,7 +257,8 @@ inline Power power_of_two(vf x, float by) {
   const vi j = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const __m512i from = (__m512i)((vi)low - (j << 18)), on = (__m512i)((vi)high - ((j + 16) << 18));
   const vf shifted = x * by + kShift;
-  const vf r = x * by - (shifted - kShift);
+  // One instruction rounds and subtracts, but not before the product is rounded too.
+  const vf r = by == 1 ? (vf)_mm512_reduce_ps((__m512)x, 5 << 4) : x * by - (shifted - kShift);
   const vi entry = (vi)_mm512_permutex2var_epi32(from, (__m512i)shifted, on);
   const vf scale = (vf)(entry + ((vi)shifted << 18));
   const vf rest = (r * 0.24022886f + 0.69315734f) * r + 1.0f;
