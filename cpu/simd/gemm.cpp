@@ -54,10 +54,7 @@ struct Bf16 {
   static vf widen(vh x) { return from_bf16(x); }
   static vf pairs(vh low, vh high) { return from_bits(widened(low) | widened(high) << 16); }
   static vf neighbours(const uint16_t* x, int64_t n) {
-    if (n >= 2 * W) return load<vf>(x);
-    uint16_t some[2 * W] = {};
-    memcpy(some, x, n * 2);
-    return load<vf>(some);
+    return n < 2 * W ? load_first<vf>(x, static_cast<int>(n)) : load<vf>(x);
   }
 };
 

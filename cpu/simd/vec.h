@@ -43,6 +43,8 @@ inline V load_first(const T* p, int n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4)
     return (V)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+  else if constexpr (sizeof(V) == 64)
+    return (V)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
   else
     return (V)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
 #else
