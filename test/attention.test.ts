@@ -501,6 +501,55 @@ onEveryBackend('attention', (b) => {
       }
     })
 
+  // 345 logits from 0 to -86, whose values are as large as their weights are small, and 355 so far
+  // below that they have no weight, whatever their values are: in blocks of keys from the largest on,
+  // and to the largest, after blocks of none.
+  test.for([
+    ['falling', -1e4],
+    ['rising', -1e4],
+    ['rising', -Infinity],
+  ] as const)('weights of every size, %s, the least %d', async ([order, lowest]) => {
+    const [tokens, d] = [700, 16]
+    const x = { q: new Float32Array(tokens * d), k: new Float32Array(tokens * d) }
+    const v = new Float32Array(tokens * d)
+    const expected = new Float64Array(d)
+    let sum = 0
+    for (let i = 0; i < tokens; i++) {
+      const t = order === 'falling' ? i : tokens - 1 - i
+      const logit = i < 345 ? -i / 4 : lowest
+      x.q[t * d] = 1
+      x.k[t * d] = logit
+      sum += Math.exp(logit)
+      for (let c = 0; c < d; c++) {
+        v[t * d + c] = i < 345 ? (1 + c / d) * Math.exp(-logit) : 1e35
+        expected[c]! += Math.exp(logit) * v[t * d + c]!
+      }
+    }
+    const tensor = (data: Float32Array) => b.device.tensor(data, [tokens, 1, d])
+    const [q, k, values] = [tensor(x.q), tensor(x.k), tensor(v)]
+    for (const kernel of kernelsFor(b, 'f32', d)) {
+      const { out, lse } = attention({
+        q,
+        k,
+        v: values,
+        cuSeqlens: [0, tokens],
+        scale: 1,
+        kernel,
+      })
+      const rows = await out.read()
+      const bound = { relative: 2e-5 }
+      for (const t of [0, 300, tokens - 1])
+        expectClose(
+          rows.subarray(t * d, (t + 1) * d),
+          expected.map((e) => e / sum),
+          bound,
+        )
+      expectClose(await lse.read(), new Float64Array(tokens).fill(Math.log(sum)), {
+        absolute: 1e-6,
+      })
+    }
+  })
+
   const files = golden('attention')
   for (const path of files.list().filter((p) => p.endsWith('meta.json'))) {
     const meta = files.json(path)
