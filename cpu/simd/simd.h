@@ -30,7 +30,7 @@ struct Ahead {
 };
 
 // C[m, n] = A B of words as they lie, see gemm_panels: A in rows lda words apart, B in panels, with
-// ldb = NR, or in rows ldb words apart of n words, a multiple of vector_width().
+// ldb = NR, or in rows ldb words apart, which are read to the end of the last vector.
 struct RowsProduct {
   int64_t m, n, k;
   const float* a;
@@ -39,7 +39,7 @@ struct RowsProduct {
   int64_t ldb;
   float* c;
   int64_t ldc;
-  bool turned = false;  // A lies in rows of a step of k, m words each
+  bool turned = false;  // A lies in rows of a step of k, m words each, lda apart
   bool accumulate = false;
   const float* factor = nullptr;  // of each row of C at last; null: 1
   bool past_caches = false;  // C is too large to be found there again; its rows are whole lines
