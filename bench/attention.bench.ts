@@ -125,6 +125,8 @@ export default {
     workload(shape(4096, 64, 2, 80), false),
     workload(shape(1, 1024, 16, 64), true),
     workload(shape(1, 1024, 16, 64), false, { dtype: 'bf16' }),
+    workload(shape(1, 4096, 16, 64), false, { dtype: 'bf16', slow: true }),
+    workload(shape(16, 256, 16, 72), false, { dtype: 'bf16' }),
     workload(shape(1, 2048, 16, 80), false, { dtype: 'bf16' }),
     workload(shape(4096, 64, 2, 80), false, { dtype: 'bf16' }),
     workload(shape(1, 1024, 16, 64), true, { dtype: 'bf16' }),

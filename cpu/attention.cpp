@@ -9,13 +9,14 @@
 //   out = O / sum                       in the last of these products
 // Queries are lanes that know nothing of each other, so how they are cut may follow the threads.
 //
-// Forward, of a sequence so short that a panel of P stays in L1, for each panel of NR queries:
+// Forward, of a sequence so short that a panel of P stays in L1, for each panel of NR queries, or
+// two:
 //   S^T = K Q^T                         [keys][NR]: K as it lies in memory
 //   P^T = exp(S^T - max)                all keys at once: nothing is brought up to date
 //   out = P V / sum                     [NR][D]: P^T, V and out as they lie
-// Only Q is turned around; V is copied and out rounded if they are not whole lines of f32. A
-// window of 64 tokens is read in the time of its products, so its rows are asked for during those
-// of the window before, line by line, and a large output goes past the caches.
+// Only Q is turned around; V is copied if it is not whole lines of f32. A window of 64 tokens is
+// read and written in the time of its products, so its rows are asked for during those of the
+// window before, line by line, and a large output goes past the caches.
 //
 // Backward, for queries and keys of a sequence and a head:
 //   for each block of queries
@@ -54,6 +55,7 @@ constexpr int64_t kKeyChunk = 256;      // backward of a long sequence, and mass
 constexpr int64_t kWhole = 832 * 1024;  // backward: floats of K, V, K^T, dK and dV of one task
 constexpr int64_t kWholeTokens = 2304;  // and its longest sequence, or few threads would have work
 constexpr int64_t kShortWords = 256;    // forward: a short sequence's row of P
+constexpr int64_t kTwoPanels = 64;  // and the keys of which two panels stay in L1 beside K and V
 constexpr int64_t kPastCaches = int64_t{32} << 20;  // bytes of an output that no cache holds
 constexpr int64_t kMaxDim = 128;
 // Multiply-adds worth handing to a thread: some 25 windows of 64 tokens, so that the rows it asks
@@ -74,6 +76,12 @@ struct Span {
 struct Task {
   Span queries, keys;
   double work() const { return static_cast<double>(queries.size()) * keys.size(); }
+};
+
+// A head of a task; none, if the task is null.
+struct Item {
+  const Task* task;
+  int64_t head;
 };
 
 enum class Cut { queries, keys };
@@ -136,9 +144,20 @@ struct Call {
   // Whether a row is made of whole lines of words: parts of one would be read twice, and written to
   // memory one by one.
   bool reads_in_place() const { return in.dtype == DType::f32 && in.head_dim % 16 == 0; }
+  // Whether outputs are in the type that a product can end in.
+  bool writes_in_place() const { return in.dtype == DType::f32 || pairs; }
+  // Whether outputs go past the caches: so many that they would not be found there again, in whole
+  // vectors, which are lines of f32 and halves of lines of bf16.
+  bool past_caches(const char* out) const {
+    return writes_in_place() && in.head_dim % 16 == 0 &&
+           in.tokens * in.heads * in.head_dim * size() > kPastCaches &&
+           reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  }
   // Words of a row of V: an odd number of lines, or rows would share their places in L1.
   int64_t value_row() const { return round_up(in.head_dim, 16) | 16; }
   bool is_short(int64_t keys) const { return depth(keys) <= kShortWords; }
+  // Queries of a short sequence whose logits are made at once.
+  int64_t group(int64_t keys) const { return keys <= kTwoPanels ? 2 * nr : nr; }
 
   // The packing and the product of simd.h, in the call's kind of panels.
   void pack_a(const Rows& x, int64_t m, int64_t k, float* out) const {
@@ -210,13 +229,11 @@ Rows words_of(const Call& c, const Rows& x, int64_t n, int64_t ld, float* room) 
 
 // V in words, a row for each step of its product: a key, or a pair of them.
 void values_of(const Call& c, const Rows& v, int64_t keys, int64_t ld, float* room) {
-  if (!c.pairs) {
+  if (c.pairs)
+    c.simd->pair_rows(keys, c.in.head_dim, static_cast<const uint16_t*>(v.data), v.stride, room,
+                      ld);
+  else
     words_of(c, v, keys, ld, room);
-    return;
-  }
-  const uint16_t* row = static_cast<const uint16_t*>(v.data);
-  for (int64_t t = 0; t < keys; t += 2, row += 2 * v.stride, room += ld)
-    c.simd->pair_rows(c.in.head_dim, row, t + 1 < keys ? row + v.stride : nullptr, room);
 }
 
 // One head of some tokens of x, and of y, whose rows are as long.
@@ -231,11 +248,17 @@ Ahead ask_for(const Call& c, const char* x, const char* y, int64_t row, int64_t 
   return a;
 }
 
-// The rows of a task that comes next, if it is a short sequence, which would wait for memory.
-Ahead rows_ahead(const Call& c, const Task* next, int64_t head) {
-  if (!next || !c.is_short(next->keys.size())) return {};
-  Ahead a = ask_for(c, c.in.q, c.in.k, c.in.row, head, next->keys);
+// The rows of what comes next, if it is a short sequence, which would wait for memory; those of
+// `out` too, unless it is null.
+Ahead rows_ahead(const Call& c, const Item& next, const char* out) {
+  if (!next.task || !c.is_short(next.task->keys.size())) return {};
+  Ahead a = ask_for(c, c.in.q, c.in.k, c.in.row, next.head, next.task->keys);
   a.third = c.in.v - c.in.q;
+  const int64_t row = c.in.heads * c.in.head_dim;
+  if (out) {
+    a.result = ask_for(c, out, nullptr, row, next.head, next.task->queries).line;
+    a.result_skip = row * c.size() - 64 * a.lines;
+  }
   return a;
 }
 
@@ -259,8 +282,8 @@ struct Forward {
   }
 };
 
-void forward(const Call& c, const Forward& w, const Task& task, int64_t head, const Task* next,
-             int64_t next_head, char* out, float* lse) {
+void forward(const Call& c, const Forward& w, const Task& task, int64_t head, const Item& next,
+             char* out, float* lse) {
   const Simd& simd = *c.simd;
   const int64_t d = c.in.head_dim, queries = task.queries.size(), row = c.in.heads * d;
   c.pack_b(rotated(c, c.in.q, head, task.queries, w.staged), queries, d, w.q);
@@ -274,10 +297,10 @@ void forward(const Call& c, const Forward& w, const Task& task, int64_t head, co
     Ahead keys, later;
     if (!last) {
       keys = ask_for(c, c.in.k, c.in.v, c.in.row, head, task.keys.part(block.end, kKeys));
-    } else if (next) {
-      const Span begin = next->keys.part(next->keys.begin, kKeys);
-      keys = ask_for(c, c.in.k, c.in.v, c.in.row, next_head, begin);
-      later = ask_for(c, c.in.q, nullptr, c.in.row, next_head, next->queries);
+    } else if (next.task) {
+      const Span all = next.task->keys;
+      keys = ask_for(c, c.in.k, c.in.v, c.in.row, next.head, all.part(all.begin, kKeys));
+      later = ask_for(c, c.in.q, nullptr, c.in.row, next.head, next.task->queries);
     }
     spread(keys, chances_of(simd, block.size(), queries, c.depth(d)));
     spread(later, c.panels(queries) * chances_of(simd, c.nr, d, c.depth(block.size())));
@@ -324,35 +347,38 @@ struct Short {
     k = room.take(c.in.dtype != DType::f32 && !c.pairs ? most * d : 0);
     ld = c.value_row();
     v = room.take(c.reads_in_place() ? 0 : c.depth(most) * ld);
-    s = room.take(most * c.nr);
-    o = room.take(c.reads_in_place() ? 0 : c.nr * d);
-    max = room.take(c.nr);
-    sum = room.take(c.nr);
-    lse = room.take(c.nr);
-    inverse = room.take(c.nr);
+    s = room.take(std::max(most, 2 * kTwoPanels) * c.nr);
+    o = room.take(c.writes_in_place() ? 0 : 2 * c.nr * d);
+    max = room.take(2 * c.nr);
+    sum = room.take(2 * c.nr);
+    lse = room.take(2 * c.nr);
+    inverse = room.take(2 * c.nr);
   }
 };
 
-void forward_short(const Call& c, const Short& w, const Task& task, int64_t head, Ahead ahead,
+void forward_short(const Call& c, const Short& w, const Task& task, int64_t head, const Item& next,
                    char* out, float* lse) {
   const Simd& simd = *c.simd;
   const int64_t d = c.in.head_dim, keys = task.keys.size(), queries = task.queries.size();
-  const int64_t row = c.in.heads * d;
+  const int64_t row = c.in.heads * d, group = std::min(c.group(keys), round_up(queries, c.nr));
+  lse += head * c.in.tokens + task.queries.begin;
+  // A store that waits for memory would keep those behind it waiting.
+  for (int64_t t = 0; t < queries; t += 16) __builtin_prefetch(lse + t, 1);
   c.pack_b(rotated(c, c.in.q, head, task.queries, w.staged), queries, d, w.q);
   // K in words.
   Rows k = rotated(c, c.in.k, head, task.keys, w.staged);
   if (c.in.dtype != DType::f32 && !c.pairs) k = words_of(c, k, keys, d, w.k);
-  const bool as_it_lies = c.reads_in_place();
+  const bool as_it_lies = c.reads_in_place(), in_place = c.writes_in_place();
+  const bool past_caches = c.past_caches(out);
   const Rows values = rows_of(c, c.in.v, c.in.row, head, task.keys);
   if (!as_it_lies) values_of(c, values, keys, w.ld, w.v);
-  const bool past_caches = as_it_lies && c.in.tokens * row * c.size() > kPastCaches &&
-                           reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  Ahead ahead = rows_ahead(c, next, past_caches ? nullptr : out);
+  out += (task.queries.begin * row + head * d) * c.size();
   spread(ahead, chances_of(simd, keys, queries, c.depth(d)) +
                     c.panels(queries) * chances_of(simd, c.nr, d, c.depth(keys)));
 
-  for (int64_t first = 0; first < queries; first += c.nr) {
-    const int64_t n = std::min<int64_t>(queries - first, c.nr), lanes = c.lanes(n);
-    const int64_t token = task.queries.begin + first;
+  for (int64_t first = 0; first < queries; first += group) {
+    const int64_t n = std::min(queries - first, group), lanes = round_up(n, c.width);
     simd.gemm_rows(c.pairs, {.m = keys,
                              .n = lanes,
                              .k = d,
@@ -361,30 +387,31 @@ void forward_short(const Call& c, const Short& w, const Task& task, int64_t head
                              .b = w.q + first * c.depth(d),
                              .ldb = c.nr,
                              .c = w.s,
-                             .ldc = c.nr,
+                             .ldc = group,
                              .ahead = &ahead});
     std::fill_n(w.max, lanes, c.lowest());
     std::fill_n(w.sum, lanes, 0.0f);
-    simd.softmax_step(c.pairs, keys, c.nr, lanes, c.scale, w.s, w.max, w.sum, w.inverse);
+    simd.softmax_step(c.pairs, keys, group, lanes, c.scale, w.s, w.max, w.sum, w.inverse);
     simd.softmax_finish(lanes, c.scale, w.max, w.sum, w.lse, w.inverse);
-    std::copy_n(w.lse, n, lse + head * c.in.tokens + token);
-    char* to = out + (token * row + head * d) * c.size();
-    float* o = as_it_lies ? reinterpret_cast<float*>(to) : w.o;
+    std::copy_n(w.lse, n, lse + first);
+    char* to = out + first * row * c.size();
     simd.gemm_rows(c.pairs, {.m = n,
                              .n = d,
                              .k = keys,
                              .a = w.s,
-                             .lda = c.nr,
+                             .lda = group,
                              .b = as_it_lies ? static_cast<const float*>(values.data) : w.v,
                              .ldb = as_it_lies ? values.stride : w.ld,
-                             .c = o,
-                             .ldc = as_it_lies ? row : d,
+                             .c = w.o,
+                             .ldc = d,
                              .turned = true,
                              .factor = w.inverse,
+                             .out = in_place ? to : nullptr,
+                             .ld_out = row,
                              .past_caches = past_caches,
                              .ahead = &ahead});
-    for (int64_t r = 0; r < n && !as_it_lies; ++r)
-      simd.from_f32(c.in.dtype, o + r * d, to + r * row * c.size(), d);
+    for (int64_t r = 0; r < n && !in_place; ++r)
+      simd.from_f32(c.in.dtype, w.o + r * d, to + r * row * c.size(), d);
   }
 }
 
@@ -560,7 +587,7 @@ void mass(const Call& c, const Mass& w, const Task& task, int64_t head, const fl
 }
 
 // Queues f(task, head, memory, next) for every task and head, with `floats` of memory a thread;
-// `next` is what most likely comes next.
+// `next` is what most likely comes next to this thread, if all keep pace.
 template <class F>
 void each_task(CpuDevice& cpu, const Call& c, std::vector<Task> tasks, int64_t floats, F f) {
   const int64_t items = static_cast<int64_t>(tasks.size()) * c.in.heads;
@@ -572,14 +599,15 @@ void each_task(CpuDevice& cpu, const Call& c, std::vector<Task> tasks, int64_t f
   const int64_t grain = std::clamp<int64_t>(static_cast<int64_t>(kTaskWork / average), 1, most);
   const Scratch scratch = cpu.scratch(floats * sizeof(float) * cpu.threads());
   float* memory = scratch.as<float>();
-  cpu.launch(
-      items, grain,
-      [=, heads = c.in.heads, tasks = std::move(tasks)](int64_t begin, int64_t end, int thread) {
-        for (int64_t i = begin; i < end; ++i) {
-          const Task* next = i + 1 < items ? &tasks[(i + 1) / heads] : nullptr;
-          f(tasks[i / heads], i % heads, memory + thread * floats, next);
-        }
-      });
+  cpu.launch(items, grain,
+             [=, heads = c.in.heads, others = (cpu.threads() - 1) * grain,
+              tasks = std::move(tasks)](int64_t begin, int64_t end, int thread) {
+               for (int64_t i = begin; i < end; ++i) {
+                 const int64_t next = i + 1 < end ? i + 1 : end + others;
+                 f(tasks[i / heads], i % heads, memory + thread * floats,
+                   Item{next < items ? &tasks[next / heads] : nullptr, next % heads});
+               }
+             });
 }
 
 template <class Layout, class... Arguments>
@@ -609,14 +637,12 @@ void attention(const AttentionArgs& a, Device& device) {
       std::max(floats_of<Forward>(c, room_for), floats_of<Short>(c, longest_short));
   each_task(cpu, c, std::move(tasks), floats,
             [c, room_for, longest_short, out = a.out.as<char>(), lse = a.lse.as<float>()](
-                const Task& task, int64_t head, float* memory, const Task* next) {
+                const Task& task, int64_t head, float* memory, const Item& next) {
               Room room(memory);
               if (c.is_short(task.keys.size()))
-                forward_short(c, Short(c, room, longest_short), task, head,
-                              rows_ahead(c, next, (head + 1) % c.in.heads), out, lse);
+                forward_short(c, Short(c, room, longest_short), task, head, next, out, lse);
               else
-                forward(c, Forward(c, room, room_for), task, head, next, (head + 1) % c.in.heads,
-                        out, lse);
+                forward(c, Forward(c, room, room_for), task, head, next, out, lse);
             });
 }
 
@@ -627,7 +653,7 @@ void attention_backward(const AttentionBackwardArgs& a, Device& device) {
                       attention_layout(a.d_q, a.d_k, a.d_v, a.d_qkv)};
   const auto pass = [&](int wanted, std::vector<Task> tasks, int64_t keys) {
     each_task(cpu, c, std::move(tasks), floats_of<Backward>(c, wanted, keys),
-              [=](const Task& task, int64_t head, float* memory, const Task*) {
+              [=](const Task& task, int64_t head, float* memory, const Item&) {
                 Room room(memory);
                 backward(c, Backward(c, room, wanted, keys), wanted, task, head, answer);
               });
@@ -654,7 +680,7 @@ void attention_mass(const AttentionMassArgs& a, Device& device) {
   const Call c(cpu, attention_layout(a.q, a.k, View(), a.qkv), a.cos, a.sin, a.scale);
   each_task(cpu, c, cut_up(a.cu_seqlens, Cut::keys, kKeyChunk), floats_of<Mass>(c),
             [c, lse = a.lse.as<float>(), out = a.mass.as<float>()](const Task& task, int64_t head,
-                                                                   float* memory, const Task*) {
+                                                                   float* memory, const Item&) {
               Room room(memory);
               mass(c, Mass(c, room), task, head, lse, out);
             });

@@ -398,6 +398,37 @@ onEveryBackend('attention', (b) => {
       }
     })
 
+  for (const dtype of floats)
+    test(`an output larger than any cache, ${dtype}`, async () => {
+      // 256 tokens again and again, whose output takes more than 40 MB, and by themselves.
+      const [heads, d, times] = [2, 80, 512]
+      const lengths = [64, 64, 33, 1, 64, 30]
+      const x = random({ d, heads, lengths }, dtype, 7)
+      const again = (part: Float32Array) => {
+        const all = new Float32Array(times * part.length)
+        for (let i = 0; i < times; i++) all.set(part, i * part.length)
+        return all
+      }
+      const many = { ...x, cu: lengthsToCu(Array.from({ length: times }, () => lengths).flat()) }
+      for (const part of ['q', 'k', 'v', 'dOut'] as const) many[part] = again(x[part])
+      const run = async (data: Data) => {
+        const { q, k, v } = upload(b, data, dtype)
+        const { out, lse } = attention({ q, k, v, cuSeqlens: data.cu })
+        const bits = async (t: Tensor) => Buffer.from((await t.toFloat32()).buffer)
+        return [await bits(out), await bits(lse)] as const
+      }
+      const [[once, logs], [all, allLogs]] = [await run(x), await run(many)]
+      for (let i = 0; i < times; i++) {
+        const at = i * once.length
+        expect(all.subarray(at, at + once.length).equals(once)).toBe(true)
+        for (let h = 0; h < heads; h++) {
+          const log = (h * times + i) * 256 * 4
+          const of = logs.subarray(h * 256 * 4, (h + 1) * 256 * 4)
+          expect(allLogs.subarray(log, log + of.length).equals(of)).toBe(true)
+        }
+      }
+    })
+
   // Tiles at a sequence's end reach into the next one.
   for (const d of [64, 72, 80, 128])
     test(`gradients keep clear of a neighbour full of NaN, D ${d}`, async () => {

@@ -21,12 +21,8 @@ void to_f32(DType from, const void* x, float* y, int64_t n) {
   const uint16_t* h = static_cast<const uint16_t*>(x);
   int64_t i = 0;
   for (; i + W <= n; i += W) store(y + i, widen(from, load<vh>(h + i)));
-  if (i < n) {
-    vh tail = {};
-    memcpy(&tail, h + i, (n - i) * 2);
-    const vf wide = widen(from, tail);
-    memcpy(y + i, &wide, (n - i) * 4);
-  }
+  const int left = static_cast<int>(n - i);
+  if (left) store_first(y + i, widen(from, load_first<vh>(h + i, left)), left);
 }
 
 void from_f32(DType to, const float* x, void* y, int64_t n) {
@@ -37,12 +33,8 @@ void from_f32(DType to, const float* x, void* y, int64_t n) {
   uint16_t* h = static_cast<uint16_t*>(y);
   int64_t i = 0;
   for (; i + W <= n; i += W) store(h + i, narrow(to, loadf(x + i)));
-  if (i < n) {
-    vf tail = {};
-    memcpy(&tail, x + i, (n - i) * 4);
-    const vh narrowed = narrow(to, tail);
-    memcpy(h + i, &narrowed, (n - i) * 2);
-  }
+  const int left = static_cast<int>(n - i);
+  if (left) store_first(h + i, narrow(to, load_first<vf>(x + i, left)), left);
 }
 
 }  // namespace p2r::cpu::P2R_ISA

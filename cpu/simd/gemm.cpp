@@ -153,17 +153,21 @@ void pack_rows(const typename Type::Element* x, int64_t lane_stride, int64_t lan
       float* to = out + lane * depth + g * W;
       for (int64_t i = 0; i < depth; i += W) {
         const int steps = static_cast<int>(least(W, depth - i));
-        vf block[W];
-#pragma GCC unroll 16
-        for (int r = 0; r < W; ++r) {
-          const typename Type::Element* row = from + r * lane_stride;
-          if (r >= valid)
-            block[r] = vf{};
-          else if constexpr (kPairs)
-            block[r] = Type::neighbours(row + 2 * i, k - 2 * i);
+        const typename Type::Element* row = from + (kPairs ? 2 * i : i);
+        // Or the addresses of all rows would be made before the loop, and spilled.
+        asm("" : "+r"(row));
+        const auto words = [&]() __attribute__((always_inline)) {
+          if constexpr (kPairs)
+            return Type::neighbours(row, k - 2 * i);
           else
-            block[r] = Type::widen(steps == W ? load<Vector>(row + i)
-                                              : load_first<Vector>(row + i, steps));
+            return Type::widen(steps == W ? load<Vector>(row) : load_first<Vector>(row, steps));
+        };
+        vf block[W];
+        if (valid == W) {
+#pragma GCC unroll 16
+          for (int r = 0; r < W; ++r, row += lane_stride) block[r] = words();
+        } else {
+          for (int r = 0; r < W; ++r, row += lane_stride) block[r] = r < valid ? words() : vf{};
         }
         transpose(block);
 #pragma GCC unroll 16
@@ -223,9 +227,11 @@ void pack(bool pairs, DType type, const void* x, int64_t lane_stride, int64_t k_
 }
 
 struct Floats {
+  typedef float Element;
   static vf add_product(vf sum, vf x, vf y) { return sum + x * y; }
 };
 struct Pairs {
+  typedef uint16_t Element;
   static vf add_product(vf sum, vf x, vf y) { return bf16_dot(sum, x, y); }
 };
 
@@ -238,20 +244,31 @@ inline void ask(Ahead& a) {
   if (a.second) __builtin_prefetch(a.line + a.second, 0, 2);
   if (a.third) __builtin_prefetch(a.line + a.third, 0, 2);
   a.line += 64;
+  if (a.result) {
+    __builtin_prefetch(a.result, 0, 2);
+    a.result += 64;
+  }
   if (--a.left) return;
   a.left = a.lines;
   a.line += a.skip;
+  a.result += a.result_skip;
   --a.rows;
 }
+
+// A vector of sums in the type of where it goes.
+inline vf rounded_to(float*, vf x) { return x; }
+inline vh rounded_to(uint16_t*, vf x) { return bf16_rounded(x); }
 
 // How A lies: the words of a step of k side by side, as in packed panels, or those of a row.
 enum class Lie { steps, rows };
 
 // What becomes of a tile's sums.
 struct Finish {
-  bool accumulate;
-  const float* factor;
-  bool past_caches;
+  bool accumulate = false;
+  const float* factor = nullptr;
+  void* out = nullptr;
+  int64_t ld_out = 0;
+  bool past_caches = false;
 };
 
 // R rows and V vectors of columns of one tile, the last of which has `last` columns. The steps of B
@@ -259,20 +276,23 @@ struct Finish {
 template <class Step, Lie kLie, int R, int V>
 void tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
           int64_t ldc, int last, const Finish& finish, Ahead* ahead) {
-  const auto each = [&](auto f) __attribute__((always_inline)) {
-    float* to = c;
+  typedef typename Step::Element Element;
+  Element* out = static_cast<Element*>(finish.out);
+  const auto each = [&](auto* to, int64_t ld, auto f) __attribute__((always_inline)) {
     // Each pass walks down by itself: the addresses of all rows, made once for every pass that
     // might need them, would take 60 cycles and more registers than there are.
     asm("" : "+r"(to));
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r, to += ldc)
+    for (int r = 0; r < R; ++r, to += ld)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) f(r, v, to + v * W);
   };
   // The lines that the sums go to come while they are made; asked for, as stores alone would wait
   // for them. A short sum's are mostly in the cache.
-  if (finish.accumulate || (k >= kLongSum && !finish.past_caches))
-    each([](int, int, float* to) { __builtin_prefetch(to, 1); });
+  const auto ask_for = [](int, int, void* to) { __builtin_prefetch(to, 1); };
+  const bool late = k >= kLongSum && !finish.past_caches;
+  if (finish.accumulate || (late && !out)) each(c, ldc, ask_for);
+  if (late && out) each(out, finish.ld_out, ask_for);
   vf acc[R][V] = {};
   const auto step = [&]() __attribute__((always_inline)) {
     vf row[V];
@@ -299,21 +319,28 @@ void tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, f
   const auto whole = [&](int v) { return v < V - 1 || last == W; };
   // A branch around each of these, and none inside: the sums stay in registers.
   if (finish.accumulate)
-    each([&](int r, int v, float* to) {
-      acc[r][v] += whole(v) ? loadf(to) : load_first<vf>(to, last);
+    each(c, ldc, [&](int r, int v, float* from) {
+      acc[r][v] += whole(v) ? loadf(from) : load_first<vf>(from, last);
     });
-  if (finish.factor) each([&](int r, int v, float*) { acc[r][v] *= finish.factor[r]; });
+  if (finish.factor) each(c, 0, [&](int r, int v, float*) { acc[r][v] *= finish.factor[r]; });
+  const auto put = [&](auto* at, int64_t ld) __attribute__((always_inline)) {
+    if (last == W)
+      each(at, ld, [&](int r, int v, auto* to) { store(to, rounded_to(to, acc[r][v])); });
+    else
+      each(at, ld, [&](int r, int v, auto* to) {
+        if (v < V - 1)
+          store(to, rounded_to(to, acc[r][v]));
+        else
+          store_first(to, rounded_to(to, acc[r][v]), last);
+      });
+  };
   if (finish.past_caches)
-    each([&](int r, int v, float* to) { stream(to, acc[r][v]); });
-  else if (last == W)
-    each([&](int r, int v, float* to) { store(to, acc[r][v]); });
+    each(out, finish.ld_out,
+         [&](int r, int v, auto* to) { stream(to, rounded_to(to, acc[r][v])); });
+  else if (out)
+    put(out, finish.ld_out);
   else
-    each([&](int r, int v, float* to) {
-      if (v < V - 1)
-        store(to, acc[r][v]);
-      else
-        store_first(to, acc[r][v], last);
-    });
+    put(c, ldc);
 }
 
 template <class Step, Lie kLie, int V, int R = MR>
@@ -328,7 +355,7 @@ inline void tile_of(int rows, int64_t k, const float* a, int64_t lda, const floa
 template <class Step>
 void panels(int64_t m, int64_t n, int64_t depth, const float* a, const float* b, float* c,
             int64_t ldc, bool accumulate, Ahead* ahead) {
-  const Finish finish{accumulate, nullptr, false};
+  const Finish finish{.accumulate = accumulate};
   for (int64_t j = 0; j < n; j += NR) {
     const int columns = static_cast<int>(least(NR, n - j));
     for (int64_t i = 0; i < m; i += MR) {
@@ -352,10 +379,11 @@ void strip(const RowsProduct& p, int64_t depth, const float* b, int64_t j) {
   const int last = static_cast<int>(least(W, p.n - j - (V - 1) * W));
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t i = p.m * t / tiles, end = p.m * (t + 1) / tiles;
-    tile_of<Step, kLie, V, R>(
-        static_cast<int>(end - i), depth, p.a + (kLie == Lie::rows ? i * p.lda : i), p.lda, b,
-        p.ldb, p.c + i * p.ldc + j, p.ldc, last,
-        Finish{p.accumulate, p.factor ? p.factor + i : nullptr, p.past_caches}, p.ahead);
+    Finish finish{p.accumulate, p.factor ? p.factor + i : nullptr, p.out, p.ld_out, p.past_caches};
+    if (p.out) finish.out = static_cast<typename Step::Element*>(p.out) + i * p.ld_out + j;
+    tile_of<Step, kLie, V, R>(static_cast<int>(end - i), depth,
+                              p.a + (kLie == Lie::rows ? i * p.lda : i), p.lda, b, p.ldb,
+                              p.c + i * p.ldc + j, p.ldc, last, finish, p.ahead);
   }
 }
 
@@ -394,17 +422,13 @@ void pack_b(bool pairs, DType type, const void* x, int64_t k_stride, int64_t col
   pack<NR>(pairs, type, x, column_stride, k_stride, n, k, out);
 }
 
-void pair_rows(int64_t n, const uint16_t* low, const uint16_t* high, float* out) {
-  for (int64_t i = 0; i < n; i += W) {
-    const int count = static_cast<int>(least(W, n - i));
-    const auto part = [&](const uint16_t* x) {
-      return count == W ? load<vh>(x + i) : load_first<vh>(x + i, count);
-    };
-    const vf words = Bf16::pairs(part(low), high ? part(high) : vh{});
-    if (count == W)
-      store(out + i, words);
-    else
-      store_first(out + i, words, count);
+void pair_rows(int64_t rows, int64_t n, const uint16_t* x, int64_t stride, float* out, int64_t ld) {
+  const int left = static_cast<int>(n % W);
+  for (int64_t t = 0; 2 * t < rows; ++t) {
+    float* to = out + t * ld;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(to + i, step_of<Bf16, true>(x + i, stride, t, rows, W));
+    if (left) store_first(to + i, step_of<Bf16, true>(x + i, stride, t, rows, left), left);
   }
 }
 

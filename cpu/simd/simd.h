@@ -17,14 +17,17 @@ struct PolicyRun;
 struct ResampleRows;  // resample.h
 struct PatchRow;
 
-// Rows of up to three tensors that the next task will read: a product asks for their lines one by
-// one between its steps, so that memory is busy while the arithmetic is. Asked for sooner than need
-// be, they would be in the way of what is read now: see spread() in gemm.h.
+// Rows of up to three tensors that the next task will read, and of one that it will write: a
+// product asks for their lines one by one between its steps, so that memory is busy while the
+// arithmetic is. Asked for sooner than need be, they would be in the way of what is read now: see
+// spread() in gemm.h.
 struct Ahead {
   const char* line = nullptr;     // of the first tensor, the next to be asked for
   int64_t second = 0, third = 0;  // bytes from there to the lines of others, or 0
   int64_t rows = 0;               // left
   int64_t lines = 0, skip = 0;    // of a row; bytes from its last line to the next row's first
+  const char* result = nullptr;   // of the one to be written, or null
+  int64_t result_skip = 0;        // as skip
   int64_t left = 0;               // lines of this row
   int64_t pace = 1, wait = 1;     // chances to ask from one line to the next, and still to pass
 };
@@ -42,7 +45,11 @@ struct RowsProduct {
   bool turned = false;  // A lies in rows of a step of k, m words each, lda apart
   bool accumulate = false;
   const float* factor = nullptr;  // of each row of C at last; null: 1
-  bool past_caches = false;  // C is too large to be found there again; its rows are whole lines
+  // Unless null, where C goes instead, in rows of f32, or of bf16 with pairs, ld_out apart. It may
+  // go past the caches if it is aligned and made of whole vectors.
+  void* out = nullptr;
+  int64_t ld_out = 0;
+  bool past_caches = false;
   Ahead* ahead = nullptr;
 };
 

@@ -60,6 +60,13 @@ inline void store_first(float* p, vf v, int n) {
   memcpy(p, &v, n * 4);
 #endif
 }
+inline void store_first(uint16_t* p, vh v, int n) {
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)v);
+#else
+  memcpy(p, &v, n * 2);
+#endif
+}
 // To memory past the caches; p is aligned to the vector. What is written so is seen by other
 // threads after the next locked instruction, as at the end of every loop of Threads.
 inline void stream(float* p, vf v) {
@@ -67,6 +74,13 @@ inline void stream(float* p, vf v) {
   _mm512_stream_ps(p, (__m512)v);
 #elif defined(__AVX2__)
   _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+inline void stream(uint16_t* p, vh v) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
 #else
   store(p, v);
 #endif
@@ -161,10 +175,10 @@ inline vh to_bf16(vf x) {
 }
 
 // Words of two bf16, `low` in the lower half: of lane i of both, and of lanes 2 i and 2 i + 1 of
-// one vector after the other. And the sum of the two products of each word, in f32. On AVX-512
-// these are AVX512-BF16's instructions, by their names: a function's target attribute would not
-// reach through the templates that use them. They are run only where the CPU has them
-// (SimdFeatures).
+// one vector after the other. The sum of the two products of each word, in f32; and a vector's
+// bf16. On AVX-512 these are AVX512-BF16's instructions, by their names: a function's target
+// attribute would not reach through the templates that use them. They are run only where the CPU
+// has them (SimdFeatures), and take subnormal numbers for 0.
 inline vf bf16_pairs(vf low, vf high) {
 #if defined(__AVX512F__)
   __m512i both;
@@ -201,6 +215,15 @@ inline vf bf16_dot(vf sum, vf x, vf y) {
   const vu u = bits(x), v = bits(y);
   sum += from_bits(u << 16) * from_bits(v << 16);
   return sum + from_bits(u & 0xFFFF0000u) * from_bits(v & 0xFFFF0000u);
+#endif
+}
+inline vh bf16_rounded(vf x) {
+#if defined(__AVX512F__)
+  vh h;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(h) : "v"(x));
+  return h;
+#else
+  return to_bf16(x);
 #endif
 }
 
