@@ -84,29 +84,6 @@ bool softmax_step(bool pairs, int64_t keys, int64_t ld, int64_t columns, float s
   return any != 0;
 }
 
-namespace {
-
-// Lane i: the best, or the sum, of the lanes of row[i], in a fixed order. Two rows that have been
-// halved D times share a vector, as a transpose goes.
-template <int D = W / 2, class F>
-inline vf across(vf* row, F combine) {
-  vi left, right;
-  for (int i = 0; i < W; ++i) {
-    left[i] = i & D ? W + i - D : i;
-    right[i] = i & D ? W + i : i + D;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < D; ++i)
-    row[i] = combine(__builtin_shuffle(row[i], row[i + D], left),
-                     __builtin_shuffle(row[i], row[i + D], right));
-  if constexpr (D > 1)
-    return across<D / 2>(row, combine);
-  else
-    return row[0];
-}
-
-}  // namespace
-
 void softmax_finish(int64_t columns, float scale, const float* max, const float* sum, float* lse,
                     float* inverse) {
   for (int64_t c = 0; c < columns; c += W) {
@@ -192,6 +169,25 @@ void softmax_mass(int64_t queries, int64_t ld, int64_t columns, float scale, con
 
 namespace {
 
+// Lane i: the sum of the lanes of row[i], in a fixed order. Two rows that have been halved D times
+// share a vector, as a transpose goes.
+template <int D = W / 2>
+inline vf sums_across(vf* row) {
+  vi left, right;
+  for (int i = 0; i < W; ++i) {
+    left[i] = i & D ? W + i - D : i;
+    right[i] = i & D ? W + i : i + D;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < D; ++i)
+    row[i] =
+        __builtin_shuffle(row[i], row[i + D], left) + __builtin_shuffle(row[i], row[i + D], right);
+  if constexpr (D > 1)
+    return sums_across<D / 2>(row);
+  else
+    return row[0];
+}
+
 template <class Load>
 inline void dot_rows_of(int64_t rows, int64_t n, int64_t stride, float* out, Load load_at) {
   for (int64_t first = 0; first < rows; first += W) {
@@ -205,7 +201,7 @@ inline void dot_rows_of(int64_t rows, int64_t n, int64_t stride, float* out, Loa
           total[r] += load_at(0, at, count) * load_at(1, at, count);
         }
     }
-    store(out + first, across(total, [](vf a, vf b) { return a + b; }));
+    store(out + first, sums_across(total));
   }
 }
 
