@@ -154,7 +154,7 @@ test("a GPU's lengths share a line, told by the worst of them", () => {
   gpu.rows = [measured(15_376, 2.5), measured(62_500, 50)]
   const line = performance([gpu], predicted)
     .split('\n')
-    .find((l) => l.includes('x16x72 bf16 fwd'))
+    .find((l) => l.includes('1x\\*x16x72 bf16 fwd'))
   expect(line).toContain('| 2.50..50.0 ms | 46..55 % of bf16 |  | missed (360 TFLOP/s) |')
 })
 
