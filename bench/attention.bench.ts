@@ -2,7 +2,7 @@ import { attention, attentionBackward, attentionMass, type Tensor } from 'p2r-ke
 import { type Block, bf16Bits, evenly, normals } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
 import { attentionOnCuda } from './large/attention.js'
-import { multiHeadAttention } from './peers/onnxruntime.js'
+import { attentions } from './peers/onnxruntime.js'
 import { scaledDotProductAttention } from './peers/pytorch.js'
 
 interface Shape {
@@ -76,9 +76,7 @@ function workload(
           }
         },
         peers: [
-          ...(backward || dtype !== 'f32' || s.batch > 1000
-            ? []
-            : [multiHeadAttention(s, q, k, v)]),
+          ...(backward || dtype !== 'f32' || s.batch > 1000 ? [] : attentions(s, q, k, v)),
           scaledDotProductAttention(
             '',
             { q: block(q), k: block(k), v: block(v), dOut: block(dOut) },

@@ -69,9 +69,9 @@ export function onnxModel(model: {
   for (const value of model.outputs) graph.message(12, valueMessage(value))
   const opset = (domain: string, version: number) => new Message().text(1, domain).int(2, version)
   return new Message()
-    .int(1, 8) // IR version
+    .int(1, 11) // IR version
     .message(7, graph)
-    .message(8, opset('', 17))
+    .message(8, opset('', 23))
     .message(8, opset('com.microsoft', 1))
     .bytes()
 }

@@ -72,32 +72,34 @@ function onnxruntime(
   }
 }
 
-/** softmax(q kᵀ / sqrt(D)) v over sequences of one length, tokens as [batch, length, heads, D]. */
-export function multiHeadAttention(
+/**
+ * softmax(q kᵀ / sqrt(D)) v over sequences of one length, tokens as [batch, length, heads, D]: by
+ * the operator of onnxruntime's own domain and by that of ONNX.
+ */
+export function attentions(
   shape: { batch: number; length: number; heads: number; headDim: number },
   q: Float32Array,
   k: Float32Array,
   v: Float32Array,
-): Peer {
+): Peer[] {
   const dims = [shape.batch, shape.length, shape.heads * shape.headDim]
   const value = (name: string): Value => ({ name, type: 'float', shape: dims })
-  return onnxruntime(
-    'onnxruntime MultiHeadAttention',
-    1e-4,
-    {
-      nodes: [
-        {
-          op: 'MultiHeadAttention',
-          domain: 'com.microsoft',
-          inputs: ['q', 'k', 'v'],
-          outputs: ['out'],
-          ints: { num_heads: shape.heads },
-        },
-      ],
-      inputs: ['q', 'k', 'v'].map(value),
-      outputs: [value('out')],
-    },
-    { q, k, v },
+  const { heads } = shape
+  const operators = [
+    { op: 'MultiHeadAttention', domain: 'com.microsoft', ints: { num_heads: heads } },
+    { op: 'Attention', ints: { q_num_heads: heads, kv_num_heads: heads } },
+  ]
+  return operators.map((operator) =>
+    onnxruntime(
+      `onnxruntime ${operator.op}`,
+      1e-4,
+      {
+        nodes: [{ ...operator, inputs: ['q', 'k', 'v'], outputs: ['out'] }],
+        inputs: ['q', 'k', 'v'].map(value),
+        outputs: [value('out')],
+      },
+      { q, k, v },
+    ),
   )
 }
 
