@@ -30,6 +30,8 @@ export interface Workload {
   traffic?: Traffic
   /** Where it is measured, if not on both. */
   backend?: Backend
+  /** The kernel that is forced; left out on a device that has none of this name. */
+  kernel?: string
   /** One input set, found in the caches again, instead of several that are together larger. */
   cached?: boolean
   /** Left out by --quick. */

@@ -4,7 +4,7 @@ import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { dirname } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Command, InvalidArgumentError } from 'commander'
-import { openDevice } from 'p2r-kernels'
+import { kernels, openDevice } from 'p2r-kernels'
 import { better, ceilingMeter, cudaCeilings, disturbances } from './ceilings.js'
 import { type Benchmark, type Effort, measure, quick, thorough } from './harness.js'
 import { html } from './html.js'
@@ -106,6 +106,8 @@ async function measured(names: readonly string[]): Promise<Results> {
   const benchmarks = await chosen(named(names))
   const probe = openDevice(options.device)
   const { info } = probe
+  const forced = benchmarks.filter(({ workloads }) => workloads.some(({ kernel }) => kernel))
+  const kernelsOf = new Map(forced.map(({ op }) => [op, kernels(op, probe)]))
   probe.dispose()
   const results = emptyResults(root, info.name, options.quick)
   const notes = new Set<string>()
@@ -156,6 +158,7 @@ async function measured(names: readonly string[]): Promise<Results> {
     for (const workload of workloads) {
       if (workload.slow && !effort.slow) continue
       if (workload.backend && workload.backend !== info.backend) continue
+      if (workload.kernel && !kernelsOf.get(op)!.includes(workload.kernel)) continue
       for (const n of threads)
         results.rows.push(
           ...(await measure(

@@ -6,6 +6,7 @@ import { tmpdir } from 'node:os'
 import { fileURLToPath } from 'node:url'
 import { gelu, openDevice } from 'p2r-kernels'
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
+import attentionBenchmark from '../dist/bench/attention.bench.js'
 import { better, disturbances } from '../dist/bench/ceilings.js'
 import { type Block, bf16Bits, integers, normals, picture, tiled } from '../dist/bench/data.js'
 import {
@@ -558,6 +559,40 @@ describe('the benchmarks', () => {
     expect(new Set(names).size).toBe(names.length)
     expect(benchmark.workloads.some(({ slow }) => !slow)).toBe(true)
   })
+
+  test('attention goes through every kernel of a GPU, by default or by name', () => {
+    const [, ...others] = [
+      ...readFileSync(`${root}/ops/kernels.cpp`, 'utf8').matchAll(
+        /\{"attention", "cuda", "[^"]*", "(\w+)"/g,
+      ),
+    ].map(([, name]) => name!)
+    const forced = attentionBenchmark.workloads.filter((w): w is Workload => 'kernel' in w)
+    expect(new Set(forced.map(({ kernel }) => kernel))).toEqual(new Set(others))
+    for (const { name, kernel } of forced) expect(name).toMatch(new RegExp(` by ${kernel}$`))
+    const device = openDevice('cpu', { threads: 1 })
+    const forward = forced.find(({ name }) => name.includes('fwd'))!
+    expect(forward.inputs(1).load(device).run).toThrow(/'tiled' .*, got 'mma'/)
+    device.dispose()
+  })
+})
+
+test('the command measures a family and leaves its rows in a file', () => {
+  const folder = mkdtempSync(`${tmpdir()}/p2r-bench-`)
+  const file = `${folder}/results.json`
+  const command = [`${root}/dist/bench/main.js`, 'advantages', '--quick', '--no-peers']
+  const { status, stdout, stderr } = spawnSync(
+    process.execPath,
+    [...command, '--threads', '1', '--json', file],
+    { encoding: 'utf8' },
+  )
+  expect(status, stderr).toBe(0)
+  const { rows } = parseResults(readFileSync(file, 'utf8'), file)
+  rmSync(folder, { recursive: true })
+  expect(rows.length).toBeGreaterThan(1)
+  for (const { op, case: name } of rows) {
+    expect(op).toBe('advantages')
+    expect(stdout).toContain(name)
+  }
 })
 
 test('serving: every sample is asked for, and the table says how fast', async () => {

@@ -10,6 +10,7 @@ type Pass = 'fwd' | 'bwd' | 'bwd, any order'
 
 interface Options {
   backend?: Backend
+  kernel?: string
   slow?: boolean
   series?: Series
 }
@@ -26,9 +27,10 @@ export function longAttention(
   const bytes = length * heads * headDim * (dtype === 'f32' ? 4 : 2)
   const backward = pass !== 'fwd'
   const deterministic = pass !== 'bwd, any order'
+  const { kernel } = options
   const cuSeqlens = [0, length]
   return {
-    name: `1x${length}x${heads}x${headDim} ${dtype} ${pass}`,
+    name: `1x${length}x${heads}x${headDim} ${dtype} ${pass}${kernel ? ` by ${kernel}` : ''}`,
     flops: (backward ? 10 : 4) * length ** 2 * heads * headDim,
     products: dtype,
     traffic: { read: bytes * (backward ? 5 : 3), write: bytes * (backward ? 3 : 1) },
@@ -51,6 +53,7 @@ export function longAttention(
             k: tiled(device, arrays.k),
             v: tiled(device, arrays.v),
             cuSeqlens,
+            ...(kernel ? { kernel } : {}),
           }
           if (!backward)
             return {
@@ -63,7 +66,8 @@ export function longAttention(
             answer: () => attentionBackward(b).dK.slice(last).toFloat32(),
           }
         },
-        peers: dtype === 'f32' ? [sdpa('')] : [sdpa('cudnn'), sdpa('flash')],
+        // Peers stand beside the kernel that is the default.
+        peers: kernel ? [] : dtype === 'f32' ? [sdpa('')] : [sdpa('cudnn'), sdpa('flash')],
       }
     },
   }
@@ -72,14 +76,26 @@ export function longAttention(
 /** The sequences of large images, in tokens; the last is one of 8K. */
 const traces = [8836, 15_376, 24_336, 35_344, 47_376, 62_500, 129_600]
 
-export const attentionOnCuda = [64, 72, 80, 128].flatMap((headDim) =>
-  traces.flatMap((length) =>
-    (['fwd', 'bwd', 'bwd, any order'] as const).map((pass) =>
-      longAttention(length, headDim, 'bf16', pass, {
-        backend: 'cuda',
-        // In a quick run: one length for each head dimension, all lengths for the hardest.
-        slow: headDim === 72 ? pass !== 'fwd' && length !== 15_376 : length !== 15_376,
-      }),
+const headDims = [64, 72, 80, 128]
+
+export const attentionOnCuda = [
+  ...headDims.flatMap((headDim) =>
+    traces.flatMap((length) =>
+      (['fwd', 'bwd', 'bwd, any order'] as const).map((pass) =>
+        longAttention(length, headDim, 'bf16', pass, {
+          backend: 'cuda',
+          // In a quick run: one length for each head dimension, all lengths for the hardest.
+          slow: headDim === 72 ? pass !== 'fwd' && length !== 15_376 : length !== 15_376,
+        }),
+      ),
     ),
   ),
-)
+  // The kernels that are not the default on Hopper.
+  ...headDims.flatMap((headDim) =>
+    ['mma', 'plain'].flatMap((kernel) =>
+      (['fwd', 'bwd'] as const).map((pass) =>
+        longAttention(traces[0]!, headDim, 'bf16', pass, { backend: 'cuda', kernel, slow: true }),
+      ),
+    ),
+  ),
+]
