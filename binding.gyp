@@ -16,7 +16,7 @@
     'simd_flags': ['-ffp-contract=fast', '-fno-math-errno', '-fno-trapping-math', '-Wno-psabi',
                    '-Wno-maybe-uninitialized'],
     'sources': [
-      "<!@(node -p \"['ops', 'cpu', 'binding'].flatMap(d => require('fs').readdirSync(d).filter(f => /\\.(cpp|cc)$/.test(f)).map(f => d + '/' + f)).join(' ')\")",
+      "<!@(node -p \"['ops', 'cpu', 'binding'].flatMap(d => require('fs').readdirSync(d, {recursive: true}).map(f => d + '/' + f).filter(f => /\\.(cpp|cc)$/.test(f) && !f.startsWith('cpu/simd/'))).join(' ')\")",
       'cpu/simd/select.cpp',
       'cuda/none.cpp',
     ],

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "binding/op.h"
-#include "ops/kernels.h"
+#include "ops/kernel_choice.h"
 
 namespace p2r::binding {
 

@@ -1,7 +1,7 @@
 #include "binding/device.h"
 
 #include "binding/tensor.h"
-#include "ops/kernels.h"
+#include "ops/kernel_choice.h"
 
 namespace p2r::binding {
 

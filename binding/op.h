@@ -21,7 +21,7 @@
 
 #include "binding/tensor.h"
 #include "ops/backend.h"
-#include "ops/fields.h"
+#include "ops/recording.h"
 
 namespace p2r::binding {
 

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "ops/backend.h"
-#include "ops/fields.h"
+#include "ops/recording.h"
 
 namespace p2r::binding {
 

@@ -287,6 +287,19 @@ void CpuDevice::drain() {
   passed.wait(lock, [&] { return done; });
 }
 
+#define OP(family, function, Args) void function(const Args&, Device&);
+#include "ops/ops.def"
+#undef OP
+
+const Kernels& CpuDevice::kernels() const {
+  static const Kernels table = {
+#define OP(family, function, Args) &function,
+#include "ops/ops.def"
+#undef OP
+  };
+  return table;
+}
+
 }  // namespace p2r::cpu
 
 namespace p2r {

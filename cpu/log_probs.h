@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/simd/rows.h"
+#include "cpu/simd/arguments.h"
 #include "ops/log_probs.h"
 
 namespace p2r::cpu {

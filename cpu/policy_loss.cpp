@@ -8,7 +8,7 @@
 #include <limits>
 
 #include "cpu/device.h"
-#include "cpu/simd/rows.h"
+#include "cpu/simd/arguments.h"
 
 namespace p2r::cpu {
 

@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "cpu/device.h"
-#include "ops/draw.h"
+#include "ops/philox.h"
 
 namespace p2r::cpu {
 

@@ -1,4 +1,4 @@
-#include "cpu/device.h"
+#include "cpu/threads.h"
 
 #if defined(__linux__)
 #include <pthread.h>

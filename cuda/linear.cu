@@ -1,5 +1,5 @@
-// The linear layer: three matrix products (gemm.cuh) and the column sums that are the gradient of
-// the bias (linear.cuh).
+// The linear layer: three matrix products (cuda/gemm/gemm.cuh) and the column sums that are the
+// gradient of the bias (linear.cuh).
 #include "cuda/linear.cuh"
 #include "ops/linear.h"
 

@@ -1,6 +1,6 @@
 // Column sums: the gradient of a bias.
 #pragma once
-#include "cuda/gemm.cuh"
+#include "cuda/gemm/gemm.cuh"
 
 namespace p2r::cuda {
 

@@ -1,9 +1,10 @@
-// Chunk by chunk of rows. Where tensor cores take the products (gemm.cuh), the first one's epilogue
-// keeps each row's running maximum and sums over spans of the vocabulary, and the logits reach
-// memory only where a gradient follows; then dz, scaled and in 16 bits, goes through the two other
-// products. Elsewhere a chunk's logits are made in f32, the kernels of log_probs.cu work on them,
-// and dz takes their place. The loss differs from the gradient of given slopes only in what stands
-// between: its logits have their log-probabilities first, and policy_loss.cu makes the slopes.
+// Chunk by chunk of rows. Where tensor cores take the products (cuda/gemm/gemm.cuh), the first
+// one's epilogue keeps each row's running maximum and sums over spans of the vocabulary, and the
+// logits reach memory only where a gradient follows; then dz, scaled and in 16 bits, goes through
+// the two other products. Elsewhere a chunk's logits are made in f32, the kernels of log_probs.cu
+// work on them, and dz takes their place. The loss differs from the gradient of given slopes only
+// in what stands between: its logits have their log-probabilities first, and policy_loss.cu makes
+// the slopes.
 //
 // What the gradient costs beside its products, [16384, 2560] x [151936, 2560] on an H200: a chunk
 // of 1024 rows writes and reads 0.62 GB of logits and 0.31 GB of dz three times, and reads and
@@ -11,8 +12,8 @@
 // 660 TFLOP/s. Not hidden are the pass from logits to dz, 0.22 ms, and what of dweight's reading
 // the epilogue waits for, some 5000 cycles of 21 000 in a product of 1024 deep, 0.25 ms. Predicted
 // for linear_policy_loss: 16 x 4.1 = 66 ms, against a floor of 48 (6 NVC at 790 TFLOP/s). The aim
-// is 60: multicast between two blocks (gemm_sm90.cuh) would bring the products to 3.3 ms.
-#include "cuda/gemm.cuh"
+// is 60: multicast between two blocks (cuda/gemm/wgmma.cuh) would bring the products to 3.3 ms.
+#include "cuda/gemm/gemm.cuh"
 #include "cuda/linear.cuh"
 #include "cuda/log_probs.cuh"
 #include "ops/linear_log_probs.h"
@@ -71,9 +72,9 @@ __global__ void __launch_bounds__(kBlock)
   scale[1] = ldexpf(1.0f, -exponent);
 }
 
-// The epilogue of the logits (gemm_tiles.cuh): over the columns of a span, each row's sums; the
-// target's logit; and the logits themselves, if they are wanted. Which lane sums which column, and
-// when, depends on the column alone.
+// The epilogue of the logits (cuda/gemm/tiles.cuh): over the columns of a span, each row's sums;
+// the target's logit; and the logits themselves, if they are wanted. Which lane sums which column,
+// and when, depends on the column alone.
 struct Logits {
   gemm_tiles::Store<float> store;  // to nowhere without a place to
   Bias bias;

@@ -62,7 +62,7 @@ export interface Native {
   beginComposite(name: string): void
   endComposite(): void
   /**
-   * Writes the next `calls` CPU calls of at most `work` (ops/fields.h) into a folder as cases for the
+   * Writes the next `calls` CPU calls of at most `work` (ops/recording.h) into a folder as cases for the
    * kernel twin; '' ends it.
    */
   record(

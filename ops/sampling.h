@@ -1,6 +1,6 @@
 // One draw a row from softmax(logits / temperature), by inverting the distribution function.
 //
-//   weight[i] = 2^S · 2^-((max - logits[i]) log2(e) / temperature), a whole number (ops/draw.h)
+//   weight[i] = 2^S · 2^-((max - logits[i]) log2(e) / temperature), a whole number (ops/philox.h)
 //   total     = Σ weight,   target = floor(total · u / 2^64)
 //   out       = the smallest i whose weight[0] + ... + weight[i] exceeds target
 //

@@ -183,7 +183,8 @@ async function buildPlanted(variant, index) {
   const folder = join(folderOf(variant), 'planted', String(index))
   // What an older bug's files left there would be found before the library's own.
   rmSync(folder, { recursive: true, force: true })
-  mkdirSync(join(folder, 'cuda'), { recursive: true })
+  for (const path of new Set([file, compile].map(dirname)))
+    mkdirSync(join(folder, path), { recursive: true })
   const source = readFileSync(join(root, file), 'utf8')
   if (source.split(search).length !== 2)
     throw new Error(`${file} has changed: this bug can no longer be planted there`)

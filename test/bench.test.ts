@@ -562,7 +562,7 @@ describe('the benchmarks', () => {
 
   test('attention goes through every kernel of a GPU, by default or by name', () => {
     const [, ...others] = [
-      ...readFileSync(`${root}/ops/kernels.cpp`, 'utf8').matchAll(
+      ...readFileSync(`${root}/ops/kernel_choice.cpp`, 'utf8').matchAll(
         /\{"attention", "cuda", "[^"]*", "(\w+)"/g,
       ),
     ].map(([, name]) => name!)

@@ -78,7 +78,7 @@ function run(name: string, open: Backend['open'], suite: (backend: Backend) => v
 // ---- Cases for the kernel twin ----
 
 const caseFolder = fileURLToPath(new URL('../build/twin/cases', import.meta.url))
-// What a call may do, in multiply-adds and entries (ops/fields.h), to be run by the twin, which takes
+// What a call may do, in multiply-adds and entries (ops/recording.h), to be run by the twin, which takes
 // some 0.1 s for it, and ten times that under a sanitizer. As many small calls of each test go in
 // unasked; the rest of a test that repeats itself would tell the twin nothing new.
 const twinWork = 2 ** 21

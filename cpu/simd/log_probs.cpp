@@ -13,7 +13,7 @@
 #include <float.h>
 #include <math.h>
 
-#include "cpu/simd/rows.h"
+#include "cpu/simd/arguments.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/vec.h"
 

@@ -2,7 +2,7 @@
 // the same for a whole run is a template's parameter or a branch that always goes one way.
 #include <math.h>
 
-#include "cpu/simd/rows.h"
+#include "cpu/simd/arguments.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/vec.h"
 

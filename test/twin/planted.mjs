@@ -4,8 +4,8 @@
 export const planted = [
   {
     bug: 'linear: the next tiles overwrite those that slower warps still multiply',
-    file: 'cuda/gemm_plain.cuh',
-    compile: 'cuda/gemm.cu',
+    file: 'cuda/gemm/plain.cuh',
+    compile: 'cuda/gemm/gemm.cu',
     search: '    }\n    __syncthreads();\n  }\n\n#pragma unroll\n  for (int r = 0; r < kRows; ++r)',
     replace: '    }\n  }\n\n#pragma unroll\n  for (int r = 0; r < kRows; ++r)',
     cases: /^linear/,
@@ -13,8 +13,8 @@ export const planted = [
   },
   {
     bug: 'linear on Hopper: a stage is handed back while it is multiplied',
-    file: 'cuda/gemm_sm90.cuh',
-    compile: 'cuda/gemm.cu',
+    file: 'cuda/gemm/wgmma.cuh',
+    compile: 'cuda/gemm/gemm.cu',
     search: 'ptx::wgmma_wait<1>();',
     replace: 'ptx::wgmma_wait<2>();',
     cases: /^linear-(ragged|backward-ragged)/,
@@ -22,8 +22,8 @@ export const planted = [
   },
   {
     bug: 'linear on Ampere: the copies are waited for a step too late',
-    file: 'cuda/gemm_sm80.cuh',
-    compile: 'cuda/gemm.cu',
+    file: 'cuda/gemm/mma.cuh',
+    compile: 'cuda/gemm/gemm.cu',
     search: 'ptx::cp_async_wait<kStages - 2>();',
     replace: 'ptx::cp_async_wait<kStages - 1>();',
     cases: /^linear-(ragged|backward-ragged)/,
@@ -72,7 +72,7 @@ export const planted = [
   },
   {
     bug: 'attention: a tile is multiplied before it has come',
-    file: 'cuda/attention_sm80.cu',
+    file: 'cuda/attention/mma_forward.cu',
     search: 'ptx::cp_async_wait<kRing - 2>();',
     replace: 'ptx::cp_async_wait<kRing - 1>();',
     cases: /^attention/,
@@ -80,7 +80,7 @@ export const planted = [
   },
   {
     bug: 'attention: keys past the end weigh something where the scale is 0',
-    file: 'cuda/attention_sm80.cu',
+    file: 'cuda/attention/mma_forward.cu',
     search: 'if (j * 8 + e % 2 >= left) s[i][j][e] = 0;',
     replace: ';',
     cases: /^attention/,
@@ -88,7 +88,7 @@ export const planted = [
   },
   {
     bug: 'attentionBackward: gradients take the place of K and V that slower warps still multiply',
-    file: 'cuda/attention_sm80_backward.cu',
+    file: 'cuda/attention/mma_backward.cu',
     search: '  __syncthreads();  // K and V are done with; gradients take their place\n',
     replace: '',
     cases: /^attention-backward/,
@@ -122,7 +122,7 @@ export const planted = [
   },
   {
     bug: 'attention: no barrier between the weights and their use',
-    file: 'cuda/attention.cu',
+    file: 'cuda/attention/plain_forward.cu',
     search: '      __syncthreads();  // P is there, and K is done with\n',
     replace: '',
     cases: /^attention/,
@@ -130,8 +130,8 @@ export const planted = [
   },
   {
     bug: 'attention on Hopper: values beyond the sequence are left as they were read',
-    file: 'cuda/attention_sm90.cuh',
-    compile: 'cuda/attention_sm90.cu',
+    file: 'cuda/attention/wgmma.cuh',
+    compile: 'cuda/attention/wgmma_forward.cu',
     search: 'for (int i = threadIdx.x % 32; i < n; i += 32) panel[i] = make_uint4(0, 0, 0, 0);',
     replace: 'if (n < 0) panel[0] = make_uint4(0, 0, 0, 0);',
     cases: /^attention/,
@@ -139,7 +139,7 @@ export const planted = [
   },
   {
     bug: 'attention on Hopper: keys beyond the sequence count',
-    file: 'cuda/attention_sm90.cu',
+    file: 'cuda/attention/wgmma_forward.cu',
     search: '+ i % 2 >= left) s[i] = softmax.least;',
     replace: '+ i % 2 > left) s[i] = softmax.least;',
     cases: /^attention/,
@@ -147,7 +147,7 @@ export const planted = [
   },
   {
     bug: 'attentionBackward on Hopper, one pass: rows past the end are added to the next sequence',
-    file: 'cuda/attention_sm90_onepass.cu',
+    file: 'cuda/attention/wgmma_one_pass.cu',
     search: 'work.length - row < 16 ? work.length - row : 16;',
     replace: 'work.length - row > 0 ? 16 : 0;',
     cases: /^attention-backward/,
@@ -155,7 +155,7 @@ export const planted = [
   },
   {
     bug: 'attentionBackward on Hopper, one pass: rows are added before they are fenced',
-    file: 'cuda/attention_sm90_onepass.cu',
+    file: 'cuda/attention/wgmma_one_pass.cu',
     search: '  ptx::fence_proxy_async();\n  __syncwarp();\n  const int rows',
     replace: '  __syncwarp();\n  const int rows',
     cases: /^attention-backward/,
@@ -163,7 +163,7 @@ export const planted = [
   },
   {
     bug: 'attentionBackward on Hopper, one pass: dS is overwritten while the other group multiplies',
-    file: 'cuda/attention_sm90_onepass.cu',
+    file: 'cuda/attention/wgmma_one_pass.cu',
     search: '        ptx::mbar_wait(bars.squares_empty, step % 2 ^ 1);\n',
     replace: '',
     cases: /^attention-backward/,
@@ -171,8 +171,8 @@ export const planted = [
   },
   {
     bug: 'attentionBackward on Hopper, one pass: keys of the next sequence are read and used',
-    file: 'cuda/attention_sm90_backward.cuh',
-    compile: 'cuda/attention_sm90_onepass.cu',
+    file: 'cuda/attention/wgmma_backward.cuh',
+    compile: 'cuda/attention/wgmma_one_pass.cu',
     search: 'r < inside && column < D;',
     replace: 'column < D;',
     cases: /^attention-backward/,

@@ -1,5 +1,5 @@
-// Recorded cases (ops/fields.h) on a device: each call is rebuilt, run, and compared with what the
-// CPU backend gave. What the programs that do so share: runner.cpp, on the kernel twin, and
+// Recorded cases (ops/recording.h) on a device: each call is rebuilt, run, and compared with what
+// the CPU backend gave. What the programs that do so share: runner.cpp, on the kernel twin, and
 // device_runner.cpp, on a GPU.
 //
 //   <program> [--jobs N] [--kernels] [options of the place] CASE|FOLDER...
@@ -25,9 +25,9 @@
 
 #include "operations.h"  // made by operations.cmake: every header of ops/
 #include "ops/backend.h"
-#include "ops/fields.h"
 #include "ops/half.h"
-#include "ops/kernels.h"
+#include "ops/kernel_choice.h"
+#include "ops/recording.h"
 
 namespace p2r::replay {
 

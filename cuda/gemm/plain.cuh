@@ -10,7 +10,7 @@
 // slices with a partial C each, which a second kernel adds up in order. The number of slices
 // follows from the shape alone, so results are the same on every chip.
 #pragma once
-#include "cuda/gemm_operands.cuh"
+#include "cuda/gemm/operands.cuh"
 
 namespace p2r::cuda {
 

@@ -1,8 +1,9 @@
 // Attention, backward, on Hopper (sm_90a), without `deterministic`: one pass that adds up dQ in a
 // workspace.
 //
-// As in the pass that owns keys (attention_sm90_backward.cu), a block owns 128 keys of one sequence
-// and head, has K and V in shared memory, sums dK and dV in registers, and walks over the queries:
+// As in the pass that owns keys (cuda/attention/wgmma_backward.cu), a block owns 128 keys of one
+// sequence and head, has K and V in shared memory, sums dK and dV in registers, and walks over the
+// queries:
 //
 //   S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dK += dS^T Q    dQ = dS K
 //
@@ -34,7 +35,7 @@
 // that makes 440 at 64, 460 at 72 and 80 and 490 at 128; 400, 410 and 440 if the additions in L2
 // take a tenth. The two passes, by the same count, have 3600 to 4500 clocks of the tensor cores a
 // step and twice the exponentials: this is 1.2 to 1.25 times as fast.
-#include "cuda/attention_sm90_backward.cuh"
+#include "cuda/attention/wgmma_backward.cuh"
 
 namespace p2r::cuda {
 

@@ -19,7 +19,7 @@
 // other side comes 32 tokens at a time. At D = 128 two of 16 rows take 128, so there 8 warps
 // make up the 128 rows: fewer would have the L2 cache send the other side too often. dQ is alone
 // and keeps 32 rows. The shared memory, of 96 KB at most, suits chips that have 99.
-#include "cuda/attention_sm80.cuh"
+#include "cuda/attention/mma.cuh"
 
 namespace p2r::cuda {
 

@@ -1,5 +1,5 @@
-// What the products on tensor cores share (gemm_sm90.cuh, gemm_sm80.cuh): the order in which tiles
-// of C are worked on, and what becomes of a finished tile.
+// What the products on tensor cores share (cuda/gemm/wgmma.cuh, cuda/gemm/mma.cuh): the order in
+// which tiles of C are worked on, and what becomes of a finished tile.
 //
 // An epilogue is a struct of
 //
@@ -12,7 +12,7 @@
 // place.row + 8 (i / 2 % 2), column place.column + 8 (i / 4) + i % 2. Rows and columns past the
 // end of C come along, with sums that mean nothing.
 #pragma once
-#include "cuda/gemm_operands.cuh"
+#include "cuda/gemm/operands.cuh"
 
 namespace p2r::cuda::gemm_tiles {
 

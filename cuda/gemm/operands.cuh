@@ -1,4 +1,4 @@
-// What a matrix product is, however it is computed (gemm.cuh).
+// What a matrix product is, however it is computed (cuda/gemm/gemm.cuh).
 #pragma once
 #include <algorithm>
 

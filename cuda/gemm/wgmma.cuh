@@ -1,13 +1,13 @@
 // C = A B of f16 or bf16 on Hopper's tensor cores (sm_90a), sums in f32.
 //
-// A block of three warpgroups stays on its multiprocessor and takes items (gemm_tiles.cuh) until
-// none is left. It owns a tile of 128 x 256 of C at a time: two warpgroups multiply, 64 rows each,
-// a thread holding 128 of the tile's sums; of the third, one thread brings A's 128 x 64 and B's
-// 64 x 256 of the next steps of k into a ring of four stages by TMA. Nothing else crosses memory: a
-// sum leaves its register once, through the epilogue. Each warp hands a stage back when the
-// products that read it are over, one step behind, so that the tensor cores always have the next
-// ones queued; the ring runs on over the ends of tiles, so that the next tile's first four steps
-// arrive while this one's epilogue runs.
+// A block of three warpgroups stays on its multiprocessor and takes items (cuda/gemm/tiles.cuh)
+// until none is left. It owns a tile of 128 x 256 of C at a time: two warpgroups multiply, 64 rows
+// each, a thread holding 128 of the tile's sums; of the third, one thread brings A's 128 x 64 and
+// B's 64 x 256 of the next steps of k into a ring of four stages by TMA. Nothing else crosses
+// memory: a sum leaves its register once, through the epilogue. Each warp hands a stage back when
+// the products that read it are over, one step behind, so that the tensor cores always have the
+// next ones queued; the ring runs on over the ends of tiles, so that the next tile's first four
+// steps arrive while this one's epilogue runs.
 //
 // Either operand may be stored along k or along its rows or columns: the tensor core reads both
 // from 128-byte rows of shared memory. So the three products of a linear layer, x W^T, dy W and
@@ -34,7 +34,7 @@
 #pragma once
 #include <array>
 
-#include "cuda/gemm_tiles.cuh"
+#include "cuda/gemm/tiles.cuh"
 #include "cuda/tensor_map.cuh"
 
 namespace p2r::cuda::gemm_sm90 {

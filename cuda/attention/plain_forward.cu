@@ -4,8 +4,8 @@
 // with K and then V in the same shared memory. Each row's running maximum and sum are kept by the
 // 16 threads that share the row; rows of P pass through shared memory to the product with V. Mass:
 // a block owns 64 keys and walks over the queries.
-#include "cuda/attention.cuh"
-#include "ops/kernels.h"
+#include "cuda/attention/attention.cuh"
+#include "ops/kernel_choice.h"
 
 namespace p2r::cuda {
 
@@ -167,7 +167,7 @@ struct Named {
   void (*backward)(const AttentionBackwardArgs&, Device&);
 };
 
-// What stands behind the names in ops/kernels.cpp.
+// What stands behind the names in ops/kernel_choice.cpp.
 constexpr Named kNamed[] = {
     {"wgmma", wgmma_attention, wgmma_attention_backward},
     {"mma", mma_attention, mma_attention_backward},

@@ -1,4 +1,4 @@
-#include "ops/kernels.h"
+#include "ops/kernel_choice.h"
 
 namespace p2r {
 

@@ -1,10 +1,11 @@
 // C = A B of f16 or bf16 on the tensor cores of any chip since Ampere (mma.sync), sums in f32.
 //
 // A block of four warps owns a tile of 128 x 128 of C, a warp 32 rows of it, so that each row of
-// the tile is in one warp, as the epilogues want it (gemm_tiles.cuh). A's 128 x 32 and B's 32 x 128
-// of the next steps of k come into a ring of four stages by cp.async, 16 bytes at a time; ldmatrix
-// takes them from there to registers, flipped where the operand is not stored along k. Chunks of 16
-// bytes are exchanged within 128, so that the eight of an ldmatrix lie in different banks.
+// the tile is in one warp, as the epilogues want it (cuda/gemm/tiles.cuh). A's 128 x 32 and B's 32
+// x 128 of the next steps of k come into a ring of four stages by cp.async, 16 bytes at a time;
+// ldmatrix takes them from there to registers, flipped where the operand is not stored along k.
+// Chunks of 16 bytes are exchanged within 128, so that the eight of an ldmatrix lie in different
+// banks.
 //
 // Why this tile. Per 16 of k a warp reads 5 KB of shared memory for 64 Ki multiply-adds, 80 bytes a
 // cycle and multiprocessor of the 128 that an A100 has; 16 rows a warp would need 144. 128 sums a
@@ -12,7 +13,7 @@
 // of this one's start and epilogue, so that neither needs to be hidden within a block. Expected on
 // an A100: 70 % of its 312 TFLOP/s.
 #pragma once
-#include "cuda/gemm_tiles.cuh"
+#include "cuda/gemm/tiles.cuh"
 
 namespace p2r::cuda::gemm_sm80 {
 

@@ -241,7 +241,7 @@ class AttentionOnDevice {
   AttentionProblem<T> p_{};
 };
 
-// delta [H, T] = rowsum(dOut * out), before a backward pass (cuda/attention_backward.cu).
+// delta [H, T] = rowsum(dOut * out), before a backward pass (cuda/attention/plain_backward.cu).
 template <class T>
 void attention_delta(const T* d_out, const T* out, float* delta, const AttentionLayout& in,
                      Device& device);

@@ -17,7 +17,7 @@
 // two blocks fit where there are 164 KB and one where there are 100. A window of 64 tokens is one
 // small tile of 64 queries and one of keys, 4 warps of 16: a block a window and head, and three or
 // more of them to a multiprocessor, since such a block mostly waits for memory.
-#include "cuda/attention_sm80.cuh"
+#include "cuda/attention/mma.cuh"
 
 namespace p2r::cuda {
 
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(forward_tile(Large).threads(), forward_tile(La
   }
 }
 
-// Keys are rows here, as in the backward (cuda/attention_sm80_backward.cu): S^T = K Q^T, whose rows
+// Keys are rows here, as in the backward (cuda/attention/mma_backward.cu): S^T = K Q^T, whose rows
 // the block's threads add up. Fragments of K stay in registers up to D = 80. The exponent is taken
 // before its factor of log2(e): large logits and an lse times that would leave less of it.
 template <class T, int D, bool Large>

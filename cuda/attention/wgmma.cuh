@@ -11,7 +11,7 @@
 #pragma once
 #include <algorithm>
 
-#include "cuda/attention.cuh"
+#include "cuda/attention/attention.cuh"
 #include "cuda/tensor_map.cuh"
 
 namespace p2r::cuda::attention_sm90 {

@@ -15,7 +15,7 @@
 // columns at a time. So of head dimension 72, 80 are multiplied for the logits and 72 for the
 // output.
 #pragma once
-#include "cuda/attention.cuh"
+#include "cuda/attention/attention.cuh"
 
 namespace p2r::cuda {
 

@@ -6,12 +6,13 @@
 //                                                  .bias = bias});
 //
 // f16 and bf16 are multiplied on tensor cores, where lines of A and B begin at multiples of 16
-// bytes: gemm_sm90.cuh on Hopper, gemm_sm80.cuh on all other chips. The rest is for gemm_plain.cuh.
-// Sums are f32 everywhere, and their order follows from the shape and the kernel.
+// bytes: cuda/gemm/wgmma.cuh on Hopper, cuda/gemm/mma.cuh on all other chips. The rest is for
+// cuda/gemm/plain.cuh. Sums are f32 everywhere, and their order follows from the shape and the
+// kernel.
 #pragma once
-#include "cuda/gemm_operands.cuh"
-#include "cuda/gemm_sm80.cuh"
-#include "cuda/gemm_sm90.cuh"
+#include "cuda/gemm/mma.cuh"
+#include "cuda/gemm/operands.cuh"
+#include "cuda/gemm/wgmma.cuh"
 
 namespace p2r::cuda {
 
@@ -39,8 +40,8 @@ inline int64_t tile_columns(const Device& device) {
   return gemm_sm90::runs_on(device) ? gemm_sm90::kN : gemm_sm80::kN;
 }
 
-// Where on_tensor_cores: A B into an epilogue (gemm_tiles.cuh). Rows of tiles are cut into `spans`
-// spans, at most one a tile, and k into at most `slices` slices.
+// Where on_tensor_cores: A B into an epilogue (cuda/gemm/tiles.cuh). Rows of tiles are cut into
+// `spans` spans, at most one a tile, and k into at most `slices` slices.
 template <Along a_along, Along b_along, class T, class Epilogue>
 void multiply_tiles(Device& device, int64_t m, int64_t n, int64_t k, const Operand<T>& a,
                     const Operand<T>& b, int64_t spans, int64_t slices, const Epilogue& epilogue) {

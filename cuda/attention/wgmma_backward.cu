@@ -11,7 +11,7 @@
 // So the weights and dS leave the tensor core in the very registers from which it takes them for
 // the next product, and nothing but inputs passes through shared memory. That is 7 products and no
 // workspace; without `deterministic` a pass of 5 products and a workspace takes their place
-// (attention_sm90_onepass.cu). One warp loads, two warpgroups of 64 rows multiply; one's
+// (cuda/attention/wgmma_one_pass.cu). One warp loads, two warpgroups of 64 rows multiply; one's
 // exponentials run beside the other's products.
 //
 // dP - delta is not scaled before it is rounded for the product: dQ and dK are, once, at the end.
@@ -23,7 +23,7 @@
 // dP read both operands from shared memory, for 128 rows a step at 96 bytes a clock of the 128 that
 // there are and for 64 at all 128. So 300 at 64, 72 and 80 columns, where the exponentials also
 // come twice, and 360 at 128.
-#include "cuda/attention_sm90_backward.cuh"
+#include "cuda/attention/wgmma_backward.cuh"
 
 namespace p2r::cuda {
 

@@ -1,7 +1,7 @@
 // What Hopper's kernels of attention's backward share: the tiles that a block owns and those that
 // come to it in steps, the squares of a step, and the stores of sums.
 #pragma once
-#include "cuda/attention_sm90.cuh"
+#include "cuda/attention/wgmma.cuh"
 
 namespace p2r::cuda::attention_sm90 {
 
@@ -284,7 +284,7 @@ struct BackwardOnDevice {
   }
 };
 
-// With a workspace (cuda/attention_sm90_onepass.cu); the inputs are such that TMA can read them.
+// With a workspace (cuda/attention/wgmma_one_pass.cu); the inputs are such that TMA can read them.
 void one_pass_backward(const AttentionBackwardArgs& a, Device& device);
 
 }  // namespace p2r::cuda::attention_sm90

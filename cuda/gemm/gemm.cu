@@ -1,6 +1,6 @@
 // The products themselves: which kernel takes one, and the types and layouts that there are.
-#include "cuda/gemm.cuh"
-#include "cuda/gemm_plain.cuh"
+#include "cuda/gemm/gemm.cuh"
+#include "cuda/gemm/plain.cuh"
 
 namespace p2r::cuda {
 

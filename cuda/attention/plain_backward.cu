@@ -4,7 +4,7 @@
 // for dK and dV, and one owns queries and walks over the keys for dQ; both make P again from lse.
 // What a block owns is kRows a thread row high; what it walks over comes kStep tokens at a time,
 // which together keep shared memory below 99 KB, the least that chips of sm_80 to sm_90 have.
-#include "cuda/attention.cuh"
+#include "cuda/attention/attention.cuh"
 
 namespace p2r::cuda {
 

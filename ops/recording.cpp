@@ -1,4 +1,4 @@
-#include "ops/fields.h"
+#include "ops/recording.h"
 
 #include <fstream>
 

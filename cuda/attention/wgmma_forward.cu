@@ -21,7 +21,7 @@
 // 2 D / 2048 clocks of the tensor cores and 1/16 of the exponential unit, the same at D = 64, so
 // the two have to overlap wholly for half of the peak. 450 at D = 64, 400 at 72 (the product over d
 // runs 80 long, 5 % more than useful), 420 at 80, 600 at 128.
-#include "cuda/attention_sm90.cuh"
+#include "cuda/attention/wgmma.cuh"
 
 namespace p2r::cuda {
 
