@@ -9,6 +9,8 @@
 #include <map>
 #include <unordered_map>
 
+#include "ops/integer.h"
+
 namespace p2r {
 
 class Memory {
@@ -64,6 +66,32 @@ class Scratch {
  private:
   Memory& memory_;
   void* data_;
+};
+
+// Divides one block into arrays aligned to 64 bytes, in the order in which they are taken. With a
+// null base it hands out null pointers and only adds up the size, so that one layout function both
+// sizes the block and divides it:
+//
+//   Workspace size(nullptr);
+//   Buffers(size, ...);
+//   Scratch scratch(memory, size.bytes());
+//   Workspace workspace(scratch.as<char>());
+//   const Buffers buffers(workspace, ...);
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* array = base_ ? reinterpret_cast<T*>(base_ + bytes_) : nullptr;
+    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return array;
+  }
+  size_t bytes() const { return static_cast<size_t>(bytes_); }
+
+ private:
+  char* base_;
+  int64_t bytes_ = 0;
 };
 
 }  // namespace p2r

@@ -56,6 +56,8 @@ struct View {
   T* as() const {
     return static_cast<T*>(data);
   }
+  // Where element i of the row-major order begins.
+  char* element(int64_t i) const { return as<char>() + i * static_cast<int64_t>(size_of(dtype)); }
 };
 
 // How an operation uses a tensor. The types let one generic visitor find what a call reads and
