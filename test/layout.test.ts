@@ -1,5 +1,5 @@
-// The house as its README draws it: every family has its place in every layer, and includes run one
-// way.
+// The layers that docs/architecture.md describes: every family has its place in each of them, and
+// includes run one way.
 import { existsSync, readdirSync, readFileSync, statSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
