@@ -1,4 +1,3 @@
-import { rmSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { defineConfig } from 'vitest/config'
 
@@ -16,10 +15,9 @@ const shared = {
   },
 }
 
-rmSync(at('./build/twin/cases'), { recursive: true, force: true })
-
 export default defineConfig({
   test: {
+    globalSetup: './test/global_setup.ts',
     projects: [
       {
         ...shared,

@@ -21,7 +21,7 @@ import { fileURLToPath } from 'node:url'
 import { planted } from '../test/twin/planted.mjs'
 
 const root = join(dirname(fileURLToPath(import.meta.url)), '..')
-const cases = join(root, 'build/twin/cases')
+export const cases = join(root, 'build/twin/cases')
 const jobs = String(availableParallelism())
 const folderOf = (variant) => join(root, 'build/twin', variant)
 

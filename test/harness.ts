@@ -1,9 +1,10 @@
-// What the operations' tests share: the backends, seeded data, and comparison within derived bounds.
+// Shared by the operations' tests: backends, seeded data, comparison within bounds, recorded cases.
 import { mkdirSync } from 'node:fs'
-import { fileURLToPath } from 'node:url'
+import { join } from 'node:path'
 import { cudaStatus, type Device, openDevice } from 'p2r-kernels'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { native } from '../dist/lib/native.js'
+import { cases } from '../scripts/twin.mjs'
 
 /** Unit roundoff: half the distance from 1 to the next number of the type. */
 export const roundoff = { f32: 2 ** -24, f16: 2 ** -11, bf16: 2 ** -8 } as const
@@ -19,13 +20,13 @@ export interface CpuPath {
   }
 }
 
-/** The instruction sets of this CPU with what it has beyond them, and without; the best first. */
+/** The instruction sets of this CPU, each with its optional features and without them; the best first. */
 export const cpuPaths: CpuPath[] = (['avx512', 'avx2', 'neon', 'scalar'] as const).flatMap(
   (simd) => {
-    let has: readonly string[]
+    let available: readonly string[]
     try {
       using device = openDevice('cpu', { simd })
-      has = device.info.features!
+      available = device.info.features!
     } catch {
       return []
     }
@@ -36,7 +37,10 @@ export const cpuPaths: CpuPath[] = (['avx512', 'avx2', 'neon', 'scalar'] as cons
         features: { bf16: features.includes('bf16'), vnni: features.includes('vnni') },
       },
     })
-    return [path(simd, has), ...(has.length ? [path(`${simd} without features`, [])] : [])]
+    return [
+      path(simd, available),
+      ...(available.length ? [path(`${simd} without features`, [])] : []),
+    ]
   },
 )
 
@@ -44,7 +48,7 @@ export interface Backend {
   device: Device
   /** 'cpu avx512', ..., 'cuda'. */
   name: string
-  /** Another device of the kind. */
+  /** Opens another device of the same kind. */
   open: (options?: { threads?: number }) => Device
 }
 
@@ -55,37 +59,42 @@ export interface Backend {
 export function onEveryBackend(title: string, suite: (backend: Backend) => void): void {
   for (const { name, options } of cpuPaths) {
     describe(`${title} on cpu ${name}`, () =>
-      run(`cpu ${name}`, (more) => openDevice('cpu', { ...options, ...more }), suite))
+      onBackend(`cpu ${name}`, (more) => openDevice('cpu', { ...options, ...more }), suite))
   }
   const cuda = cudaStatus()
   if (cuda.available)
-    describe(`${title} on cuda`, () => run('cuda', () => openDevice('cuda'), suite))
+    describe(`${title} on cuda`, () => onBackend('cuda', () => openDevice('cuda'), suite))
   else if (process.env.REQUIRE_CUDA === '1')
     test(`${title} on cuda`, () => expect.fail(`REQUIRE_CUDA=1, but: ${cuda.reason}`))
   else describe.skip(`${title} on cuda (${cuda.reason})`, () => void test('needs a GPU', () => {}))
 }
 
-function run(name: string, open: Backend['open'], suite: (backend: Backend) => void): void {
+function onBackend(name: string, open: Backend['open'], suite: (backend: Backend) => void): void {
   const backend = { name, open } as Backend
   beforeAll(() => {
     backend.device = open()
   })
   afterAll(() => backend.device.dispose())
-  recordUnasked(backend)
+  recordEveryTest(backend)
   suite(backend)
 }
 
-// ---- Cases for the kernel twin ----
+// ---- Recorded cases ----
+//
+// The kernel twin (test/twin) runs the CUDA kernels' source on the CPU. Its test cases are calls of these
+// tests: native().record makes the addon write the inputs and results of CPU calls into a folder, and
+// the twin must reproduce the results within twice the bound given here. Only the best CPU path
+// records, since all paths make the same calls.
 
-const caseFolder = fileURLToPath(new URL('../build/twin/cases', import.meta.url))
-// What a call may do, in multiply-adds and entries (ops/recording.h), to be run by the twin, which takes
-// some 0.1 s for it, and ten times that under a sanitizer. As many small calls of each test go in
-// unasked; the rest of a test that repeats itself would tell the twin nothing new.
-const twinWork = 2 ** 21
-const callsUnasked = 4
-// How exact such a call is nobody has said: two digits of bf16 still tell any wrong index, race or
-// neighbour's value.
-const unasked = { absolute: 2 ** -14, ofLargest: 2 ** -7 }
+/**
+ * The largest call that is recorded, in multiply-adds and entries (ops/recording.h). The twin takes
+ * about 0.1 s for it, and ten times that under a sanitizer.
+ */
+const maxRecordedWork = 2 ** 21
+/** Of each test, besides what `recorded` records: further calls would repeat what the twin has run. */
+const maxCallsPerTest = 4
+/** For those calls, whose accuracy no test states: loose, but a wrong index or a race exceeds it. */
+const defaultBound = { absolute: 2 ** -14, ofLargest: 2 ** -7 }
 
 interface Bound {
   absolute?: number
@@ -95,37 +104,42 @@ interface Bound {
 
 const recordsCases = (backend: Backend) => backend.name === `cpu ${cpuPaths[0]!.name}`
 
-function record(name: string, calls: number, bound: Bound, work = twinWork): void {
-  const folder = `${caseFolder}/${name.replaceAll(/[^\w.-]+/g, '-')}`
+function startRecording(name: string, calls: number, bound: Bound, work = maxRecordedWork): void {
+  const folder = join(cases, name.replaceAll(/[^\w.-]+/g, '-'))
   mkdirSync(folder, { recursive: true })
   native().record(folder, work, calls, bound.absolute, bound.relative, bound.ofLargest)
 }
 
-/** Every test on the best CPU path writes its first small calls down as cases for the kernel twin. */
-function recordUnasked(backend: Backend): void {
+function stopRecording(): void {
+  native().record('')
+}
+
+/** Records the first small calls of every test of the suite. */
+function recordEveryTest(backend: Backend): void {
   if (!recordsCases(backend)) return
-  beforeEach(({ task }) => record(task.fullTestName ?? task.name, callsUnasked, unasked))
-  afterEach(() => native().record(''))
+  beforeEach(({ task }) =>
+    startRecording(task.fullTestName ?? task.name, maxCallsPerTest, defaultBound),
+  )
+  afterEach(stopRecording)
 }
 
 /**
- * Runs f; on the best CPU path all of its calls that are small enough are written down as cases for
- * the kernel twin, which must reproduce the CPU's results within twice the bound (both sides may
- * err), which means what it means for expectClose. `work` may allow for more.
+ * Runs f and records all of its calls of at most `work`. The bound is that of expectClose; the twin is
+ * allowed twice as much, because both its result and the CPU's may err.
  */
 export function recorded<R>(
   backend: Backend,
   name: string,
   bound: Bound,
   f: () => R,
-  work = twinWork,
+  work = maxRecordedWork,
 ): R {
   if (!recordsCases(backend)) return f()
-  record(name, Number.MAX_SAFE_INTEGER, bound, work)
+  startRecording(name, Number.MAX_SAFE_INTEGER, bound, work)
   try {
     return f()
   } finally {
-    native().record('')
+    stopRecording()
   }
 }
 
@@ -149,8 +163,8 @@ export class Random {
     return low + Math.floor(this.uniform() * (high - low + 1))
   }
   normal(scale = 1): number {
-    const r = Math.sqrt(-2 * Math.log(1 - this.uniform()))
-    return scale * r * Math.cos(2 * Math.PI * this.uniform())
+    const radius = Math.sqrt(-2 * Math.log(1 - this.uniform()))
+    return scale * radius * Math.cos(2 * Math.PI * this.uniform())
   }
   normals(n: number, scale = 1): Float32Array {
     return Float32Array.from({ length: n }, () => this.normal(scale))
@@ -164,22 +178,22 @@ export function rounded(x: ArrayLike<number>, dtype: Float): Float32Array {
 }
 
 function toBf16(x: number): number {
-  const f = new Float32Array([x])
-  const u = new Uint32Array(f.buffer)
-  const bits = u[0]!
   if (Number.isNaN(x)) return x
-  u[0] = ((bits + 0x7fff + ((bits >>> 16) & 1)) & 0xffff0000) >>> 0
-  return f[0]!
+  const value = new Float32Array([x])
+  const bits = new Uint32Array(value.buffer)
+  const lastKept = (bits[0]! >>> 16) & 1
+  bits[0] = ((bits[0]! + 0x7fff + lastKept) & 0xffff0000) >>> 0
+  return value[0]!
 }
 
 function toF16(x: number): number {
-  const a = Math.abs(Math.fround(x))
-  if (!Number.isFinite(a) || a === 0) return x
-  const ulp = a < 2 ** -14 ? 2 ** -24 : 2 ** (Math.floor(Math.log2(a)) - 10)
-  const scaled = a / ulp
-  let r = Math.floor(scaled)
-  if (scaled - r > 0.5 || (scaled - r === 0.5 && r % 2 === 1)) r++
-  return Math.sign(x) * (r * ulp > 65504 ? Infinity : r * ulp)
+  const magnitude = Math.abs(Math.fround(x))
+  if (!Number.isFinite(magnitude) || magnitude === 0) return x
+  const ulp = magnitude < 2 ** -14 ? 2 ** -24 : 2 ** (Math.floor(Math.log2(magnitude)) - 10)
+  const scaled = magnitude / ulp
+  let ulps = Math.floor(scaled)
+  if (scaled - ulps > 0.5 || (scaled - ulps === 0.5 && ulps % 2 === 1)) ulps++
+  return Math.sign(x) * (ulps * ulp > 65504 ? Infinity : ulps * ulp)
 }
 
 /** Every entry within absolute + relative * |expected| + ofLargest * the largest |expected|. */
@@ -194,20 +208,19 @@ export function expectClose(
     if (Number.isFinite(expected[i]!)) largest = Math.max(largest, Math.abs(expected[i]!))
   const floor = (bound.absolute ?? 0) + (bound.ofLargest ?? 0) * largest
   let worst = -1
-  let worstBy = 0
+  let worstRatio = 0
   for (let i = 0; i < expected.length; i++) {
-    const a = actual[i]!
-    const e = expected[i]!
-    if (Object.is(a, e) || a === e || (Number.isNaN(a) && Number.isNaN(e))) continue
-    const by = Math.abs(a - e) / (floor + (bound.relative ?? 0) * Math.abs(e))
-    if (!(by <= 1) && !(by <= worstBy)) {
+    const [got, wanted] = [actual[i]!, expected[i]!]
+    if (got === wanted || (Number.isNaN(got) && Number.isNaN(wanted))) continue
+    const ratio = Math.abs(got - wanted) / (floor + (bound.relative ?? 0) * Math.abs(wanted))
+    if (!(ratio <= 1) && !(ratio <= worstRatio)) {
       worst = i
-      worstBy = by
+      worstRatio = ratio
     }
   }
   if (worst >= 0)
     expect.fail(
-      `[${worst}] is ${actual[worst]}, expected ${expected[worst]}: ${worstBy.toPrecision(3)} times the bound`,
+      `[${worst}] is ${actual[worst]}, expected ${expected[worst]}: ${worstRatio.toPrecision(3)} times the bound`,
     )
 }
 
@@ -232,17 +245,17 @@ export function expectGradient(
   gradient: ArrayLike<number>,
   bound: { absolute: number; relative: number; step?: number; entries?: number },
 ): void {
-  const at = Float64Array.from(x)
+  const point = Float64Array.from(x)
   const step = bound.step ?? 1e-4
-  const stride = Math.max(1, Math.floor(at.length / (bound.entries ?? 24)))
-  for (let i = 0; i < at.length; i += stride) {
-    const old = at[i]!
-    at[i] = old + step
-    const up = f(at)
-    at[i] = old - step
-    const down = f(at)
-    at[i] = old
-    const slope = (up - down) / (2 * step)
+  const stride = Math.max(1, Math.floor(point.length / (bound.entries ?? 24)))
+  for (let i = 0; i < point.length; i += stride) {
+    const value = point[i]!
+    point[i] = value + step
+    const above = f(point)
+    point[i] = value - step
+    const below = f(point)
+    point[i] = value
+    const slope = (above - below) / (2 * step)
     expect(
       Math.abs(slope - gradient[i]!),
       `entry ${i}: ${gradient[i]} against a slope of ${slope}`,
