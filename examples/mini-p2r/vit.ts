@@ -46,7 +46,7 @@ interface BlockState {
   attended: { out: Tensor; lse: Tensor }
   middle: Tensor
   norm2: { out: Tensor; stats: Tensor }
-  raised: Tensor
+  fc1: Tensor
   active: Tensor
 }
 
@@ -82,8 +82,8 @@ export class Vit {
       this.addLinear(`${block}.qkv`, width, 3 * width, rng)
       this.addLinear(`${block}.project`, width, width, rng)
       this.#addNorm(`${block}.norm2`)
-      this.addLinear(`${block}.raise`, width, 4 * width, rng)
-      this.addLinear(`${block}.lower`, 4 * width, width, rng)
+      this.addLinear(`${block}.fc1`, width, 4 * width, rng)
+      this.addLinear(`${block}.fc2`, 4 * width, width, rng)
     }
     this.#addNorm('norm')
   }
@@ -164,10 +164,10 @@ export class Vit {
       y: this.linear(`${i}.project`, attended.out.reshape([rows, width])),
     })
     const norm2 = this.#norm(`${i}.norm2`, middle)
-    const raised = this.linear(`${i}.raise`, norm2.out)
-    const active = gelu({ x: raised })
-    const out = add({ x: middle, y: this.linear(`${i}.lower`, active) })
-    return { state: { x, norm1, qkv, attended, middle, norm2, raised, active }, out }
+    const fc1 = this.linear(`${i}.fc1`, norm2.out)
+    const active = gelu({ x: fc1 })
+    const out = add({ x: middle, y: this.linear(`${i}.fc2`, active) })
+    return { state: { x, norm1, qkv, attended, middle, norm2, fc1, active }, out }
   }
 
   #blockBackward(
@@ -177,12 +177,12 @@ export class Vit {
     cuSeqlens: Ints,
     grads: Tensors,
   ): Tensor {
-    const { x, norm1, qkv, attended, middle, norm2, raised, active } = state
+    const { x, norm1, qkv, attended, middle, norm2, fc1, active } = state
     const rows = x.shape[0] as number
     const { width } = this.shape
-    const dActive = this.linearBackward(`${i}.lower`, active, dOut, grads)
-    const dRaised = geluBackward({ dOut: dActive, x: raised })
-    const dNorm2 = this.linearBackward(`${i}.raise`, norm2.out, dRaised, grads)
+    const dActive = this.linearBackward(`${i}.fc2`, active, dOut, grads)
+    const dFc1 = geluBackward({ dOut: dActive, x: fc1 })
+    const dNorm2 = this.linearBackward(`${i}.fc1`, norm2.out, dFc1, grads)
     const dMlp = this.#normBackward(`${i}.norm2`, middle, norm2.stats, dNorm2, grads)
     const dMiddle = add({ x: dOut, y: dMlp })
 
