@@ -24,7 +24,7 @@ std::unique_ptr<Device> open_named(const std::string& id, const OpenOptions& opt
                 "no device is called '" + id + "'; expected cpu, cuda or cuda:<index>");
   const CudaStatus status = cuda_status();
   if (!status.available)
-    throw Error(Code::device, "'" + id + "' is not to be had: " + status.reason);
+    throw Error(Code::device, "'" + id + "' is not available: " + status.reason);
   const int n = digits ? std::stoi(index) : 0;
   const int count = static_cast<int>(cuda_infos().size());
   if (n >= count)

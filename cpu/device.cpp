@@ -63,7 +63,7 @@ const Simd* choose_simd(const std::string& name) {
     if (name == tables[i]->name) return tables[i];
     have += std::string(i ? ", " : "") + tables[i]->name;
   }
-  throw Error(Code::device, "simd '" + name + "' is not to be had on this CPU, which has " + have);
+  throw Error(Code::device, "simd '" + name + "' is not available on this CPU, which has " + have);
 }
 
 std::vector<std::string> names_of(const SimdFeatures& features) {
@@ -77,7 +77,7 @@ SimdFeatures choose_features(const Simd& simd, const OpenOptions& options) {
   const SimdFeatures have = simd_features(simd);
   auto choose = [&](const char* name, int wanted, bool has) {
     if (wanted == 1 && !has)
-      throw Error(Code::device, std::string("features.") + name + " is not to be had with simd '" +
+      throw Error(Code::device, std::string("features.") + name + " is not available with simd '" +
                                     simd.name + "' on this CPU");
     return has && wanted != 0;
   };

@@ -1,4 +1,4 @@
-/** What the library uses of an AbortSignal: so its types need neither Node's nor the DOM's. */
+/** The part of AbortSignal that the library uses, so that its types need neither Node's nor the DOM's. */
 export interface AbortSignalLike {
   readonly aborted: boolean
   readonly reason: unknown
@@ -7,19 +7,19 @@ export interface AbortSignalLike {
   removeEventListener(type: 'abort', listener: () => void): void
 }
 
-const waiting = new WeakMap<AbortSignalLike, Set<() => void>>()
+const listeners = new WeakMap<AbortSignalLike, Set<() => void>>()
 
 /**
- * Calls f when the signal aborts, until the function that this returns is called. However many wait,
- * the signal has one listener: Node warns of more than ten.
+ * Calls f when the signal aborts; the returned function unsubscribes it. All callbacks of a signal share
+ * one listener, because Node warns about more than ten.
  */
 export function onAbort(signal: AbortSignalLike | undefined, f: () => void): () => void {
   if (!signal) return () => {}
-  let all = waiting.get(signal)
+  let all = listeners.get(signal)
   if (!all) {
     const made = new Set<() => void>()
     all = made
-    waiting.set(signal, made)
+    listeners.set(signal, made)
     signal.addEventListener('abort', () => {
       for (const each of [...made]) each()
     })
@@ -27,4 +27,20 @@ export function onAbort(signal: AbortSignalLike | undefined, f: () => void): () 
   const own = (): void => f()
   all.add(own)
   return () => all.delete(own)
+}
+
+/** Resolves after a delay; an abort rejects with the signal's reason. */
+export function sleep(milliseconds: number, signal?: AbortSignalLike): Promise<void> {
+  signal?.throwIfAborted()
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(() => {
+      forget()
+      resolve()
+    }, milliseconds)
+    const forget = onAbort(signal, () => {
+      clearTimeout(timer)
+      forget()
+      reject(signal?.reason)
+    })
+  })
 }

@@ -1,5 +1,5 @@
 import { native } from './native.js'
-import { holds } from './scope.js'
+import { heldBy } from './scope.js'
 import { Tensor } from './tensor.js'
 
 /**
@@ -10,8 +10,7 @@ export function composite<R extends object>(name: string, f: () => R): R {
   native().beginComposite(name)
   try {
     const result = f()
-    const hidden = (result as { [holds]?: () => Iterable<unknown> })[holds]?.() ?? []
-    for (const part of [...Object.values(result).flat(), ...hidden])
+    for (const part of [...Object.values(result).flat(), ...heldBy(result)])
       if (Tensor.is(part)) Tensor.handle(part).join()
     return result
   } finally {

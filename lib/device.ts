@@ -1,15 +1,9 @@
+import { checkObject, checkString, describeValue } from './arguments.js'
+import { type DType, isDType } from './dtype.js'
 import { P2RError, refuse } from './errors.js'
 import { type IpcDescription, openShared } from './ipc.js'
 import { type DeviceHandle, native } from './native.js'
-import {
-  type DType,
-  defaultDType,
-  describeValue,
-  type HostArray,
-  hostData,
-  type Tensor,
-  wrap,
-} from './tensor.js'
+import { defaultDType, type HostArray, hostData, type Tensor, wrap } from './tensor.js'
 
 export interface DeviceInfo {
   backend: 'cpu' | 'cuda'
@@ -54,18 +48,12 @@ export function cudaStatus(): { built: boolean; available: boolean; reason: stri
  * falls back. Each call opens a queue and a memory pool of its own.
  */
 export function openDevice(id?: string, options: OpenOptions = {}): Device {
-  if (id !== undefined && typeof id !== 'string')
-    refuse('ERR_VALUE', 'openDevice', `id must be a string, got ${describeValue(id)}`)
-  const { features, ...rest } = plainObject(options, 'options')
-  plainObject(features ?? {}, 'features')
+  const op = 'openDevice'
+  if (id !== undefined) checkString(id, 'id', op)
+  const { features, ...rest } = checkObject(options, 'options', op)
+  checkObject(features ?? {}, 'features', op)
   const handle = native().openDevice(id ?? process.env.P2R_DEVICE ?? '', { ...rest, ...features })
   return new Device(construct, handle)
-}
-
-function plainObject<T>(value: T, name: string): T {
-  if (typeof value !== 'object' || value === null)
-    refuse('ERR_VALUE', 'openDevice', `${name} must be an object, got ${describeValue(value)}`)
-  return value
 }
 
 const construct = Symbol('construct')
@@ -149,7 +137,14 @@ export class Device implements Disposable {
   }
 }
 
+/** @internal The argument `device` of an operation. */
+export function checkDevice(value: unknown, op: string): Device {
+  if (!Device.is(value))
+    refuse('ERR_VALUE', op, `device must be a Device, got ${describeValue(value)}`)
+  return value
+}
+
 function checkDType(dtype: unknown, op: string): void {
-  if (!['f32', 'f16', 'bf16', 'i32', 'u8'].includes(dtype as string))
+  if (!isDType(dtype))
     refuse('ERR_VALUE', op, `dtype must be f32, f16, bf16, i32 or u8, got ${describeValue(dtype)}`)
 }

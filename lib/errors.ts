@@ -39,19 +39,3 @@ export function refuse(
 ): never {
   throw new P2RError(code, `[${op}] ${message}`, { op, ...options })
 }
-
-/** One of a closed list of names; anything else is ERR_VALUE. */
-export function choice<T extends string>(
-  value: T,
-  names: readonly T[],
-  what: string,
-  op: string,
-): T {
-  if (!names.includes(value))
-    refuse(
-      'ERR_VALUE',
-      op,
-      `${what} must be ${names.map((n) => `'${n}'`).join(' or ')}, got ${String(value)}`,
-    )
-  return value
-}

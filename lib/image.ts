@@ -1,10 +1,18 @@
 import { readFile, writeFile } from 'node:fs/promises'
 import { extname } from 'node:path'
 import type { Sharp, SharpOptions } from 'sharp'
-import type { AbortSignalLike } from './abort.js'
-import { Device } from './device.js'
-import { choice, P2RError, refuse } from './errors.js'
-import { describeValue, handleOf, type Tensor } from './tensor.js'
+import { type AbortSignalLike, onAbort } from './abort.js'
+import {
+  checkBoolean,
+  checkIntegerWithin,
+  checkPositive,
+  checkString,
+  choice,
+  describeValue,
+} from './arguments.js'
+import { checkDevice, type Device } from './device.js'
+import { P2RError, refuse } from './errors.js'
+import { imageSize, type Tensor } from './tensor.js'
 
 // Loaded when first used, so that a program without images never loads libvips.
 async function codec(op: string): Promise<typeof import('sharp').default> {
@@ -46,17 +54,14 @@ export async function loadImage(
   const { autoOrient = false, alpha = 'white', maxPixels = 268_402_689, signal } = options
   if (typeof source !== 'string' && !(source instanceof Uint8Array))
     refuse('ERR_VALUE', op, `source must be a path or bytes, got ${describeValue(source)}`)
-  if (!(device instanceof Device))
-    refuse('ERR_VALUE', op, `device must be a Device, got ${describeValue(device)}`)
-  if (typeof autoOrient !== 'boolean')
-    refuse('ERR_VALUE', op, `autoOrient must be true or false, got ${describeValue(autoOrient)}`)
+  checkDevice(device, op)
+  checkBoolean(autoOrient, 'autoOrient', op)
   choice(alpha, ['white', 'drop'], 'alpha', op)
-  if (!Number.isSafeInteger(maxPixels) || maxPixels < 1)
-    refuse('ERR_VALUE', op, `maxPixels must be a positive integer, got ${describeValue(maxPixels)}`)
+  checkPositive(maxPixels, 'maxPixels', op)
 
   signal?.throwIfAborted()
   const decoding = decode(source, autoOrient, maxPixels, op, signal)
-  const { data, width, height, channels } = await (signal ? unless(signal, decoding) : decoding)
+  const { data, width, height, channels } = await abortable(decoding, signal)
   return device.tensor(toRgb(data, channels, alpha === 'white'), [height, width, 3], 'u8')
 }
 
@@ -110,19 +115,18 @@ async function decode(
   }
 }
 
-// sharp cannot be interrupted, so an abort only stops the wait for it.
-async function unless<T>(signal: AbortSignalLike, work: Promise<T>): Promise<T> {
-  let abort = () => {}
+// sharp cannot be interrupted, so an abort only ends the wait for it.
+async function abortable<T>(work: Promise<T>, signal: AbortSignalLike | undefined): Promise<T> {
+  let forget = () => {}
   const aborted = new Promise<never>((_, reject) => {
-    abort = () => reject(signal.reason)
-    signal.addEventListener('abort', abort)
+    forget = onAbort(signal, () => reject(signal?.reason))
   })
   try {
     return await Promise.race([work, aborted])
   } catch (error) {
-    throw signal.aborted ? signal.reason : error
+    throw signal?.aborted ? signal.reason : error
   } finally {
-    signal.removeEventListener('abort', abort)
+    forget()
   }
 }
 
@@ -169,8 +173,7 @@ const extensions: Record<string, string> = {
  */
 export async function saveImage(image: Tensor, path: string): Promise<void> {
   const op = 'saveImage'
-  if (typeof path !== 'string')
-    refuse('ERR_VALUE', op, `path must be a string, got ${describeValue(path)}`)
+  checkString(path, 'path', op)
   const format = extensions[extname(path).toLowerCase()]
   if (!format)
     refuse('ERR_VALUE', op, `path must end in ${Object.keys(extensions).join(', ')}, got '${path}'`)
@@ -194,12 +197,7 @@ export async function encodeImage(
   const op = 'encodeImage'
   const format = choice(options.format ?? 'png', ['png', 'jpeg', 'webp'], 'format', op)
   const { quality } = options
-  if (quality !== undefined && !(Number.isInteger(quality) && quality >= 1 && quality <= 100))
-    refuse(
-      'ERR_VALUE',
-      op,
-      `quality must be an integer from 1 to 100, got ${describeValue(quality)}`,
-    )
+  if (quality !== undefined) checkIntegerWithin(quality, 1, 100, 'quality', op)
   return new Uint8Array(await encode(image, format, quality, op))
 }
 
@@ -209,18 +207,10 @@ async function encode(
   quality: number | undefined,
   op: string,
 ): Promise<Buffer> {
-  handleOf(image, 'image', op)
-  if (image.dtype !== 'u8') refuse('ERR_DTYPE', op, `image must be u8, got ${image.dtype}`)
-  const [height, width, channels] = image.shape
-  if (image.shape.length !== 3 || channels !== 3 || !height || !width)
-    refuse(
-      'ERR_SHAPE',
-      op,
-      `image must be [height, width, 3] and not empty, got [${image.shape.join(', ')}]`,
-    )
+  const [height, width] = imageSize(image, op)
   const data = (await image.read()) as Uint8Array
   const sharp = await codec(op)
-  const raw: Sharp = sharp(data, { raw: { width, height, channels }, limitInputPixels: false })
+  const raw: Sharp = sharp(data, { raw: { width, height, channels: 3 }, limitInputPixels: false })
   const encoders: Record<string, () => Sharp> = {
     png: () => raw.png(),
     jpeg: () => raw.jpeg({ quality: quality ?? 90 }),

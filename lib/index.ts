@@ -7,6 +7,7 @@ export {
   type OpenOptions,
   openDevice,
 } from './device.js'
+export type { DType } from './dtype.js'
 export { type ErrorCode, P2RError } from './errors.js'
 export type { Grid } from './grid.js'
 export { encodeImage, loadImage, saveImage } from './image.js'
@@ -81,10 +82,6 @@ export {
   type PraGrpoSettings,
   p2r,
   type RoleMetrics,
-  type RolloutBatch,
-  type RolloutItem,
-  type RolloutMetrics,
-  type Sample,
   type Schedule,
   type TrainedModel,
 } from './p2r/pra_grpo.js'
@@ -105,7 +102,8 @@ export {
   type RewardRules,
   type Verifier,
 } from './p2r/reward.js'
+export type { RolloutBatch, RolloutItem, RolloutMetrics, Sample } from './p2r/rollouts.js'
 export { loadMetadata, loadTensors, saveTensors } from './safetensors.js'
 export { scope, scopeAsync } from './scope.js'
-export type { DType, Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'
+export type { Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'
 export { type VisionEncoding, VisionTower, type VisionTowerConfig } from './vision/tower.js'

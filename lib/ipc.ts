@@ -2,9 +2,10 @@ import { randomUUID } from 'node:crypto'
 import { existsSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { describeValue } from './arguments.js'
+import { type DType, isDType } from './dtype.js'
 import { refuse } from './errors.js'
 import type { DeviceHandle, TensorHandle } from './native.js'
-import { type DType, describeValue } from './tensor.js'
 
 /** What another process needs to open a tensor's memory. Plain data: it survives JSON. */
 export interface IpcDescription {
@@ -105,7 +106,7 @@ function checked(description: IpcDescription, op: string): IpcDescription {
     typeof bytes !== 'number' ||
     typeof offset !== 'number' ||
     !Array.isArray(shape) ||
-    !['f32', 'f16', 'bf16', 'i32', 'u8'].includes(dtype as string)
+    !isDType(dtype)
   )
     refuse('ERR_VALUE', op, `expected what ipcHandle() gave, got ${describeValue(description)}`)
   return description

@@ -1,5 +1,6 @@
 import { fileURLToPath } from 'node:url'
 import bindings from 'bindings'
+import type { DeviceInfo } from './device.js'
 import { P2RError } from './errors.js'
 
 /** What the addon takes as host data. */
@@ -25,7 +26,7 @@ export interface TensorHandle {
 /** A device's native half; see binding/device.h. */
 export interface DeviceHandle {
   readonly disposed: boolean
-  info(): NativeInfo
+  info(): DeviceInfo
   tensor(data: TypedArray, shape: readonly number[], dtype: string): TensorHandle
   zeros(shape: readonly number[], dtype: string): TensorHandle
   openShared(
@@ -44,20 +45,10 @@ export interface DeviceHandle {
   dispose(): void
 }
 
-export interface NativeInfo {
-  backend: 'cpu' | 'cuda'
-  id: string
-  name: string
-  memoryBytes: number
-  threads?: number
-  simd?: string
-  computeCapability?: string
-}
-
 export interface Native {
   initialize(errorClass: typeof P2RError): void
   openDevice(id: string, options: object): DeviceHandle
-  devices(): NativeInfo[]
+  devices(): DeviceInfo[]
   cudaStatus(): { built: boolean; available: boolean; reason: string }
   beginComposite(name: string): void
   endComposite(): void

@@ -1,21 +1,18 @@
 import { randomUUID } from 'node:crypto'
 import { type FileHandle, open, rename, unlink } from 'node:fs/promises'
-import { Device } from './device.js'
+import { checkObject, checkString, describeValue, isJsonObject } from './arguments.js'
+import { checkDevice, type Device } from './device.js'
+import { type DType, hostTypes } from './dtype.js'
 import { P2RError, refuse } from './errors.js'
-import { type DType, describeValue, type HostArray, handleOf, type Tensor } from './tensor.js'
+import { type HostArray, handleOf, type Tensor } from './tensor.js'
 
 // The file: the header's length (8 bytes, little-endian), the header (JSON), the data. The header
 // gives each tensor's dtype, shape and place in the data, which the tensors fill without gaps.
 // https://huggingface.co/docs/safetensors
 const fileTypes = { f32: 'F32', f16: 'F16', bf16: 'BF16', i32: 'I32', u8: 'U8' } as const
-const hostTypes = {
-  F32: ['f32', Float32Array],
-  F16: ['f16', Uint16Array],
-  BF16: ['bf16', Uint16Array],
-  I32: ['i32', Int32Array],
-  U8: ['u8', Uint8Array],
-} as const
-type FileType = keyof typeof hostTypes
+const dtypes = new Map<string, DType>(
+  Object.entries(fileTypes).map(([dtype, stored]) => [stored, dtype as DType]),
+)
 
 /** The format's own limit on the header. */
 const maxHeader = 100_000_000
@@ -38,9 +35,8 @@ export async function saveTensors(
   metadata?: Readonly<Record<string, string>>,
 ): Promise<void> {
   const op = 'saveTensors'
-  checkPath(path, op)
-  if (typeof tensors !== 'object' || tensors === null)
-    refuse('ERR_VALUE', op, `tensors must be Tensors by name, got ${describeValue(tensors)}`)
+  checkString(path, 'path', op)
+  checkObject(tensors, 'tensors', op, 'Tensors by name')
   const entries = Object.entries(tensors)
   for (const [name, tensor] of entries) {
     handleOf(tensor, `tensors['${name}']`, op)
@@ -48,8 +44,7 @@ export async function saveTensors(
       refuse('ERR_VALUE', op, "a tensor cannot be named '__metadata__', which is the header's own")
   }
   for (const [key, value] of Object.entries(metadata ?? {}))
-    if (typeof value !== 'string')
-      refuse('ERR_VALUE', op, `metadata['${key}'] must be a string, got ${describeValue(value)}`)
+    checkString(value, `metadata['${key}']`, op)
   // Wide types first, so that every tensor lies at a multiple of its element's size.
   entries.sort(([a, x], [b, y]) => width(y) - width(x) || (a < b ? -1 : 1))
 
@@ -105,19 +100,17 @@ export async function loadSome(
   device: Device,
   rename: (name: string) => string | undefined,
 ): Promise<Record<string, Tensor>> {
-  checkPath(path, op)
-  if (!(device instanceof Device))
-    refuse('ERR_VALUE', op, `device must be a Device, got ${describeValue(device)}`)
+  checkString(path, 'path', op)
+  checkDevice(device, op)
   const loaded: [string, Tensor][] = []
   try {
     const file = await open(path, 'r')
     try {
       const { entries, dataStart } = await readHeader(file, path, op)
-      for (const { name: stored, type, shape, begin, size } of entries) {
+      for (const { name: stored, dtype, shape, begin, size } of entries) {
         const name = rename(stored)
         if (name === undefined) continue
-        const [dtype, HostType] = hostTypes[type]
-        const data = new HostType(size)
+        const data = new hostTypes[dtype](size)
         await readAll(file, data, dataStart + begin, path, op)
         loaded.push([name, device.tensor<DType>(data as HostArray, shape, dtype)])
       }
@@ -138,7 +131,7 @@ export async function loadSome(
  */
 export async function loadMetadata(path: string): Promise<Record<string, string>> {
   const op = 'loadMetadata'
-  checkPath(path, op)
+  checkString(path, 'path', op)
   try {
     const file = await open(path, 'r')
     try {
@@ -153,7 +146,7 @@ export async function loadMetadata(path: string): Promise<Record<string, string>
 
 interface Entry {
   name: string
-  type: FileType
+  dtype: DType
   shape: number[]
   begin: number
   end: number
@@ -185,14 +178,14 @@ async function readHeader(
   } catch (cause) {
     refuse('ERR_FORMAT', op, `${path}: the header is not JSON`, { cause })
   }
-  if (!isObject(header))
+  if (!isJsonObject(header))
     return bad(`the header must be a JSON object, got ${describeValue(header)}`)
 
   const entries: Entry[] = []
   let metadata: Record<string, string> = {}
   for (const [name, entry] of Object.entries(header)) {
     if (name === '__metadata__') {
-      if (!isObject(entry) || !Object.values(entry).every((value) => typeof value === 'string'))
+      if (!isJsonObject(entry) || !Object.values(entry).every((value) => typeof value === 'string'))
         bad('__metadata__ must hold strings by name')
       metadata = entry as Record<string, string>
       continue
@@ -214,26 +207,22 @@ async function readHeader(
 }
 
 function readEntry(name: string, entry: unknown, bad: (why: string) => never): Entry {
-  if (!isObject(entry)) return bad(`'${name}' must be an object, got ${describeValue(entry)}`)
-  const { dtype, shape, data_offsets: offsets } = entry
-  if (typeof dtype !== 'string' || !Object.hasOwn(hostTypes, dtype))
-    return bad(`'${name}' must have dtype F32, F16, BF16, I32 or U8, got ${describeValue(dtype)}`)
-  const type = dtype as FileType
+  if (!isJsonObject(entry)) return bad(`'${name}' must be an object, got ${describeValue(entry)}`)
+  const { dtype: stored, shape, data_offsets: offsets } = entry
+  const dtype = dtypes.get(stored as string)
+  if (!dtype)
+    return bad(`'${name}' must have dtype F32, F16, BF16, I32 or U8, got ${describeValue(stored)}`)
   if (!isSizes(shape) || shape.length > maxRank)
     return bad(`'${name}' must have a shape of at most ${maxRank} sizes`)
   if (!isSizes(offsets) || offsets.length !== 2)
     return bad(`'${name}' must have data_offsets of two whole numbers`)
   const [begin, end] = offsets as [number, number]
   const size = shape.includes(0) ? 0 : shape.reduce((n, d) => n * d, 1)
-  if (end - begin !== size * hostTypes[type][1].BYTES_PER_ELEMENT)
+  if (end - begin !== size * hostTypes[dtype].BYTES_PER_ELEMENT)
     bad(
-      `'${name}', ${dtype} [${shape.join(', ')}], does not fit its data_offsets [${begin}, ${end}]`,
+      `'${name}', ${stored} [${shape.join(', ')}], does not fit its data_offsets [${begin}, ${end}]`,
     )
-  return { name, type, shape, begin, end, size }
-}
-
-function isObject(value: unknown): value is Record<string, unknown> {
-  return typeof value === 'object' && value !== null && !Array.isArray(value)
+  return { name, dtype, shape, begin, end, size }
 }
 
 function isSizes(value: unknown): value is number[] {
@@ -241,7 +230,7 @@ function isSizes(value: unknown): value is number[] {
 }
 
 function width(tensor: Tensor): number {
-  return hostTypes[fileTypes[tensor.dtype]][1].BYTES_PER_ELEMENT
+  return hostTypes[tensor.dtype].BYTES_PER_ELEMENT
 }
 
 async function writeAll(file: FileHandle, data: NodeJS.TypedArray): Promise<void> {
@@ -266,11 +255,6 @@ async function readAll(
     if (!bytesRead) refuse('ERR_FORMAT', op, `${path}: the file ends at byte ${position + at}`)
     at += bytesRead
   }
-}
-
-function checkPath(path: unknown, op: string): void {
-  if (typeof path !== 'string')
-    refuse('ERR_VALUE', op, `path must be a string, got ${describeValue(path)}`)
 }
 
 /** What the library threw goes on; what the file system threw is ERR_IO. */

@@ -33,15 +33,19 @@ function release(made: Set<Disposes>, result: unknown): void {
     if (ArrayBuffer.isView(value)) return
     const inner = value instanceof Map || value instanceof Set ? [...value] : Object.values(value)
     for (const v of inner) keep(v)
-    const held = (value as { [holds]?: () => Iterable<unknown> })[holds]
-    if (held) for (const v of held.call(value)) keep(v)
+    for (const v of heldBy(value)) keep(v)
   }
   keep(result)
   for (const tensor of made) tensor.dispose()
 }
 
-/** What an object with private fields answers to a scope that asks which tensors it holds. */
+/** The method by which an object tells a scope the tensors in its private fields. */
 export const holds: unique symbol = Symbol('holds')
+
+/** What an object's `holds` method tells; nothing without one. */
+export function heldBy(value: object): Iterable<unknown> {
+  return (value as { [holds]?: () => Iterable<unknown> })[holds]?.() ?? []
+}
 
 /**
  * Runs f and disposes every tensor made in it, on any device, that its result does not hold. The

@@ -1,10 +1,11 @@
+import { checkArray, describeValue } from './arguments.js'
 import type { Device } from './device.js'
+import { type DType, hostTypes } from './dtype.js'
 import { P2RError, refuse } from './errors.js'
 import { type IpcHandle, share } from './ipc.js'
 import { native, type TensorHandle, type TypedArray } from './native.js'
 import { holds, track, untrack } from './scope.js'
 
-export type DType = 'f32' | 'f16' | 'bf16' | 'i32' | 'u8'
 export type HostArray =
   | Float32Array
   | Uint16Array
@@ -24,14 +25,6 @@ export type HostOf<D extends DType> = D extends 'f32'
 export type Ints = ArrayLike<number>
 /** Several tensors at once, disposed together. */
 export type Held<R> = R & { dispose(): void } & Disposable
-
-const hostTypes = {
-  f32: Float32Array,
-  f16: Uint16Array,
-  bf16: Uint16Array,
-  i32: Int32Array,
-  u8: Uint8Array,
-} as const
 
 const construct = Symbol('construct')
 
@@ -158,23 +151,24 @@ export function maybeHandle(value: unknown, name: string, op: string): TensorHan
   return value === undefined || value === null ? null : handleOf(value, name, op)
 }
 
-/** @internal Host integers as the addon takes them; it checks each value. */
-export function hostInts(value: unknown, name: string, op: string): Float64Array {
-  const list = value as ArrayLike<number> | null | undefined
-  if (typeof list !== 'object' || list === null || typeof list.length !== 'number')
-    refuse('ERR_VALUE', op, `${name} must be a list of integers, got ${describeValue(value)}`)
-  // A plain loop: Float64Array.from with a function takes some 70 ns an element.
-  const out = new Float64Array(list.length)
-  for (let i = 0; i < out.length; i++) out[i] = Number(list[i])
-  return out
+/** @internal The native handles of a list of tensors, whose parts are named by their index. */
+export function handlesOf(list: readonly Tensor[], name: string, op: string): TensorHandle[] {
+  const tensors = checkArray(list, name, op, 'an array of Tensors')
+  return tensors.map((tensor, i) => handleOf(tensor, `${name}[${i}]`, op))
 }
 
-export function describeValue(value: unknown): string {
-  if (value === null || value === undefined) return String(value)
-  if (typeof value === 'string') return `'${value}'`
-  if (Array.isArray(value)) return 'an array'
-  if (typeof value === 'object') return `a ${value.constructor?.name ?? 'plain object'}`
-  return String(value)
+/** @internal Height and width of an image: u8 [height, width, 3], not empty. */
+export function imageSize(image: Tensor, op: string): [height: number, width: number] {
+  handleOf(image, 'image', op)
+  const [height, width, channels] = image.shape
+  if (image.shape.length !== 3 || channels !== 3 || !height || !width)
+    refuse(
+      'ERR_SHAPE',
+      op,
+      `image must be [height, width, 3] and not empty, got [${image.shape.join(', ')}]`,
+    )
+  if (image.dtype !== 'u8') refuse('ERR_DTYPE', op, `image must be u8, got ${image.dtype}`)
+  return [height, width]
 }
 
 /** @internal Tensors with one dispose for all of them, and for `hidden` ones that closures use. */

@@ -36,7 +36,7 @@ test('a device is opened by its name and never another instead', () => {
     expectRefusal(() => openDevice(id), 'ERR_DEVICE', 'openDevice', new RegExp(`'${id}'`))
   expectRefusal(() => openDevice('cuda:999'), 'ERR_DEVICE', 'openDevice')
   if (!cudaStatus().available)
-    expectRefusal(() => openDevice('cuda'), 'ERR_DEVICE', 'openDevice', /'cuda' is not to be had/)
+    expectRefusal(() => openDevice('cuda'), 'ERR_DEVICE', 'openDevice', /'cuda' is not available/)
   expectRefusal(() => openDevice(1 as never), 'ERR_VALUE', 'openDevice', /must be a string/)
   expectRefusal(() => openDevice(null as never), 'ERR_VALUE', 'openDevice', /must be a string/)
 })

@@ -1,5 +1,5 @@
-// The layers that docs/architecture.md describes: every family has its place in each of them, and
-// includes run one way.
+// The structure of the tree: every family of operations has its files in every layer, and includes
+// and imports point one way.
 import { existsSync, readdirSync, readFileSync, statSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -16,7 +16,7 @@ const files = (folder: string, pattern: RegExp): string[] =>
     : []
 const cpp = /\.(h|cpp|cc|cu|cuh|def)$/
 
-/** Source without comments and without what stands in strings, but for include paths. */
+/** Source without comments and string contents; include paths are kept. */
 const code = (path: string): string =>
   read(path)
     .replaceAll(/\/\*[\s\S]*?\*\//g, '')
@@ -67,7 +67,7 @@ test.each(layers)('%s includes only from %j', (layer, allowed) => {
     for (const name of includes(path)) {
       if (name.startsWith('"')) {
         const target = name.slice(1)
-        // The one place where kernels meet the twin, under P2R_TWIN.
+        // The kernel twin replaces the primitives here, under P2R_TWIN.
         if (path === 'cuda/ptx.cuh' && target === 'test/twin/simt.h') continue
         expect(existsSync(join(root, target)), `${path}: paths start at the root: ${target}`).toBe(
           true,
@@ -80,7 +80,7 @@ test.each(layers)('%s includes only from %j', (layer, allowed) => {
     }
 })
 
-test('PTX, launches and shared memory stand in cuda/ptx.cuh alone', () => {
+test('only cuda/ptx.cuh contains PTX, launches and shared memory', () => {
   for (const path of files('cuda', cpp)) {
     if (path === 'cuda/ptx.cuh') continue
     const text = code(path)
@@ -92,7 +92,7 @@ test('PTX, launches and shared memory stand in cuda/ptx.cuh alone', () => {
   }
 })
 
-test('what is compiled per instruction set holds no inline code of the standard library', () => {
+test('code compiled per instruction set contains no inline code of the standard library', () => {
   const perSet = files('cpu/simd', /\.(cpp|h)$/).filter((p) => p !== 'cpu/simd/select.cpp')
   expect(perSet.length).toBeGreaterThan(2)
   const seen = new Set<string>()
@@ -113,9 +113,57 @@ test('what is compiled per instruction set holds no inline code of the standard 
   for (const path of perSet) visit(path)
 })
 
-test('lib/p2r and lib/vision stand on lib/ops, not on the addon', () => {
+test('lib/p2r and lib/vision reach the addon only through lib/ops', () => {
   for (const path of [...files('lib/p2r', /\.ts$/), ...files('lib/vision', /\.ts$/)])
     expect(read(path), path).not.toMatch(/from '.*\/native\.js'/)
+})
+
+/** The first circle of imports by value that starts from a module, as its path; undefined without one. */
+function importCycle(imports: ReadonlyMap<string, readonly string[]>): string[] | undefined {
+  const finished = new Set<string>()
+  const visit = (path: string, above: readonly string[]): string[] | undefined => {
+    const start = above.indexOf(path)
+    if (start >= 0) return [...above.slice(start), path]
+    if (finished.has(path)) return undefined
+    for (const target of imports.get(path) ?? []) {
+      const found = visit(target, [...above, path])
+      if (found) return found
+    }
+    finished.add(path)
+    return undefined
+  }
+  for (const path of imports.keys()) {
+    const found = visit(path, [])
+    if (found) return found
+  }
+  return undefined
+}
+
+/** The modules that a source imports or re-exports at run time. Imports of types alone are erased. */
+const valueImports = (path: string, source: string): string[] =>
+  [...source.matchAll(/^(?:import|export)\s+(?!type\b)[^'";]*?from '(\.[^']+)'/gm)].map(
+    ([, from]) => join(dirname(path), from!.replace(/\.js$/, '.ts')),
+  )
+
+test('lib has no import cycles, types aside', () => {
+  const imports = new Map(files('lib', /\.ts$/).map((p) => [p, valueImports(p, read(p))]))
+  expect(imports.get('lib/index.ts')).toContain('lib/safetensors.ts')
+  expect(importCycle(imports)).toBeUndefined()
+})
+
+test('an import cycle is found, through multi-line imports and re-exports, and not through types', () => {
+  const importsOf = (sources: Record<string, string>) =>
+    new Map(Object.entries(sources).map(([path, source]) => [path, valueImports(path, source)]))
+  const outer = "import {\n  type A,\n  a,\n} from './p2r/b.js'\n"
+  const cycle = ['lib/a.ts', 'lib/p2r/b.ts', 'lib/a.ts']
+  expect(
+    importCycle(importsOf({ 'lib/a.ts': outer, 'lib/p2r/b.ts': "export { b } from '../a.js'\n" })),
+  ).toEqual(cycle)
+  expect(
+    importCycle(
+      importsOf({ 'lib/a.ts': outer, 'lib/p2r/b.ts': "import type { B } from '../a.js'\n" }),
+    ),
+  ).toBeUndefined()
 })
 
 test('examples use the package by its name', () => {
@@ -124,7 +172,7 @@ test('examples use the package by its name', () => {
       expect(join(dirname(path), from!), path).toMatch(/^examples\//)
 })
 
-test('no file of the house leaves notes to self', () => {
+test('no source has TODO notes', () => {
   const all = ['ops', 'cpu', 'cuda', 'binding', 'lib', 'scripts', 'examples', 'bench'].flatMap(
     (folder) => files(folder, /\.(h|cpp|cc|cu|cuh|def|ts|mjs)$/),
   )

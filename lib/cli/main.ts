@@ -10,7 +10,7 @@ import { loadImage, saveImage } from '../image.js'
 import { answer } from '../p2r/answer.js'
 import { parseBoxes } from '../p2r/boxes.js'
 import { collectEvidence, type Evidence } from '../p2r/evidence.js'
-import type { AnswerForm } from '../p2r/prompts.js'
+import { type AnswerForm, answerForms } from '../p2r/prompts.js'
 import { type EvaluateOptions, evaluateCommand } from './evaluate.js'
 import { type RoleOptions, rolesOf } from './roles.js'
 import { UsageError } from './usage.js'
@@ -48,7 +48,7 @@ const program = new Command('p2r-kernels')
 
 const formOption = () =>
   new Option('--form <form>', 'how questions are answered: by a letter, a number or text')
-    .choices(['mca', 'na', 'free_form'])
+    .choices(answerForms)
     .default('mca')
 const deviceOption = () =>
   new Option('--device <id>', "'cpu', 'cuda', 'cuda:1' (default: $P2R_DEVICE, else CUDA, else CPU)")

@@ -3,7 +3,7 @@ import { createReadStream, existsSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
 import { dirname, resolve } from 'node:path'
 import { createInterface } from 'node:readline'
-import type { AnswerForm } from '../p2r/prompts.js'
+import { type AnswerForm, answerForms } from '../p2r/prompts.js'
 import { UsageError } from './usage.js'
 
 export interface Row {
@@ -34,7 +34,6 @@ export interface Result {
 }
 
 const letters = ['A', 'B', 'C', 'D', 'E', 'F', 'G', 'H']
-const forms = ['mca', 'na', 'free_form']
 /** What V-Star's questions end with; the reasoner is told how to answer in its own words. */
 const lettersOnly = /\s*Answer with the option'?s letter from the given choices directly\.?\s*$/
 
@@ -84,8 +83,8 @@ function rowOf(text: string, line: number, path: string, form: AnswerForm): Row 
   const asked = first('question', 'text') ?? bad("there is no 'question' or 'text'")
   const truth = first('answer', 'label', 'truth') ?? bad("there is no 'answer' or 'label'")
   const image = first('image', 'image_path') ?? bad("there is no 'image'")
-  const own = first('answer_form', 'form') ?? form
-  if (!forms.includes(own)) bad(`the form must be ${forms.join(', ')}, got '${own}'`)
+  const own = (first('answer_form', 'form') ?? form) as AnswerForm
+  if (!answerForms.includes(own)) bad(`the form must be ${answerForms.join(', ')}, got '${own}'`)
   const options = optionsOf(row)
   const benchmark = first('benchmark')
   const category = first('category') ?? 'all'
@@ -97,7 +96,7 @@ function rowOf(text: string, line: number, path: string, form: AnswerForm): Row 
       asked.replace(lettersOnly, '').trim() +
       (options.length ? `\nOptions:\n${options.join('\n')}` : ''),
     truth,
-    form: own as AnswerForm,
+    form: own,
     image: imageOf(image, path) ?? bad(`there is no image ${image.slice(0, 200)}`),
   }
 }

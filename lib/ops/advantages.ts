@@ -1,14 +1,6 @@
-import { choice, refuse } from '../errors.js'
+import { choice, hostInts, hostNumbers } from '../arguments.js'
 import { native } from '../native.js'
-import {
-  describeValue,
-  handleOf,
-  hostInts,
-  type Ints,
-  maybeHandle,
-  type Tensor,
-  wrap,
-} from '../tensor.js'
+import { handleOf, type Ints, maybeHandle, type Tensor, wrap } from '../tensor.js'
 
 const estimators = ['grpo', 'dr_grpo', 'rloo', 'opo', 'gdpo', 'reinforce_pp_baseline'] as const
 export type AdvantageEstimator = (typeof estimators)[number]
@@ -59,12 +51,6 @@ export function advantagesAs(
     a.counted && hostInts(a.counted.cuSeqlens, 'cuSeqlens', op),
   )
   return wrap(a.rewards.device, out)
-}
-
-function hostNumbers(value: unknown, name: string, op: string): Float64Array {
-  if (!Array.isArray(value) && !ArrayBuffer.isView(value))
-    refuse('ERR_VALUE', op, `${name} must be a list of numbers, got ${describeValue(value)}`)
-  return Float64Array.from(value as ArrayLike<number>, Number)
 }
 
 /**

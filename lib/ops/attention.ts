@@ -1,18 +1,9 @@
-import { Device } from '../device.js'
+import { checkInt32, checkString, describeValue, hostInts } from '../arguments.js'
+import { checkDevice, type Device } from '../device.js'
 import { refuse } from '../errors.js'
-import { checkGrids, checkWhole, type Grid } from '../grid.js'
+import { checkGrids, type Grid } from '../grid.js'
 import { native } from '../native.js'
-import {
-  describeValue,
-  type Held,
-  handleOf,
-  held,
-  hostInts,
-  type Ints,
-  maybeHandle,
-  type Tensor,
-  wrap,
-} from '../tensor.js'
+import { type Held, handleOf, held, type Ints, maybeHandle, type Tensor, wrap } from '../tensor.js'
 
 type Rotary = { cos: Tensor; sin: Tensor }
 type Packed = { qkv: Tensor; rotary?: Rotary }
@@ -143,11 +134,8 @@ function inputs(a: object, op: string): unknown[] {
 
 /** The kernels that an operation with a `kernel` option can run on a device, the default first. */
 export function kernels(op: string, device: Device): readonly string[] {
-  if (!(device instanceof Device))
-    refuse('ERR_VALUE', 'kernels', `device must be a Device, got ${describeValue(device)}`)
-  if (typeof op !== 'string')
-    refuse('ERR_VALUE', 'kernels', `op must be a string, got ${describeValue(op)}`)
-  return device.handle.kernels(op)
+  checkDevice(device, 'kernels')
+  return device.handle.kernels(checkString(op, 'op', 'kernels'))
 }
 
 /**
@@ -167,8 +155,8 @@ export function windowLayout(a: { gridThw: readonly Grid[]; window: number; merg
   cuSeqlens: Int32Array
 } {
   const op = 'windowLayout'
-  const mergeSize = checkWhole(a.mergeSize ?? 2, 1, 'mergeSize', op)
-  const window = checkWhole(a.window, 1, 'window', op)
+  const mergeSize = checkInt32(a.mergeSize ?? 2, 1, 'mergeSize', op)
+  const window = checkInt32(a.window, 1, 'window', op)
   const grids = checkGrids(a.gridThw, mergeSize, op)
   const total = grids.reduce((sum, [t, h, w]) => sum + t * h * w, 0)
   if (total > 2 ** 31 - 1)

@@ -1,8 +1,16 @@
-import { choice, refuse } from '../errors.js'
+import {
+  checkArray,
+  checkNumber,
+  checkNumbers,
+  checkObject,
+  checkPositive,
+  choice,
+} from '../arguments.js'
+import { refuse } from '../errors.js'
 import type { Grid } from '../grid.js'
 import { native } from '../native.js'
-import { describeValue, type Held, handleOf, held, type Tensor, wrap } from '../tensor.js'
-import { checkList, type Outlines, outlineArguments, type PixelBox } from './draw_boxes.js'
+import { type Held, handleOf, held, type Tensor, wrap } from '../tensor.js'
+import { type Outlines, outlineArguments, type PixelBox } from './draw_boxes.js'
 
 export type Filter = 'box' | 'bilinear' | 'bicubic' | 'lanczos'
 
@@ -88,8 +96,8 @@ export function pixelValues<D extends 'f32' | 'f16' | 'bf16' = 'f32'>(
   const { regions, patchSize = 16, mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] } = a
   const images =
     'images' in a && a.images !== undefined ? a.images : [(a as { image: Tensor }).image]
-  checkList(mean, 3, 'mean', op)
-  checkList(std, 3, 'std', op)
+  checkNumbers(mean, 3, 'mean', op)
+  checkNumbers(std, 3, 'std', op)
   const out = native().ops.pixel_values!(
     ...sourceArguments({ images, regions, filter: a.filter, overlay: a.overlay }, op),
     patchSize,
@@ -106,27 +114,18 @@ export function pixelValues<D extends 'f32' | 'f16' | 'bf16' = 'f32'>(
 }
 
 function sourceArguments(a: Source, op: string): unknown[] {
-  if (!Array.isArray(a.images))
-    refuse('ERR_VALUE', op, `images must be an array of Tensors, got ${describeValue(a.images)}`)
-  if (!Array.isArray(a.regions))
-    refuse('ERR_VALUE', op, `regions must be an array, got ${describeValue(a.regions)}`)
+  checkArray(a.images, 'images', op, 'an array of Tensors')
+  checkArray(a.regions, 'regions', op)
   const name = a.images.length === 1 ? 'image' : 'images'
   const images = a.images.map((image) => handleOf(image, name, op))
   const fields = 8
   const regions = new Float64Array(a.regions.length * fields)
   for (let i = 0; i < a.regions.length; i++) {
-    const region: Region = a.regions[i]
-    if (typeof region !== 'object' || region === null)
-      refuse('ERR_VALUE', op, `regions[${i}] must be an object, got ${describeValue(region)}`)
+    const region = checkObject(a.regions[i] as Region, `regions[${i}]`, op)
     const { image = 0, box, height, width, overlay = true } = region
-    checkList(box, 4, `regions[${i}].box`, op)
+    checkNumbers(box, 4, `regions[${i}].box`, op)
     for (const [field, value] of Object.entries({ image, height, width }))
-      if (typeof value !== 'number')
-        refuse(
-          'ERR_VALUE',
-          op,
-          `regions[${i}].${field} must be a number, got ${describeValue(value)}`,
-        )
+      checkNumber(value, `regions[${i}].${field}`, op)
     const at = i * fields
     regions[at] = image
     regions[at + 1] = box[0]
@@ -163,8 +162,7 @@ export function smartResize(
   const op = 'smartResize'
   const { factor = 32, minPixels = 4096, maxPixels = 16_777_216, rules = 'qwen-vl-utils' } = options
   for (const [name, value] of Object.entries({ height, width, factor, minPixels, maxPixels }))
-    if (!Number.isSafeInteger(value) || value < 1)
-      refuse('ERR_VALUE', op, `${name} must be a positive integer, got ${describeValue(value)}`)
+    checkPositive(value, name, op)
   choice(rules, ['qwen-vl-utils', 'transformers'], 'rules', op)
   if (maxPixels < minPixels)
     refuse('ERR_VALUE', op, `maxPixels must be at least minPixels, ${minPixels}, got ${maxPixels}`)

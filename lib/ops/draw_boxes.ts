@@ -1,6 +1,6 @@
-import { refuse } from '../errors.js'
+import { checkArray, checkNumbers, checkObject } from '../arguments.js'
 import { native } from '../native.js'
-import { describeValue, handleOf, type Tensor, wrap } from '../tensor.js'
+import { handleOf, type Tensor, wrap } from '../tensor.js'
 
 /**
  * x0, y0, x1, y1 in whole pixels: half open where a region is cut out, both corners inclusive where a
@@ -55,8 +55,7 @@ export function outlineArguments(
   a: Outlines | undefined,
   op: string,
 ): [Float64Array, Float64Array, number | null] {
-  if (a !== undefined && (typeof a !== 'object' || a === null))
-    refuse('ERR_VALUE', op, `overlay must be an object with boxes, got ${describeValue(a)}`)
+  if (a !== undefined) checkObject(a, 'overlay', op, 'an object with boxes')
   return [
     flatten(a ? a.boxes : [], 4, 'boxes', op),
     flatten(a?.colors ?? palette, 3, 'colors', op),
@@ -64,35 +63,19 @@ export function outlineArguments(
   ]
 }
 
-/** @internal Lists of `length` numbers, one behind the other; the addon checks each value. */
-export function flatten(
+/** Lists of `length` numbers, concatenated; the addon checks each value. */
+function flatten(
   lists: readonly (readonly number[])[],
   length: number,
   name: string,
   op: string,
 ): Float64Array {
-  if (!Array.isArray(lists))
-    refuse('ERR_VALUE', op, `${name} must be an array, got ${describeValue(lists)}`)
+  checkArray(lists, name, op)
   const out = new Float64Array(lists.length * length)
   for (let i = 0; i < lists.length; i++) {
-    const list = lists[i]
-    checkList(list, length, `${name}[${i}]`, op)
+    const list: unknown = lists[i]
+    checkNumbers(list, length, `${name}[${i}]`, op)
     out.set(list, i * length)
   }
   return out
-}
-
-/** @internal A list of `length` numbers, else ERR_VALUE. */
-export function checkList(
-  list: unknown,
-  length: number,
-  name: string,
-  op: string,
-): asserts list is ArrayLike<number> {
-  const items = list as ArrayLike<unknown> | null | undefined
-  if (typeof items !== 'object' || items === null || items.length !== length)
-    refuse('ERR_VALUE', op, `${name} must be ${length} numbers, got ${describeValue(list)}`)
-  for (let k = 0; k < length; k++)
-    if (typeof items[k] !== 'number')
-      refuse('ERR_VALUE', op, `${name}[${k}] must be a number, got ${describeValue(items[k])}`)
 }

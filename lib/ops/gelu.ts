@@ -1,4 +1,4 @@
-import { choice } from '../errors.js'
+import { choice } from '../arguments.js'
 import { native } from '../native.js'
 import { handleOf, type Tensor, wrap } from '../tensor.js'
 

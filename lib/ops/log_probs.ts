@@ -1,14 +1,7 @@
+import { describeValue } from '../arguments.js'
 import { refuse } from '../errors.js'
 import { native } from '../native.js'
-import {
-  describeValue,
-  type Held,
-  handleOf,
-  held,
-  maybeHandle,
-  type Tensor,
-  wrap,
-} from '../tensor.js'
+import { type Held, handleOf, held, maybeHandle, type Tensor, wrap } from '../tensor.js'
 
 /** One shard's part of the log-probabilities: three floats a row, four with the entropy. */
 export interface LogProbsShard {

@@ -1,6 +1,7 @@
+import { describeValue } from '../arguments.js'
 import { refuse } from '../errors.js'
-import { native, type TensorHandle } from '../native.js'
-import { describeValue, handleOf, type Tensor, wrap } from '../tensor.js'
+import { native } from '../native.js'
+import { handlesOf, type Tensor, wrap } from '../tensor.js'
 
 /**
  * Scales the gradients in place so that their joint Euclidean norm is at most maxNorm, as
@@ -14,7 +15,7 @@ import { describeValue, handleOf, type Tensor, wrap } from '../tensor.js'
  */
 export function clipGradNorm(a: { grads: readonly Tensor[]; maxNorm: number }): Tensor<'f32'> {
   const op = 'clipGradNorm'
-  const grads = handles(a.grads, 'grads', op)
+  const grads = handlesOf(a.grads, 'grads', op)
   if (!grads.length) refuse('ERR_VALUE', op, 'grads must hold at least one Tensor, got none')
   const most = a.maxNorm === Number.POSITIVE_INFINITY ? Number.MAX_VALUE : a.maxNorm
   return wrap(a.grads[0]!.device, native().ops.clip_grad_norm!(grads, most))
@@ -43,19 +44,13 @@ export function adamW(a: {
   weightDecay?: number
 }): void {
   const op = 'adamW'
-  const params = handles(a.params, 'params', op)
-  const grads = handles(a.grads, 'grads', op)
-  const moments = handles(a.moments, 'moments', op)
+  const params = handlesOf(a.params, 'params', op)
+  const grads = handlesOf(a.grads, 'grads', op)
+  const moments = handlesOf(a.moments, 'moments', op)
   const betas = a.betas ?? [0.9, 0.999]
   if (!Array.isArray(betas) || betas.length !== 2)
     refuse('ERR_VALUE', op, `betas must be two numbers, got ${describeValue(betas)}`)
   const rates = [betas[0], betas[1], a.eps ?? 1e-8, a.weightDecay ?? 0.01]
   if (!params.length && !grads.length && !moments.length) return
   native().ops.adam_w!(params, grads, moments, a.step, a.lr, ...rates)
-}
-
-function handles(list: readonly Tensor[], name: string, op: string): TensorHandle[] {
-  if (!Array.isArray(list))
-    refuse('ERR_VALUE', op, `${name} must be an array of Tensors, got ${describeValue(list)}`)
-  return list.map((tensor, i) => handleOf(tensor, `${name}[${i}]`, op))
 }

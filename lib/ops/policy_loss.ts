@@ -1,15 +1,7 @@
-import { choice, refuse } from '../errors.js'
+import { choice, hostInts } from '../arguments.js'
+import { refuse } from '../errors.js'
 import { native } from '../native.js'
-import {
-  type Held,
-  handleOf,
-  held,
-  hostInts,
-  type Ints,
-  maybeHandle,
-  type Tensor,
-  wrap,
-} from '../tensor.js'
+import { type Held, handleOf, held, type Ints, maybeHandle, type Tensor, wrap } from '../tensor.js'
 
 const objectives = ['ppo', 'gspo', 'cispo', 'sapo', 'gpg'] as const
 const kls = ['none', 'k1', 'k2', 'k3', 'abs'] as const

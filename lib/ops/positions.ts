@@ -1,4 +1,5 @@
-import { checkGrids, checkWhole, type Grid } from '../grid.js'
+import { checkInt32 } from '../arguments.js'
+import { checkGrids, type Grid } from '../grid.js'
 import { native } from '../native.js'
 import { handleOf, type Tensor, wrap } from '../tensor.js'
 
@@ -19,7 +20,7 @@ export function visionPositions(a: {
   mergeSize?: number
 }): Tensor {
   const op = 'visionPositions'
-  const mergeSize = checkWhole(a.mergeSize ?? 2, 1, 'mergeSize', op)
+  const mergeSize = checkInt32(a.mergeSize ?? 2, 1, 'mergeSize', op)
   const grids = checkGrids(a.gridThw, mergeSize, op)
   const out = native().ops.vision_positions!(
     handleOf(a.table, 'table', op),

@@ -1,8 +1,8 @@
-import { Device } from '../device.js'
-import { refuse } from '../errors.js'
-import { checkGrids, checkWhole, type Grid } from '../grid.js'
+import { checkInt32 } from '../arguments.js'
+import { checkDevice, type Device } from '../device.js'
+import { checkGrids, type Grid } from '../grid.js'
 import { native } from '../native.js'
-import { describeValue, type Held, handleOf, held, type Tensor, wrap } from '../tensor.js'
+import { type Held, handleOf, held, type Tensor, wrap } from '../tensor.js'
 
 /**
  * The two-dimensional rotary tables of the Qwen-VL vision towers (Wang et al., Qwen2-VL, 2024):
@@ -24,9 +24,8 @@ export function visionRotary(a: {
   device: Device
 }): Held<{ cos: Tensor<'f32'>; sin: Tensor<'f32'> }> {
   const op = 'visionRotary'
-  if (!(a.device instanceof Device))
-    refuse('ERR_VALUE', op, `device must be a Device, got ${describeValue(a.device)}`)
-  const mergeSize = checkWhole(a.mergeSize ?? 2, 1, 'mergeSize', op)
+  checkDevice(a.device, op)
+  const mergeSize = checkInt32(a.mergeSize ?? 2, 1, 'mergeSize', op)
   const grids = checkGrids(a.gridThw, mergeSize, op)
   const [cos, sin] = native().ops.vision_rotary!(
     a.device.handle,

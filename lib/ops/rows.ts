@@ -1,5 +1,6 @@
+import { hostInts } from '../arguments.js'
 import { native } from '../native.js'
-import { handleOf, hostInts, type Ints, type Tensor, wrap } from '../tensor.js'
+import { handleOf, type Ints, type Tensor, wrap } from '../tensor.js'
 
 /**
  * x + y. y may lack leading axes of x and is then repeated over them, as a position embedding is over

@@ -1,12 +1,12 @@
 import type { AbortSignalLike } from '../abort.js'
-import { refuse } from '../errors.js'
-import { describeValue, type Tensor } from '../tensor.js'
+import { checkPositive } from '../arguments.js'
+import type { Tensor } from '../tensor.js'
 import { answer } from './answer.js'
-import { mapUnordered, underWay } from './gate.js'
 import type { Perceiver } from './perceiver.js'
 import type { AnswerForm } from './prompts.js'
 import type { Reasoner } from './reasoner.js'
 import { answerReward, type RewardRules, type Verifier } from './reward.js'
+import { mapUnordered, pipelineDepth } from './semaphore.js'
 
 /** A question of a benchmark; its image is loaded when its turn comes, and disposed after it. */
 export interface Question {
@@ -45,12 +45,7 @@ export async function* evaluate<Q extends Question>(a: {
   signal?: AbortSignalLike
 }): AsyncGenerator<Judged<Q>> {
   const { perceiver, reasoner, verifier, rules, concurrency = 32, signal } = a
-  if (!Number.isSafeInteger(concurrency) || concurrency < 1)
-    refuse(
-      'ERR_VALUE',
-      'evaluate',
-      `concurrency must be a positive integer, got ${describeValue(concurrency)}`,
-    )
+  checkPositive(concurrency, 'concurrency', 'evaluate')
   const judge = async (question: Q): Promise<Judged<Q>> => {
     let image: Tensor | undefined
     try {
@@ -84,5 +79,5 @@ export async function* evaluate<Q extends Question>(a: {
       image?.dispose()
     }
   }
-  yield* mapUnordered(a.questions, underWay(concurrency), judge)
+  yield* mapUnordered(a.questions, pipelineDepth(concurrency), judge)
 }

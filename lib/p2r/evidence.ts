@@ -1,9 +1,10 @@
+import { checkArray, checkFiniteNumbers, checkInteger, checkPositive } from '../arguments.js'
 import { refuse } from '../errors.js'
 import type { Grid } from '../grid.js'
 import { pixelValues, type Region, resample, smartResize } from '../ops/crop_resample.js'
-import { checkList, drawBoxes, type Outlines, type PixelBox } from '../ops/draw_boxes.js'
+import { drawBoxes, type Outlines, type PixelBox } from '../ops/draw_boxes.js'
 import { holds } from '../scope.js'
-import { describeValue, type Held, handleOf, type Tensor } from '../tensor.js'
+import { type Held, imageSize, type Tensor } from '../tensor.js'
 import type { EvidenceBox } from './boxes.js'
 
 /** Limits on the size of what a model is shown, in pixels; see collectEvidence. */
@@ -58,26 +59,12 @@ export function collectEvidence(
 ): Evidence {
   const op = 'collectEvidence'
   const { image, boxes, maxEvidence = 3, padding = [0.1, 0.1] } = a
-  handleOf(image, 'image', op)
-  const [height, width, channels] = image.shape
-  if (image.shape.length !== 3 || channels !== 3 || !height || !width)
-    refuse(
-      'ERR_SHAPE',
-      op,
-      `image must be [height, width, 3] and not empty, got [${image.shape.join(', ')}]`,
-    )
-  if (image.dtype !== 'u8') refuse('ERR_DTYPE', op, `image must be u8, got ${image.dtype}`)
-  if (!Array.isArray(boxes))
-    refuse('ERR_VALUE', op, `boxes must be an array, got ${describeValue(boxes)}`)
-  if (!Number.isSafeInteger(maxEvidence) || maxEvidence < 0)
-    refuse(
-      'ERR_VALUE',
-      op,
-      `maxEvidence must be an integer of at least 0, got ${describeValue(maxEvidence)}`,
-    )
-  checkFinite(padding, 2, 'padding', op)
+  const [height, width] = imageSize(image, op)
+  checkArray(boxes, 'boxes', op)
+  checkInteger(maxEvidence, 0, 'maxEvidence', op)
+  checkFiniteNumbers(padding, 2, 'padding', op)
   for (let i = 0; i < boxes.length; i++)
-    checkFinite((boxes as EvidenceBox[])[i]?.bbox2d, 4, `boxes[${i}].bbox2d`, op)
+    checkFiniteNumbers(boxes[i]?.bbox2d, 4, `boxes[${i}].bbox2d`, op)
   const sizes = sizesOf(a, op)
 
   const cuts: PixelBox[] = []
@@ -246,20 +233,11 @@ function sizesOf(a: EvidenceSizes, op: string, unlessGiven: EvidenceSizes = {}):
   for (const name of ['minPixels', 'maxPixels', 'cropMaxPixels'] as const) {
     const value = a[name] ?? unlessGiven[name]
     if (value === undefined) continue
-    if (!Number.isSafeInteger(value) || value < 1)
-      refuse('ERR_VALUE', op, `${name} must be a positive integer, got ${describeValue(value)}`)
-    sizes[name] = value
+    sizes[name] = checkPositive(value, name, op)
   }
   const least = sizes.minPixels ?? 4096
   for (const name of ['maxPixels', 'cropMaxPixels'] as const)
     if ((sizes[name] ?? least) < least)
       refuse('ERR_VALUE', op, `${name} must be at least minPixels, ${least}, got ${sizes[name]}`)
   return sizes
-}
-
-function checkFinite(list: unknown, length: number, name: string, op: string): void {
-  checkList(list, length, name, op)
-  for (let k = 0; k < length; k++)
-    if (!Number.isFinite(list[k]))
-      refuse('ERR_VALUE', op, `${name}[${k}] must be finite, got ${list[k]}`)
 }

@@ -1,8 +1,9 @@
+import { describeValue } from '../arguments.js'
 import type { Device } from '../device.js'
 import { P2RError, refuse } from '../errors.js'
 import { loadMetadata, loadTensors, saveTensors } from '../safetensors.js'
-import { describeValue, type Tensor } from '../tensor.js'
-import { type RolloutBatch, type RolloutItem, Rollouts } from './pra_grpo.js'
+import type { Tensor } from '../tensor.js'
+import { type RolloutBatch, type RolloutItem, Rollouts } from './rollouts.js'
 
 // A batch as a safetensors file, which a trainer in any language reads: the numbers are tensors, what
 // is not is JSON in the header.

@@ -1,3 +1,4 @@
+import { hostInts } from '../arguments.js'
 import { composite } from '../composite.js'
 import { refuse } from '../errors.js'
 import { type AdvantageEstimator, advantagesAs } from '../ops/advantages.js'
@@ -14,8 +15,8 @@ import {
   type PolicyLossInput,
   type PolicyLossOptions,
 } from '../ops/policy_loss.js'
-import { holds, scope } from '../scope.js'
-import { handleOf, held, hostInts, type Ints, Tensor } from '../tensor.js'
+import { heldBy, scope } from '../scope.js'
+import { handleOf, held, type Ints, Tensor } from '../tensor.js'
 
 /**
  * What the caller's engine hands over for the tokens of a batch: log-probs f32 [T]; logits [T, V] with
@@ -151,8 +152,7 @@ function throughHead(
 }
 
 function parts<L extends object>(loss: L): L & { hidden: Tensor[] } {
-  const inner = (loss as { [holds]?: () => Iterable<unknown> })[holds]?.() ?? []
-  return { ...loss, hidden: [...inner].filter(Tensor.is) }
+  return { ...loss, hidden: [...heldBy(loss)].filter(Tensor.is) }
 }
 
 function given<T extends object, K extends keyof T>(

@@ -1,10 +1,11 @@
 import type { OpenAI } from 'openai'
-import { type AbortSignalLike, onAbort } from '../abort.js'
-import { choice, P2RError, refuse } from '../errors.js'
+import { type AbortSignalLike, onAbort, sleep } from '../abort.js'
+import { checkInteger, checkObject, checkText, choice, describeValue } from '../arguments.js'
+import { P2RError, refuse } from '../errors.js'
 import { encodeImage } from '../image.js'
-import { describeValue, handleOf, type Tensor } from '../tensor.js'
-import { Gate, sleep } from './gate.js'
+import { handleOf, type Tensor } from '../tensor.js'
 import { type Completion, messageOf, type Policy, type PolicyRequest } from './policy.js'
+import { Semaphore } from './semaphore.js'
 
 export interface OpenAIOptions {
   /**
@@ -42,19 +43,19 @@ export interface OpenAIOptions {
 }
 
 const op = 'OpenAIPolicy'
-/** Seconds between attempts: doubled each time from the first, at most the last. */
+/** Milliseconds before the first retry, doubled for each further one up to `most`. */
 const backoff = { first: 500, most: 30_000 }
-/** A server that asks for longer than this is not waited for. */
+/** Milliseconds: a Retry-After beyond this fails the request instead of being waited for. */
 const longestWait = 120_000
-/** Image encodings ahead of the requests that are in flight: they keep the server busy. */
-const ahead = 8
+/** Requests whose images are encoded while `concurrency` others are in flight. */
+const encodedAhead = 8
 
 /**
  * A model behind the OpenAI chat API, as vLLM and SGLang serve it. Needs the optional peer dependency
  * `openai`, which is loaded with the first request.
  *
  * Connections that break, answers that end early or are no answers, timeouts, 408, 409, 429 and 5xx
- * are tried again, after what Retry-After says, else after 0.5 s, 1 s, 2 s, ... with some chance in it.
+ * are tried again, after what Retry-After says, else after 0.5 s, 1 s, 2 s, ... with jitter.
  * What fails for good is ERR_POLICY with its cause; an abort rejects with the signal's reason.
  *
  * A model that declines gives completions with `refusal`. Token ids come from vLLM's
@@ -64,40 +65,39 @@ const ahead = 8
 export class OpenAIPolicy implements Policy {
   readonly #options: Required<Omit<OpenAIOptions, 'baseURL'>>
   readonly #urls: readonly string[]
-  readonly #requests: Gate
-  readonly #encodings: Gate
+  readonly #requests: Semaphore
+  readonly #encodings: Semaphore
   #clients: Promise<OpenAI[]> | undefined
   #turn = 0
 
   constructor(options: OpenAIOptions) {
-    if (typeof options !== 'object' || options === null)
-      refuse('ERR_VALUE', op, `options must be an object, got ${describeValue(options)}`)
+    checkObject(options, 'options', op)
     this.#urls = urlsOf(options.baseURL)
     this.#options = {
-      model: text(options.model, 'model'),
-      apiKey: text(options.apiKey ?? 'EMPTY', 'apiKey'),
-      timeoutMs: whole(options.timeoutMs ?? 300_000, 1, 'timeoutMs'),
-      maxRetries: whole(options.maxRetries ?? 3, 0, 'maxRetries'),
-      concurrency: whole(options.concurrency ?? 32, 1, 'concurrency'),
+      model: checkText(options.model, 'model', op),
+      apiKey: checkText(options.apiKey ?? 'EMPTY', 'apiKey', op),
+      timeoutMs: checkInteger(options.timeoutMs ?? 300_000, 1, 'timeoutMs', op),
+      maxRetries: checkInteger(options.maxRetries ?? 3, 0, 'maxRetries', op),
+      concurrency: checkInteger(options.concurrency ?? 32, 1, 'concurrency', op),
       imageFormat: choice(options.imageFormat ?? 'jpeg', ['jpeg', 'png'], 'imageFormat', op),
-      imageQuality: whole(options.imageQuality ?? 75, 1, 'imageQuality'),
+      imageQuality: checkInteger(options.imageQuality ?? 75, 1, 'imageQuality', op),
       tokens: options.tokens ?? true,
       stream: options.stream ?? false,
       extraBody: options.extraBody ?? {},
     }
     if (this.#options.imageQuality > 100)
       refuse('ERR_VALUE', op, `imageQuality must be at most 100, got ${options.imageQuality}`)
-    this.#requests = new Gate(this.#options.concurrency)
-    this.#encodings = new Gate(this.#options.concurrency + ahead)
+    this.#requests = new Semaphore(this.#options.concurrency)
+    this.#encodings = new Semaphore(this.#options.concurrency + encodedAhead)
   }
 
   async generate(request: PolicyRequest): Promise<Completion[]> {
     const { system, prompt, n = 1, temperature, maxTokens, signal } = request
-    whole(n, 1, 'n')
-    text(prompt, 'prompt')
+    checkInteger(n, 1, 'n', op)
+    checkText(prompt, 'prompt', op)
     for (const [i, image] of request.images.entries()) handleOf(image, `images[${i}]`, op)
     const { model, extraBody, stream } = this.#options
-    return this.#encodings.through(async () => {
+    return this.#encodings.run(async () => {
       const images = await Promise.all(request.images.map((image) => this.#dataURL(image)))
       signal?.throwIfAborted()
       const body = {
@@ -123,7 +123,7 @@ export class OpenAIPolicy implements Policy {
         ...(stream && { stream }),
         ...extraBody,
       }
-      return this.#requests.through(() => this.#persist(body, n, signal), signal)
+      return this.#requests.run(() => this.#withRetries(body, n, signal), signal)
     }, signal)
   }
 
@@ -133,8 +133,8 @@ export class OpenAIPolicy implements Policy {
     return `data:image/${format};base64,${Buffer.from(bytes).toString('base64')}`
   }
 
-  /** The request, again where another attempt may help. */
-  async #persist(body: Body, n: number, signal?: AbortSignalLike): Promise<Completion[]> {
+  /** The request, repeated where another attempt may help. */
+  async #withRetries(body: Body, n: number, signal?: AbortSignalLike): Promise<Completion[]> {
     const { maxRetries, timeoutMs } = this.#options
     for (let attempt = 0; ; attempt++) {
       const url = this.#urls[this.#turn++ % this.#urls.length]!
@@ -147,7 +147,7 @@ export class OpenAIPolicy implements Policy {
         failure = failureOf(error, timeoutMs)
       }
       const wait = failure.after ?? Math.min(backoff.first * 2 ** attempt, backoff.most)
-      if (!failure.again || attempt === maxRetries || wait > longestWait)
+      if (!failure.retry || attempt === maxRetries || wait > longestWait)
         refuse(
           'ERR_POLICY',
           op,
@@ -156,7 +156,7 @@ export class OpenAIPolicy implements Policy {
           }`,
           { cause: failure.cause },
         )
-      // What the server asks for is kept; our own guess is spread, so that clients do not come together.
+      // Retry-After is kept exactly; our own backoff is jittered, so that clients do not retry in step.
       await sleep(failure.after ?? wait * (0.75 + 0.5 * Math.random()), signal)
     }
   }
@@ -180,7 +180,7 @@ export class OpenAIPolicy implements Policy {
       )
       const streamed =
         typeof answer === 'object' && answer !== null && Symbol.asyncIterator in answer
-      return completionsOf(streamed ? await gather(answer as AsyncIterable<unknown>) : answer, n)
+      return completionsOf(streamed ? await assemble(answer as AsyncIterable<unknown>) : answer, n)
     } catch (error) {
       throw deadline.signal.aborted && !signal?.aborted ? deadline.signal.reason : error
     } finally {
@@ -212,12 +212,12 @@ export class OpenAIPolicy implements Policy {
 type Body = Record<string, unknown>
 
 class TimedOut extends Error {}
-/** An answer that another attempt may better. */
+/** An invalid response, which a retry may fix. */
 class BadAnswer extends Error {}
 
 interface Failure {
   message: string
-  again: boolean
+  retry: boolean
   /** Milliseconds that the server asks to wait. */
   after?: number | undefined
   cause: unknown
@@ -225,7 +225,7 @@ interface Failure {
 
 function failureOf(cause: unknown, timeoutMs: number): Failure {
   if (cause instanceof TimedOut)
-    return { message: `no answer within ${timeoutMs} ms`, again: true, cause }
+    return { message: `no answer within ${timeoutMs} ms`, retry: true, cause }
   const { status, headers } = cause as { status?: number; headers?: Headers }
   if (typeof status !== 'number') {
     // Refused and broken connections, bodies that end early: the reason is at the end of the chain.
@@ -233,11 +233,11 @@ function failureOf(cause: unknown, timeoutMs: number): Failure {
     while ((reason as Error)?.cause) reason = (reason as Error).cause
     const message =
       cause instanceof BadAnswer ? cause.message : `the connection failed: ${messageOf(reason)}`
-    return { message, again: true, cause }
+    return { message, retry: true, cause }
   }
   return {
     message: `the server answered ${messageOf(cause)}`,
-    again: status === 408 || status === 409 || status === 429 || status >= 500,
+    retry: status === 408 || status === 409 || status === 429 || status >= 500,
     after: retryAfter(headers),
     cause,
   }
@@ -304,9 +304,9 @@ function isNumbers(list: unknown): list is number[] {
   return Array.isArray(list) && list.every((x) => typeof x === 'number')
 }
 
-/** A stream's pieces as the answer that they make. */
-async function gather(stream: AsyncIterable<unknown>): Promise<unknown> {
-  interface Piece {
+/** The chunks of a stream as one response. */
+async function assemble(stream: AsyncIterable<unknown>): Promise<unknown> {
+  interface Chunk {
     index?: number
     delta?: { content?: unknown; refusal?: unknown }
     logprobs?: { content?: unknown[] }
@@ -324,25 +324,25 @@ async function gather(stream: AsyncIterable<unknown>): Promise<unknown> {
     }
   >()
   for await (const event of stream) {
-    const { choices: pieces, error } = event as { choices?: Piece[]; error?: { message?: string } }
+    const { choices: chunks, error } = event as { choices?: Chunk[]; error?: { message?: string } }
     if (error) throw new BadAnswer(`the stream broke off: ${error.message ?? 'no reason given'}`)
-    for (const piece of Array.isArray(pieces) ? pieces : []) {
-      const index = Number(piece.index) || 0
-      const whole = choices.get(index) ?? { index, finished: false, message: { content: '' } }
-      choices.set(index, whole)
-      const { content, refusal } = piece.delta ?? {}
-      if (typeof content === 'string') whole.message.content += content
+    for (const chunk of Array.isArray(chunks) ? chunks : []) {
+      const index = Number(chunk.index) || 0
+      const choice = choices.get(index) ?? { index, finished: false, message: { content: '' } }
+      choices.set(index, choice)
+      const { content, refusal } = chunk.delta ?? {}
+      if (typeof content === 'string') choice.message.content += content
       if (typeof refusal === 'string')
-        whole.message.refusal = (whole.message.refusal ?? '') + refusal
-      if (Array.isArray(piece.logprobs?.content)) {
-        whole.logprobs ??= { content: [] }
-        whole.logprobs.content.push(...piece.logprobs.content)
+        choice.message.refusal = (choice.message.refusal ?? '') + refusal
+      if (Array.isArray(chunk.logprobs?.content)) {
+        choice.logprobs ??= { content: [] }
+        choice.logprobs.content.push(...chunk.logprobs.content)
       }
-      if (isNumbers(piece.token_ids)) {
-        whole.token_ids ??= []
-        whole.token_ids.push(...piece.token_ids)
+      if (isNumbers(chunk.token_ids)) {
+        choice.token_ids ??= []
+        choice.token_ids.push(...chunk.token_ids)
       }
-      if (piece.finish_reason) whole.finished = true
+      if (chunk.finish_reason) choice.finished = true
     }
   }
   const all = [...choices.values()]
@@ -358,24 +358,4 @@ function urlsOf(baseURL: unknown): string[] {
     if (typeof url !== 'string' || !URL.canParse(url) || !/^https?:/.test(url))
       refuse('ERR_VALUE', op, `baseURL must be an http address, got ${describeValue(url)}`)
   return urls as string[]
-}
-
-function text(value: unknown, name: string): string {
-  if (typeof value !== 'string' || value === '')
-    refuse(
-      'ERR_VALUE',
-      op,
-      `${name} must be a string that is not empty, got ${describeValue(value)}`,
-    )
-  return value
-}
-
-function whole(value: unknown, least: number, name: string): number {
-  if (!Number.isSafeInteger(value) || (value as number) < least)
-    refuse(
-      'ERR_VALUE',
-      op,
-      `${name} must be an integer of at least ${least}, got ${describeValue(value)}`,
-    )
-  return value as number
 }

@@ -1,6 +1,6 @@
 import type { AbortSignalLike } from '../abort.js'
-import { refuse } from '../errors.js'
-import { describeValue, type Tensor } from '../tensor.js'
+import { checkString } from '../arguments.js'
+import type { Tensor } from '../tensor.js'
 import { parseBoxes } from './boxes.js'
 import { collectEvidence, type Evidence, type EvidenceSizes } from './evidence.js'
 import { answered, ask, type Completion, checkPolicy, type Policy } from './policy.js'
@@ -48,7 +48,7 @@ export class Perceiver {
   }): Promise<{ completion: Completion; evidence: Evidence }[]> {
     const op = 'perceive'
     const { image, question, n = 1, signal } = a
-    const text = checkQuestion(question, op)
+    const text = checkString(question, 'question', op)
     const { temperature = n > 1 ? 1 : 0, maxTokens = 1024, prompts: _, ...options } = this.#options
     const seen = collectEvidence({ ...options, image, boxes: [] })
     let completions: Completion[]
@@ -76,11 +76,4 @@ export class Perceiver {
       evidence: collectEvidence({ ...options, image, boxes: parseBoxes(completion.text) }),
     }))
   }
-}
-
-/** @internal */
-export function checkQuestion(question: unknown, op: string): string {
-  if (typeof question !== 'string')
-    refuse('ERR_VALUE', op, `question must be a string, got ${describeValue(question)}`)
-  return question
 }

@@ -1,6 +1,7 @@
 import type { AbortSignalLike } from '../abort.js'
+import { describeValue } from '../arguments.js'
 import { P2RError, refuse } from '../errors.js'
-import { describeValue, type Tensor } from '../tensor.js'
+import type { Tensor } from '../tensor.js'
 
 export type Role = 'perceiver' | 'reasoner'
 

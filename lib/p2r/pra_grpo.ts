@@ -1,33 +1,32 @@
 import type { AbortSignalLike } from '../abort.js'
-import { Device } from '../device.js'
+import { checkArray, checkInteger, checkPositive, checkString } from '../arguments.js'
+import { checkDevice, type Device } from '../device.js'
 import { P2RError, refuse } from '../errors.js'
-import { type AdvantageEstimator, groupAdvantages } from '../ops/advantages.js'
+import type { AdvantageEstimator } from '../ops/advantages.js'
 import type { LossMetrics, PolicyLossOptions } from '../ops/policy_loss.js'
-import { describeValue, handleOf, type Tensor } from '../tensor.js'
+import { handleOf, type Tensor } from '../tensor.js'
 import { collectEvidence, type Evidence } from './evidence.js'
-import { Gate, mapUnordered, underWay } from './gate.js'
 import { type GrpoModel, type GrpoStep, grpoStep } from './grpo.js'
 import { Perceiver, type PerceiverOptions } from './perceiver.js'
 import {
   answered,
-  type Completion,
   checkPolicy,
   messageOf,
   type Policy,
   type PolicyRequest,
   type Role,
 } from './policy.js'
-import { type AnswerForm, checkForm, type PromptOverrides } from './prompts.js'
+import { checkForm, type PromptOverrides } from './prompts.js'
 import { Reasoner } from './reasoner.js'
 import { answerReward, perceptionFault, type RewardRules, type Verifier } from './reward.js'
-
-/** A question about an image whose answer is known. */
-export interface Sample {
-  image: Tensor
-  question: string
-  answerForm: AnswerForm
-  truth: string
-}
+import {
+  makeBatch,
+  type RolloutBatch,
+  type RolloutItem,
+  type RolloutMetrics,
+  type Sample,
+} from './rollouts.js'
+import { mapUnordered, pipelineDepth, Semaphore } from './semaphore.js'
 
 /** How long each role is trained before the other's turn, in steps; the perceiver begins. */
 export interface Schedule {
@@ -85,7 +84,7 @@ export function p2r(
   Pick<PraGrpoSettings, 'groupSize' | 'schedule' | 'rounds' | 'estimator' | 'loss' | 'temperature'>
 > {
   const { samples = 10_000, batch = 64 } = options
-  for (const [name, value] of Object.entries({ samples, batch })) positive(value, name, 'p2r')
+  for (const [name, value] of Object.entries({ samples, batch })) checkPositive(value, name, 'p2r')
   // verl leaves out a last batch that is not full.
   const steps = Math.max(1, Math.floor(samples / batch))
   return {
@@ -100,58 +99,9 @@ export function p2r(
 
 /** The paper's settings, but the roles take turns every `steps` steps, 1 unless given, without end. */
 export function alternating(options: { steps?: number } = {}): PraGrpoSettings {
-  const steps = positive(options.steps ?? 1, 'steps', 'alternating')
+  const steps = checkPositive(options.steps ?? 1, 'steps', 'alternating')
   const { rounds: _, ...settings } = p2r()
   return { ...settings, schedule: { perceiver: steps, reasoner: steps } }
-}
-
-export interface RolloutItem {
-  /** Which of the samples. */
-  sample: number
-  /** What the trained role wrote; its text is '' where it failed. */
-  completion: Completion
-  /** Images are made anew when asked for; the sample's image must live until then. */
-  evidence?: Evidence
-  /** Why a perception earns nothing, whatever the answer; it was not shown to the reasoner. */
-  fault?: 'overlap' | 'label'
-  /** What the other role's part in it was: the reasoner's answer, or the perception that was answered. */
-  counterpart?: string
-  /** The answer that was rewarded. */
-  answer?: string
-  /** Why there is no reward. Such an item is in no group. */
-  error?: Error
-  /** NaN where there is an error. */
-  reward: number
-}
-
-/** Of one batch, known when it is rolled out. */
-export interface RolloutMetrics {
-  /** Over the items without an error; 0 where there are none. */
-  rewardMean: number
-  /** Share of groups whose rewards are all equal, which teach nothing; groups of one aside. */
-  groupsWithoutSignal: number
-  /** Items with a fault, of each kind, and items with an error. */
-  faults: { overlap: number; label: number }
-  errors: number
-  items: number
-}
-
-export interface RolloutBatch extends Disposable {
-  role: Role
-  items: readonly RolloutItem[]
-  /** Over the items without an error, in their order; a group is one sample under one role. */
-  groups: Int32Array
-  /** f32 [B], one an item without an error. */
-  rewards: Tensor
-  advantages: Tensor
-  /** Of the completions' tokens, when the policy gives token ids. Training without them is ERR_POLICY. */
-  cuSeqlens?: Int32Array
-  tokens?: Int32Array
-  /** f32 [T], when it gives log-probabilities. */
-  oldLogProbs?: Tensor
-  metrics: RolloutMetrics
-  /** Frees tensors and evidence. The samples' images are the caller's. */
-  dispose(): void
 }
 
 /** RolloutMetrics and the loss's own, of a role's latest step. */
@@ -186,8 +136,8 @@ export class PraGrpo {
   readonly #options: PraGrpoOptions
   readonly #settings: Required<Pick<PraGrpoSettings, 'groupSize' | 'schedule' | 'temperature'>>
   readonly #policies: Record<Role, Policy>
-  readonly #underWay: number
-  readonly #evidences: Gate
+  readonly #depth: number
+  readonly #evidences: Semaphore
   readonly #stepped = new WeakSet<RolloutBatch>()
   readonly #metrics: Partial<Record<Role, Promise<RoleMetrics>>> = {}
   #step: number
@@ -195,30 +145,22 @@ export class PraGrpo {
   constructor(options: PraGrpoOptions) {
     const op = 'PraGrpo'
     const { schedule = { perceiver: 1, reasoner: 1 }, groupSize = 8, temperature = 1 } = options
-    if (!Device.is(options.device))
-      refuse('ERR_VALUE', op, `device must be a Device, got ${describeValue(options.device)}`)
-    positive(groupSize, 'groupSize', op)
-    if (options.rounds !== undefined) positive(options.rounds, 'rounds', op)
+    checkDevice(options.device, op)
+    checkPositive(groupSize, 'groupSize', op)
+    if (options.rounds !== undefined) checkPositive(options.rounds, 'rounds', op)
     for (const role of ['perceiver', 'reasoner'] as const)
-      if (!Number.isSafeInteger(schedule[role]) || schedule[role] < 0)
-        refuse(
-          'ERR_VALUE',
-          op,
-          `schedule.${role} must be an integer of at least 0, got ${describeValue(schedule[role])}`,
-        )
+      checkInteger(schedule[role], 0, `schedule.${role}`, op)
     if (schedule.perceiver + schedule.reasoner === 0)
       refuse('ERR_VALUE', op, 'schedule must give one of the roles a step')
-    if (!Number.isSafeInteger(options.step ?? 0) || (options.step ?? 0) < 0)
-      refuse('ERR_VALUE', op, `step must be an integer of at least 0, got ${options.step}`)
     this.#options = options
     this.#settings = { groupSize, schedule, temperature }
     this.#policies = {
       perceiver: checkPolicy(options.perceiver, 'perceiver', op),
       reasoner: checkPolicy(options.reasoner, 'reasoner', op),
     }
-    this.#step = options.step ?? 0
-    this.#underWay = underWay(positive(options.concurrency ?? 32, 'concurrency', op))
-    this.#evidences = new Gate(this.#underWay)
+    this.#step = checkInteger(options.step ?? 0, 0, 'step', op)
+    this.#depth = pipelineDepth(checkPositive(options.concurrency ?? 32, 'concurrency', op))
+    this.#evidences = new Semaphore(this.#depth)
   }
 
   /** Steps made so far, of both roles together: what a later run gives as its `step`. */
@@ -265,19 +207,19 @@ export class PraGrpo {
     const op = 'rollout'
     const { role } = this
     if (this.finished) refuse('ERR_VALUE', op, `all ${this.#options.rounds} rounds are over`)
-    if (!Array.isArray(samples))
-      refuse('ERR_VALUE', op, `samples must be an array, got ${describeValue(samples)}`)
-    for (const [i, sample] of (samples as Sample[]).entries()) this.#checkSample(sample, i, op)
+    checkArray(samples, 'samples', op)
+    for (const [i, sample] of samples.entries()) this.#checkSample(sample, i, op)
     const { signal } = options
     const groups: RolloutItem[][] = []
     const roll = role === 'perceiver' ? this.#perceive : this.#reason
-    const rolled = mapUnordered(samples as Sample[], this.#underWay, async (sample, at) => ({
+    const rolled = mapUnordered(samples, this.#depth, async (sample, at) => ({
       at,
       items: await roll.call(this, sample, at, signal),
     }))
     for await (const { at, items } of rolled) groups[at] = items
     signal?.throwIfAborted()
-    return this.#batch(role, groups.flat())
+    const { device, estimator } = this.#options
+    return makeBatch(role, groups.flat(), device, estimator)
   }
 
   /**
@@ -327,12 +269,7 @@ export class PraGrpo {
     handleOf(sample?.image, `samples[${i}].image`, op)
     const form = checkForm(sample.answerForm, op)
     for (const name of ['question', 'truth'] as const)
-      if (typeof sample[name] !== 'string')
-        refuse(
-          'ERR_VALUE',
-          op,
-          `samples[${i}].${name} must be a string, got ${describeValue(sample[name])}`,
-        )
+      checkString(sample[name], `samples[${i}].${name}`, op)
     if (form === 'free_form' && !this.#options.verifier)
       refuse('ERR_VALUE', op, `samples[${i}] is of free form, which needs a verifier`)
   }
@@ -345,7 +282,7 @@ export class PraGrpo {
     try {
       const n = this.#settings.groupSize
       const a = { image, question, n, ...(signal && { signal }) }
-      perceived = await this.#evidences.through(() => perceiver.perceive(a), signal)
+      perceived = await this.#evidences.run(() => perceiver.perceive(a), signal)
     } catch (error) {
       signal?.throwIfAborted()
       return this.#failed(at, error)
@@ -395,7 +332,7 @@ export class PraGrpo {
     let perception: string
     let reasoned: Awaited<ReturnType<Reasoner['reason']>>
     try {
-      const [perceived] = await this.#evidences.through(
+      const [perceived] = await this.#evidences.run(
         () => this.#perceiver(false).perceive({ image, question, ...given }),
         signal,
       )
@@ -430,7 +367,7 @@ export class PraGrpo {
     signal: AbortSignalLike | undefined,
     f: (evidence: Evidence) => Promise<R>,
   ): Promise<R> {
-    return this.#evidences.through(async () => {
+    return this.#evidences.run(async () => {
       const shown = collectEvidence({ ...this.#options.evidence, image, boxes })
       try {
         return await f(shown)
@@ -480,110 +417,6 @@ export class PraGrpo {
       reward: Number.NaN,
     }))
   }
-
-  #batch(role: Role, items: RolloutItem[]): RolloutBatch {
-    const { device, estimator } = this.#options
-    const kept = items.filter((item) => !item.error)
-    // One id a (sample, role): batches of both roles may be put together and their groups stay apart.
-    const groups = Int32Array.from(kept, ({ sample }) => 2 * sample + +(role === 'reasoner'))
-    const values = Float32Array.from(kept, ({ reward }) => reward)
-    const packed = pack(kept)
-    const rewards = device.tensor(values, [kept.length])
-    const advantages = groupAdvantages({
-      rewards,
-      groups,
-      ...(estimator && { estimator }),
-      ...(packed && { lengths: Int32Array.from(kept, (item) => item.completion.tokens!.length) }),
-    })
-    const oldLogProbs = packed?.logProbs && device.tensor(packed.logProbs, [packed.logProbs.length])
-    return new Rollouts({
-      role,
-      items,
-      groups,
-      rewards,
-      advantages,
-      metrics: rolloutMetrics(items, groups, values),
-      ...(packed && { cuSeqlens: packed.cuSeqlens, tokens: packed.tokens }),
-      ...(oldLogProbs && { oldLogProbs }),
-    })
-  }
-}
-
-/** @internal */
-export class Rollouts implements RolloutBatch {
-  readonly role: Role
-  readonly items: readonly RolloutItem[]
-  readonly groups: Int32Array
-  readonly rewards: Tensor
-  readonly advantages: Tensor
-  readonly metrics: RolloutMetrics
-  readonly cuSeqlens?: Int32Array
-  readonly tokens?: Int32Array
-  readonly oldLogProbs?: Tensor
-
-  constructor(parts: Omit<RolloutBatch, 'dispose' | typeof Symbol.dispose>) {
-    this.role = parts.role
-    this.items = parts.items
-    this.groups = parts.groups
-    this.rewards = parts.rewards
-    this.advantages = parts.advantages
-    this.metrics = parts.metrics
-    if (parts.cuSeqlens) this.cuSeqlens = parts.cuSeqlens
-    if (parts.tokens) this.tokens = parts.tokens
-    if (parts.oldLogProbs) this.oldLogProbs = parts.oldLogProbs
-  }
-
-  dispose(): void {
-    this.rewards.dispose()
-    this.advantages.dispose()
-    this.oldLogProbs?.dispose()
-    for (const { evidence } of this.items) evidence?.dispose()
-  }
-
-  [Symbol.dispose](): void {
-    this.dispose()
-  }
-}
-
-/** @internal Of a batch's items; groups and rewards of those without an error. */
-export function rolloutMetrics(
-  items: readonly RolloutItem[],
-  groups: Int32Array,
-  rewards: Float32Array,
-): RolloutMetrics {
-  const byGroup = new Map<number, number[]>()
-  for (const [i, group] of groups.entries())
-    byGroup.set(group, [...(byGroup.get(group) ?? []), rewards[i]!])
-  const several = [...byGroup.values()].filter((group) => group.length > 1)
-  const silent = several.filter((group) => group.every((reward) => reward === group[0]))
-  const count = (f: (item: RolloutItem) => boolean): number => items.filter(f).length
-  return {
-    rewardMean: rewards.length ? rewards.reduce((sum, r) => sum + r, 0) / rewards.length : 0,
-    groupsWithoutSignal: several.length ? silent.length / several.length : 0,
-    faults: {
-      overlap: count(({ fault }) => fault === 'overlap'),
-      label: count(({ fault }) => fault === 'label'),
-    },
-    errors: count(({ error }) => error !== undefined),
-    items: items.length,
-  }
-}
-
-/** All tokens one after the other, where every item has them; log-probabilities likewise. */
-function pack(
-  items: readonly RolloutItem[],
-): { cuSeqlens: Int32Array; tokens: Int32Array; logProbs?: Float32Array } | undefined {
-  if (!items.every(({ completion }) => completion.tokens)) return undefined
-  const cuSeqlens = new Int32Array(items.length + 1)
-  for (const [i, { completion }] of items.entries())
-    cuSeqlens[i + 1] = cuSeqlens[i]! + completion.tokens!.length
-  const tokens = Int32Array.from(items.flatMap(({ completion }) => [...completion.tokens!]))
-  const known = items.every(
-    ({ completion: { tokens, logProbs } }) => logProbs?.length === tokens!.length,
-  )
-  if (!known) return { cuSeqlens, tokens }
-  const logProbs = Float32Array.from(items.flatMap(({ completion }) => [...completion.logProbs!]))
-  return { cuSeqlens, tokens, logProbs }
 }
 
 /** Tokens are asked for where they are trained on, and nowhere else. */
@@ -595,10 +428,4 @@ function asError(error: unknown): Error {
   return error instanceof Error
     ? error
     : new P2RError('ERR_POLICY', `[rollout] ${messageOf(error)}`, { op: 'rollout', cause: error })
-}
-
-function positive(value: number, name: string, op: string): number {
-  if (!Number.isSafeInteger(value) || value < 1)
-    refuse('ERR_VALUE', op, `${name} must be a positive integer, got ${describeValue(value)}`)
-  return value
 }

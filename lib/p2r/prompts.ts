@@ -1,9 +1,9 @@
-import { choice, refuse } from '../errors.js'
-import { describeValue } from '../tensor.js'
+import { checkString, choice } from '../arguments.js'
 
-const forms = ['mca', 'na', 'free_form'] as const
+/** @internal */
+export const answerForms = ['mca', 'na', 'free_form'] as const
 /** Multiple choice, answered by a letter; a number; any text. */
-export type AnswerForm = (typeof forms)[number]
+export type AnswerForm = (typeof answerForms)[number]
 
 /**
  * What the roles are told, in templates in which {question} stands for the question. A reasoner is
@@ -58,8 +58,7 @@ export function promptsOf(overrides: PromptOverrides | undefined, op: string): P
     forms: { ...defaultPrompts.forms, ...overrides?.forms },
   }
   for (const [name, template] of Object.entries({ ...all, ...all.forms }))
-    if (name !== 'forms' && typeof template !== 'string')
-      refuse('ERR_VALUE', op, `prompts.${name} must be a string, got ${describeValue(template)}`)
+    if (name !== 'forms') checkString(template, `prompts.${name}`, op)
   return all
 }
 
@@ -77,7 +76,7 @@ export function reasonPrompt(
 
 /** @internal */
 export function checkForm(form: AnswerForm, op: string): AnswerForm {
-  return choice(form, forms, 'answerForm', op)
+  return choice(form, answerForms, 'answerForm', op)
 }
 
 // Not by a replacement string, in which a question's $& would mean something.

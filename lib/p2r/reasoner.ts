@@ -1,6 +1,6 @@
 import type { AbortSignalLike } from '../abort.js'
+import { checkString } from '../arguments.js'
 import type { Evidence } from './evidence.js'
-import { checkQuestion } from './perceiver.js'
 import { answered, ask, type Completion, checkPolicy, type Policy } from './policy.js'
 import {
   type AnswerForm,
@@ -50,7 +50,7 @@ export class Reasoner {
   }): Promise<{ completion: Completion; answer: string }[]> {
     const op = 'reason'
     const { evidence, n = 1, signal } = a
-    const question = checkQuestion(a.question, op)
+    const question = checkString(a.question, 'question', op)
     const form = checkForm(a.answerForm, op)
     const { temperature = n > 1 ? 1 : 0, maxTokens = 2048, rules } = this.#options
     const { hasEvidence } = evidence

@@ -1,7 +1,8 @@
 import { createHash } from 'node:crypto'
 import { appendFile, readFile } from 'node:fs/promises'
+import { describeValue } from '../arguments.js'
 import { refuse } from '../errors.js'
-import { describeValue, type Tensor } from '../tensor.js'
+import type { Tensor } from '../tensor.js'
 import {
   type Completion,
   checkPolicy,

@@ -1,5 +1,5 @@
-import { choice, refuse } from '../errors.js'
-import { describeValue } from '../tensor.js'
+import { checkString, choice, describeValue } from '../arguments.js'
+import { refuse } from '../errors.js'
 import type { EvidenceBox } from './boxes.js'
 import { findQuantity, type Quantity, readQuantity, sameNumber } from './numbers.js'
 import { askOnce, checkPolicy, type Policy } from './policy.js'
@@ -76,8 +76,7 @@ export async function answerReward(a: {
   const { truth, question = '', verifier } = a
   const rules = rulesOf(a.rules, op)
   const form = checkForm(a.form, op)
-  if (typeof truth !== 'string')
-    refuse('ERR_VALUE', op, `truth must be a string, got ${describeValue(truth)}`)
+  checkString(truth, 'truth', op)
   const answer = typeof a.answer === 'string' ? a.answer : ''
   if (form === 'mca') return +optionRight[rules](answer, truth)
   if (form === 'na') return +numberRight[rules](answer, truth)

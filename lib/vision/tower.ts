@@ -11,8 +11,10 @@
  */
 import { readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
+import { checkString, describeValue, isJsonObject } from '../arguments.js'
 import { composite } from '../composite.js'
-import { Device } from '../device.js'
+import { checkDevice, type Device } from '../device.js'
+import type { DType } from '../dtype.js'
 import { P2RError, refuse } from '../errors.js'
 import { checkGrids, type Grid } from '../grid.js'
 import { attention, attentionMass } from '../ops/attention.js'
@@ -24,7 +26,7 @@ import { visionRotary } from '../ops/rotary.js'
 import { add } from '../ops/rows.js'
 import { loadSome } from '../safetensors.js'
 import { scope } from '../scope.js'
-import { type DType, describeValue, type Held, handleOf, held, type Tensor } from '../tensor.js'
+import { type Held, handleOf, held, type Tensor } from '../tensor.js'
 
 export interface VisionTowerConfig {
   depth: number
@@ -92,10 +94,8 @@ export class VisionTower {
     device: Device,
     options: { dtype?: TowerType } = {},
   ): Promise<VisionTower> {
-    if (typeof path !== 'string')
-      refuse('ERR_VALUE', opName, `path must be a string, got ${describeValue(path)}`)
-    if (!(device instanceof Device))
-      refuse('ERR_VALUE', opName, `device must be a Device, got ${describeValue(device)}`)
+    checkString(path, 'path', opName)
+    checkDevice(device, opName)
     const { dtype } = options
     if (dtype !== undefined && !types.includes(dtype))
       refuse('ERR_VALUE', opName, `dtype must be f32, f16 or bf16, got ${describeValue(dtype)}`)
@@ -252,8 +252,8 @@ export class VisionTower {
   }
 
   #mlp(name: string, x: Tensor): Tensor {
-    const raised = this.#linear(`${name}.linear_fc1`, x)
-    return this.#linear(`${name}.linear_fc2`, gelu({ x: raised, approximate: this.#activation }))
+    const fc1 = this.#linear(`${name}.linear_fc1`, x)
+    return this.#linear(`${name}.linear_fc2`, gelu({ x: fc1, approximate: this.#activation }))
   }
 
   /** Neighbours side by side through the merger's own MLP, whose GELU is the exact one. */
@@ -265,8 +265,8 @@ export class VisionTower {
         name === 'merger'
           ? joined(this.#norm(`${name}.norm`, x))
           : this.#norm(`${name}.norm`, joined(x))
-      const raised = this.#linear(`${name}.linear_fc1`, y)
-      return this.#linear(`${name}.linear_fc2`, gelu({ x: raised }))
+      const fc1 = this.#linear(`${name}.linear_fc1`, y)
+      return this.#linear(`${name}.linear_fc2`, gelu({ x: fc1 }))
     })
   }
 }
@@ -303,9 +303,10 @@ async function readJson(path: string): Promise<unknown> {
 
 function readConfig(json: unknown, path: string): Config {
   const bad = (why: string): never => refuse('ERR_FORMAT', opName, `${path}: ${why}`)
-  if (!isObject(json)) return bad(`must hold an object, got ${describeValue(json)}`)
+  if (!isJsonObject(json)) return bad(`must hold an object, got ${describeValue(json)}`)
   const vision = json.vision_config ?? json
-  if (!isObject(vision)) return bad(`vision_config must be an object, got ${describeValue(vision)}`)
+  if (!isJsonObject(vision))
+    return bad(`vision_config must be an object, got ${describeValue(vision)}`)
   const whole = (name: string, otherwise?: number): number => {
     const value = vision[name] ?? otherwise
     if (!Number.isInteger(value) || (value as number) < 1)
@@ -395,8 +396,8 @@ async function weightFiles(path: string, wanted: ReadonlySet<string>): Promise<s
     if (!all.length) refuse('ERR_IO', opName, `${path}: there is no safetensors file`)
     return all
   }
-  const files = isObject(json) ? json.weight_map : undefined
-  if (!isObject(files) || !Object.values(files).every((file) => typeof file === 'string'))
+  const files = isJsonObject(json) ? json.weight_map : undefined
+  if (!isJsonObject(files) || !Object.values(files).every((file) => typeof file === 'string'))
     refuse('ERR_FORMAT', opName, `${index}: weight_map must hold a file for each weight`)
   const used = Object.entries(files).filter(([name]) => towerName(name, wanted) !== undefined)
   return [...new Set(used.map(([, file]) => file as string))]
@@ -408,8 +409,4 @@ async function filesIn(path: string): Promise<string[]> {
   } catch (cause) {
     refuse('ERR_IO', opName, `${path} could not be read: ${(cause as Error).message}`, { cause })
   }
-}
-
-function isObject(value: unknown): value is Record<string, unknown> {
-  return typeof value === 'object' && value !== null && !Array.isArray(value)
 }

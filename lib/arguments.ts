@@ -1,0 +1,147 @@
+// Checks of arguments, one for each kind of value. A value that fails is ERR_VALUE under the name of
+// the operation; one that passes is returned with its type.
+import { refuse } from './errors.js'
+
+/** A value as error messages show it. */
+export function describeValue(value: unknown): string {
+  if (value === null || value === undefined) return String(value)
+  if (typeof value === 'string') return `'${value}'`
+  if (Array.isArray(value)) return 'an array'
+  if (typeof value === 'object') return `a ${value.constructor?.name ?? 'plain object'}`
+  return String(value)
+}
+
+/** Refuses a value that is not what its name must be. */
+function unexpected(value: unknown, name: string, expected: string, op: string): never {
+  refuse('ERR_VALUE', op, `${name} must be ${expected}, got ${describeValue(value)}`)
+}
+
+/** One of a closed list of names. */
+export function choice<T extends string>(
+  value: T,
+  names: readonly T[],
+  name: string,
+  op: string,
+): T {
+  if (!names.includes(value))
+    refuse(
+      'ERR_VALUE',
+      op,
+      `${name} must be ${names.map((n) => `'${n}'`).join(' or ')}, got ${String(value)}`,
+    )
+  return value
+}
+
+export function checkString(value: unknown, name: string, op: string): string {
+  if (typeof value !== 'string') unexpected(value, name, 'a string', op)
+  return value
+}
+
+/** A string that is not empty. */
+export function checkText(value: unknown, name: string, op: string): string {
+  if (typeof value !== 'string' || value === '')
+    unexpected(value, name, 'a string that is not empty', op)
+  return value
+}
+
+export function checkBoolean(value: unknown, name: string, op: string): boolean {
+  if (typeof value !== 'boolean') unexpected(value, name, 'true or false', op)
+  return value
+}
+
+/** Anything of type object, arrays included, but null. */
+export function checkObject<T>(value: T, name: string, op: string, what = 'an object'): T & object {
+  if (typeof value !== 'object' || value === null) unexpected(value, name, what, op)
+  return value
+}
+
+export function checkArray<T>(
+  value: readonly T[],
+  name: string,
+  op: string,
+  what = 'an array',
+): readonly T[] {
+  if (!Array.isArray(value)) unexpected(value, name, what, op)
+  return value
+}
+
+/** A safe integer of at least 1. */
+export function checkPositive(value: unknown, name: string, op: string): number {
+  if (!isIntegerFrom(1, value)) unexpected(value, name, 'a positive integer', op)
+  return value
+}
+
+/** A safe integer of at least `least`. */
+export function checkInteger(value: unknown, least: number, name: string, op: string): number {
+  if (!isIntegerFrom(least, value)) unexpected(value, name, `an integer of at least ${least}`, op)
+  return value
+}
+
+/** An integer from `least` to the largest of 32 bits. */
+export function checkInt32(value: unknown, least: number, name: string, op: string): number {
+  return checkIntegerWithin(value, least, 2 ** 31 - 1, name, op)
+}
+
+export function checkIntegerWithin(
+  value: unknown,
+  least: number,
+  most: number,
+  name: string,
+  op: string,
+): number {
+  if (!isIntegerFrom(least, value) || value > most)
+    unexpected(value, name, `an integer from ${least} to ${most}`, op)
+  return value
+}
+
+function isIntegerFrom(least: number, value: unknown): value is number {
+  return Number.isSafeInteger(value) && (value as number) >= least
+}
+
+export function checkNumber(value: unknown, name: string, op: string): number {
+  if (typeof value !== 'number') unexpected(value, name, 'a number', op)
+  return value
+}
+
+/** A list of `length` numbers, finite or not. */
+export function checkNumbers(
+  list: unknown,
+  length: number,
+  name: string,
+  op: string,
+): asserts list is ArrayLike<number> {
+  const items = list as ArrayLike<unknown> | null | undefined
+  if (typeof items !== 'object' || items === null || items.length !== length)
+    unexpected(list, name, `${length} numbers`, op)
+  for (let k = 0; k < length; k++) checkNumber(items[k], `${name}[${k}]`, op)
+}
+
+/** A list of `length` finite numbers. */
+export function checkFiniteNumbers(list: unknown, length: number, name: string, op: string): void {
+  checkNumbers(list, length, name, op)
+  for (let k = 0; k < length; k++)
+    if (!Number.isFinite(list[k])) unexpected(list[k], `${name}[${k}]`, 'finite', op)
+}
+
+/** A list of numbers of any length as the addon takes it; the addon checks each value. */
+export function hostNumbers(value: unknown, name: string, op: string): Float64Array {
+  if (!Array.isArray(value) && !ArrayBuffer.isView(value))
+    unexpected(value, name, 'a list of numbers', op)
+  return Float64Array.from(value as ArrayLike<number>, Number)
+}
+
+/** Host integers as the addon takes them; the addon checks each value. */
+export function hostInts(value: unknown, name: string, op: string): Float64Array {
+  const list = value as ArrayLike<number> | null | undefined
+  if (typeof list !== 'object' || list === null || typeof list.length !== 'number')
+    unexpected(value, name, 'a list of integers', op)
+  // A plain loop: Float64Array.from with a function takes some 70 ns an element.
+  const out = new Float64Array(list.length)
+  for (let i = 0; i < out.length; i++) out[i] = Number(list[i])
+  return out
+}
+
+/** Whether a parsed JSON value is an object. */
+export function isJsonObject(value: unknown): value is Record<string, unknown> {
+  return typeof value === 'object' && value !== null && !Array.isArray(value)
+}
