@@ -36,7 +36,7 @@ export {
 export { type Color, drawBoxes, type PixelBox } from './ops/draw_boxes.js'
 export * from './ops/gelu.js'
 export * from './ops/layer_norm.js'
-export * from './ops/linear.js'
+export { linear, linearBackward } from './ops/linear.js'
 export {
   type HeadGradients,
   type LinearHead,
@@ -46,7 +46,14 @@ export {
   linearLogProbsBackward,
   linearPolicyLoss,
 } from './ops/linear_log_probs.js'
-export * from './ops/log_probs.js'
+export {
+  type LogProbsBackward,
+  type LogProbsShard,
+  mergeLogProbs,
+  tokenLogProbs,
+  tokenLogProbsBackward,
+  tokenLogProbsShard,
+} from './ops/log_probs.js'
 export * from './ops/optimizer.js'
 export {
   type LossAggregation,

@@ -1,7 +1,7 @@
 // Shared by the operations' tests: backends, seeded data, comparison within bounds, recorded cases.
 import { mkdirSync } from 'node:fs'
 import { join } from 'node:path'
-import { cudaStatus, type Device, openDevice } from 'p2r-kernels'
+import { cudaStatus, type Device, type Grid, openDevice } from 'p2r-kernels'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { native } from '../dist/lib/native.js'
 import { cases } from '../scripts/twin.mjs'
@@ -141,6 +141,22 @@ export function recorded<R>(
   } finally {
     stopRecording()
   }
+}
+
+/**
+ * Row and column of every patch of grids [t, h, w], in the order of the Qwen-VL towers: frame by frame,
+ * blocks of merge x merge patches row by row, and row by row within a block.
+ */
+export function* mergeBlockOrder(
+  grids: readonly Grid[],
+  merge: number,
+): Generator<{ row: number; column: number; h: number; w: number }> {
+  for (const [t, h, w] of grids)
+    for (let frame = 0; frame < t; frame++)
+      for (let top = 0; top < h; top += merge)
+        for (let left = 0; left < w; left += merge)
+          for (let row = top; row < top + merge; row++)
+            for (let column = left; column < left + merge; column++) yield { row, column, h, w }
 }
 
 /** Seeded uniform and normal numbers (Marsaglia's xorshift32; Box and Muller). */

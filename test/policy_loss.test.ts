@@ -1,4 +1,11 @@
-import { type PolicyLossOptions, policyLoss, scope, type Tensor, trlDefaults } from 'p2r-kernels'
+import {
+  type LossMetrics,
+  type PolicyLossOptions,
+  policyLoss,
+  scope,
+  type Tensor,
+  trlDefaults,
+} from 'p2r-kernels'
 import { expect, test } from 'vitest'
 import { type GrpoCase, grpoCases } from './golden.js'
 import {
@@ -20,6 +27,18 @@ interface Data {
   advantages: Numbers
   mask?: Numbers
   cuSeqlens: number[]
+}
+
+const noMetrics: LossMetrics = {
+  loss: 0,
+  policyLoss: 0,
+  kl: 0,
+  entropy: 0,
+  clipFraction: 0,
+  clipFractionLower: 0,
+  approxKl: 0,
+  ratioMean: 0,
+  tokens: 0,
 }
 
 const clamp = (x: number, low: number, high: number): number => Math.min(Math.max(x, low), high)
@@ -55,17 +74,7 @@ function oracle(a: Data, o: PolicyLossOptions, held: Numbers = a.logProbs) {
     if (how === 'seq-mean-token-mean') return 1 / (s * kept)
     return 1 / (s * (o.lossScale ?? longest))
   }
-  const out = {
-    loss: 0,
-    policyLoss: 0,
-    kl: 0,
-    entropy: 0,
-    clipFraction: 0,
-    clipFractionLower: 0,
-    approxKl: 0,
-    ratioMean: 0,
-    tokens,
-  }
+  const out = { ...noMetrics, tokens }
   const dLogProbs = new Float64Array(a.logProbs.length)
   const dEntropy = new Float64Array(a.logProbs.length)
   let size = 0 // the sum of the terms' sizes, by which rounding errors are to be judged
@@ -485,17 +494,6 @@ onEveryBackend('policy_loss', (b) => {
 
   for (const aggregation of aggregations)
     test(`nothing kept: 0, ${aggregation}`, async () => {
-      const zero = {
-        loss: 0,
-        policyLoss: 0,
-        kl: 0,
-        entropy: 0,
-        clipFraction: 0,
-        clipFractionLower: 0,
-        approxKl: 0,
-        ratioMean: 0,
-        tokens: 0,
-      }
       for (const emptyRows of ['skip', 'count'] as const) {
         const nan = [NaN, NaN, NaN]
         const all = {
@@ -511,7 +509,7 @@ onEveryBackend('policy_loss', (b) => {
         expect(Array.from(await got.loss.read())).toEqual([0])
         expect(Array.from(await got.dLogProbs.read())).toEqual([0, 0, 0])
         expect(Array.from(await got.dEntropy!.read())).toEqual([0, 0, 0])
-        expect(await got.metrics()).toEqual(zero)
+        expect(await got.metrics()).toEqual(noMetrics)
         for (const cuSeqlens of [[0], [0, 0, 0]]) {
           const none = run(
             { logProbs: [], advantages: Array(cuSeqlens.length - 1).fill(1), cuSeqlens },
@@ -519,7 +517,7 @@ onEveryBackend('policy_loss', (b) => {
           )
           expect(Array.from(await none.loss.read())).toEqual([0])
           expect(none.dLogProbs.shape).toEqual([0])
-          expect(await none.metrics()).toEqual(zero)
+          expect(await none.metrics()).toEqual(noMetrics)
         }
       }
     })

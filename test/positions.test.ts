@@ -5,6 +5,7 @@ import {
   expectClose,
   expectRefusal,
   floats,
+  mergeBlockOrder,
   onEveryBackend,
   Random,
   recorded,
@@ -17,23 +18,18 @@ function oracle(table: ArrayLike<number>, c: number, grids: readonly Grid[], mer
   const side = Math.sqrt(table.length / c)
   const axis = (i: number, n: number) => (n > 1 ? (i * (side - 1)) / (n - 1) : 0)
   const out: number[] = []
-  for (const [t, h, w] of grids)
-    for (let frame = 0; frame < t; frame++)
-      for (let top = 0; top < h; top += merge)
-        for (let left = 0; left < w; left += merge)
-          for (let r = top; r < top + merge; r++)
-            for (let q = left; q < left + merge; q++) {
-              const [y, x] = [axis(r, h), axis(q, w)]
-              for (let k = 0; k < c; k++) {
-                let sum = 0
-                for (const v of [Math.floor(y), Math.floor(y) + 1])
-                  for (const u of [Math.floor(x), Math.floor(x) + 1]) {
-                    const weight = (1 - Math.abs(y - v)) * (1 - Math.abs(x - u))
-                    if (weight > 0) sum += weight * table[(v * side + u) * c + k]!
-                  }
-                out.push(sum)
-              }
-            }
+  for (const { row, column, h, w } of mergeBlockOrder(grids, merge)) {
+    const [y, x] = [axis(row, h), axis(column, w)]
+    for (let k = 0; k < c; k++) {
+      let sum = 0
+      for (const v of [Math.floor(y), Math.floor(y) + 1])
+        for (const u of [Math.floor(x), Math.floor(x) + 1]) {
+          const weight = (1 - Math.abs(y - v)) * (1 - Math.abs(x - u))
+          if (weight > 0) sum += weight * table[(v * side + u) * c + k]!
+        }
+      out.push(sum)
+    }
+  }
   return out
 }
 

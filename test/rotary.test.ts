@@ -5,6 +5,7 @@ import {
   expectClose,
   expectRefusal,
   floats,
+  mergeBlockOrder,
   onEveryBackend,
   Random,
   recorded,
@@ -12,27 +13,15 @@ import {
   roundoff,
 } from './harness.js'
 
-// Row and column of each token in merge-block order, from the definition.
-function positions(grids: readonly Grid[], merge: number): [number, number][] {
-  const out: [number, number][] = []
-  for (const [t, h, w] of grids)
-    for (let frame = 0; frame < t; frame++)
-      for (let top = 0; top < h; top += merge)
-        for (let left = 0; left < w; left += merge)
-          for (let r = 0; r < merge; r++)
-            for (let c = 0; c < merge; c++) out.push([top + r, left + c])
-  return out
-}
-
 function tables(grids: readonly Grid[], d: number, theta: number, merge: number) {
   const cos: number[] = []
   const sin: number[] = []
-  for (const position of positions(grids, merge))
+  for (const { row, column } of mergeBlockOrder(grids, merge))
     for (let i = 0; i < d; i++) {
       const frequency = Math.fround(
         1 / Math.fround(theta ** Math.fround((2 * (i % (d / 4))) / (d / 2))),
       )
-      const angle = Math.fround(position[Math.floor((i % (d / 2)) / (d / 4))]! * frequency)
+      const angle = Math.fround((i % (d / 2) < d / 4 ? row : column) * frequency)
       cos.push(Math.cos(angle))
       sin.push(Math.sin(angle))
     }

@@ -83,7 +83,6 @@ export function attentions(
   v: Float32Array,
 ): Peer[] {
   const dims = [shape.batch, shape.length, shape.heads * shape.headDim]
-  const value = (name: string): Value => ({ name, type: 'float', shape: dims })
   const { heads } = shape
   const operators = [
     { op: 'MultiHeadAttention', domain: 'com.microsoft', ints: { num_heads: heads } },
@@ -95,8 +94,8 @@ export function attentions(
       1e-4,
       {
         nodes: [{ ...operator, inputs: ['q', 'k', 'v'], outputs: ['out'] }],
-        inputs: ['q', 'k', 'v'].map(value),
-        outputs: [value('out')],
+        inputs: ['q', 'k', 'v'].map((name) => float(name, dims)),
+        outputs: [float('out', dims)],
       },
       { q, k, v },
     ),
@@ -119,11 +118,8 @@ export function logSoftmaxGather(logits: Float32Array, targets: Int32Array): Pee
           ints: { axis: 1 },
         },
       ],
-      inputs: [
-        { name: 'logits', type: 'float', shape },
-        { name: 'targets', type: 'int64', shape: [rows, 1] },
-      ],
-      outputs: [{ name: 'out', type: 'float', shape: [rows, 1] }],
+      inputs: [float('logits', shape), int64('targets', [rows, 1])],
+      outputs: [float('out', [rows, 1])],
     },
     { logits, targets: BigInt64Array.from(targets, BigInt) },
   )
@@ -147,12 +143,8 @@ export function softmaxScatter(logits: Float32Array, targets: Int32Array): Peer 
           strings: { reduction: 'add' },
         },
       ],
-      inputs: [
-        { name: 'logits', type: 'float', shape },
-        { name: 'targets', type: 'int64', shape: [rows, 1] },
-        { name: 'ones', type: 'float', shape: [rows, 1] },
-      ],
-      outputs: [{ name: 'out', type: 'float', shape }],
+      inputs: [float('logits', shape), int64('targets', [rows, 1]), float('ones', [rows, 1])],
+      outputs: [float('out', shape)],
     },
     {
       logits,
@@ -161,6 +153,9 @@ export function softmaxScatter(logits: Float32Array, targets: Int32Array): Peer 
     },
   )
 }
+
+const float = (name: string, shape: number[]): Value => ({ name, type: 'float', shape })
+const int64 = (name: string, shape: number[]): Value => ({ name, type: 'int64', shape })
 
 function rowsOf(logits: Float32Array, targets: Int32Array): [number, [number, number]] {
   const rows = targets.length
@@ -189,11 +184,11 @@ export function gemm(
         },
       ],
       inputs: [
-        { name: 'x', type: 'float', shape: [rows, channels] },
-        { name: 'weight', type: 'float', shape: [features, channels] },
-        { name: 'bias', type: 'float', shape: [features] },
+        float('x', [rows, channels]),
+        float('weight', [features, channels]),
+        float('bias', [features]),
       ],
-      outputs: [{ name: 'out', type: 'float', shape: [rows, features] }],
+      outputs: [float('out', [rows, features])],
     },
     { x, weight, bias },
   )
@@ -217,11 +212,11 @@ export function linearLogSoftmax(
         { op: 'GatherElements', inputs: ['all', 'targets'], outputs: ['out'], ints: { axis: 1 } },
       ],
       inputs: [
-        { name: 'hidden', type: 'float', shape: [rows, channels] },
-        { name: 'weight', type: 'float', shape: [weight.length / channels, channels] },
-        { name: 'targets', type: 'int64', shape: [rows, 1] },
+        float('hidden', [rows, channels]),
+        float('weight', [weight.length / channels, channels]),
+        int64('targets', [rows, 1]),
       ],
-      outputs: [{ name: 'out', type: 'float', shape: [rows, 1] }],
+      outputs: [float('out', [rows, 1])],
     },
     { hidden, weight, targets: BigInt64Array.from(targets, BigInt) },
   )
@@ -249,12 +244,8 @@ export function layerNormalization(
           floats: { epsilon },
         },
       ],
-      inputs: [
-        { name: 'x', type: 'float', shape },
-        { name: 'weight', type: 'float', shape: [channels] },
-        { name: 'bias', type: 'float', shape: [channels] },
-      ],
-      outputs: [{ name: 'out', type: 'float', shape }],
+      inputs: [float('x', shape), float('weight', [channels]), float('bias', [channels])],
+      outputs: [float('out', shape)],
     },
     { x, weight, bias },
   )

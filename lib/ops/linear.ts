@@ -1,4 +1,5 @@
-import { refuse } from '../errors.js'
+import { checkObject } from '../arguments.js'
+import type { Device } from '../device.js'
 import { native } from '../native.js'
 import { type Held, handleOf, held, maybeHandle, type Tensor, wrap } from '../tensor.js'
 
@@ -34,23 +35,41 @@ export function linearBackward(a: {
   x: Tensor
   weight: Tensor
   bias?: Tensor
-  into?: { dWeight: Tensor; dBias?: Tensor }
+  into?: WeightGradients
 }): Held<{ dX: Tensor; dWeight: Tensor; dBias?: Tensor }> {
   const op = 'linearBackward'
-  const { into } = a
-  if (into !== undefined && (typeof into !== 'object' || into === null))
-    refuse('ERR_VALUE', op, `into must be { dWeight, dBias }, got ${String(into)}`)
   const made = native().ops.linear_backward!(
     handleOf(a.dOut, 'dOut', op),
     handleOf(a.x, 'x', op),
     handleOf(a.weight, 'weight', op),
     maybeHandle(a.bias, 'bias', op),
-    into ? handleOf(into.dWeight, 'into.dWeight', op) : null,
-    into ? maybeHandle(into.dBias, 'into.dBias', op) : null,
+    ...intoArguments(a.into, op),
   )
-  const results = (Array.isArray(made) ? made : [made]).map((handle) => wrap(a.x.device, handle))
+  return held(linearGradients(made, a.into, a.x.device))
+}
+
+/** Where the gradients of weight and bias are added: f32 tensors, for sums over several calls. */
+export interface WeightGradients {
+  dWeight: Tensor
+  dBias?: Tensor
+}
+
+/** @internal The argument `into` as the addon takes it. */
+export function intoArguments(into: WeightGradients | undefined, op: string) {
+  if (into === undefined) return [null, null]
+  const { dWeight, dBias } = checkObject(into, 'into', op, '{ dWeight, dBias }')
+  return [handleOf(dWeight, 'into.dWeight', op), maybeHandle(dBias, 'into.dBias', op)]
+}
+
+/** @internal The addon's result or results; those added into `into` become new handles on its storage. */
+export function linearGradients(
+  made: unknown,
+  into: WeightGradients | undefined,
+  device: Device,
+): { dX: Tensor; dWeight: Tensor; dBias?: Tensor } {
+  const results = [made].flat().map((handle) => wrap(device, handle))
   const dX = results.shift()!
   const dWeight = into ? into.dWeight.reshape(into.dWeight.shape) : results.shift()!
   const dBias = into?.dBias ? into.dBias.reshape(into.dBias.shape) : results.shift()
-  return held(dBias ? { dX, dWeight, dBias } : { dX, dWeight })
+  return dBias ? { dX, dWeight, dBias } : { dX, dWeight }
 }

@@ -1,6 +1,7 @@
-import { refuse } from '../errors.js'
 import { native } from '../native.js'
 import { type Held, handleOf, held, maybeHandle, type Tensor, wrap } from '../tensor.js'
+import { intoArguments, linearGradients, type WeightGradients } from './linear.js'
+import { logProbResults } from './log_probs.js'
 import {
   type LossMetrics,
   lossArguments,
@@ -23,10 +24,7 @@ export interface LinearHead {
 }
 
 /** Where the gradients of weight and bias are added, f32 [V, C] and [V], for sums over several calls. */
-export interface HeadGradients {
-  dWeight: Tensor
-  dBias?: Tensor
-}
+export type HeadGradients = WeightGradients
 
 /**
  * tokenLogProbs of the logits hidden · weightᵀ + bias, which are never held: beside its results it takes
@@ -44,16 +42,8 @@ export function linearLogProbs(
   a: LinearHead & { entropy?: boolean },
 ): Held<{ logProbs: Tensor; stats: Tensor; entropy?: Tensor }> {
   const op = 'linearLogProbs'
-  const { device } = a.hidden ?? {}
-  const [logProbs, stats, entropy] = native().ops.linear_log_probs!(
-    ...headArguments(op, a),
-    a.entropy ?? false,
-  ) as unknown[]
-  return held({
-    logProbs: wrap(device, logProbs),
-    stats: wrap(device, stats),
-    ...(entropy ? { entropy: wrap(device, entropy) } : {}),
-  })
+  const results = native().ops.linear_log_probs!(...headArguments(op, a), a.entropy ?? false)
+  return logProbResults(results, a.hidden.device)
 }
 
 export interface LinearLogProbsBackward extends LinearHead {
@@ -88,9 +78,9 @@ export function linearLogProbsBackward(
     handleOf(a.dLogProbs, 'dLogProbs', op),
     maybeHandle(a.entropy, 'entropy', op),
     maybeHandle(a.dEntropy, 'dEntropy', op),
-    ...intoArguments(op, a.into),
+    ...intoArguments(a.into, op),
   )
-  return held(gradients(a, Array.isArray(results) ? results : [results]))
+  return held(gradients(a, results))
 }
 
 export interface LinearPolicyLoss
@@ -127,7 +117,7 @@ export function linearLossAs(op: string, a: LinearPolicyLoss): ReturnType<typeof
   const [logProbs, loss, metrics, ...rest] = native().ops.linear_policy_loss!(
     ...headArguments(op, a),
     ...lossArguments(op, a),
-    ...intoArguments(op, a.into),
+    ...intoArguments(a.into, op),
   ) as unknown[]
   const { device } = a.hidden
   const numbers = wrap<'f32'>(device, metrics)
@@ -152,24 +142,10 @@ function headArguments(op: string, a: LinearHead) {
   ]
 }
 
-function intoArguments(op: string, into: HeadGradients | undefined) {
-  if (into !== undefined && (typeof into !== 'object' || into === null))
-    refuse('ERR_VALUE', op, `into must be { dWeight, dBias }, got ${String(into)}`)
-  return [
-    into ? handleOf(into.dWeight, 'into.dWeight', op) : null,
-    into ? maybeHandle(into.dBias, 'into.dBias', op) : null,
-  ]
-}
-
 function gradients(
   a: LinearHead & { into?: HeadGradients },
-  made: readonly unknown[],
+  made: unknown,
 ): { dHidden: Tensor; dWeight: Tensor; dBias?: Tensor } {
-  const { device } = a.hidden
-  const { into } = a
-  const results = made.map((handle) => wrap(device, handle))
-  const dHidden = results.shift()!
-  const dWeight = into ? into.dWeight.reshape(into.dWeight.shape) : results.shift()!
-  const dBias = into?.dBias ? into.dBias.reshape(into.dBias.shape) : results.shift()
-  return dBias ? { dHidden, dWeight, dBias } : { dHidden, dWeight }
+  const { dX: dHidden, ...rest } = linearGradients(made, a.into, a.hidden.device)
+  return { dHidden, ...rest }
 }

@@ -1,4 +1,5 @@
 import { describeValue } from '../arguments.js'
+import type { Device } from '../device.js'
 import { refuse } from '../errors.js'
 import { native } from '../native.js'
 import { type Held, handleOf, held, maybeHandle, type Tensor, wrap } from '../tensor.js'
@@ -35,13 +36,21 @@ export function tokenLogProbs(a: {
   entropy?: boolean
 }): Held<{ logProbs: Tensor; stats: Tensor; entropy?: Tensor }> {
   const op = 'tokenLogProbs'
-  const { device } = a.logits ?? {}
-  const [logProbs, stats, entropy] = native().ops.token_log_probs!(
+  const results = native().ops.token_log_probs!(
     handleOf(a.logits, 'logits', op),
     handleOf(a.targets, 'targets', op),
     a.temperature ?? 1,
     a.entropy ?? false,
-  ) as unknown[]
+  )
+  return logProbResults(results, a.logits.device)
+}
+
+/** @internal The addon's results of a forward pass; the entropy where it was requested. */
+export function logProbResults(
+  results: unknown,
+  device: Device,
+): Held<{ logProbs: Tensor; stats: Tensor; entropy?: Tensor }> {
+  const [logProbs, stats, entropy] = results as unknown[]
   return held({
     logProbs: wrap(device, logProbs),
     stats: wrap(device, stats),
@@ -65,7 +74,6 @@ export function tokenLogProbsShard(a: {
   entropy?: boolean
 }): Held<LogProbsShard> {
   const op = 'tokenLogProbsShard'
-  const { device } = a.logits ?? {}
   const [stats, targetLogit, moment] = native().ops.token_log_probs_shard!(
     handleOf(a.logits, 'logits', op),
     handleOf(a.targets, 'targets', op),
@@ -73,6 +81,7 @@ export function tokenLogProbsShard(a: {
     a.temperature ?? 1,
     a.entropy ?? false,
   ) as unknown[]
+  const { device } = a.logits
   return held({
     stats: wrap(device, stats),
     targetLogit: wrap(device, targetLogit),
@@ -91,19 +100,14 @@ export function mergeLogProbs(
   if (!Array.isArray(shards) || !shards.length)
     refuse('ERR_VALUE', op, `shards must be a list of at least one, got ${describeValue(shards)}`)
   const withEntropy = shards.some((s) => s?.moment !== undefined)
-  const { device } = (shards[0] as LogProbsShard | undefined)?.stats ?? {}
-  const [logProbs, stats, entropy] = native().ops.merge_log_probs!(
+  const results = native().ops.merge_log_probs!(
     shards.map((s: LogProbsShard, i) => handleOf(s?.stats, `shards[${i}].stats`, op)),
     shards.map((s: LogProbsShard, i) => handleOf(s?.targetLogit, `shards[${i}].targetLogit`, op)),
     withEntropy
       ? shards.map((s: LogProbsShard, i) => handleOf(s.moment, `shards[${i}].moment`, op))
       : [],
-  ) as unknown[]
-  return held({
-    logProbs: wrap(device!, logProbs),
-    stats: wrap(device!, stats),
-    ...(entropy ? { entropy: wrap(device!, entropy) } : {}),
-  })
+  )
+  return logProbResults(results, shards[0]!.stats.device)
 }
 
 export interface LogProbsBackward {
