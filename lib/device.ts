@@ -14,7 +14,7 @@ export interface DeviceInfo {
   /** CPU: worker threads and the instruction set chosen at run time ('avx512', 'avx2', 'neon', 'scalar'). */
   threads?: number
   simd?: string
-  /** CPU: what is used beyond that set: 'bf16' (AVX512-BF16), 'vnni' (AVX512-VNNI). */
+  /** CPU: the optional extensions in use: 'bf16' (AVX512-BF16), 'vnni' (AVX512-VNNI). */
   features?: readonly string[]
   /** CUDA: for example '9.0'. */
   computeCapability?: string
@@ -23,12 +23,12 @@ export interface DeviceInfo {
 export interface OpenOptions {
   /**
    * CPU: worker threads; from affinity and cgroup unless given. On Linux, if there are as many CPUs,
-   * the workers keep off the one that their caller, the queue's thread, is on.
+   * workers are kept off the CPU of the thread that calls them, the queue's.
    */
   threads?: number
-  /** Forces a path that the CPU has, for tests and measurements. */
+  /** Forces an instruction set that the CPU supports, for tests and measurements. */
   simd?: 'avx512' | 'avx2' | 'neon' | 'scalar'
-  /** Uses AVX512-BF16 or AVX512-VNNI, or does without; what the CPU has unless given. */
+  /** Enables or disables AVX512-BF16 and AVX512-VNNI; what the CPU supports unless given. */
   features?: { bf16?: boolean; vnni?: boolean }
 }
 
@@ -37,15 +37,15 @@ export function devices(): DeviceInfo[] {
   return native().devices()
 }
 
-/** Why CUDA is or is not usable here: built in?, driver found?, devices found? */
+/** Whether the addon is built with CUDA and finds a driver and devices, with the reason. */
 export function cudaStatus(): { built: boolean; available: boolean; reason: string } {
   return native().cudaStatus()
 }
 
 /**
  * Opens a device: 'cpu', 'cuda', 'cuda:1'. Without a name: the environment's P2R_DEVICE, else the
- * first CUDA device, else the CPU. A named device that is not there throws ERR_DEVICE; it never
- * falls back. Each call opens a queue and a memory pool of its own.
+ * first CUDA device, else the CPU. A named device that is not available throws ERR_DEVICE, without
+ * fallback. Each call opens a queue and a memory pool of its own.
  */
 export function openDevice(id?: string, options: OpenOptions = {}): Device {
   const op = 'openDevice'
@@ -58,7 +58,7 @@ export function openDevice(id?: string, options: OpenOptions = {}): Device {
 
 const construct = Symbol('construct')
 
-/** One device with its queue and memory: operations on its tensors run in order, behind the caller. */
+/** One device with its queue and memory pool. Operations on its tensors run asynchronously, in order. */
 export class Device implements Disposable {
   readonly info: DeviceInfo
   /** @internal */
@@ -72,7 +72,7 @@ export class Device implements Disposable {
   }
 
   /**
-   * Copies host data in. A Float32Array given for 'f16'/'bf16' is rounded to nearest even; a
+   * Copies host data to the device. A Float32Array given for 'f16'/'bf16' is rounded to nearest even; a
    * Uint16Array is taken as raw bits. Without a dtype: f32 for Float32Array, Float64Array and
    * number[], i32 for Int32Array, u8 for the byte arrays; a Uint16Array needs one.
    */
@@ -90,17 +90,17 @@ export class Device implements Disposable {
 
   /**
    * A tensor on memory that another process shares by `ipcHandle()`, or that PyTorch does (see
-   * examples/exchange): the same memory, not a copy. It must stay shared until this tensor is disposed
-   * and the work on it done.
+   * examples/exchange), without a copy. It must stay shared until this tensor is disposed and the work
+   * on it is done.
    *
    * @throws ERR_DEVICE for memory of the other backend, or that CUDA cannot open; ERR_IO and ERR_FORMAT
-   *   for a file that is not there or too short; ERR_VALUE for anything but a handle's fields.
+   *   for a file that is missing or too short; ERR_VALUE for anything but a handle's fields.
    */
   fromIpcHandle<D extends DType = DType>(handle: IpcDescription & { dtype: D }): Tensor<D> {
     return wrap(this, openShared(this.handle, this.info.backend, handle))
   }
 
-  /** Waits for all queued work; throws each fault of it once. */
+  /** Waits for all queued work; throws each of its faults once. */
   async synchronize(): Promise<void> {
     return this.handle.synchronize()
   }

@@ -28,16 +28,16 @@ async function codec(op: string): Promise<typeof import('sharp').default> {
 /**
  * An image decoded to u8 [height, width, 3]: JPEG, PNG, WebP, TIFF (its first page) or AVIF.
  *
- * Pixels come as they are stored, as Pillow reads them: not rotated by EXIF, no colour profile
+ * Pixels are returned as stored, as Pillow reads them: EXIF orientation and colour profiles are not
  * applied; grey is repeated over the channels.
  *
  * @param source a path, or the encoded bytes.
- * @param options.autoOrient rotates and mirrors as EXIF says; false unless given. Boxes then refer to
- *   the turned image.
- * @param options.alpha 'white' (default) lays the image over white; 'drop' keeps the colours under it.
+ * @param options.autoOrient applies the EXIF orientation; false unless given. Boxes then refer to the
+ *   rotated image.
+ * @param options.alpha 'white' (default) composites over white; 'drop' discards alpha only.
  * @param options.maxPixels 268 402 689 unless given; larger images are ERR_FORMAT.
  * @param options.signal rejects with its reason.
- * @throws ERR_IO (with cause) for a file that cannot be read; ERR_FORMAT for what is no such image, is
+ * @throws ERR_IO (with cause) for a file that cannot be read; ERR_FORMAT for anything but such an image,
  *   truncated, animated, CMYK or of more than 8 bits a channel; ERR_VALUE for wrong arguments.
  */
 export async function loadImage(
@@ -96,16 +96,16 @@ async function decode(
   }
   try {
     const meta = await sharp(bytes, input).metadata()
-    const no = (reason: string): never => refuse('ERR_FORMAT', op, `${name} ${reason}`)
+    const reject = (reason: string): never => refuse('ERR_FORMAT', op, `${name} ${reason}`)
     const format = meta.format === 'heif' && meta.compression === 'av1' ? 'avif' : meta.format
     if (!['jpeg', 'png', 'webp', 'tiff', 'avif'].includes(format as string))
-      no(`must be JPEG, PNG, WebP, TIFF or AVIF, got ${format}`)
-    if (format === 'webp' && (meta.pages ?? 1) > 1) no('is animated')
-    if (meta.depth !== 'uchar') no(`must have 8 bits a channel, got ${meta.depth}`)
+      reject(`must be JPEG, PNG, WebP, TIFF or AVIF, got ${format}`)
+    if (format === 'webp' && (meta.pages ?? 1) > 1) reject('is animated')
+    if (meta.depth !== 'uchar') reject(`must have 8 bits a channel, got ${meta.depth}`)
     if (!['srgb', 'rgb', 'b-w'].includes(meta.space as string))
-      no(`must be RGB or grey, got ${meta.space}`)
+      reject(`must be RGB or grey, got ${meta.space}`)
     if (meta.width * meta.height > maxPixels)
-      no(`has ${meta.width} x ${meta.height} pixels, more than maxPixels, ${maxPixels}`)
+      reject(`has ${meta.width} x ${meta.height} pixels, more than maxPixels, ${maxPixels}`)
     signal?.throwIfAborted()
     const { data, info } = await sharp(bytes, input).raw().toBuffer({ resolveWithObject: true })
     return { data, width: info.width, height: info.height, channels: info.channels }

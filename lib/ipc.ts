@@ -12,7 +12,7 @@ export interface IpcDescription {
   backend: 'cpu' | 'cuda'
   /** CUDA: the 64 bytes of cudaIpcMemHandle_t in hexadecimal digits. CPU: the path of a file to map. */
   name: string
-  /** Of the memory that the name stands for, and of the tensor in it. */
+  /** Size of the named memory, and the tensor's offset in it. */
   bytes: number
   offset: number
   shape: readonly number[]
@@ -22,26 +22,25 @@ export interface IpcDescription {
 }
 
 /**
- * A tensor's memory as other processes open it, until it is disposed. As long as it is not, the memory
- * stays where it is and is not used again, whatever becomes of the tensor. A process that is killed
- * leaves its files in /dev/shm.
+ * By which other processes open a tensor's memory. Until the handle is disposed, the memory is neither
+ * moved, freed nor reused, even if the tensor is disposed. A killed process leaves its files in /dev/shm.
  */
 export interface IpcHandle extends IpcDescription, Disposable {
   /**
-   * Lets go of the memory, and on the CPU removes the file. Who has it open keeps it on the CPU; on
-   * CUDA it must be closed there before.
+   * Releases the memory, and on the CPU removes the file. On the CPU, processes that have it open keep
+   * it; on CUDA they must close it before.
    */
   dispose(): void
 }
 
-/** @internal The handle of a tensor's memory, once the work that is queued on it is done. */
+/** @internal Resolves to the handle once the work queued on the tensor is done. */
 export async function share(
   tensor: TensorHandle,
   what: { backend: 'cpu' | 'cuda'; shape: readonly number[]; dtype: DType },
 ): Promise<IpcHandle> {
-  // Under /dev/shm a file is memory; elsewhere the system may write it to a disk in its own time.
+  // A file under /dev/shm is in memory (tmpfs); elsewhere the system may write it back to a disk.
   const folder = existsSync('/dev/shm') ? '/dev/shm' : tmpdir()
-  // A handle of its own on the same storage holds the memory.
+  // A further tensor handle on the same storage keeps the memory alive.
   const held = tensor.reshape(what.shape)
   try {
     const path = join(folder, `p2r-kernels-${process.pid}-${randomUUID()}`)
@@ -68,7 +67,7 @@ export async function share(
     }
     for (const key of ['dispose', Symbol.dispose])
       Object.defineProperty(handle, key, { enumerable: false })
-    // Without this the collector could free what another process reads.
+    // Referenced, so that garbage collection does not free memory that another process reads.
     shared.add(handle)
     return handle
   } catch (error) {

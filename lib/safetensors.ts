@@ -7,7 +7,7 @@ import { P2RError, refuse } from './errors.js'
 import { type HostArray, handleOf, type Tensor } from './tensor.js'
 
 // The file: the header's length (8 bytes, little-endian), the header (JSON), the data. The header
-// gives each tensor's dtype, shape and place in the data, which the tensors fill without gaps.
+// gives each tensor's dtype, shape and byte range in the data, which the tensors fill without gaps.
 // https://huggingface.co/docs/safetensors
 const fileTypes = { f32: 'F32', f16: 'F16', bf16: 'BF16', i32: 'I32', u8: 'U8' } as const
 const dtypes = new Map<string, DType>(
@@ -22,8 +22,8 @@ const maxTransfer = 1 << 30
 
 /**
  * Writes tensors into a safetensors file. The values are those that the tensors have once the work
- * queued so far is done: they may be changed or disposed after the call. The file appears whole or
- * not at all.
+ * queued so far is done: they may be changed or disposed after the call. The file is replaced
+ * atomically.
  *
  * @param tensors by name; of any device.
  * @param metadata strings that go into the header.
@@ -45,7 +45,7 @@ export async function saveTensors(
   }
   for (const [key, value] of Object.entries(metadata ?? {}))
     checkString(value, `metadata['${key}']`, op)
-  // Wide types first, so that every tensor lies at a multiple of its element's size.
+  // Wide types first, so that every tensor is aligned to its element size.
   entries.sort(([a, x], [b, y]) => width(y) - width(x) || (a < b ? -1 : 1))
 
   const header: [string, unknown][] = metadata ? [['__metadata__', metadata]] : []
@@ -62,7 +62,7 @@ export async function saveTensors(
   start.writeBigUInt64LE(BigInt(length))
   json.copy(start, 8)
 
-  // All reads are queued now; each result is dropped once it is written.
+  // All reads are queued now; each result is released once it is written.
   const reads = entries.map(([, tensor]) => tensor.read())
   for (const read of reads) read.catch(() => {})
   const temporary = `${path}.${randomUUID()}.tmp`
@@ -154,7 +154,7 @@ interface Entry {
   size: number
 }
 
-/** The header, checked: nothing in a file is trusted. Entries come in the order of their data. */
+/** The validated header; entries in the order of their data. */
 async function readHeader(
   file: FileHandle,
   path: string,
@@ -257,7 +257,7 @@ async function readAll(
   }
 }
 
-/** What the library threw goes on; what the file system threw is ERR_IO. */
+/** Rethrows errors of the library; those of the file system become ERR_IO. */
 function fail(cause: unknown, path: string, done: string, op: string): never {
   if (cause instanceof P2RError) throw cause
   refuse('ERR_IO', op, `${path} could not be ${done}: ${(cause as Error).message}`, { cause })

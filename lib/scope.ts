@@ -12,7 +12,7 @@ export function track(tensor: Disposes): void {
   own(tensor, scopes.getStore())
 }
 
-/** Forgets what was disposed, so that a scope around a long loop stays small. */
+/** Forgets a disposed tensor, so that a scope around a long loop does not grow. */
 export function untrack(tensor: Disposes): void {
   owners.get(tensor)?.delete(tensor)
 }
@@ -62,7 +62,7 @@ export function scope<R>(f: () => R): R {
   }
 }
 
-/** As `scope`, for a function that waits: tensors made in it across its awaits. */
+/** As `scope`, for an asynchronous function: tensors made across its awaits are included. */
 export async function scopeAsync<R>(f: () => Promise<R>): Promise<R> {
   const made = new Set<Disposes>()
   let result: R | undefined

@@ -23,7 +23,7 @@ export type HostOf<D extends DType> = D extends 'f32'
       : Uint16Array
 /** Host integers: an array, Int32Array, Uint32Array, ... */
 export type Ints = ArrayLike<number>
-/** Several tensors at once, disposed together. */
+/** Several results that are disposed together. */
 export type Held<R> = R & { dispose(): void } & Disposable
 
 const construct = Symbol('construct')
@@ -52,7 +52,7 @@ export class Tensor<D extends DType = DType> implements Disposable {
     track(this)
   }
 
-  /** A copy of the data on the host; f16 and bf16 come as raw bits in a Uint16Array. */
+  /** A copy of the data on the host; f16 and bf16 as raw bits in a Uint16Array. */
   async read(): Promise<HostOf<D>> {
     const bytes = await this.#handle.read()
     return new hostTypes[this.dtype](bytes) as HostOf<D>
@@ -101,20 +101,20 @@ export class Tensor<D extends DType = DType> implements Disposable {
   }
 
   /**
-   * A handle by which another process opens this tensor's memory: the same memory, in which each sees
-   * what the other writes. It comes when the work that was queued is done; later writes are the two
-   * processes' to order, as by `device.synchronize()` and a message. On CUDA it is an IPC handle; on the
-   * CPU the tensor moves into a file in shared memory, its views with it.
+   * A handle by which another process opens this tensor's memory, so that each sees what the other
+   * writes. Resolves when the queued work is done; the two processes must order later writes, for
+   * example by `device.synchronize()` and a message. On CUDA it is an IPC handle; on the CPU the storage
+   * moves into a file in shared memory, with all of its views.
    *
    * @throws ERR_DEVICE where the platform cannot share CUDA memory; ERR_MEMORY or ERR_IO where there is
-   *   no room for the file. A fault of the tensor is thrown as by `read`.
+   *   no space for the file. A fault of the tensor is thrown as by `read`.
    */
   async ipcHandle(): Promise<IpcHandle> {
     const { shape, dtype } = this
     return share(this.#handle, { backend: this.device.info.backend, shape, dtype })
   }
 
-  /** Gives the storage back; a second call does nothing. Shape and dtype stay readable. */
+  /** Releases the storage; a second call does nothing. Shape and dtype stay readable. */
   dispose(): void {
     this.#handle.dispose()
     untrack(this)
@@ -171,7 +171,7 @@ export function imageSize(image: Tensor, op: string): [height: number, width: nu
   return [height, width]
 }
 
-/** @internal Tensors with one dispose for all of them, and for `hidden` ones that closures use. */
+/** @internal Adds a dispose for all tensors of `parts` and for `hidden` ones, which closures use. */
 export function held<R extends object>(parts: R, hidden: readonly Tensor[] = []): Held<R> {
   const dispose = (): void => {
     for (const part of [...Object.values(parts).flat(), ...hidden])
@@ -217,8 +217,8 @@ function isNumbers(data: unknown): boolean {
   )
 }
 
-// float64 to f32 so that rounding on to 16 bits gives what rounding at once would: what is cut off
-// survives in the last bit, and cannot make a tie of a number that was none.
+// Rounds float64 to f32 by round-to-odd, so that rounding further to 16 bits equals rounding once: the
+// discarded bits stay in the last bit as a sticky bit, and cannot produce a tie.
 function roundedToOdd(numbers: ArrayLike<number>): Float32Array {
   const out = Float32Array.from(numbers)
   const bits = new Uint32Array(out.buffer)
@@ -226,13 +226,13 @@ function roundedToOdd(numbers: ArrayLike<number>): Float32Array {
     const x = numbers[i]!
     const f = out[i]!
     if (f === x || Number.isNaN(x)) continue
-    if (Math.abs(f) > Math.abs(x)) bits[i]! -= 1 // back towards zero; from infinity to the largest
+    if (Math.abs(f) > Math.abs(x)) bits[i]! -= 1 // towards zero; infinity becomes the largest finite
     bits[i]! |= 1
   }
   return out
 }
 
-/** @internal The type that data has when none is given. */
+/** @internal The dtype of host data when none is given. */
 export function defaultDType(data: HostArray): DType {
   if (data instanceof Int32Array) return 'i32'
   if (data instanceof Uint8Array || data instanceof Uint8ClampedArray) return 'u8'

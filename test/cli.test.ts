@@ -330,7 +330,7 @@ describe('evaluate', () => {
     child.kill('SIGINT')
     const { code, err } = await ended
     expect(code).toBe(130)
-    expect(err).toMatch(/Stopped after \d+ of 40; the same command goes on/)
+    expect(err).toMatch(/Stopped after \d+ of 40; run the same command to resume/)
     const done = results(path).length
     expect(done).toBeLessThan(40)
     await server.close()

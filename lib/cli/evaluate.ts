@@ -18,19 +18,19 @@ export interface EvaluateOptions extends RoleOptions {
   device?: string
 }
 
-/** Answers and scores the questions of a file; its exit code. */
+/** Answers and scores the questions of a file; returns the exit code. */
 export async function evaluateCommand(data: string, options: EvaluateOptions): Promise<number> {
   const results =
     options.out ?? join(dirname(data), `${basename(data, extname(data))}.results.jsonl`)
   const before = await readResults(results)
-  const [total, todo] = await survey(data, options, before, results)
+  const [total, remaining] = await survey(data, options, before, results)
   const roles = await rolesOf(options)
-  const verifier = todo.free ? await verifierOf(options) : undefined
+  const verifier = remaining.free ? await verifierOf(options) : undefined
   using device = openDevice(options.device)
 
   const stop = new AbortController()
   const interrupt = (): void => {
-    // A second Ctrl-C does not wait.
+    // A second Ctrl-C exits at once.
     if (stop.signal.aborted) process.exit(130)
     stop.abort()
   }
@@ -42,17 +42,17 @@ export async function evaluateCommand(data: string, options: EvaluateOptions): P
     hideCursor: true,
     gracefulExit: false,
   })
-  let right = 0
+  let correct = 0
   let judged = 0
   let failed = 0
   for (const { reward } of before.values())
     if (reward !== undefined) {
-      right += reward
+      correct += reward
       judged++
     }
-  const shown = () => ({ accuracy: judged ? ((100 * right) / judged).toFixed(1) : '-', failed })
-  bar.start(total, total - todo.count, shown())
-  await completeLastLine(results)
+  const shown = () => ({ accuracy: judged ? ((100 * correct) / judged).toFixed(1) : '-', failed })
+  bar.start(total, total - remaining.count, shown())
+  await dropPartialLine(results)
   try {
     const questions = (async function* (): AsyncGenerator<Question & { row: Row }> {
       for await (const row of limited(readRows(data, options.form), options.limit)) {
@@ -74,10 +74,10 @@ export async function evaluateCommand(data: string, options: EvaluateOptions): P
       const asked = { line, id, category, question: question.question, truth }
       const result: Result = error ? { ...asked, error: error.message } : { ...asked, ...rest }
       await appendFile(results, `${JSON.stringify(result)}\n`)
-      // What the models wrote is in the file; memory keeps what the table needs.
+      // The models' outputs are in the file; memory keeps only what the table needs.
       const { perception: _, reasoning: __, question: ___, ...kept } = result
       before.set(line, { ...kept, question: '' })
-      right += result.reward ?? 0
+      correct += result.reward ?? 0
       judged += +(result.reward !== undefined)
       failed += +(error !== undefined)
       bar.increment(1, shown())
@@ -94,14 +94,14 @@ export async function evaluateCommand(data: string, options: EvaluateOptions): P
   if (options.json !== undefined)
     await writeFile(options.json, `${JSON.stringify(summary, null, 2)}\n`)
   if (stop.signal.aborted) {
-    console.error(`Stopped after ${before.size} of ${total}; the same command goes on from here.`)
+    console.error(`Stopped after ${before.size} of ${total}; run the same command to resume.`)
     return 130
   }
   if (failed) {
     const first = [...before.values()].find(({ error }) => error)!
     console.error(
       `${failed} of ${total} questions failed, first line ${first.line}: ${first.error}\n` +
-        'The same command tries them again.',
+        'Run the same command to retry them.',
     )
     return 1
   }
@@ -121,17 +121,17 @@ async function* limited<T>(items: AsyncIterable<T>, count = Number.POSITIVE_INFI
 }
 
 /**
- * Reads the whole file of questions once before anything is asked: a mistake in its last line is told
- * now, and the bar knows its end.
+ * Reads the whole file of questions before the first request, so that an error in its last line is
+ * reported at once and the progress bar has a total.
  */
 async function survey(
   data: string,
   options: EvaluateOptions,
   before: Map<number, Result>,
   results: string,
-): Promise<[total: number, todo: { count: number; free: boolean }]> {
+): Promise<[total: number, remaining: { count: number; free: boolean }]> {
   let total = 0
-  const todo = { count: 0, free: false }
+  const remaining = { count: 0, free: false }
   for await (const row of limited(readRows(data, options.form), options.limit)) {
     total++
     const known = before.get(row.line)
@@ -140,19 +140,19 @@ async function survey(
         `${results} holds results of other questions (line ${row.line} differs); name another file by --out`,
       )
     if (isDone(known)) continue
-    todo.count++
-    todo.free ||= row.form === 'free_form'
+    remaining.count++
+    remaining.free ||= row.form === 'free_form'
   }
   if (!total) throw new UsageError(`${data} holds no questions`)
-  return [total, todo]
+  return [total, remaining]
 }
 
-/** What a crash cut off in the middle of a line goes, so that the next line is one of its own. */
-async function completeLastLine(path: string): Promise<void> {
+/** Removes an incomplete last line, left by a crash. */
+async function dropPartialLine(path: string): Promise<void> {
   const text = await readFile(path, 'utf8').catch(() => '')
   if (text === '' || text.endsWith('\n')) return
-  const whole = Buffer.byteLength(text.slice(0, text.lastIndexOf('\n') + 1))
+  const complete = Buffer.byteLength(text.slice(0, text.lastIndexOf('\n') + 1))
   const file = await open(path, 'r+')
-  await file.truncate(whole)
+  await file.truncate(complete)
   await file.close()
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env node
 // The command p2r-kernels. Results go to standard output, everything else to standard error. Exit
-// codes: 0; 1 when something failed; 2 for a command line that cannot be; 130 after Ctrl-C.
+// codes: 0; 1 for a failure; 2 for an invalid command line; 130 after Ctrl-C.
 import { readFileSync } from 'node:fs'
 import { mkdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
@@ -19,15 +19,15 @@ const { version } = JSON.parse(
   readFileSync(new URL('../../../package.json', import.meta.url), 'utf8'),
 ) as { version: string }
 
-function whole(least: number): (text: string) => number {
+function integerFrom(least: number): (text: string) => number {
   return (text) => {
     const value = Number(text)
     if (/^\d+$/.test(text) && value >= least && Number.isSafeInteger(value)) return value
-    throw new InvalidArgumentError(`It should be a whole number from ${least} on.`)
+    throw new InvalidArgumentError(`It should be an integer of at least ${least}.`)
   }
 }
 
-function number(text: string): number {
+function nonNegative(text: string): number {
   const value = Number(text)
   if (text.trim() !== '' && value >= 0 && Number.isFinite(value)) return value
   throw new InvalidArgumentError('It should be a number of at least 0.')
@@ -39,7 +39,7 @@ function url(text: string, before: string[] = []): string[] {
 }
 
 const program = new Command('p2r-kernels')
-  .description('Perceive-to-Reason on served vision-language models: perceive, cut out, reason.')
+  .description('Perceive-to-Reason on served vision-language models: perceive, crop, reason.')
   .version(version)
   .exitOverride()
   .configureOutput({
@@ -52,35 +52,39 @@ const formOption = () =>
     .default('mca')
 const deviceOption = () =>
   new Option('--device <id>', "'cpu', 'cuda', 'cuda:1' (default: $P2R_DEVICE, else CUDA, else CPU)")
-const cutOptions = (command: Command): Command =>
+const cropOptions = (command: Command): Command =>
   command
-    .option('--max-evidence <n>', 'regions cut out of the image', whole(0), 3)
-    .option('--padding <share>', "of a region on each side, of the image's size", number, 0.1)
-    .option('--max-pixels <n>', 'of the image and of each region', whole(1), 4096 * 32 * 32)
-    .option('--min-pixels <n>', 'likewise', whole(1), 16 * 32 * 32)
+    .option('--max-evidence <n>', 'crops at most', integerFrom(0), 3)
+    .option('--padding <share>', "of a region on each side, of the image's size", nonNegative, 0.1)
+    .option('--max-pixels <n>', 'of the image and of each region', integerFrom(1), 4096 * 32 * 32)
+    .option('--min-pixels <n>', 'likewise', integerFrom(1), 16 * 32 * 32)
 
-/** What tells where the models are and how they are asked. */
+/** Options of the commands that call models. */
 function servedOptions(command: Command, concurrency: number): Command {
   command
-    .option('--base-url <url>', 'of the OpenAI API; again for more servers of the same model', url)
-    .option('--model <name>', 'the served model (default: the only one that is served)')
+    .option(
+      '--base-url <url>',
+      'of the OpenAI API; repeat it for more servers of the same model',
+      url,
+    )
+    .option('--model <name>', 'the served model (default: the only one)')
   for (const part of ['perceiver', 'reasoner'])
     command
       .option(`--${part}-url <url>`, `of the ${part}, where it has a server of its own`, url)
       .option(`--${part}-model <name>`, `of the ${part}`)
-  return cutOptions(command)
+  return cropOptions(command)
     .option('--api-key <key>', 'default: $OPENAI_API_KEY')
-    .option('--temperature <t>', 'of both roles', number, 0)
-    .option('--timeout <seconds>', 'of one request', number, 300)
-    .option('--retries <n>', 'after the first attempt', whole(0), 3)
-    .option('--concurrency <n>', 'requests in flight', whole(1), concurrency)
+    .option('--temperature <t>', 'of both roles', nonNegative, 0)
+    .option('--timeout <seconds>', 'of one request', nonNegative, 300)
+    .option('--retries <n>', 'after the first attempt', integerFrom(0), 3)
+    .option('--concurrency <n>', 'requests in flight', integerFrom(1), concurrency)
     .addOption(
-      new Option('--image-format <format>', 'how images travel')
+      new Option('--image-format <format>', 'encoding of the images that are sent')
         .choices(['jpeg', 'png'])
         .default('jpeg'),
     )
     .addOption(
-      new Option('--rules <rules>', 'how answers are read and scored')
+      new Option('--rules <rules>', 'rules of extracting and scoring answers')
         .choices(['reference', 'strict'])
         .default('reference'),
     )
@@ -90,7 +94,7 @@ function servedOptions(command: Command, concurrency: number): Command {
 
 program
   .command('devices')
-  .description('lists the devices that tensors can live on')
+  .description('lists the available devices')
   .option('--json', 'as JSON')
   .action(({ json }: { json?: boolean }) => {
     const all = devices()
@@ -115,7 +119,7 @@ servedOptions(
     .description('answers a question about an image')
     .argument('<image>', 'a file: JPEG, PNG, WebP, TIFF or AVIF')
     .argument('<question>', 'with its options, if it has any')
-    .option('--out <folder>', 'where the annotated image and the crops go')
+    .option('--out <folder>', 'output folder for the annotated image and the crops')
     .option('--json', 'prints the whole result as JSON'),
   4,
 ).action(
@@ -138,13 +142,13 @@ servedOptions(
   },
 )
 
-cutOptions(
+cropOptions(
   program
     .command('evidence')
-    .description('draws boxes on an image and cuts them out, as the reasoner sees them')
+    .description('draws boxes on an image and crops them, as the reasoner sees them')
     .argument('<image>', 'a file: JPEG, PNG, WebP, TIFF or AVIF')
-    .requiredOption('--boxes <json>', 'what a perceiver wrote, or @FILE that holds it')
-    .requiredOption('--out <folder>', 'where the annotated image and the crops go'),
+    .requiredOption('--boxes <json>', "a perceiver's output, or @FILE with it")
+    .requiredOption('--out <folder>', 'output folder for the annotated image and the crops'),
 )
   .addOption(deviceOption())
   .action(
@@ -177,21 +181,21 @@ cutOptions(
       })
       for (const path of await saveEvidence(evidence, options.out)) console.log(path)
       if (!evidence.hasEvidence)
-        console.error('No box lies inside the image: the reasoner would see it as it is.')
+        console.error('No box is inside the image: the reasoner would see the image unchanged.')
     },
   )
 
 servedOptions(
   program
     .command('evaluate')
-    .description('answers and scores a file of questions; the same command again goes on')
+    .description('answers and scores a file of questions; run it again to resume')
     .argument(
       '<data.jsonl>',
       'a question a line: image, question or text, options or A to D, answer or label, category',
     )
     .option('--out <file>', 'results, a line a question (default: DATA.results.jsonl)')
-    .option('--json <file>', 'where the table goes as JSON')
-    .option('--limit <n>', 'the first n questions alone', whole(1))
+    .option('--json <file>', 'writes the table as JSON')
+    .option('--limit <n>', 'only the first n questions', integerFrom(1))
     .option('--verifier-url <url>', 'of the model that judges free-form answers', url)
     .option('--verifier-model <name>', 'likewise'),
   32,
@@ -199,7 +203,7 @@ servedOptions(
   process.exitCode = await evaluateCommand(data, options)
 })
 
-/** The images that the reasoner is shown, as PNG, and the boxes. */
+/** Writes the images that the reasoner sees, as PNG, and the boxes. */
 async function saveEvidence(evidence: Evidence, folder: string): Promise<string[]> {
   await mkdir(folder, { recursive: true })
   const paths = [join(folder, 'annotated.png'), join(folder, 'boxes.json')]

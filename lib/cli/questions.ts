@@ -7,7 +7,7 @@ import { type AnswerForm, answerForms } from '../p2r/prompts.js'
 import { UsageError } from './usage.js'
 
 export interface Row {
-  /** Where it stands in the file, from 1: its identity. */
+  /** Its line in the file, from 1, which identifies it. */
   line: number
   id: string
   category: string
@@ -18,7 +18,7 @@ export interface Row {
   image: string | Uint8Array
 }
 
-/** What became of a question. */
+/** The outcome of a question. */
 export interface Result {
   line: number
   id: string
@@ -34,13 +34,12 @@ export interface Result {
 }
 
 const letters = ['A', 'B', 'C', 'D', 'E', 'F', 'G', 'H']
-/** What V-Star's questions end with; the reasoner is told how to answer in its own words. */
+/** The end of V-Star's questions; the reasoner's prompt has its own instruction. */
 const lettersOnly = /\s*Answer with the option'?s letter from the given choices directly\.?\s*$/
 
 /**
- * The questions of a file, one after the other: as V-Star has them (image, text, label, category), as
- * HR-Bench has them (image, question, A to D, answer, category), or with `options` as a list or by
- * letter.
+ * The questions of a file in order, in the fields of V-Star (image, text, label, category) or HR-Bench
+ * (image, question, A to D, answer, category), or with `options` as a list or by letter.
  */
 export async function* readRows(path: string, form: AnswerForm): AsyncGenerator<Row> {
   let line = 0
@@ -114,14 +113,14 @@ function optionsOf(row: Record<string, unknown>): string[] {
     )
     .map(([letter, text]) => {
       const option = String(text).trim()
-      // Some files have the letter in the text already.
+      // In some files the text has the letter already.
       return option.startsWith(`${letter}.`) || option.startsWith(`(${letter})`)
         ? option
         : `${letter}. ${option}`
     })
 }
 
-/** A path from the file's folder, or the image itself in base64, as HR-Bench has it. */
+/** A path relative to the file's folder, or the image itself in base64, as in HR-Bench. */
 function imageOf(image: string, path: string): string | Uint8Array | undefined {
   const data = /^data:image\/[\w.+-]+;base64,/.exec(image)
   if (data) return Buffer.from(image.slice(data[0].length), 'base64')
@@ -135,8 +134,8 @@ function imageOf(image: string, path: string): string | Uint8Array | undefined {
 }
 
 /**
- * What an earlier run left in a file of results, by line; empty where there is no file. A last line
- * that was cut off by a crash does not count.
+ * The results of an earlier run by line; empty if there is no file. An incomplete last line, left by a
+ * crash, is ignored.
  */
 export async function readResults(path: string): Promise<Map<number, Result>> {
   const results = new Map<number, Result>()
@@ -151,7 +150,7 @@ export async function readResults(path: string): Promise<Map<number, Result>> {
     } catch (cause) {
       if (i === lines.length - 1) break
       throw new UsageError(
-        `${path}:${i + 1} is no result of evaluate; name another file by --out`,
+        `${path}:${i + 1} is not a result of evaluate; name another file by --out`,
         {
           cause,
         },

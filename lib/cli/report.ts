@@ -6,7 +6,7 @@ export interface Score {
   correct: number
   /** correct / those without an error, in percent; null where there are none. */
   accuracy: number | null
-  /** Mean number of boxes that the perceiver named. */
+  /** Mean number of boxes in the perceiver's output. */
   boxes: number | null
   failed: number
 }

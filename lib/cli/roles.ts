@@ -4,7 +4,7 @@ import { Reasoner } from '../p2r/reasoner.js'
 import { modelVerifier, type RewardRules, type Verifier } from '../p2r/reward.js'
 import { UsageError } from './usage.js'
 
-/** What the command line says of the served models. */
+/** The command line's options of the served models. */
 export interface RoleOptions {
   baseUrl?: string[]
   model?: string
@@ -31,16 +31,19 @@ export async function rolesOf(
   options: RoleOptions,
 ): Promise<{ perceiver: Perceiver; reasoner: Reasoner }> {
   const { temperature, maxPixels, minPixels, maxEvidence, padding, rules } = options
-  const [sees, thinks] = [await served('perceiver', options), await served('reasoner', options)]
+  const [perceiving, reasoning] = [
+    await served('perceiver', options),
+    await served('reasoner', options),
+  ]
   return {
-    perceiver: new Perceiver(sees, {
+    perceiver: new Perceiver(perceiving, {
       temperature,
       maxPixels,
       minPixels,
       maxEvidence,
       padding: [padding, padding],
     }),
-    reasoner: new Reasoner(thinks, { temperature, rules }),
+    reasoner: new Reasoner(reasoning, { temperature, rules }),
   }
 }
 
@@ -69,7 +72,7 @@ async function served(part: Part, options: RoleOptions): Promise<OpenAIPolicy> {
   })
 }
 
-/** The model that a server serves, where it serves one. */
+/** The model of a server that serves only one. */
 async function onlyModel(url: string, part: Part, apiKey: string | undefined): Promise<string> {
   const name = `name the model by --model or --${part}-model`
   let models: unknown
@@ -80,7 +83,7 @@ async function onlyModel(url: string, part: Part, apiKey: string | undefined): P
     })
     models = ((await response.json()) as { data?: unknown }).data
   } catch (cause) {
-    throw new Error(`${url} does not tell which models it serves; ${name}`, { cause })
+    throw new Error(`${url} does not list its models; ${name}`, { cause })
   }
   const ids = Array.isArray(models) ? models.map(({ id }) => id).filter((id) => id) : []
   if (ids.length !== 1)

@@ -1,2 +1,2 @@
-/** What the user asked for cannot be: exit code 2, as for a wrong option. */
+/** An error of the command line or its input: exit code 2. */
 export class UsageError extends Error {}

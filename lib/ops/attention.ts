@@ -18,10 +18,10 @@ export type AttentionInput = (Separate | Packed) & Options & { kernel?: string }
 
 /**
  * softmax(scale · q kᵀ) v within each packed sequence and head, every key visible to every query of
- * its sequence (Dao et al., FlashAttention, 2022). No T × T matrix is ever held.
+ * its sequence (Dao et al., FlashAttention, 2022). No T × T matrix is materialized.
  *
  * @param a.q @param a.k @param a.v [T, H, D], f32 | f16 | bf16, D a multiple of 8 from 8 to 128.
- * @param a.qkv [T, 3, H, D] in their place; it is read where it lies.
+ * @param a.qkv [T, 3, H, D] instead of them; it is read in place, without a copy.
  * @param a.rotary f32 [T, D] tables, applied to q and k as `applyRotary` does.
  * @param a.cuSeqlens where the sequences begin and end: 0 = c₀ ≤ c₁ ≤ … = T.
  * @param a.scale 1/√D unless given.
@@ -43,7 +43,7 @@ export function attention(a: AttentionInput): Held<{ out: Tensor; lse: Tensor<'f
   return held({ out: wrap(device, out), lse: wrap<'f32'>(device, lse) })
 }
 
-type Answer = {
+type Backward = {
   dOut: Tensor
   out: Tensor
   lse: Tensor
@@ -56,16 +56,16 @@ type Answer = {
  * bit.
  *
  * @param a.deterministic false lets the kernel 'wgmma' (f16 and bf16 on Hopper) sum up dQ in one
- *   pass, in an order that changes from run to run, with a workspace of 4·T·H·D bytes; with rotary
- *   it takes no more than that. The other kernels, the CPU's among them, do the same either way.
+ *   pass, in an order that changes from run to run, with a workspace of 4·T·H·D bytes, with rotary
+ *   too. The other kernels, including the CPU's, ignore it.
  * @returns dQ, dK and dV like q, k and v; or dQkv like qkv, rotated back through the tables.
  */
 export function attentionBackward(
-  a: Separate & Answer,
+  a: Separate & Backward,
 ): Held<{ dQ: Tensor; dK: Tensor; dV: Tensor }>
-export function attentionBackward(a: Packed & Answer): Held<{ dQkv: Tensor }>
+export function attentionBackward(a: Packed & Backward): Held<{ dQkv: Tensor }>
 export function attentionBackward(
-  a: (Separate | Packed) & Answer,
+  a: (Separate | Packed) & Backward,
 ): Held<{ dQ: Tensor; dK: Tensor; dV: Tensor }> | Held<{ dQkv: Tensor }> {
   const op = 'attentionBackward'
   const { device } = firstOf(a, op)
@@ -86,7 +86,7 @@ export function attentionBackward(
 
 /**
  * How much probability each key receives from all queries of its sequence, the column sums of the
- * attention matrix: a saliency of tokens that costs half a forward pass.
+ * attention matrix: a saliency map that costs half a forward pass.
  *
  * @param a.lse from `attention` with the same input.
  * @returns f32 [H, T]; a sequence's values sum to its length in each head.
@@ -110,10 +110,10 @@ export function attentionMass(
   return wrap<'f32'>(device, mass)
 }
 
-type Loose = { q?: unknown; k?: unknown; v?: unknown; qkv?: unknown; rotary?: unknown }
+type Unchecked = { q?: unknown; k?: unknown; v?: unknown; qkv?: unknown; rotary?: unknown }
 
 function firstOf(a: object, op: string): Tensor {
-  const { q, qkv } = a as Loose
+  const { q, qkv } = a as Unchecked
   const [tensor, name] = qkv === undefined ? [q, 'q'] : [qkv, 'qkv']
   handleOf(tensor, name, op)
   return tensor as Tensor
@@ -121,7 +121,7 @@ function firstOf(a: object, op: string): Tensor {
 
 // q, k, v, qkv, cos, sin as the addon takes them.
 function inputs(a: object, op: string): unknown[] {
-  const { q, k, v, qkv, rotary } = a as Loose
+  const { q, k, v, qkv, rotary } = a as Unchecked
   if (qkv !== undefined && (q !== undefined || k !== undefined || v !== undefined))
     refuse('ERR_VALUE', op, 'give either q, k and v or qkv, not both')
   if (rotary !== undefined && (typeof rotary !== 'object' || rotary === null))
@@ -141,13 +141,13 @@ export function kernels(op: string, device: Device): readonly string[] {
 /**
  * Cuts grids of patches into square windows, as Qwen2.5-VL's window attention does (Bai et al.,
  * Qwen2.5-VL, 2025): frame by frame, windows row by row, each with its merge units row by row. A
- * window at an edge holds what is there.
+ * window at an edge is cut off there.
  *
  * @param a.gridThw patches [t, h, w]; h and w are multiples of mergeSize.
  * @param a.window merge units a side.
  * @param a.mergeSize patches a side of a merge unit, 2 unless given.
- * @returns index: the token (patch, in merge-block order) that comes at each place of the windowed
- *   order; inverse: the place of each token; cuSeqlens: the windows as packed sequences of tokens.
+ * @returns index: the token (patch, in merge-block order) at each position of the windowed order;
+ *   inverse: the position of each token; cuSeqlens: the windows as packed sequences of tokens.
  */
 export function windowLayout(a: { gridThw: readonly Grid[]; window: number; mergeSize?: number }): {
   index: Int32Array
@@ -176,7 +176,7 @@ export function windowLayout(a: { gridThw: readonly Grid[]; window: number; merg
           const bottom = Math.min(top + window, rows)
           const right = Math.min(left + window, columns)
           for (let row = top; row < bottom; row++) {
-            // The units of one row lie side by side.
+            // The merge units of one row are contiguous.
             let token = frameStart + (row * columns + left) * tokensOfUnit
             for (let n = (right - left) * tokensOfUnit; n > 0; n--) index[at++] = token++
           }

@@ -14,19 +14,19 @@ import { type Outlines, outlineArguments, type PixelBox } from './draw_boxes.js'
 
 export type Filter = 'box' | 'bilinear' | 'bicubic' | 'lanczos'
 
-/** What to cut out and to which size. */
+/** A crop and the size to which it is resampled. */
 export interface Region {
   /** Index into `images`; 0 unless given. */
   image?: number
-  /** Half open, in whole pixels; what lies outside the image is black. */
+  /** Half open, in whole pixels; pixels outside the image are black. */
   box: PixelBox
   height: number
   width: number
-  /** Whether the call's overlay lies over this region's image: true unless given. */
+  /** Whether the call's overlay is drawn on this region: true unless given. */
   overlay?: boolean
 }
 
-/** What crop-resampling reads. */
+/** The inputs of crop-resampling. */
 interface Source {
   images: readonly Tensor[]
   regions: readonly Region[]
@@ -35,11 +35,11 @@ interface Source {
 }
 
 /**
- * Each region cut out and resampled, byte for byte as Pillow's `crop(box).resize(size, filter)` (for
+ * Each region cropped and resampled, byte for byte as Pillow's `crop(box).resize(size, filter)` (for
  * images over 100 times as tall as wide, as Pillow before 12.2). All regions in one batch.
  *
  * @param a.image u8 [height, width, 3].
- * @param a.regions boxes in whole pixels, half open; what a box has outside the image is black.
+ * @param a.regions boxes in whole pixels, half open; pixels outside the image are black.
  *   Sizes are at most 2^20 a side and 2^28 pixels.
  * @param a.filter 'bicubic' unless given.
  * @returns one u8 [height, width, 3] a region.
@@ -54,7 +54,7 @@ export function cropResample(a: {
   return resample({ images: [a.image], regions: a.regions, filter: a.filter }, 'cropResample')
 }
 
-/** @internal As cropResample, with everything that pixelValues can read. */
+/** @internal As cropResample, from several images and with an overlay. */
 export function resample(a: Source, op: string): Tensor<'u8'>[] {
   const out = native().ops.crop_resample!(...sourceArguments(a, op))
   const handles = out === undefined ? [] : Array.isArray(out) ? out : [out]
@@ -62,8 +62,8 @@ export function resample(a: Source, op: string): Tensor<'u8'>[] {
 }
 
 /**
- * What a Qwen-VL vision tower takes: every region cut out, resampled, normalised and laid out in
- * patches, in one pass and without the images in between.
+ * The input of a Qwen-VL vision tower: every region cropped, resampled, normalised and cut into
+ * patches, in one pass without intermediate images.
  *
  * A value is that of cropResample, v, as (v / 255 - mean) / std in float64, rounded once. Rows are
  * patches in blocks of mergeSize x mergeSize, block rows first (mergeSize 1: row by row); columns are
@@ -72,8 +72,8 @@ export function resample(a: Source, op: string): Tensor<'u8'>[] {
  *
  * @param a.image u8 [height, width, 3], or several as `images`, which regions name by index.
  * @param a.regions sides must be multiples of patchSize · mergeSize, else ERR_VALUE; see smartResize.
- * @param a.overlay outlines drawn on the image as it is read, as drawBoxes draws them, without a copy
- *   of it; in every region that does not say `overlay: false`.
+ * @param a.overlay outlines drawn as by drawBoxes while the image is read, without a copy of it; in
+ *   every region without `overlay: false`.
  * @param a.patchSize 16, temporalPatchSize 2, mergeSize 2, mean and std 0.5, dtype 'f32' unless given.
  * @returns pixelValues [P, 3 · temporalPatchSize · patchSize²] of all regions in their order, and the
  *   grid [1, height / patchSize, width / patchSize] of each.

@@ -35,8 +35,8 @@ export interface Outlines {
  * `ImageDraw.rectangle(box, outline, width)` draws them, one after the other.
  *
  * @param a.image u8 [height, width, 3].
- * @param a.boxes in whole pixels, both corners inclusive; inverted corners are sorted, what lies
- *   outside is clipped. Boxes thinner than two borders bleed outside, as Pillow paints them.
+ * @param a.boxes in whole pixels, both corners inclusive; inverted corners are sorted, parts
+ *   outside the image are clipped. Boxes thinner than two borders grow outwards, as in Pillow.
  * @param a.colors by index, repeated: red, green (0, 128, 0), blue, yellow, orange (255, 165, 0),
  *   purple (128, 0, 128), cyan, magenta unless given.
  * @param a.width of the border in pixels, inwards: max(3, floor(0.003 · image width)) unless given;

@@ -27,7 +27,7 @@ export function linear(a: { x: Tensor; weight: Tensor; bias?: Tensor }): Tensor 
  * @param a.dOut [..., F], the gradient of the result, of x's type.
  * @param a.bias the layer's bias, if it has one; its values are not read.
  * @param a.into f32 tensors to which the gradients of weight and bias are added, for sums over several
- *   calls. They come back as further handles on the same storage.
+ *   calls. The results are new handles on the same storage.
  * @returns dX as x; dWeight f32 [F, C]; dBias f32 [F] if a bias was given.
  */
 export function linearBackward(a: {

@@ -9,7 +9,7 @@ import {
   type PolicyLossInput,
 } from './policy_loss.js'
 
-/** A linear head over a vocabulary, and the tokens asked for. */
+/** A linear head over a vocabulary, and the target tokens. */
 export interface LinearHead {
   /** [N, C], f32 | f16 | bf16. */
   hidden: Tensor
@@ -27,7 +27,7 @@ export interface LinearHead {
 export type HeadGradients = WeightGradients
 
 /**
- * tokenLogProbs of the logits hidden · weightᵀ + bias, which are never held: beside its results it takes
+ * tokenLogProbs of the logits hidden · weightᵀ + bias, which are never materialized: besides its results it takes
  * some 5 MB and less than 1 MB a thread on the CPU; on CUDA 7 MB where tensor cores take the product (16
  * bits, and C a multiple of 8), and 128 MB elsewhere. Sums are f32, and logits are never rounded to 16
  * bits.
@@ -54,7 +54,7 @@ export interface LinearLogProbsBackward extends LinearHead {
   /** f32 [N], together: the entropy and the gradient with respect to it. */
   entropy?: Tensor
   dEntropy?: Tensor
-  /** These are added to, and come back as further handles on the same storage. */
+  /** The gradients are added to these; the results are new handles on the same storage. */
   into?: HeadGradients
 }
 
@@ -86,7 +86,7 @@ export function linearLogProbsBackward(
 export interface LinearPolicyLoss
   extends LinearHead,
     Omit<PolicyLossInput, 'logProbs' | 'entropy'> {
-  /** These are added to, and come back as further handles on the same storage. */
+  /** The gradients are added to these; the results are new handles on the same storage. */
   into?: HeadGradients
 }
 

@@ -59,7 +59,7 @@ export interface PolicyLossOptions {
    * that of `aggregation`; a termAggregation that counts the other thing counts here.
    */
   normalizer?: number
-  /** Whether `advantages` holds one value a sequence or a token: told by its size, and 'sequence' where both fit. */
+  /** Whether `advantages` holds one value a sequence or a token: inferred from its size, 'sequence' where both fit. */
   advantagesPer?: 'sequence' | 'token'
 }
 
@@ -114,8 +114,8 @@ export interface PolicyLossInput extends PolicyLossOptions {
 
 /**
  * The policy-gradient loss of packed sequences, f32 [1], with its gradient with respect to logProbs
- * and, where given, entropy, f32 [T], in one pass. What stands under the mask is ignored, NaN too.
- * Nothing kept: loss 0, gradient 0. Sums run in a fixed order.
+ * and, where given, entropy, f32 [T], in one pass. Masked tokens are ignored, NaN too.
+ * Without a kept token loss and gradient are 0. Sums run in a fixed order.
  *
  * A padded batch is given whole: cuSeqlens 0, L, 2L, ... and its mask.
  */

@@ -43,7 +43,7 @@ export function visionRotary(a: {
  *
  * @param a.x [T, H, D], f32 | f16 | bf16, D a multiple of 8 from 8 to 128.
  * @param a.cos @param a.sin f32 [T, D].
- * @param a.inverse applies the transpose: the rotation back, which is also the gradient.
+ * @param a.inverse applies the transpose: the inverse rotation, which is also the gradient.
  * @returns as x in shape and type, rounded once.
  */
 export function applyRotary(a: { x: Tensor; cos: Tensor; sin: Tensor; inverse?: boolean }): Tensor {

@@ -7,14 +7,14 @@ import type { Reasoner } from './reasoner.js'
 
 export interface Answer {
   answer: string
-  /** The caller's to dispose; its images, where they were made, are there still. */
+  /** Must be disposed by the caller. */
   evidence: Evidence
   /** What the two roles wrote. */
   perception: string
   reasoning: string
 }
 
-/** Perceive, then reason: one answer with its evidence. Nothing stays alive when it fails. */
+/** Perceive, then reason: one answer with its evidence. A failure disposes what was allocated. */
 export async function answer(a: {
   perceiver: Perceiver
   reasoner: Reasoner

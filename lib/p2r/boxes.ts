@@ -14,7 +14,7 @@ const key = '"bbox_2d"'
  * The boxes in a perceiver's answer, as Perceive-to-Reason's `parse_bboxes` reads them.
  *
  * The whole text is read as JSON, one object with `bbox_2d` and `label` or a list of them; else every
- * object without braces inside that holds a list `bbox_2d` is taken out of the prose. JSON is Python's:
+ * object without nested braces that has a list `bbox_2d` is extracted from the text. JSON is Python's:
  * NaN and Infinity are numbers, the last of equal keys counts. A box needs four finite numbers
  * (booleans count as 0 and 1) with x0 < x1 and y0 < y1, in any range; a missing label is ''. Anything
  * else yields no box; where the reference fails on one (`bbox_2d` null or a number), the others are
@@ -52,7 +52,7 @@ function boxOf(item: Json): EvidenceBox[] {
 }
 
 /**
- * What the reference's pattern finds from left to right, without going over the text again and again:
+ * The matches of the reference's pattern, from left to right, in linear time:
  *
  *   \{ [^{}]* "bbox_2d" \s* : \s* \[ [^\]]+ \] [^{}]* \}
  */
@@ -66,7 +66,7 @@ function* objectsIn(text: string): Generator<string> {
   }
 }
 
-/** Where matches end: the end of the one that opens at a brace, or -1. */
+/** Returns the end of the match that starts at an opening brace, or -1. */
 function matcher(text: string): (open: number) => number {
   const brace = finder(text, /[{}]/g)
   const bracket = finder(text, /\]/g)
@@ -86,18 +86,18 @@ function matcher(text: string): (open: number) => number {
   }
 }
 
-/** The place of the first match at or after `from`, or the text's length. */
+/** Returns the index of the first match at or after `from`, or the text's length. */
 function finder(text: string, pattern: RegExp): (from: number) => number {
-  const places = Array.from(text.matchAll(pattern), (match) => match.index)
-  places.push(text.length)
+  const indices = Array.from(text.matchAll(pattern), (match) => match.index)
+  indices.push(text.length)
   return (from) => {
     let low = 0
-    let high = places.length - 1
+    let high = indices.length - 1
     while (low < high) {
       const middle = (low + high) >> 1
-      if (places[middle]! < from) low = middle + 1
+      if (indices[middle]! < from) low = middle + 1
       else high = middle
     }
-    return places[low]!
+    return indices[low]!
   }
 }

@@ -8,7 +8,7 @@ import type { Reasoner } from './reasoner.js'
 import { answerReward, type RewardRules, type Verifier } from './reward.js'
 import { mapUnordered, pipelineDepth } from './semaphore.js'
 
-/** A question of a benchmark; its image is loaded when its turn comes, and disposed after it. */
+/** A question of a benchmark; its image is loaded when it is processed, and disposed afterwards. */
 export interface Question {
   question: string
   answerForm: AnswerForm
@@ -23,17 +23,18 @@ export interface Judged<Q extends Question> {
   answer?: string
   perception?: string
   reasoning?: string
-  /** Boxes that the perceiver named. */
+  /** Number of boxes in the perceiver's output. */
   boxes?: number
   /** Why the question has no reward. */
   error?: Error
 }
 
 /**
- * Answers and scores questions, as they finish: a failure is one question's, and memory does not grow
- * with their number: some more than `concurrency` of them are under way, each with its image.
+ * Answers and scores questions, in the order of completion. A failure concerns one question only. Memory
+ * does not grow with their number: about 1.5 `concurrency` of them are processed at once, each with its
+ * image.
  *
- * @param a.concurrency 32 unless given; it should be the policies' own.
+ * @param a.concurrency 32 unless given; should be the policies' own.
  */
 export async function* evaluate<Q extends Question>(a: {
   perceiver: Perceiver

@@ -7,14 +7,14 @@ import { holds } from '../scope.js'
 import { type Held, imageSize, type Tensor } from '../tensor.js'
 import type { EvidenceBox } from './boxes.js'
 
-/** Limits on the size of what a model is shown, in pixels; see collectEvidence. */
+/** Limits in pixels on the images shown to a model; see collectEvidence. */
 export interface EvidenceSizes {
   minPixels?: number
   maxPixels?: number
   cropMaxPixels?: number
 }
 
-/** Images are made when first asked for; the source image must outlive it. */
+/** Images are computed on first access; the source image must outlive the evidence. */
 export interface Evidence extends Disposable {
   /** The image with every box drawn on it, or the image itself when there is no evidence. */
   readonly annotated: Tensor
@@ -24,7 +24,7 @@ export interface Evidence extends Disposable {
   readonly hasEvidence: boolean
   dispose(): void
   /**
-   * What a vision tower takes, the annotated image first, made straight from the source without the
+   * The input of a vision tower, the annotated image first, computed from the source without the
    * images above; options as given to collectEvidence unless given here. Sizes are smartResize's.
    */
   pixelValues<D extends 'f32' | 'f16' | 'bf16' = 'f32'>(
@@ -33,12 +33,12 @@ export interface Evidence extends Disposable {
 }
 
 /**
- * The evidence that a perceiver's boxes point at: the image with all of them drawn, and the first
- * `maxEvidence` cut out of the untouched image. Source: Perceive-to-Reason, evaluation/p2r_utils.py.
+ * The evidence of a perceiver's boxes: the image with all of them drawn, and the first `maxEvidence`
+ * cropped from the original image. Source: Perceive-to-Reason, evaluation/p2r_utils.py.
  *
- * Images are as cut, unless maxPixels is given: then the annotated image and the crops are resampled to
- * smartResize's size. A crop that is empty, or that smartResize refuses then, is left out; when none
- * remains the evidence is the untouched image, with hasEvidence false.
+ * Images keep their size unless maxPixels is given: then the annotated image and the crops are resampled
+ * to smartResize's size. Crops that are empty, or that smartResize refuses, are dropped; if none remains
+ * the evidence is the original image, with hasEvidence false.
  *
  * @param a.image u8 [height, width, 3].
  * @param a.boxes in thousandths of the image's size; see parseBoxes.
@@ -67,19 +67,19 @@ export function collectEvidence(
     checkFiniteNumbers(boxes[i]?.bbox2d, 4, `boxes[${i}].bbox2d`, op)
   const sizes = sizesOf(a, op)
 
-  const cuts: PixelBox[] = []
+  const crops: PixelBox[] = []
   for (const { bbox2d } of boxes.slice(0, maxEvidence)) {
-    const cut = cropBox(bbox2d, height, width, padding)
-    if (cut[2] > cut[0] && cut[3] > cut[1] && fits(cut, sizes)) cuts.push(cut)
+    const crop = cropBox(bbox2d, height, width, padding)
+    if (crop[2] > crop[0] && crop[3] > crop[1] && isResizable(crop, sizes)) crops.push(crop)
   }
-  return new Collected(image, [...boxes], cuts, sizes)
+  return new Collected(image, [...boxes], crops, sizes)
 }
 
 class Collected implements Evidence {
   readonly boxes: EvidenceBox[]
   readonly hasEvidence: boolean
   readonly #image: Tensor
-  readonly #cuts: readonly PixelBox[]
+  readonly #cropBoxes: readonly PixelBox[]
   readonly #sizes: EvidenceSizes
   #annotated: Tensor | undefined
   #crops: Tensor[] | undefined
@@ -88,13 +88,13 @@ class Collected implements Evidence {
   constructor(
     image: Tensor,
     boxes: EvidenceBox[],
-    cuts: readonly PixelBox[],
+    cropBoxes: readonly PixelBox[],
     sizes: EvidenceSizes,
   ) {
     this.boxes = boxes
-    this.hasEvidence = cuts.length > 0
+    this.hasEvidence = cropBoxes.length > 0
     this.#image = image
-    this.#cuts = cuts
+    this.#cropBoxes = cropBoxes
     this.#sizes = sizes
   }
 
@@ -115,8 +115,8 @@ class Collected implements Evidence {
     this.#check()
     const { minPixels, maxPixels, cropMaxPixels = maxPixels } = this.#sizes
     this.#crops ??= this.#resample(
-      this.#cuts.map((cut) =>
-        cropMaxPixels === undefined ? asCut(cut) : sized(cut, minPixels, cropMaxPixels),
+      this.#cropBoxes.map((box) =>
+        cropMaxPixels === undefined ? unresized(box) : sized(box, minPixels, cropMaxPixels),
       ),
     )
     return this.#crops
@@ -130,7 +130,10 @@ class Collected implements Evidence {
     const { minPixels, maxPixels, cropMaxPixels = maxPixels } = sizes
     const regions: Region[] = [
       sized(this.#whole, minPixels, maxPixels),
-      ...this.#cuts.map((cut) => ({ ...sized(cut, minPixels, cropMaxPixels), overlay: false })),
+      ...this.#cropBoxes.map((box) => ({
+        ...sized(box, minPixels, cropMaxPixels),
+        overlay: false,
+      })),
     ]
     return pixelValues<D>({
       image: this.#image,
@@ -150,7 +153,7 @@ class Collected implements Evidence {
     this.dispose()
   }
 
-  /** What a scope must keep for evidence that leaves it: the source too, for what is not made yet. */
+  /** For scopes: includes the source, from which further images may be computed. */
   *[holds](): Iterable<Tensor> {
     if (this.#disposed) return
     yield this.#image
@@ -180,10 +183,10 @@ class Collected implements Evidence {
 // The reference's geometry, in its order of operations: c / 1000 · size is not c · size / 1000.
 
 function outlineBox(box: EvidenceBox['bbox2d'], height: number, width: number): PixelBox {
-  // Beyond this nothing of a rectangle changes inside the image, and the addon takes integers.
-  const far = 2 ** 30
+  // Clamped because the addon takes 32-bit integers; beyond this no pixel of the image changes.
+  const limit = 2 ** 30
   const pixel = (c: number, size: number) =>
-    Math.max(-far, Math.min(far, Math.trunc((c / 1000) * size)))
+    Math.max(-limit, Math.min(limit, Math.trunc((c / 1000) * size)))
   return [pixel(box[0], width), pixel(box[1], height), pixel(box[2], width), pixel(box[3], height)]
 }
 
@@ -193,23 +196,23 @@ function cropBox(
   width: number,
   padding: readonly [number, number],
 ): PixelBox {
-  const along = (a: number, b: number, size: number, padding: number): [number, number] => {
+  const interval = (a: number, b: number, size: number, padding: number): [number, number] => {
     const pad = Math.min(padding, 600 / size)
     const low = Math.max(0, Math.min(a / 1000, b / 1000) - pad)
     const high = Math.min(1, Math.max(a / 1000, b / 1000) + pad)
     return [Math.trunc(low * size), Math.trunc(high * size)]
   }
-  const [x0, x1] = along(box[0], box[2], width, padding[0])
-  const [y0, y1] = along(box[1], box[3], height, padding[1])
+  const [x0, x1] = interval(box[0], box[2], width, padding[0])
+  const [y0, y1] = interval(box[1], box[3], height, padding[1])
   return [x0, y0, x1, y1]
 }
 
-function asCut(box: PixelBox): Region {
+function unresized(box: PixelBox): Region {
   return { box, height: box[3] - box[1], width: box[2] - box[0] }
 }
 
 function sized(box: PixelBox, minPixels?: number, maxPixels?: number): Region {
-  const { height, width } = asCut(box)
+  const { height, width } = unresized(box)
   const size = smartResize(height, width, {
     ...(minPixels !== undefined && { minPixels }),
     ...(maxPixels !== undefined && { maxPixels }),
@@ -217,21 +220,21 @@ function sized(box: PixelBox, minPixels?: number, maxPixels?: number): Region {
   return { box, ...size }
 }
 
-/** Whether a crop can be resampled to the size asked for; as it is cut it always can be. */
-function fits(cut: PixelBox, sizes: EvidenceSizes): boolean {
+/** Whether smartResize accepts a crop; without a limit on pixels crops are not resampled. */
+function isResizable(crop: PixelBox, sizes: EvidenceSizes): boolean {
   const { minPixels, maxPixels, cropMaxPixels = maxPixels } = sizes
   if (cropMaxPixels === undefined) return true
-  const { height, width } = asCut(cut)
+  const { height, width } = unresized(crop)
   if (Math.max(height, width) > 200 * Math.min(height, width)) return false
-  const region = sized(cut, minPixels, cropMaxPixels)
+  const region = sized(crop, minPixels, cropMaxPixels)
   return region.height > 0 && region.width > 0
 }
 
-/** The sizes given in `a`, else those of `unlessGiven`. */
-function sizesOf(a: EvidenceSizes, op: string, unlessGiven: EvidenceSizes = {}): EvidenceSizes {
+/** The sizes given in `a`, with defaults. */
+function sizesOf(a: EvidenceSizes, op: string, defaults: EvidenceSizes = {}): EvidenceSizes {
   const sizes: EvidenceSizes = {}
   for (const name of ['minPixels', 'maxPixels', 'cropMaxPixels'] as const) {
-    const value = a[name] ?? unlessGiven[name]
+    const value = a[name] ?? defaults[name]
     if (value === undefined) continue
     sizes[name] = checkPositive(value, name, op)
   }

@@ -5,15 +5,15 @@ import { loadMetadata, loadTensors, saveTensors } from '../safetensors.js'
 import type { Tensor } from '../tensor.js'
 import { type RolloutBatch, type RolloutItem, Rollouts } from './rollouts.js'
 
-// A batch as a safetensors file, which a trainer in any language reads: the numbers are tensors, what
-// is not is JSON in the header.
+// A batch as a safetensors file, for trainers in any language: numbers are tensors, the rest is JSON in
+// the header.
 const format = 'p2r-rollouts'
 const version = '1'
 
 /**
  * Writes a batch into a safetensors file: `rewards` and `advantages` f32 [B], `groups` i32 [B], and where
  * the batch has them `tokens` i32 [T], `cu_seqlens` i32 [B + 1] and `old_log_probs` f32 [T]. The header
- * holds the role, the metrics and the items, without images. The file appears whole or not at all.
+ * holds the role, the metrics and the items, without images. The file is replaced atomically.
  *
  * @throws ERR_IO, with its cause, when the file cannot be written.
  */
@@ -42,7 +42,7 @@ export async function saveRollouts(path: string, batch: RolloutBatch): Promise<v
     },
     { format, version, role, metrics: JSON.stringify(metrics), items: JSON.stringify(items) },
   )
-  // Queued reads have what they need.
+  // The reads are queued already and keep the storage alive.
   for (const tensor of made) tensor.dispose()
   await written
 }

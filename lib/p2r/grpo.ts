@@ -19,9 +19,9 @@ import { heldBy, scope } from '../scope.js'
 import { handleOf, held, type Ints, Tensor } from '../tensor.js'
 
 /**
- * What the caller's engine hands over for the tokens of a batch: log-probs f32 [T]; logits [T, V] with
+ * What the caller's engine gives for the tokens of a batch: log-probs f32 [T]; logits [T, V] with
  * their targets i32 [T]; or hidden states [T, C] and targets with the head's weight [V, C] and bias,
- * whose logits are never held. The gradient comes for the same.
+ * whose logits are never materialized. The gradient is taken with respect to the same.
  */
 export type GrpoModel =
   | { logProbs: Tensor }
@@ -63,12 +63,12 @@ export interface GrpoBatch extends PolicyLossOptions {
 
 /**
  * One GRPO step on a batch of rollouts: rewards and groups -> advantages -> loss -> gradient, all on
- * the device. Estimators that weigh by length take a sequence's kept tokens, which are counted on the device
- * where there is a mask.
+ * the device. Estimators that weight by length use a sequence's kept tokens, which are counted on the
+ * device if there is a mask.
  *
- * It is one operation: what goes wrong in it is thrown under its name, and a fault poisons all that it
- * returns. With log-probs as input, `logProbs` of the result is a copy of them. Which tokens count
- * is the mask's to say: a target of -100 has log-probability 0 and no gradient, yet counts unless masked.
+ * It is one operation: its errors carry its name, and a fault poisons all of its results. With log-probs
+ * as input, `logProbs` of the result is a copy of them. Only the mask excludes tokens: a target of -100
+ * has log-probability 0 and no gradient, yet counts unless masked.
  */
 export function grpoStep(a: GrpoModel & GrpoBatch): GrpoStep & { advantages: Tensor } {
   const op = 'grpoStep'
@@ -79,7 +79,7 @@ function step(op: string, a: GrpoModel & GrpoBatch): GrpoStep & { advantages: Te
   const advantages = advantagesAs(op, {
     rewards: a.rewards,
     groups: a.groups,
-    ...given(a, ['estimator', 'epsilon', 'singleton', 'weights']),
+    ...pickDefined(a, ['estimator', 'epsilon', 'singleton', 'weights']),
     ...(a.mask
       ? { counted: { mask: a.mask, cuSeqlens: a.cuSeqlens } }
       : { lengths: differences(hostInts(a.cuSeqlens, 'cuSeqlens', op)) }),
@@ -90,18 +90,18 @@ function step(op: string, a: GrpoModel & GrpoBatch): GrpoStep & { advantages: Te
 
   if ('logProbs' in a) {
     handleOf(a.logProbs, 'logProbs', op)
-    const { loss, dLogProbs, metrics, hidden } = parts(
+    const { loss, dLogProbs, metrics, hidden } = withHidden(
       lossAs(op, { ...options, logProbs: a.logProbs }),
     )
     const logProbs = a.logProbs.to(a.logProbs.device)
     return held({ loss, logProbs, dLogProbs, advantages, metrics }, hidden)
   }
-  if ('hidden' in a) return throughHead(op, a, { ...options, advantages })
+  if ('hidden' in a) return stepOnHead(op, a, { ...options, advantages })
   handleOf(a.logits, 'logits', op)
   handleOf(a.targets, 'targets', op)
   const rows = { logits: a.logits, targets: a.targets, temperature: a.temperature ?? 1 }
   const forward = tokenLogProbs({ ...rows, entropy: !!a.entropyCoef })
-  const { loss, dLogProbs, dEntropy, metrics, hidden } = parts(
+  const { loss, dLogProbs, dEntropy, metrics, hidden } = withHidden(
     lossAs(op, {
       ...options,
       logProbs: forward.logProbs,
@@ -119,8 +119,8 @@ function step(op: string, a: GrpoModel & GrpoBatch): GrpoStep & { advantages: Te
 
 type Options = Omit<PolicyLossInput, 'logProbs' | 'entropy'>
 
-/** In one pass where each token's gradient needs only that token, else log-probs first. */
-function throughHead(
+/** In one pass if each token's gradient depends on that token only, else log-probs first. */
+function stepOnHead(
   op: string,
   a: LinearHead,
   options: Options,
@@ -130,15 +130,15 @@ function throughHead(
     hidden: a.hidden,
     weight: a.weight,
     targets: a.targets,
-    ...given(a, ['bias', 'temperature']),
+    ...pickDefined(a, ['bias', 'temperature']),
   }
   if (options.objective !== 'gspo') {
-    const { hidden, ...results } = parts(linearLossAs(op, { ...options, ...head }))
+    const { hidden, ...results } = withHidden(linearLossAs(op, { ...options, ...head }))
     return held({ ...results, advantages }, hidden)
   }
   const forward = linearLogProbs({ ...head, entropy: !!options.entropyCoef })
   const { logProbs, stats, entropy } = forward
-  const { loss, dLogProbs, dEntropy, metrics, hidden } = parts(
+  const { loss, dLogProbs, dEntropy, metrics, hidden } = withHidden(
     lossAs(op, { ...options, logProbs, ...(entropy ? { entropy } : {}) }),
   )
   const { dHidden, dWeight, dBias } = linearLogProbsBackward({
@@ -151,11 +151,12 @@ function throughHead(
   return held({ loss, logProbs, ...gradients, advantages, metrics }, hidden)
 }
 
-function parts<L extends object>(loss: L): L & { hidden: Tensor[] } {
+/** A loss's results, with the tensors that its metrics read as `hidden`. */
+function withHidden<L extends object>(loss: L): L & { hidden: Tensor[] } {
   return { ...loss, hidden: [...heldBy(loss)].filter(Tensor.is) }
 }
 
-function given<T extends object, K extends keyof T>(
+function pickDefined<T extends object, K extends keyof T>(
   from: T,
   keys: readonly K[],
 ): Partial<Pick<T, K>> {

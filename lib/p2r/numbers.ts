@@ -1,20 +1,20 @@
-// Numbers as people and models write them: '1,234.5', '-3 1/2', '\frac{1}{2}', '50 %', '$5 million'.
+// Numbers in prose and TeX: '1,234.5', '-3 1/2', '\frac{1}{2}', '50 %', '$5 million'.
 
 export interface Quantity {
   value: number
   percent: boolean
-  /** What followed the number, in lower case without a plural's s; '' where nothing did. */
+  /** The text after the number, in lower case without a plural's s; '' if there is none. */
   unit: string
 }
 
 const digits = String.raw`(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+`
 const decimal = String.raw`(?:${digits})(?:e[-+]?\d+)?`
 const quantity = new RegExp(
-  String.raw`^(?<sign>[-+]?)(?<currency>[$€£¥]?)(?:(?<whole>\d+) +(?<top>\d+)/(?<bottom>\d+)|(?<a>${decimal})(?: *[/:÷] *(?<b>${decimal}))?)(?<rest>.*)$`,
+  String.raw`^(?<sign>[-+]?)(?<currency>[$€£¥]?)(?:(?<whole>\d+) +(?<numerator>\d+)/(?<denominator>\d+)|(?<a>${decimal})(?: *[/:÷] *(?<b>${decimal}))?)(?<rest>.*)$`,
   's',
 )
-/** A number on its own in a text: not a part of a word, a date or another number. */
-const standing = new RegExp(
+/** A number in a text that is not part of a word, a date or another number. */
+const isolated = new RegExp(
   String.raw`(?<![\p{L}\d.,/:-])[-+]?[$€£¥]?(?:\d+ +\d+/\d+|(?:${decimal})(?: *[/:÷] *(?:${decimal}))?)(?![\d/:]|[-.,]\d|\p{L}*\d)`,
   'giu',
 )
@@ -29,7 +29,7 @@ const unit = /^[\p{L}°²³µ'".\s/^()*·-]*(?:\^?[23])?$/u
 
 /** A text that is one number with its unit, if any; undefined for anything else. Never throws. */
 export function readQuantity(text: string): Quantity | undefined {
-  // Longer than any number that is an answer; patterns need not see it.
+  // Bounds the time of the patterns; no answer is a longer number.
   if (text.length > 200) return undefined
   const plain = text
     .replace(/\\text\{([^{}]*)\}|\\mathrm\{([^{}]*)\}/g, '$1$2')
@@ -47,8 +47,9 @@ export function readQuantity(text: string): Quantity | undefined {
     .toLowerCase()
   const parts = quantity.exec(plain)?.groups
   if (!parts) return undefined
-  const { sign, whole, top, bottom, a, b } = parts
-  let value = a === undefined ? Number(whole) + Number(top) / Number(bottom) : numberOf(a)
+  const { sign, whole, numerator, denominator, a, b } = parts
+  let value =
+    a === undefined ? Number(whole) + Number(numerator) / Number(denominator) : numberOf(a)
   if (b !== undefined) value /= numberOf(b)
   if (sign === '-') value = -value
 
@@ -67,7 +68,7 @@ export function readQuantity(text: string): Quantity | undefined {
 /** The only number in a text, with what follows it on its line; undefined where there are several. */
 export function findQuantity(text: string): Quantity | undefined {
   if (text.length > 10_000) return undefined
-  const found = [...text.matchAll(standing)]
+  const found = [...text.matchAll(isolated)]
   if (found.length !== 1) return undefined
   const [number] = found[0]!
   const after = text.slice(found[0]!.index + number.length)
@@ -76,7 +77,7 @@ export function findQuantity(text: string): Quantity | undefined {
   return quantity && { ...quantity, unit: '' }
 }
 
-/** Within what float64 and the rounding of a fraction make of one number. */
+/** Equal up to rounding errors of float64. */
 export function sameNumber(a: number, b: number): boolean {
   return Math.abs(a - b) <= 1e-9 * Math.max(Math.abs(a), Math.abs(b))
 }

@@ -9,36 +9,36 @@ import { Semaphore } from './semaphore.js'
 
 export interface OpenAIOptions {
   /**
-   * Where the API is, with its version: 'http://localhost:8000/v1'. Of several, requests take one
-   * after the other, and a retry takes the next.
+   * The API's address with its version: 'http://localhost:8000/v1'. Several are used in turn, and a
+   * retry uses the next.
    */
   baseURL: string | readonly string[]
   /** The served model's name. */
   model: string
-  /** Servers of one's own want none: 'EMPTY' unless given. */
+  /** 'EMPTY' unless given: self-hosted servers need none. */
   apiKey?: string
-  /** Of one attempt, from its request to the end of its answer: 300 000 unless given. */
+  /** Of one attempt, from the request to the end of the response: 300 000 unless given. */
   timeoutMs?: number
   /** Attempts after the first: 3 unless given. */
   maxRetries?: number
   /** Requests in flight at once: 32 unless given. */
   concurrency?: number
-  /** How images travel: 'jpeg' (default, as the reference sends them) or 'png', which is lossless. */
+  /** Encoding of images: 'jpeg' (default, as in the reference) or 'png', which is lossless. */
   imageFormat?: 'jpeg' | 'png'
   /** Of JPEG, 1 to 100: 75 unless given, which is Pillow's default and so the reference's. */
   imageQuality?: number
   /**
-   * Whether to ask for token ids and log-probabilities where a request does not say: true unless
-   * given. Asking takes vLLM's fields beside the API's own, which servers that know them only ignore,
-   * but for api.openai.com, which refuses them.
+   * Whether requests that do not specify it want token ids and log-probabilities: true unless given.
+   * This sends vLLM's fields besides the API's own; other servers ignore them, except api.openai.com,
+   * which refuses them.
    */
   tokens?: boolean
   /**
-   * Reads answers as streams: false unless given. Node's fetch waits 300 seconds for a whole answer to
-   * begin, and a stream begins at once.
+   * Streams responses: false unless given. Node's fetch times out after 300 seconds without response
+   * headers, which a stream sends at once.
    */
   stream?: boolean
-  /** Fields that are added to each request: { chat_template_kwargs: { enable_thinking: false } }. */
+  /** Fields added to each request: { chat_template_kwargs: { enable_thinking: false } }. */
   extraBody?: Readonly<Record<string, unknown>>
 }
 
@@ -54,9 +54,9 @@ const encodedAhead = 8
  * A model behind the OpenAI chat API, as vLLM and SGLang serve it. Needs the optional peer dependency
  * `openai`, which is loaded with the first request.
  *
- * Connections that break, answers that end early or are no answers, timeouts, 408, 409, 429 and 5xx
- * are tried again, after what Retry-After says, else after 0.5 s, 1 s, 2 s, ... with jitter.
- * What fails for good is ERR_POLICY with its cause; an abort rejects with the signal's reason.
+ * Broken connections, truncated or invalid responses, timeouts, 408, 409, 429 and 5xx are retried after
+ * the delay of Retry-After, else after 0.5 s, 1 s, 2 s, ... with jitter.
+ * A final failure is ERR_POLICY with its cause; an abort rejects with the signal's reason.
  *
  * A model that declines gives completions with `refusal`. Token ids come from vLLM's
  * `return_token_ids` or `return_tokens_as_token_ids`, whichever the server knows; log-probabilities
@@ -161,7 +161,7 @@ export class OpenAIPolicy implements Policy {
     }
   }
 
-  /** One request with a deadline over all of it: the client's own ends with the headers. */
+  /** One request with a deadline for all of it; the client's own timeout ends at the headers. */
   async #attempt(
     url: string,
     body: Body,
@@ -218,7 +218,7 @@ class BadAnswer extends Error {}
 interface Failure {
   message: string
   retry: boolean
-  /** Milliseconds that the server asks to wait. */
+  /** Milliseconds of Retry-After. */
   after?: number | undefined
   cause: unknown
 }
@@ -228,7 +228,7 @@ function failureOf(cause: unknown, timeoutMs: number): Failure {
     return { message: `no answer within ${timeoutMs} ms`, retry: true, cause }
   const { status, headers } = cause as { status?: number; headers?: Headers }
   if (typeof status !== 'number') {
-    // Refused and broken connections, bodies that end early: the reason is at the end of the chain.
+    // Refused and broken connections, truncated bodies: the reason is the innermost cause.
     let reason = cause
     while ((reason as Error)?.cause) reason = (reason as Error).cause
     const message =
@@ -252,13 +252,13 @@ function retryAfter(headers: Headers | undefined): number | undefined {
   return Number.isFinite(wait) ? Math.max(0, wait) : undefined
 }
 
-/** The choices of an answer, in their order. Nothing that a server says is trusted. */
+/** The choices of a response, sorted by index. The response is validated. */
 function completionsOf(answer: unknown, n: number): Completion[] {
   const choices = (answer as { choices?: unknown } | null | undefined)?.choices
   if (!Array.isArray(choices)) {
-    const said = (answer as { error?: { message?: unknown } } | null)?.error?.message
+    const reported = (answer as { error?: { message?: unknown } } | null)?.error?.message
     throw new BadAnswer(
-      `the answer holds no choices${typeof said === 'string' ? `: ${said}` : ''}, got ${
+      `the answer holds no choices${typeof reported === 'string' ? `: ${reported}` : ''}, got ${
         typeof answer === 'string' ? 'text instead of JSON' : describeValue(answer)
       }`,
     )
@@ -277,7 +277,7 @@ function completionOf(choice: unknown): Completion {
   }
   const { content, refusal } = message ?? {}
   const declined = typeof refusal === 'string' && refusal !== ''
-  // Content without a text is what a server sends that was cut before the first token.
+  // Content is null in responses that ended before the first token.
   const completion: Completion = {
     text: !declined && typeof content === 'string' ? content : '',
     ...(declined && { refusal }),
@@ -293,7 +293,7 @@ function completionOf(choice: unknown): Completion {
   return completion
 }
 
-/** 'token_id:123', which is what vLLM writes for a token when asked to. */
+/** The id in 'token_id:123', vLLM's form of tokens with return_tokens_as_token_ids. */
 function tokenId(entry: unknown): number | undefined {
   const token = (entry as { token?: unknown } | null)?.token
   const digits = typeof token === 'string' ? /^token_id:(\d+)$/.exec(token)?.[1] : undefined

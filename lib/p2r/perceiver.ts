@@ -7,7 +7,7 @@ import { answered, ask, type Completion, checkPolicy, type Policy } from './poli
 import { type PromptOverrides, type Prompts, perceivePrompt, promptsOf } from './prompts.js'
 
 export interface PerceiverOptions extends EvidenceSizes {
-  /** Regions cut out of the boxes: 3 unless given. */
+  /** Crops at most: 3 unless given. */
   maxEvidence?: number
   /** As in collectEvidence. */
   padding?: readonly [number, number]
@@ -19,8 +19,8 @@ export interface PerceiverOptions extends EvidenceSizes {
 }
 
 /**
- * Asks a policy where the evidence is. The image that the policy sees is reduced to maxPixels where
- * that is given; the evidence is cut out of the whole one.
+ * Asks a policy where the evidence is. The image that the policy sees is reduced to maxPixels if given;
+ * the evidence is cropped from the full image.
  */
 export class Perceiver {
   readonly #policy: Policy
@@ -34,8 +34,8 @@ export class Perceiver {
   }
 
   /**
-   * n rollouts, 1 unless given: each the text and the evidence that its boxes cut out, which is the
-   * caller's to dispose.
+   * n rollouts, 1 unless given: each the completion and the evidence of its boxes, which the caller
+   * disposes.
    *
    * @throws ERR_POLICY when the policy fails, or declines the only rollout. Of several that it
    *   declines, each has a `refusal` and evidence without boxes.

@@ -5,14 +5,14 @@ import type { Tensor } from '../tensor.js'
 
 export type Role = 'perceiver' | 'reasoner'
 
-/** What a policy wrote. */
+/** A policy's output. */
 export interface Completion {
   text: string
   /** The ids of its tokens, where the policy gives them; training needs them. */
   tokens?: readonly number[]
-  /** A log-probability a token, as the policy had it when it drew the token. */
+  /** The log-probability of each token when it was sampled. */
   logProbs?: readonly number[]
-  /** Why the policy declined to answer, where it says so; `text` is '' then. */
+  /** The policy's reason for declining to answer; `text` is '' then. */
   refusal?: string
 }
 
@@ -32,14 +32,14 @@ export interface PolicyRequest {
   signal?: AbortSignalLike
 }
 
-/** Whatever plays a role: a served vision-language model, or one in this process. */
+/** A model in one of the roles: served, or in this process. */
 export interface Policy {
   generate(request: PolicyRequest): Promise<Completion[]>
 }
 
 /**
- * A policy that is a function: of the whole request, giving one text or completion, which counts n
- * times, or a list of n. Sampling, where there is any, is the function's own.
+ * A policy from a function of the request that returns one text or completion, which is repeated n
+ * times, or a list of n. Sampling is up to the function.
  */
 export function functionPolicy(
   f: (
@@ -63,8 +63,8 @@ export function functionPolicy(
 }
 
 /**
- * @internal What a policy answered, asked through here by everything in this library: a list of n
- * completions, or a P2RError. Foreign errors become its cause; an abort stays what it is.
+ * @internal Calls a policy: a list of n completions, or a P2RError with other errors as its cause. An
+ * abort rejects with the signal's reason. All of the library's calls go through here.
  */
 export async function ask(
   policy: Policy,
@@ -128,7 +128,7 @@ export function messageOf(error: unknown): string {
   return error instanceof Error ? error.message : String(error)
 }
 
-/** @internal A policy handed in by a caller. */
+/** @internal A policy given as an argument. */
 export function checkPolicy(policy: unknown, name: string, op: string): Policy {
   if (typeof (policy as Policy | undefined)?.generate !== 'function')
     refuse('ERR_VALUE', op, `${name} must be a Policy, got ${describeValue(policy)}`)

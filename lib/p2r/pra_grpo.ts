@@ -28,19 +28,19 @@ import {
 } from './rollouts.js'
 import { mapUnordered, pipelineDepth, Semaphore } from './semaphore.js'
 
-/** How long each role is trained before the other's turn, in steps; the perceiver begins. */
+/** Steps of each role's phase; the perceiver's comes first. */
 export interface Schedule {
   perceiver: number
   reasoner: number
 }
 
-/** What a schedule and its settings are, for PraGrpo's constructor. */
+/** The part of PraGrpo's options that a recipe such as p2r() sets. */
 export interface PraGrpoSettings {
   /** Rollouts a sample: 8 unless given. */
   groupSize?: number
   /** One step each unless given. */
   schedule?: Schedule
-  /** How often both turns come; without end unless given. */
+  /** Rounds of both phases; unlimited unless given. */
   rounds?: number
   /** 'grpo' unless given. */
   estimator?: AdvantageEstimator
@@ -57,18 +57,18 @@ export interface PraGrpoOptions extends PraGrpoSettings {
   /** Where rewards, advantages and losses are computed. */
   device: Device
   /**
-   * The policies' requests in flight: 32 unless given. Half as many samples again are under way, and as
-   * many evidences have their images in memory.
+   * The policies' requests in flight: 32 unless given. About 1.5 times as many samples are processed at
+   * once, and at most as many have evidence images in memory.
    */
   concurrency?: number
   /** Of extraction, rewards and faults: 'reference' unless given. */
   rules?: RewardRules
-  /** What the perceiver sees and how evidence is cut out, as in Perceiver. */
+  /** The perceiver's image size and the crops, as in Perceiver. */
   evidence?: Omit<PerceiverOptions, 'temperature' | 'maxTokens' | 'prompts'>
   prompts?: PromptOverrides
   /** 1024 and 2048 unless given. */
   maxTokens?: Partial<Record<Role, number>>
-  /** Steps that were made before, by a run that this one continues. */
+  /** Steps already made by the run that this one continues. */
   step?: number
 }
 
@@ -97,7 +97,7 @@ export function p2r(
   }
 }
 
-/** The paper's settings, but the roles take turns every `steps` steps, 1 unless given, without end. */
+/** The paper's settings, but phases of `steps` steps, 1 unless given, and unlimited rounds. */
 export function alternating(options: { steps?: number } = {}): PraGrpoSettings {
   const steps = checkPositive(options.steps ?? 1, 'steps', 'alternating')
   const { rounds: _, ...settings } = p2r()
@@ -109,8 +109,8 @@ export type RoleMetrics = RolloutMetrics &
   LossMetrics & {
     step: number
     /**
-     * The mean of -log p of the sampled tokens, in nats: an estimate of the policy's entropy that
-     * costs nothing. `entropy` is the exact one, where the loss has an entropyCoef, else 0.
+     * The mean of -log p of the sampled tokens, in nats: an estimate of the policy's entropy without
+     * extra cost. `entropy` is exact if the loss has an entropyCoef, else 0.
      */
     sampledEntropy: number
   }
@@ -119,7 +119,7 @@ export type RoleMetrics = RolloutMetrics &
 export type TrainedModel = GrpoModel & {
   /** f32 [T]: of the weights that the stage began with. The loss has its KL term then. */
   refLogProbs?: Tensor
-  /** f32 [T]: instead of the batch's, which the server computed in its own precision. */
+  /** f32 [T]: replaces the batch's, which the server computed in its own precision. */
   oldLogProbs?: Tensor
 }
 
@@ -128,9 +128,9 @@ export type TrainedModel = GrpoModel & {
  * the frozen reasoner; in the reasoner's phase one fixed perception is answered G times. Rewards come
  * from the final answer alone.
  *
- * The engines are elsewhere: `rollout` asks the served policies, `step` takes the trained role's
- * log-probabilities (or logits, or hidden states and head) and gives the gradient for them. Serving
- * the new weights before the next rollout is the caller's.
+ * Serving and training engines are the caller's: `rollout` calls the policies, `step` takes the trained
+ * role's log-probabilities (or logits, or hidden states and head) and returns their gradient. The caller
+ * serves the new weights before the next rollout.
  */
 export class PraGrpo {
   readonly #options: PraGrpoOptions
@@ -163,12 +163,12 @@ export class PraGrpo {
     this.#evidences = new Semaphore(this.#depth)
   }
 
-  /** Steps made so far, of both roles together: what a later run gives as its `step`. */
+  /** Steps so far, of both roles together: the option `step` of a run that continues this one. */
   get steps(): number {
     return this.#step
   }
 
-  /** Rounds that are over. */
+  /** Completed rounds. */
   get round(): number {
     const { perceiver, reasoner } = this.#settings.schedule
     return Math.floor(this.#step / (perceiver + reasoner))
@@ -179,7 +179,7 @@ export class PraGrpo {
     return this.#options.rounds !== undefined && this.round >= this.#options.rounds
   }
 
-  /** Whose turn it is. */
+  /** The role of the current phase. */
   get role(): Role {
     const { perceiver, reasoner } = this.#settings.schedule
     return this.#step % (perceiver + reasoner) < perceiver ? 'perceiver' : 'reasoner'
@@ -196,9 +196,9 @@ export class PraGrpo {
   }
 
   /**
-   * Rollouts and rewards of one batch for the role whose turn it is. A rollout that fails, by the
-   * policy, the other role or the verifier, is an item with an `error`, and the batch goes on without
-   * it. An abort rejects.
+   * Rollouts and rewards of one batch for the current role. A rollout that fails, because of the policy,
+   * the other role or the verifier, is an item with an `error` that the batch's tensors leave out. An
+   * abort rejects.
    */
   async rollout(
     samples: readonly Sample[],
@@ -223,7 +223,7 @@ export class PraGrpo {
   }
 
   /**
-   * Loss and gradient of a batch under the trained role's current model, and the turn passes on.
+   * Loss and gradient of a batch under the trained role's current model; advances the schedule.
    *
    * @throws ERR_VALUE for a batch of the other role, or one that was stepped already; ERR_POLICY for one
    *   without token ids.
@@ -254,7 +254,7 @@ export class PraGrpo {
     })
     this.#stepped.add(batch)
     const step = this.#step++
-    // Read now, so that they are there after the step was disposed.
+    // Read now, because the caller may dispose the step.
     const read = Promise.all([made.metrics(), made.logProbs.read()]).then(([metrics, logProbs]) => {
       const sum = (logProbs as Float32Array).reduce((s, x) => s - x, 0)
       const sampledEntropy = logProbs.length ? sum / logProbs.length : 0
@@ -360,7 +360,7 @@ export class PraGrpo {
     )
   }
 
-  /** Shows evidence of its own to f, so that its images are gone afterwards and the item's is as new. */
+  /** Calls f with a copy of the evidence, whose images are freed afterwards. */
   #withImages<R>(
     image: Tensor,
     { boxes }: Evidence,
@@ -419,7 +419,7 @@ export class PraGrpo {
   }
 }
 
-/** Tokens are asked for where they are trained on, and nowhere else. */
+/** Tokens are requested only where they are trained on. */
 function withTokens(policy: Policy, tokens: boolean): Policy {
   return { generate: (request: PolicyRequest) => policy.generate({ ...request, tokens }) }
 }

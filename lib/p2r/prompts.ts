@@ -6,17 +6,17 @@ export const answerForms = ['mca', 'na', 'free_form'] as const
 export type AnswerForm = (typeof answerForms)[number]
 
 /**
- * What the roles are told, in templates in which {question} stands for the question. A reasoner is
- * told `reason`, or `reasonWithoutEvidence`, followed by how its form is answered.
+ * The prompts of the roles, templates in which {question} is replaced. The reasoner's is `reason` or
+ * `reasonWithoutEvidence`, followed by the instruction of its answer form.
  *
- * The meaning is that of Perceive-to-Reason's own prompts (verl/utils/dataset/p2r_dataset.py). A model
- * that was trained on other words is best asked in those: give them as templates.
+ * The meaning is that of Perceive-to-Reason's own prompts (verl/utils/dataset/p2r_dataset.py). For a model
+ * that was trained on other wording, give that wording as templates.
  */
 export interface Prompts {
   system: string
   perceive: string
   reason: string
-  /** When the perceiver found nothing to cut out. */
+  /** For evidence without crops. */
   reasonWithoutEvidence: string
   forms: Readonly<Record<AnswerForm, string>>
 }
@@ -45,7 +45,7 @@ export const defaultPrompts: Prompts = Object.freeze({
   }),
 })
 
-/** Some of the templates, the others being the defaults. */
+/** Templates that replace the defaults. */
 export type PromptOverrides = Partial<Omit<Prompts, 'forms'>> & {
   forms?: Partial<Record<AnswerForm, string>>
 }
@@ -79,7 +79,7 @@ export function checkForm(form: AnswerForm, op: string): AnswerForm {
   return choice(form, answerForms, 'answerForm', op)
 }
 
-// Not by a replacement string, in which a question's $& would mean something.
+// split and join, because replaceAll would interpret $& in a question.
 function fill(template: string, question: string): string {
   return template.split('{question}').join(question)
 }

@@ -33,7 +33,7 @@ const words: readonly [string, Json][] = [
   ['-Infinity', Number.NEGATIVE_INFINITY],
 ]
 
-/** One JSON value with nothing but blanks around it; NotJson or TooDeep else. */
+/** One JSON value, surrounded by white space at most; throws NotJson or TooDeep otherwise. */
 export function parseJson(text: string): Json {
   let at = 0
 

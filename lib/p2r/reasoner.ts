@@ -35,8 +35,8 @@ export class Reasoner {
   }
 
   /**
-   * n answers, 1 unless given. The images that the evidence makes for this are its own, and freed
-   * with it.
+   * n answers, 1 unless given. The images computed for this belong to the evidence and are freed with
+   * it.
    *
    * @throws ERR_POLICY when the policy fails, or declines the only rollout. Of several that it
    *   declines, each has a `refusal` and an empty answer.

@@ -12,22 +12,22 @@ import {
   type Role,
 } from './policy.js'
 
-/** One line of a recording: what was asked, and what was answered. */
+/** One line of a recording: a request and its completions. */
 interface Line {
   role: Role
   prompt: string
-  /** Absent: whatever it is. */
+  /** Matches any if absent. */
   system?: string
-  /** SHA-256 of each image's shape and pixels; absent: whatever the images are. */
+  /** SHA-256 of each image's shape and pixels; matches any images if absent. */
   images?: string[]
   completions: Completion[]
 }
 
 /**
- * Rollouts that were recorded, instead of a model: for replays, tests, and rewards computed again.
+ * Replays recorded completions instead of calling a model: for tests, and to compute rewards again.
  *
- * A request is answered by the completions of its role, system, prompt and images in their order, and
- * after the last by the first again, in however many requests they were recorded.
+ * A request takes the next completions recorded for its role, system, prompt and images, in the order of
+ * the recording, and starts over after the last. How many requests recorded them does not matter.
  */
 export class RecordedPolicy implements Policy {
   readonly #lines = new Map<string, (Line & { next: number })[]>()
@@ -48,10 +48,10 @@ export class RecordedPolicy implements Policy {
 
   /**
    * Reads a recording: JSON, one line a request, as recordPolicy writes it. A line without `system` or
-   * `images` answers whatever they are.
+   * `images` matches any.
    *
    * @throws ERR_IO, with its cause, for a file that cannot be read; ERR_FORMAT, with the line's number,
-   *   for one that is no recording.
+   *   for one that is not a recording.
    */
   static async load(path: string): Promise<RecordedPolicy> {
     const op = 'RecordedPolicy'
@@ -98,7 +98,7 @@ export class RecordedPolicy implements Policy {
 }
 
 /**
- * The policy, each of whose answers is also appended to a file, one line of JSON a request, for
+ * A policy that also appends each request and its completions to a file, one line of JSON a request, for
  * RecordedPolicy. Failures are not recorded.
  */
 export function recordPolicy(policy: Policy, path: string): Policy {
@@ -113,7 +113,7 @@ export function recordPolicy(policy: Policy, path: string): Policy {
       const { role, system, prompt } = request
       const line: Line = { role, system, prompt, images: await hashes, completions }
       const write = (): Promise<void> => appendFile(path, `${JSON.stringify(line)}\n`)
-      // Lines of requests that end together must not mix.
+      // Appends are serialized so that lines of concurrent requests do not interleave.
       const done = written.then(write, write)
       written = done.catch(() => {})
       await done.catch((cause) =>

@@ -7,8 +7,8 @@ import { type AnswerForm, checkForm } from './prompts.js'
 import { strip, words } from './python_text.js'
 
 /**
- * 'reference' scores as Perceive-to-Reason's own code does, traps and all; 'strict' without the
- * traps. docs/rewards.md lists them side by side.
+ * 'reference' scores exactly as Perceive-to-Reason's own code, with its pitfalls; 'strict' avoids them.
+ * docs/rewards.md lists the differences.
  */
 export type RewardRules = 'reference' | 'strict'
 
@@ -20,9 +20,9 @@ function rulesOf(rules: RewardRules | undefined, op: string): RewardRules {
 }
 
 /**
- * The answer in what a reasoner wrote. 'reference': what stands in the first <answer> tags, else the
- * whole text. 'strict': what stands in the last tags after the thinking, in whatever case; an answer
- * that was cut off counts, an unfinished thought gives ''. Never throws for a text.
+ * The answer in a reasoner's output. 'reference': the content of the first <answer> tags, else the whole
+ * text. 'strict': the content of the last tags after the thinking, tags in any case; a truncated answer
+ * counts, unfinished thinking gives ''. Never throws for a text.
  */
 export function extractAnswer(text: string, options: { rules?: RewardRules } = {}): string {
   const rules = rulesOf(options.rules, 'extractAnswer')
@@ -32,34 +32,34 @@ export function extractAnswer(text: string, options: { rules?: RewardRules } = {
     const close = open < 0 ? -1 : text.indexOf('</answer>', open)
     return strip(close < 0 ? text : text.slice(open + '<answer>'.length, close))
   }
-  const said = afterThinking(text)
-  const lower = said.toLowerCase()
-  // Some letters change their length with their case; tags have none of them.
-  if (lower.length !== said.length) return strip(said)
+  const visible = afterThinking(text)
+  const lower = visible.toLowerCase()
+  // Some letters change their length in lower case, which would shift the indices.
+  if (lower.length !== visible.length) return strip(visible)
   const open = lower.lastIndexOf('<answer>')
-  if (open < 0) return strip(said)
+  if (open < 0) return strip(visible)
   const close = lower.indexOf('</answer>', open)
-  return strip(said.slice(open + '<answer>'.length, close < 0 ? undefined : close))
+  return strip(visible.slice(open + '<answer>'.length, close < 0 ? undefined : close))
 }
 
-/** What follows the last thought; '' where a thought never ends. */
+/** The text after the thinking; '' if the thinking is unfinished. */
 function afterThinking(text: string): string {
   const end = text.lastIndexOf('</think>')
-  const said = end < 0 ? text : text.slice(end + '</think>'.length)
-  const open = said.indexOf('<think>')
-  return open < 0 ? said : said.slice(0, open)
+  const visible = end < 0 ? text : text.slice(end + '</think>'.length)
+  const open = visible.indexOf('<think>')
+  return open < 0 ? visible : visible.slice(0, open)
 }
 
 /**
- * 1 when right, else 0. No answer, whatever it holds, makes it throw.
+ * 1 if the answer is correct, else 0. Never throws because of an answer's content.
  *
- * - 'mca': the option's letter. 'reference': the first of A to E, in upper case, wherever it stands
- *   ('Apple' is A). 'strict': a letter that stands as an option does, and only one.
+ * - 'mca': the option's letter. 'reference': the first of A to E in upper case, also within a word
+ *   ('Apple' is A). 'strict': a single letter that is written as an option.
  * - 'na': equal as numbers: percentages, fractions, mixed numbers, thousands separators and scales
- *   (million) are read, units are dropped. 'reference' takes a percentage for its number too, as 50 %
- *   for 50; 'strict' takes it for 0.5 alone, wants units to agree where both have one, and finds the
- *   only number in a sentence. Texts that are no numbers count when they are the same ('reference').
- * - 'free_form': what the verifier says; its failure is this function's.
+ *   (million) are parsed, units are ignored. 'reference' also accepts a percentage as its plain number,
+ *   50 % as 50; 'strict' accepts it as 0.5 only, compares units if both have one, and finds the only
+ *   number in a sentence. Texts that are not numbers are compared as texts ('reference').
+ * - 'free_form': the verifier's verdict; its errors are passed on.
  *
  * @param a.answer what extractAnswer returned.
  * @throws ERR_VALUE for 'free_form' without a verifier, and for wrong arguments.
@@ -78,14 +78,14 @@ export async function answerReward(a: {
   const form = checkForm(a.form, op)
   checkString(truth, 'truth', op)
   const answer = typeof a.answer === 'string' ? a.answer : ''
-  if (form === 'mca') return +optionRight[rules](answer, truth)
-  if (form === 'na') return +numberRight[rules](answer, truth)
+  if (form === 'mca') return +optionMatches[rules](answer, truth)
+  if (form === 'na') return +numberMatches[rules](answer, truth)
   if (typeof verifier !== 'function')
     refuse('ERR_VALUE', op, `'free_form' needs a verifier, got ${describeValue(verifier)}`)
   return +(await verifier({ question, answer, truth }))
 }
 
-/** What the reference deletes wherever it stands, one after the other. */
+/** Phrases that the reference removes everywhere, in this order. */
 const optionPhrases = [
   'The best answer is',
   'The correct answer is',
@@ -101,7 +101,7 @@ const optionPhrases = [
   'The correct option',
 ]
 
-const optionRight: Record<RewardRules, (answer: string, truth: string) => boolean> = {
+const optionMatches: Record<RewardRules, (answer: string, truth: string) => boolean> = {
   reference(answer, truth) {
     const rest = optionPhrases.reduce((text, phrase) => text.replaceAll(phrase, ''), strip(answer))
     const letter = /[ABCDE]/.exec(rest)?.[0]
@@ -124,7 +124,7 @@ const announced = new RegExp(
 )
 const capital = new RegExp(`(?<![${latin}'’])([A-Z])(?!['’]?${latin})(?!\\s+[a-z])`, 'gu')
 
-/** The letter of the one option that an answer names; '' when it names none or several. */
+/** The letter of the only option that an answer names; '' if it names none or several. */
 function optionLetter(answer: string): string {
   const text = strip(answer).slice(0, 10_000)
   const first = (alone.exec(text) ?? leading.exec(text))?.[1]
@@ -140,21 +140,21 @@ function optionLetter(answer: string): string {
   return ''
 }
 
-const numberRight: Record<RewardRules, (answer: string, truth: string) => boolean> = {
+const numberMatches: Record<RewardRules, (answer: string, truth: string) => boolean> = {
   reference(answer, truth) {
     const [a, b] = [readQuantity(answer), readQuantity(truth)]
     if (!a || !b) return answer !== '' && plainText(answer) === plainText(truth)
-    return sameNumber(a.value, b.value) || sameNumber(share(a), share(b))
+    return sameNumber(a.value, b.value) || sameNumber(asFraction(a), asFraction(b))
   },
   strict(answer, truth) {
     const a = readQuantity(answer) ?? findQuantity(answer)
     const b = readQuantity(truth) ?? findQuantity(truth)
     if (!a || !b || (a.unit && b.unit && a.unit !== b.unit)) return false
-    return sameNumber(share(a), share(b))
+    return sameNumber(asFraction(a), asFraction(b))
   },
 }
 
-function share({ value, percent }: Quantity): number {
+function asFraction({ value, percent }: Quantity): number {
   return percent ? value / 100 : value
 }
 
@@ -163,9 +163,9 @@ function plainText(text: string): string {
 }
 
 /**
- * Why a perceiver's output earns nothing whatever the answer: two boxes that overlap by more than half
- * (IoU > 0.5), a missing label or the placeholder 'description'; null when it is fine. No box at all is
- * fine. 'strict' also finds labels of blanks alone and the placeholder in brackets.
+ * Why a perceiver's output has reward 0 whatever the answer: two boxes overlap by more than half (IoU >
+ * 0.5), or a label is missing or the placeholder 'description'; null otherwise, also without boxes.
+ * 'strict' also rejects blank labels and the placeholder in brackets.
  */
 export function perceptionFault(
   boxes: readonly EvidenceBox[],
@@ -194,9 +194,8 @@ export function boxIoU(a: EvidenceBox['bbox2d'], b: EvidenceBox['bbox2d']): numb
 }
 
 /**
- * A verifier that asks a model. 'reference': right when 'yes' occurs anywhere in the reply ('Eyes' too),
- * thoughts aside. 'strict': right when the reply begins with yes, wrong when with no, and ERR_POLICY
- * when it is neither, since nothing was verified then.
+ * A verifier that asks a model. 'reference': correct if 'yes' occurs anywhere in the reply outside the
+ * thinking ('Eyes' too). 'strict': the reply must begin with yes or no, and is ERR_POLICY otherwise.
  */
 export function modelVerifier(
   policy: Policy,
@@ -221,7 +220,7 @@ export function modelVerifier(
       },
       op,
     )
-    if (rules === 'reference') return withoutThoughts(text).toLowerCase().includes('yes')
+    if (rules === 'reference') return withoutThinking(text).toLowerCase().includes('yes')
     const [verdict] = /^(yes|no)(?![\p{L}\d])/u.exec(
       strip(afterThinking(text))
         .replace(/^[^\p{L}\d]+/u, '')
@@ -239,8 +238,8 @@ const verifierPrompt =
   'Question: {question}\nTrue answer: {truth}\nGiven answer: {answer}\n\n' +
   'Is the given answer right? Reply "Yes" or "No" and nothing else.'
 
-/** Complete thoughts taken out, as the reference's pattern takes them. */
-function withoutThoughts(text: string): string {
+/** The text without complete <think> blocks, as by the reference's pattern. */
+function withoutThinking(text: string): string {
   const [open, close] = ['<think>', '</think>']
   let out = ''
   let at = 0

@@ -15,29 +15,29 @@ export interface Sample {
 }
 
 export interface RolloutItem {
-  /** Which of the samples. */
+  /** Index of the sample. */
   sample: number
-  /** What the trained role wrote; its text is '' where it failed. */
+  /** Of the trained role; its text is '' if it failed. */
   completion: Completion
-  /** Images are made anew when asked for; the sample's image must live until then. */
+  /** Its images are computed again on access; the sample's image must be alive then. */
   evidence?: Evidence
-  /** Why a perception earns nothing, whatever the answer; it was not shown to the reasoner. */
+  /** Why the reward of a perception is 0 whatever the answer; the reasoner was not called. */
   fault?: 'overlap' | 'label'
-  /** What the other role's part in it was: the reasoner's answer, or the perception that was answered. */
+  /** The other role's output: the reasoner's to this perception, or the perception reasoned about. */
   counterpart?: string
   /** The answer that was rewarded. */
   answer?: string
-  /** Why there is no reward. Such an item is in no group. */
+  /** Why there is no reward. Such an item belongs to no group. */
   error?: Error
   /** NaN where there is an error. */
   reward: number
 }
 
-/** Of one batch, known when it is rolled out. */
+/** Of one batch, known once it is rolled out. */
 export interface RolloutMetrics {
   /** Over the items without an error; 0 where there are none. */
   rewardMean: number
-  /** Share of groups whose rewards are all equal, which teach nothing; groups of one aside. */
+  /** Share of groups whose rewards are all equal, so that their gradient is 0; without groups of one. */
   groupsWithoutSignal: number
   /** Items with a fault, of each kind, and items with an error. */
   faults: { overlap: number; label: number }
@@ -71,7 +71,7 @@ export function makeBatch(
   estimator?: AdvantageEstimator,
 ): RolloutBatch {
   const kept = items.filter((item) => !item.error)
-  // One id a (sample, role): batches of both roles may be put together and their groups stay apart.
+  // One id per (sample, role), so that groups stay distinct if batches of both roles are concatenated.
   const groups = Int32Array.from(kept, ({ sample }) => 2 * sample + +(role === 'reasoner'))
   const values = Float32Array.from(kept, ({ reward }) => reward)
   const packed = pack(kept)
@@ -155,7 +155,7 @@ function rolloutMetrics(
   }
 }
 
-/** All tokens one after the other, where every item has them; log-probabilities likewise. */
+/** The packed tokens, if every item has them; log-probabilities likewise. */
 function pack(
   items: readonly RolloutItem[],
 ): { cuSeqlens: Int32Array; tokens: Int32Array; logProbs?: Float32Array } | undefined {

@@ -42,7 +42,7 @@ export interface VisionTowerConfig {
   deepstack: readonly number[]
 }
 
-/** What a tower makes of patches; T patches, M = T / mergeSize² merged tokens. */
+/** A tower's results for T patches, which are M = T / mergeSize² merged tokens. */
 export interface VisionEncoding {
   /** [M, outHiddenSize] */
   merged: Tensor
@@ -81,8 +81,8 @@ export class VisionTower {
 
   /**
    * Loads a tower from a folder with config.json (a whole model's, or its vision_config alone) and
-   * safetensors: those that model.safetensors.index.json names for the tower, else all that are
-   * there. Names are Hugging Face's, behind any prefix; what belongs to no vision tower stays in its file.
+   * safetensors: those that model.safetensors.index.json names for the tower, else all in the
+   * folder. Names are Hugging Face's, with any prefix; other weights are not loaded.
    *
    * @param options.dtype the type in which weights are held and activations computed (sums are f32
    *   always); as stored unless given.
@@ -148,7 +148,7 @@ export class VisionTower {
    * @param a.pixelValues [T, 3 · temporalPatchSize · patchSize²], rounded to the tower's type where it
    *   has another.
    * @param a.gridThw the patches [t, h, w] of each image or video, T = Σ t·h·w in all.
-   * @param a.hiddenStates also hands out every block's state.
+   * @param a.hiddenStates also returns every block's state.
    * @param a.massOf the blocks, counted from 0, whose attention is summed over its queries
    *   (`attentionMass`), in that order.
    * @throws ERR_SHAPE, ERR_DTYPE, ERR_DEVICE for patches that do not fit; ERR_VALUE for the rest.
@@ -214,8 +214,8 @@ export class VisionTower {
           )
           middle.dispose()
           if (a.hiddenStates) hidden.push(x)
-          const tap = this.config.deepstack.indexOf(i)
-          if (tap >= 0) deepstack[tap] = this.#merge(`deepstack_merger_list.${tap}`, x)
+          const merger = this.config.deepstack.indexOf(i)
+          if (merger >= 0) deepstack[merger] = this.#merge(`deepstack_merger_list.${merger}`, x)
         }
         const merged = this.#merge('merger', x)
         return {
@@ -256,7 +256,7 @@ export class VisionTower {
     return this.#linear(`${name}.linear_fc2`, gelu({ x: fc1, approximate: this.#activation }))
   }
 
-  /** Neighbours side by side through the merger's own MLP, whose GELU is the exact one. */
+  /** Concatenates mergeSize x mergeSize neighbours and applies the merger's MLP, with the exact GELU. */
   #merge(name: string, x: Tensor): Tensor {
     return scope(() => {
       const width = this.config.hiddenSize * this.config.mergeSize ** 2
@@ -271,7 +271,7 @@ export class VisionTower {
   }
 }
 
-/** Every frame attends to itself alone. */
+/** cuSeqlens of the frames: each is a sequence of its own. */
 function frames(grids: readonly Grid[]): number[] {
   const cuSeqlens = [0]
   for (const [t, h, w] of grids)
@@ -307,24 +307,24 @@ function readConfig(json: unknown, path: string): Config {
   const vision = json.vision_config ?? json
   if (!isJsonObject(vision))
     return bad(`vision_config must be an object, got ${describeValue(vision)}`)
-  const whole = (name: string, otherwise?: number): number => {
+  const positive = (name: string, otherwise?: number): number => {
     const value = vision[name] ?? otherwise
     if (!Number.isInteger(value) || (value as number) < 1)
       return bad(`${name} must be a positive integer, got ${describeValue(value)}`)
     return value as number
   }
   const config = {
-    depth: whole('depth'),
-    hiddenSize: whole('hidden_size'),
-    heads: whole('num_heads'),
-    outHiddenSize: whole('out_hidden_size'),
-    patchSize: whole('patch_size', 16),
-    temporalPatchSize: whole('temporal_patch_size', 2),
-    mergeSize: whole('spatial_merge_size', 2),
-    intermediateSize: whole('intermediate_size'),
-    positions: whole('num_position_embeddings'),
+    depth: positive('depth'),
+    hiddenSize: positive('hidden_size'),
+    heads: positive('num_heads'),
+    outHiddenSize: positive('out_hidden_size'),
+    patchSize: positive('patch_size', 16),
+    temporalPatchSize: positive('temporal_patch_size', 2),
+    mergeSize: positive('spatial_merge_size', 2),
+    intermediateSize: positive('intermediate_size'),
+    positions: positive('num_position_embeddings'),
   }
-  const channels = whole('in_channels', 3)
+  const channels = positive('in_channels', 3)
   if (channels !== 3) bad(`in_channels must be 3, got ${channels}`)
   const headDim = config.hiddenSize / config.heads
   if (!Number.isInteger(headDim) || headDim % 8 !== 0 || headDim > 128)
@@ -342,7 +342,7 @@ function readConfig(json: unknown, path: string): Config {
   return { ...config, headDim, deepstack: Object.freeze([...deepstack]), activation }
 }
 
-/** Every weight with its shape; a convolution's is taken as the matrix that it is for one patch. */
+/** Every weight with its shape; the patch convolution's is the equivalent matrix for one patch. */
 function shapesOf(c: Config): Map<string, number[]> {
   const shapes = new Map<string, number[]>()
   const linearShapes = (name: string, inputs: number, outputs: number): void => {
@@ -374,7 +374,7 @@ function shapesOf(c: Config): Map<string, number[]> {
   return shapes
 }
 
-/** The tower's weight that a stored name ends with, behind any prefix ('model.visual.', 'visual.', ...). */
+/** A stored name without its prefix ('model.visual.', 'visual.', ...); undefined for other weights. */
 function towerName(stored: string, wanted: ReadonlySet<string>): string | undefined {
   for (let name = stored; ; name = name.slice(name.indexOf('.') + 1)) {
     if (wanted.has(name)) return name
