@@ -9,7 +9,7 @@ function workload(
   load: (a: { rewards: Tensor; groups: Int32Array }) => unknown,
 ): Workload {
   return {
-    // Too small for any ceiling: what is measured is the way through the queue.
+    // Too small for any ceiling: this measures the latency of the queue.
     name: `${name}, 512 groups of 8`,
     inputs(seed) {
       const rewards = Float32Array.from(integers(sequences, 2, seed))

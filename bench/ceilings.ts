@@ -1,5 +1,5 @@
-// The machine's ceilings: a CPU's by a small program of their own (ceilings/ceilings.cpp) that is compiled
-// for this very machine when they are wanted.
+// The machine's ceilings: a CPU's by a separate small program (ceilings/ceilings.cpp), compiled on
+// demand for this machine.
 import { spawnSync } from 'node:child_process'
 import { mkdirSync } from 'node:fs'
 import { join } from 'node:path'
@@ -11,7 +11,7 @@ import { type Ceilings, ceilingKinds, ofThreads } from './results.js'
 
 const flags = ['-std=c++20', '-O3', '-march=native', '-ffp-contract=fast', '-pthread']
 
-/** What measures the ceilings of some threads; a sentence where it cannot be built. */
+/** The function that measures the ceilings of a thread count; the reason if it cannot be built. */
 export function ceilingMeter(root: string): ((threads: number) => Ceilings) | string {
   const folder = join(root, 'build/bench')
   const program = join(folder, process.platform === 'win32' ? 'ceilings.exe' : 'ceilings')
@@ -31,8 +31,8 @@ export function ceilingMeter(root: string): ((threads: number) => Ceilings) | st
 const copied = 2 ** 31
 
 /**
- * A CUDA device's: our own copy within its memory and, where PyTorch is here, its products of large
- * matrices. A sentence where they could not be measured.
+ * A CUDA device's: our own copy within its memory and, if PyTorch is installed, its products of large
+ * matrices. The reason if they could not be measured.
  */
 export async function cudaCeilings(id: string): Promise<[Ceilings, string | undefined]> {
   const device = openDevice(id)
@@ -54,7 +54,7 @@ export async function cudaCeilings(id: string): Promise<[Ceilings, string | unde
       ['fma', 'f32'],
     ] as const) {
       const run = await matmul(8192, dtype).open(1, id)
-      // The first products wake the chip up.
+      // The first products raise the clocks.
       await run.time!(8)
       const times = [await run.time!(8), await run.time!(8), await run.time!(8)]
       out[kind] = (2 * 8192 ** 3 * 1e3) / Math.min(...times)
@@ -67,7 +67,7 @@ export async function cudaCeilings(id: string): Promise<[Ceilings, string | unde
   return [out, undefined]
 }
 
-/** Each figure's larger one: what disturbs a measurement only makes it smaller. */
+/** The larger of each figure: disturbances only lower a measurement. */
 export function better(a: Ceilings, b: Ceilings): Ceilings {
   const out = { ...a }
   for (const kind of ceilingKinds)
@@ -75,7 +75,7 @@ export function better(a: Ceilings, b: Ceilings): Ceilings {
   return out
 }
 
-/** Sentences on figures that differ between the begin and the end of a run, which only disturbance does. */
+/** Notes on figures that differ between the start and the end of a run, because it was disturbed. */
 export function disturbances(before: readonly Ceilings[], after: readonly Ceilings[]): string[] {
   const out: string[] = []
   for (const [i, a] of before.entries())

@@ -1,4 +1,4 @@
-// Seeded inputs, made quickly: a block of normal numbers of prime length, laid end to end.
+// Seeded inputs, generated quickly: a block of normal numbers of prime length, repeated.
 import type { Device, DType, Tensor } from 'p2r-kernels'
 
 const block = 65_537
@@ -53,7 +53,7 @@ export function evenly(sequences: number, length: number): Int32Array {
   return Int32Array.from({ length: sequences + 1 }, (_, i) => i * length)
 }
 
-/** Host data of a tensor: all of it, or its first rows, which are then repeated. */
+/** Host data of a tensor: all of it, or its first rows, which the tensor repeats. */
 export interface Block {
   data: Float32Array | Uint16Array | Int32Array | Uint8Array
   dtype: DType
@@ -62,7 +62,7 @@ export interface Block {
 
 const width = (shape: readonly number[]): number => shape.slice(1).reduce((n, d) => n * d, 1)
 
-/** Normal numbers of at most so many rows for a tensor that may have many more. */
+/** Normal numbers of a limited number of rows, for a tensor that may have many more. */
 export function normalBlock(
   shape: readonly number[],
   dtype: 'f32' | 'bf16',
@@ -82,7 +82,7 @@ export function bf16Bits(x: Float32Array): Uint16Array {
   return out
 }
 
-/** The tensor; what is repeated is copied on the device. */
+/** The tensor; repetitions are copied on the device. */
 export function tiled(device: Device, { data, dtype, shape }: Block): Tensor {
   const rows = data.length / width(shape)
   const all = shape[0]!

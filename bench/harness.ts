@@ -1,4 +1,4 @@
-// How a row is measured: inputs in rotation, device time through tinybench, peers in turn.
+// How a row is measured: rotating inputs, device time through tinybench, interleaved peers.
 import { performance } from 'node:perf_hooks'
 import { type Device, scope } from 'p2r-kernels'
 import { Bench } from 'tinybench'
@@ -13,18 +13,18 @@ export interface Benchmark {
   workloads: readonly Workload[]
 }
 
-/** Where a row stands among others of its kind, for the growth of time and memory with size. */
+/** A row's size in a series of rows, for the growth of time and memory with size. */
 export interface Series {
   name: string
   size: number
 }
 
-/** One row of the table: an operation on shapes that somebody has. */
+/** One row of the table: an operation on shapes that occur in practice. */
 export interface Workload {
   name: string
-  /** Useful floating-point operations: those of the formula, whatever the kernel does besides. */
+  /** Useful floating-point operations: those of the formula, whatever a kernel recomputes. */
   flops?: number
-  /** The type of their factors, and so the peak that they are measured against; f32 unless given. */
+  /** The type of the factors, which selects the peak that applies; f32 unless given. */
   products?: 'f32' | 'bf16'
   /** Bytes that must cross memory, each input and output once. */
   traffic?: Traffic
@@ -32,11 +32,11 @@ export interface Workload {
   backend?: Backend
   /** The kernel that is forced; left out on a device that has none of this name. */
   kernel?: string
-  /** One input set, found in the caches again, instead of several that are together larger. */
+  /** One input set that stays in the caches, instead of several that exceed them. */
   cached?: boolean
   /** Left out by --quick. */
   slow?: boolean
-  /** Measured by --scaling, and by that alone. */
+  /** Measured by --scaling only. */
   series?: Series
   inputs(seed: number): Inputs
 }
@@ -44,7 +44,7 @@ export interface Workload {
 export interface Traffic {
   read: number
   write: number
-  /** What is written is where it was read from. */
+  /** The written bytes are those that were read. */
   inPlace?: boolean
 }
 
@@ -65,24 +65,24 @@ export interface Loaded {
   answer?(): Promise<ArrayLike<number>>
 }
 
-/** The same computation by somebody else. */
+/** The same computation by another library. */
 export interface Peer {
   name: string
   slow?: boolean
-  /** Beside which devices it can run; the CPU alone unless given. */
+  /** The backends it is compared with; only the CPU unless given. */
   backends?: readonly Backend[]
   /** How far its results may be from ours: by root mean square, relative to ours. */
   tolerance: number
   /**
-   * For so many threads, if it can, or on a CUDA device. Throws PeerAbsent, with a sentence, where it
-   * is not here.
+   * With a number of threads, if supported, or on a CUDA device. Throws PeerAbsent with the reason if
+   * it is not installed.
    */
   open(threads: number, device: string): Promise<PeerRun>
 }
 
 export interface PeerRun {
   run(): Promise<ArrayLike<number>> | ArrayLike<number>
-  /** Milliseconds by its own clock, of one of so many runs; without it, those from call to result. */
+  /** Milliseconds of one of `runs` runs by its own clock; else it is timed from call to result. */
   time?(runs: number): Promise<number>
   close?(): void
 }
@@ -92,10 +92,10 @@ export class PeerAbsent extends Error {}
 export interface Effort {
   /** Each round measures every implementation in turn. */
   rounds: number
-  /** Milliseconds of wall clock an implementation and round; at least one run each. */
+  /** Milliseconds of wall clock for each implementation and round; at least one run. */
   time: number
   warmup: number
-  /** Input sets together are to be larger than this many bytes. */
+  /** Size of the caches that the input sets together must exceed, in bytes. */
   cacheBytes: number
   slow: boolean
   peers: boolean
@@ -104,19 +104,19 @@ export interface Effort {
 export const thorough = { rounds: 5, time: 300, warmup: 200, slow: true }
 export const quick = { rounds: 2, time: 60, warmup: 30, slow: false }
 
-const mostSets = 16
+const maxSets = 16
 
 /**
- * How many runs follow each other in one sample: on a CUDA device, so many that they take a
- * millisecond, since between two events a single short kernel would be measured by its launch.
+ * Runs per sample: on a CUDA device, enough to take a millisecond, because the events around a single short
+ * kernel would measure its launch.
  */
-function together(backend: Backend, ms: number): number {
+function runsPerSample(backend: Backend, ms: number): number {
   return backend === 'cpu' ? 1 : Math.min(64, Math.max(1, Math.ceil(1 / ms)))
 }
 
-/** The input sets that are together larger than the caches, so that none is found there again. */
+/** Number of input sets that together exceed the caches, so that none is reused from them. */
 export function setsFor(byteLength: number, cacheBytes: number): number {
-  return Math.max(1, Math.min(mostSets, Math.ceil((2 * cacheBytes) / Math.max(1, byteLength))))
+  return Math.max(1, Math.min(maxSets, Math.ceil((2 * cacheBytes) / Math.max(1, byteLength))))
 }
 
 /** ‖a - b‖ / ‖b‖; NaN where the lengths differ. */
@@ -138,8 +138,8 @@ interface Contender {
 }
 
 /**
- * Measures a workload on a device, which it disposes with all inputs, and by its peers. The rows have
- * no shares yet.
+ * Measures a workload on a device, which it disposes with all inputs, and by its peers. The rows' shares
+ * are added later.
  */
 export async function measure(
   op: string,
@@ -226,8 +226,8 @@ function ours(device: Device, inputs: readonly Inputs[]) {
         for (let i = 0; i < runs; i++) one(sets[next++ % sets.length]!)
       })
       const ms = all / runs
-      // What works in place is restored between two runs, so they cannot follow each other.
-      if (!sets[0]!.before) runs = together(device.info.backend, ms)
+      // Inputs of in-place operations are restored between runs, so each run is a sample.
+      if (!sets[0]!.before) runs = runsPerSample(device.info.backend, ms)
       return { overriddenDuration: ms, overriddenIterationCost: performance.now() - start }
     },
     /** What a run takes beyond its inputs: results and scratch. */
@@ -247,7 +247,7 @@ function ours(device: Device, inputs: readonly Inputs[]) {
       set.before?.()
       return set.answer()
     },
-    // Its tensors go with it.
+    // This disposes its tensors too.
     close: () => device.dispose(),
   }
 }
@@ -294,7 +294,7 @@ async function theirs(
       const own = run.time ? await run.time(times) : void (await run.run())
       const wall = performance.now() - start
       const ms = own ?? wall
-      if (run.time) times = together(device.info.backend, ms)
+      if (run.time) times = runsPerSample(device.info.backend, ms)
       return { overriddenDuration: ms, overriddenIterationCost: wall }
     },
     close,
@@ -310,7 +310,7 @@ async function sampled(
   const bench = new Bench({
     time,
     iterations: 2,
-    // A later round only brings back what the others' runs put out of the caches.
+    // In later rounds the warm-up only refills the caches after the others' runs.
     warmupTime: cold ? warmup : 0,
     warmupIterations: 1,
     retainSamples: true,

@@ -1,4 +1,4 @@
-// The report with plots: one HTML file that fetches nothing. vega-lite draws them here, as SVG.
+// The report with plots: one self-contained HTML file. vega-lite draws them here, as SVG.
 import { parse, View } from 'vega'
 import { compile, type TopLevelSpec } from 'vega-lite'
 import { ourName } from './harness.js'
@@ -118,7 +118,7 @@ function roofLines(limits: Ceilings, low: number, high: number, products: Readon
   ]
   const bandwidth = bandwidthOf(limits)
   return peaks.flatMap(([roof, peak]) =>
-    // The corner is a point of its own, or the roof would be cut there.
+    // The corner is a point of its own, or the line would miss it.
     [...steps, peak / bandwidth]
       .sort((a, b) => a - b)
       .filter((intensity) => intensity >= low && intensity <= high)
@@ -130,7 +130,7 @@ function roofLines(limits: Ceilings, low: number, high: number, products: Readon
   )
 }
 
-/** Each row's share of the ceiling that binds it, the peers' beside ours. */
+/** Each row's share of the ceiling that binds it, with the peers'. */
 async function shares(results: Results): Promise<string | undefined> {
   const rows = shown(results).filter((row) => row.share !== undefined)
   if (!rows.length) return undefined
@@ -209,7 +209,7 @@ async function ratios(results: Results): Promise<string | undefined> {
   const x = {
     field: 'ratio',
     type: 'quantitative',
-    // Room for the words behind the longest bar.
+    // Space for the label after the longest bar.
     scale: {
       type: 'log',
       nice: false,

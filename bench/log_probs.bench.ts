@@ -64,7 +64,7 @@ const both: Workload = {
   },
 }
 
-/** As one process would hold them all: each shard read once, and what is joined is small. */
+/** All shards in one process: each is read once, and the merge is small. */
 const sharded: Workload = {
   name: `${rows}x${vocabulary} f32 in 8 shards`,
   traffic: { read: bytes, write: 0 },

@@ -142,11 +142,11 @@ async function measured(names: readonly string[]): Promise<Results> {
 
   const effort: Effort = {
     ...(options.quick ? quick : thorough),
-    // A GPU says nothing of its cache: twice the largest.
+    // The size of a GPU's cache is not queried: twice the largest.
     cacheBytes: onCpu ? cacheBytes() : 2 ** 26,
     peers,
   }
-  // What there is of them, so that a run that is cut off leaves something.
+  // Written as they are measured, so that an interrupted run keeps its rows.
   const save = (ceilings: readonly Ceilings[]) => {
     const rows = results.rows.map((row) => withShare(row, ceilings))
     const whole: Results = { ...results, ceilings: [...ceilings], rows, notes: [...notes] }
@@ -196,7 +196,7 @@ function read(file: string): Results {
     return program.error(`error: ${(error as Error).message}`)
   }
 }
-// Before an hour is spent on measuring.
+// Checked before measuring, which may take an hour.
 const baseline = options.baseline === undefined ? undefined : read(options.baseline)
 const results = options.input === undefined ? await measured(program.args) : read(options.input)
 if (options.html !== undefined) writeFileSync(options.html, await html(results, predicted))

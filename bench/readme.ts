@@ -80,7 +80,7 @@ function rowsOf({ op, case: pattern }: Target, { rows }: Results): Row[] {
   return own.filter(({ threads }) => (threads ?? 0) === most)
 }
 
-/** The tables, one for each machine that was predicted for or measured on. */
+/** The tables, one for each machine with predictions or results. */
 export function performance(all: readonly Results[], { targets }: Predictions): string {
   const latest = newest(all)
   const onCpu = ({ rows }: Results) => rows[0]?.device === 'cpu'
@@ -116,7 +116,7 @@ function table(kind: string, targets: readonly Target[], results: Results | unde
   ].join('\n')
 }
 
-/** The README with its tables as they should be. */
+/** The README with its tables updated. */
 export function readmeWith(readme: string, tables: string): string {
   const [before, rest] = readme.split(start)
   const after = rest?.split(end)[1]

@@ -1,4 +1,4 @@
-// What a run leaves behind: the JSON, the shares, the comparison with an earlier run.
+// Results of a run: the JSON, the shares, the comparison with an earlier run.
 import { spawnSync } from 'node:child_process'
 import { readFileSync } from 'node:fs'
 import { arch, cpus, platform, release, totalmem } from 'node:os'
@@ -30,7 +30,7 @@ export interface Results {
 export const ceilingKinds = ['fma', 'bf16', 'read', 'copy', 'update'] as const
 export type CeilingKind = (typeof ceilingKinds)[number]
 
-/** What some threads of this machine, or a CUDA device, can do at most. */
+/** Upper limits of this machine with a number of threads, or of a CUDA device. */
 export interface Ceilings extends Partial<Record<CeilingKind, number>> {
   /** Absent for a CUDA device. */
   threads?: number
@@ -54,7 +54,7 @@ export interface Row extends Quantiles {
   products?: 'f32' | 'bf16'
   traffic?: Traffic
   series?: Series
-  /** Bytes of the device's memory at the height of a run, beyond its inputs. */
+  /** Peak bytes of device memory during a run, besides its inputs. */
   peakBytes?: number
   /** The least time that the ceilings allow over the median, and the ceiling that sets it. */
   share?: number
@@ -82,13 +82,13 @@ export function bytesOf({ traffic }: Row): number {
   return traffic ? traffic.read + traffic.write : 0
 }
 
-/** Which of the ceilings of memory binds such traffic. */
+/** The memory ceiling that applies to a workload's traffic. */
 export function memoryKind(
   traffic: Traffic | undefined,
   limits: Ceilings,
 ): CeilingKind | undefined {
   if (!traffic) return undefined
-  // Little enough is written to be lost in the reading.
+  // The writes are negligible besides the reads.
   const reads = traffic.write * 16 <= traffic.read
   const kind = traffic.inPlace ? 'update' : reads ? 'read' : 'copy'
   return limits[kind] ? kind : 'copy'
@@ -212,7 +212,7 @@ function commitOf(root: string): string | undefined {
   return head.stdout.trim() + (changed ? '+' : '')
 }
 
-/** The last-level cache, from Linux; 32 MiB where it does not say. */
+/** The last-level cache as Linux reports it; 32 MiB if it does not. */
 export function cacheBytes(): number {
   let largest = 0
   for (let index = 0; index < 5; index++)
@@ -222,6 +222,6 @@ export function cacheBytes(): number {
     } catch {
       break
     }
-  // A share of a server's huge cache is what one process keeps.
+  // One process keeps only a part of a server's large cache.
   return Math.min(largest || 2 ** 25, 2 ** 26)
 }

@@ -3,7 +3,7 @@ import type { Row } from './results.js'
 
 export interface RowSeries {
   op: string
-  /** What grows. */
+  /** The quantity that grows. */
   name: string
   implementation: string
   /** By size. */
@@ -28,7 +28,7 @@ export function seriesOf(rows: readonly Row[]): RowSeries[] {
 
 /**
  * The p of y ~ size^p, by least squares of the logarithms over the larger half of the sizes: the small
- * ones are those of the way through the queue.
+ * ones are dominated by the latency of the queue.
  */
 export function exponent(sizes: readonly number[], values: readonly number[]): number {
   const first = Math.min(Math.floor(sizes.length / 2), sizes.length - 2)

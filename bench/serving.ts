@@ -1,5 +1,5 @@
-// How busy a served model is kept: `evaluate` and `rollout` against a server that answers in a fixed
-// time, in a process of its own. The ideal is what so many requests in flight would take at that time.
+// How well a served model is utilized: `evaluate` and `rollout` against a server in another process that
+// answers after a fixed time. The ideal keeps the maximum number of requests in flight throughout.
 import { type ChildProcess, fork } from 'node:child_process'
 import { once } from 'node:events'
 import { fileURLToPath } from 'node:url'
@@ -19,7 +19,7 @@ import { aligned } from './table.js'
 
 const answerMs = 100
 const concurrency = 32
-/** Of images whose work takes the processor and not the server. */
+/** Of images whose processing, not the server, is the bottleneck. */
 const largeConcurrency = 8
 
 export interface Serving {
@@ -32,9 +32,9 @@ export interface Serving {
   idealSeconds: number
   /** Processor time of this process, all of its threads, a sample. */
   cpuMsPerSample: number
-  /** Resident memory when a fifth was done, and at the end. */
+  /** Resident memory after a fifth of the samples, and at the end. */
   rssMiB: [number, number]
-  /** The most that tensors took. */
+  /** Peak bytes of tensors. */
   peakMiB: number
 }
 
@@ -47,7 +47,7 @@ export interface Samples {
 export const thoroughSamples: Samples = { small: 2000, rollout: 250, large: 160 }
 export const quickSamples: Samples = { small: 400, rollout: 50, large: 32 }
 
-/** Measures all of it, on a CPU device with as many threads as it chooses. */
+/** Runs all measurements on a CPU device with the default number of threads. */
 export async function serving(
   samples: Samples,
   progress: (what: string) => void,
@@ -60,7 +60,7 @@ export async function serving(
     using device = openDevice('cpu')
     const small = await jpeg(224, 224)
     const large = await jpeg(2160, 3840)
-    // What the first requests of a process cost once.
+    // Warm-up: the one-time costs of a process's first requests.
     await evaluated('warm-up', device, baseURL, server, small, 2 * concurrency)
     const rows: Serving[] = []
     progress('evaluate')

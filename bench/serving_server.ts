@@ -11,7 +11,7 @@ const server = createServer((request, response) => {
   request.on('data', (chunk) => chunks.push(chunk))
   request.on('end', () => {
     const arrived = performance.now()
-    // The texts are at the end, behind images of megabytes, which need not be parsed.
+    // The prompt is at the end, after megabytes of images that need not be parsed.
     const end = Buffer.concat(chunks).subarray(-4000).toString('latin1')
     const perceives = /bbox_2d/.test(end)
     const content = perceives

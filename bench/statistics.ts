@@ -1,4 +1,4 @@
-// Order statistics, since timings have a long tail on one side and no mean worth naming.
+// Order statistics: timings have a long tail on one side, so means are not meaningful.
 
 export interface Quantiles {
   samples: number
@@ -29,14 +29,14 @@ export function quantiles(samples: readonly number[]): Quantiles {
   }
 }
 
-/** The least difference between two runs that is called one. */
+/** The smallest relative difference between two runs that is reported. */
 const leastChange = 0.05
 
 export type Verdict = 'slower' | 'faster' | 'same'
 
 /**
  * Whether a run differs from an earlier one beyond the noise: the medians by more than 5 % and by more
- * than both spreads together, and the middle halves of the samples apart.
+ * than both spreads together, and the interquartile ranges do not overlap.
  */
 export function verdict(before: Quantiles, after: Quantiles): Verdict {
   const change = Math.abs(after.median / before.median - 1)

@@ -20,7 +20,7 @@ import {
   whereTimeWent,
 } from './targets.js'
 
-/** Columns padded to their widest cell; numbers, that is all but the `left` first, to the right. */
+/** Columns padded to their widest cell; the first `left` are left-aligned, the others right-aligned. */
 export function aligned(rows: readonly (readonly string[])[], left: number): string {
   const widths: number[] = []
   for (const row of rows)
@@ -75,7 +75,7 @@ const heading = [
   'reach',
 ]
 
-/** With a column for what was predicted of a row, where something was. */
+/** With a column for predictions, if there are any. */
 export function resultTable(results: Results, targets: readonly Target[] = []): string {
   const { rows } = results
   const lines: string[][] = []
@@ -111,7 +111,7 @@ function reached(verdict: Verdict | undefined): string {
   return verdict ? `${verdict.reach}: ${outcome(verdict)}` : ''
 }
 
-/** What was predicted against what was measured, and where the time of a miss went. */
+/** Predicted and measured figures, and where the time of a missed target went. */
 export function verdictTable(results: Results, predicted: Predictions): string {
   const all = verdicts(results, predicted)
   if (!all.length) return ''

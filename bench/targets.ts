@@ -1,4 +1,4 @@
-// What was predicted, and whether a measurement met it (results/predictions.json).
+// Predictions (results/predictions.json), and whether measurements met them.
 import { readFileSync } from 'node:fs'
 import { ourName } from './harness.js'
 import { bytesOf, memoryKind, type Results, type Row } from './results.js'
@@ -16,13 +16,13 @@ export interface Target {
   op: string
   /** Of the benchmark; '*' stands for any digits. */
   case: string
-  /** Faster by so much than a peer or another case of ours, `than`; than the best peer unless given. */
+  /** Speedup over a peer or another case of ours, `than`; over the best peer unless given. */
   times?: number
   than?: string
   /** Of the ceiling that binds the row. */
   share?: number
   teraflops?: number
-  /** What may be reached after that; not judged. */
+  /** A further goal, which is not judged. */
   then?: number
   ms?: number
 }
@@ -45,7 +45,7 @@ export function sameCase(pattern: string, name: string): boolean {
   return new RegExp(`^${parts.join('\\d+')}$`).test(name)
 }
 
-/** The rows against which a row of ours is fast or slow: same case and threads, other hands. */
+/** The rows that a row of ours is compared with: the same case and threads by other implementations. */
 export function peersOf(row: Row, { rows }: Results): Row[] {
   return rows
     .filter(
@@ -61,14 +61,14 @@ export function peersOf(row: Row, { rows }: Results): Row[] {
 export interface Verdict {
   target: Target
   row: Row
-  /** The target in words, and what was measured of it. */
+  /** The target in words, and the measurement. */
   reach: string
   got: string
-  /** At least 1 where the target was met; absent where it cannot be told, as without the peer. */
+  /** At least 1 where the target was met; absent if unknown, for example without the peer. */
   ratio?: number
 }
 
-/** On the row, if something was predicted of it. */
+/** The verdict on a row, if it has a prediction. */
 export function judged(
   row: Row,
   results: Results,
@@ -110,7 +110,7 @@ export function judged(
   return told(`${row.median.toPrecision(3)} ms`, ms! / row.median)
 }
 
-/** A target in words; `of` whom or what, where that was measured. */
+/** A target in words; `of` is what it is relative to, if measured. */
 export function reachOf({ times, than, share, teraflops, then, ms }: Target, of?: string): string {
   if (times !== undefined) return `x${times} of ${than ?? of ?? 'the best peer'}`
   if (share !== undefined) return `${share * 100} % of ${of ?? 'the ceiling'}`

@@ -173,7 +173,7 @@ onEveryBackend('advantages', (b) => {
     }
   })
 
-  test('equal rewards give exactly 0, of any size and value', async () => {
+  test('equal rewards give exactly 0, for any group size and value', async () => {
     for (const r of [0.1, 0.3, 1 / 3, 1e30, -7e-12])
       for (const n of [2, 3, 6, 7, 8, 9, 100])
         for (const estimator of ['grpo', 'dr_grpo', 'rloo', 'opo'] as const) {
@@ -187,7 +187,7 @@ onEveryBackend('advantages', (b) => {
         }
   })
 
-  test('no tokens: opo takes the mean, whitening gives 0', async () => {
+  test('without tokens opo uses the mean, whitening gives 0', async () => {
     const rewards = b.device.tensor([1, 0, 5], [3])
     const make = (estimator: AdvantageEstimator, lengths: number[]) =>
       groupAdvantages({ rewards, groups: [0, 0, 1], estimator, lengths }).read()
@@ -220,7 +220,7 @@ onEveryBackend('advantages', (b) => {
     expect(groupAdvantages({ ...two, estimator: 'gdpo' }).shape).toEqual([0])
   })
 
-  test('refusals', () =>
+  test('refuses invalid arguments', () =>
     scope(() => {
       const rewards = b.device.zeros([3])
       const a = { rewards, groups: [0, 0, 1] }

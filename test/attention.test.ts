@@ -252,7 +252,7 @@ onEveryBackend('attention', (b) => {
     [16, 2400, 'f32'],
     ...floats.map((dtype) => [80, 1100, dtype] as const),
   ] as const)
-    test(`a long sequence, cut up, D ${d}, ${dtype}`, async () => {
+    test(`a long sequence, split among tasks, D ${d}, ${dtype}`, async () => {
       const x = random({ d, heads: 1, lengths: [3, tokens, 1] }, dtype)
       const expected = oracle(x, x.dOut)
       const { q, k, v, dOut } = upload(b, x, dtype)
@@ -272,7 +272,7 @@ onEveryBackend('attention', (b) => {
     ...[64, 80, 128].map((d) => ({ d, heads: 1, lengths: [3, 0, 130], dtype: 'bf16' as const })),
   ]
   for (const { dtype, ...c } of packedCases)
-    test(`packed and turned, ${title(c)}, ${dtype}`, async () => {
+    test(`packed qkv, with and without rotary, ${title(c)}, ${dtype}`, async () => {
       const x = random(c, dtype, 2)
       const { q, k, v, dOut } = upload(b, x, dtype)
       const [tokens, inner] = [x.cu.at(-1)!, c.heads * c.d]
@@ -281,23 +281,23 @@ onEveryBackend('attention', (b) => {
       const rotary = rotaryTables(b, tokens, c.d)
       const cuSeqlens = x.cu
 
-      for (const [turned, kernel] of [false, true].flatMap((turned) =>
-        kernelsFor(b, dtype, c.d).map((kernel) => [turned, kernel] as const),
+      for (const [rotated, kernel] of [false, true].flatMap((rotated) =>
+        kernelsFor(b, dtype, c.d).map((kernel) => [rotated, kernel] as const),
       )) {
-        const name = `packed${turned ? ' turned' : ''}, D ${c.d}, ${dtype}`
-        const apart = turned
+        const name = `packed${rotated ? ' with rotary' : ''}, D ${c.d}, ${dtype}`
+        const separate = rotated
           ? { q: applyRotary({ x: q, ...rotary }), k: applyRotary({ x: k, ...rotary }), v }
           : { q, k, v }
-        const packed = turned ? { qkv, rotary } : { qkv }
+        const packed = rotated ? { qkv, rotary } : { qkv }
         const one = recorded(b, `attention ${name}`, forwardBound(dtype), () =>
           attention({ ...packed, cuSeqlens, kernel }),
         )
-        const two = attention({ ...apart, cuSeqlens, kernel })
+        const two = attention({ ...separate, cuSeqlens, kernel })
         // The same numbers in the same order, so the same bits.
         expect(await one.out.read()).toEqual(await two.out.read())
         expect(await one.lse.read()).toEqual(await two.lse.read())
         const massOfOne = attentionMass({ ...packed, lse: one.lse, cuSeqlens })
-        const massOfTwo = attentionMass({ q: apart.q, k: apart.k, lse: two.lse, cuSeqlens })
+        const massOfTwo = attentionMass({ q: separate.q, k: separate.k, lse: two.lse, cuSeqlens })
         expect(await massOfOne.read()).toEqual(await massOfTwo.read())
 
         const backward = (deterministic: boolean) =>
@@ -310,12 +310,12 @@ onEveryBackend('attention', (b) => {
           )
         const { dQkv } = backward(true)
         const loose = backward(false)
-        const { dQ, dK, dV } = attentionBackward({ ...apart, ...two, dOut, cuSeqlens, kernel })
+        const { dQ, dK, dV } = attentionBackward({ ...separate, ...two, dOut, cuSeqlens, kernel })
         const back = (g: Tensor) =>
-          turned ? applyRotary({ x: g, ...rotary, inverse: true }).toFloat32() : g.toFloat32()
-        // Apart, the gradient is rounded before it is turned back, and again after.
+          rotated ? applyRotary({ x: g, ...rotary, inverse: true }).toFloat32() : g.toFloat32()
+        // Computed separately, the gradient is rounded before the inverse rotation and again after it.
         const expected = pack(await back(dQ), await back(dK), await dV.toFloat32(), inner)
-        const twice = turned ? 3 * roundoff[dtype] : 0
+        const twice = rotated ? 3 * roundoff[dtype] : 0
         expectClose(await dQkv.toFloat32(), expected, { absolute: twice, relative: twice })
         // The same factors, rounded before they are summed up.
         expectClose(await loose.dQkv.toFloat32(), await dQkv.toFloat32(), {
@@ -325,7 +325,7 @@ onEveryBackend('attention', (b) => {
       }
     })
 
-  test('the gradient is the slope', async () => {
+  test('the gradient matches finite differences', async () => {
     const c = { d: 8, heads: 2, lengths: [6, 1, 4] }
     const x = random(c, 'f32', 3)
     const { q, k, v, dOut } = upload(b, x, 'f32')
@@ -341,7 +341,7 @@ onEveryBackend('attention', (b) => {
       )
   })
 
-  test('constant values come out as they are, and mass sums to the length', async () => {
+  test('constant values are preserved, and mass sums to the length', async () => {
     const x = random({ d: 24, heads: 2, lengths: [11, 50, 0, 1] }, 'f32', 4)
     const { q, k } = upload(b, x, 'f32')
     const v = b.device.tensor(
@@ -364,7 +364,7 @@ onEveryBackend('attention', (b) => {
   })
 
   for (const dtype of floats)
-    test(`sequences do not know of one another, ${dtype}`, async () => {
+    test(`sequences are independent, ${dtype}`, async () => {
       // The same sequences in another order give the same bits in that order; one of them is full of
       // NaN and infinities.
       const lengths = [7, 70, 1, 33]
@@ -431,7 +431,7 @@ onEveryBackend('attention', (b) => {
 
   // Tiles at a sequence's end reach into the next one.
   for (const d of [64, 72, 80, 128])
-    test(`gradients keep clear of a neighbour full of NaN, D ${d}`, async () => {
+    test(`NaN in a neighbouring sequence does not reach the gradients, D ${d}`, async () => {
       const dtype = 'bf16'
       const x = random({ d, heads: 1, lengths: [65, 30, 70] }, dtype, 12)
       for (const part of [x.q, x.k, x.v, x.dOut]) part.fill(NaN, 65 * d, 95 * d)
@@ -455,7 +455,7 @@ onEveryBackend('attention', (b) => {
         }
     })
 
-  test('parts of the keys are put together by lse', async () => {
+  test('results over parts of the keys are combined by their lse', async () => {
     // Queries A and B against keys A and B: each half against each half, weighted by its share.
     const [n, heads, d] = [50, 2, 16]
     const x = random({ d, heads, lengths: [2 * n] }, 'f32', 6)
@@ -498,7 +498,7 @@ onEveryBackend('attention', (b) => {
 
   // 3e38 is beyond f16.
   for (const dtype of ['f32', 'bf16'] as const)
-    test(`logits without end, ${dtype}`, async () => {
+    test(`infinite logits, ${dtype}`, async () => {
       // Products of 3e38 overflow. 250 keys of -inf before 3 of 0; only -inf; one +inf; NaN.
       const d = dtype === 'f32' ? 8 : 64
       const lengths = [253, 2, 2, 2]
@@ -695,7 +695,7 @@ onEveryBackend('attention', (b) => {
     },
   )
 
-  test('takes nothing', async () => {
+  test('accepts empty inputs', async () => {
     for (const shape of [
       [0, 2, 16],
       [3, 0, 16],
@@ -732,7 +732,7 @@ onEveryBackend('attention', (b) => {
     )
   })
 
-  test('sums in any order cost 4 bytes an entry on a GPU, with rotary too', async () => {
+  test('deterministic: false takes 4 bytes of workspace per entry of dQ on a GPU, with rotary too', async () => {
     const [tokens, heads, d] = [1024, 2, 64]
     const qkv = b.device.tensor(
       new Random(13).normals(tokens * 3 * heads * d),
@@ -778,7 +778,7 @@ onEveryBackend('attention', (b) => {
     expectRefusal(() => kernels('attention', {} as never), 'ERR_VALUE', 'kernels')
   })
 
-  test('refuses', () => {
+  test('refuses invalid arguments', () => {
     const { device } = b
     const x = device.zeros([6, 2, 16])
     const rotary = { cos: device.zeros([6, 16]), sin: device.zeros([6, 16]) }
@@ -845,24 +845,27 @@ onEveryBackend('attention', (b) => {
   })
 })
 
-const everyWay = cpuPaths.flatMap((path) => floats.map((dtype) => ({ ...path, dtype })))
-test.for(everyWay)('the number of threads does not matter on $name, $dtype', async (path) => {
-  const c = { d: 128, heads: 3, lengths: [40, 1500, 1, 300] }
-  const x = random(c, path.dtype, 11)
-  const run = async (threads: number) => {
-    using device = openDevice('cpu', { ...path.options, threads })
-    const { q, k, v, dOut } = upload({ device }, x, path.dtype)
-    const { out, lse } = attention({ q, k, v, cuSeqlens: x.cu })
-    const mass = attentionMass({ q, k, lse, cuSeqlens: x.cu })
-    const { dQ, dK, dV } = attentionBackward({ dOut, q, k, v, out, lse, cuSeqlens: x.cu })
-    // As bytes: toEqual would take seconds for so many numbers.
-    return Promise.all(
-      [out, lse, mass, dQ, dK, dV].map(async (t) => Buffer.from((await t.toFloat32()).buffer)),
-    )
-  }
-  const [three, one] = [await run(3), await run(1)]
-  expect(three.map((bytes, i) => bytes.equals(one[i]!))).toEqual(Array(6).fill(true))
-})
+const cpuPathsAndTypes = cpuPaths.flatMap((path) => floats.map((dtype) => ({ ...path, dtype })))
+test.for(cpuPathsAndTypes)(
+  'the result does not depend on the number of threads on $name, $dtype',
+  async (path) => {
+    const c = { d: 128, heads: 3, lengths: [40, 1500, 1, 300] }
+    const x = random(c, path.dtype, 11)
+    const run = async (threads: number) => {
+      using device = openDevice('cpu', { ...path.options, threads })
+      const { q, k, v, dOut } = upload({ device }, x, path.dtype)
+      const { out, lse } = attention({ q, k, v, cuSeqlens: x.cu })
+      const mass = attentionMass({ q, k, lse, cuSeqlens: x.cu })
+      const { dQ, dK, dV } = attentionBackward({ dOut, q, k, v, out, lse, cuSeqlens: x.cu })
+      // As bytes: toEqual would take seconds for so many numbers.
+      return Promise.all(
+        [out, lse, mass, dQ, dK, dV].map(async (t) => Buffer.from((await t.toFloat32()).buffer)),
+      )
+    }
+    const [three, one] = [await run(3), await run(1)]
+    expect(three.map((bytes, i) => bytes.equals(one[i]!))).toEqual(Array(6).fill(true))
+  },
+)
 
 describe('windowLayout', () => {
   // As the model's code has it: grids of units padded to whole windows, windows cut out of them,
@@ -922,7 +925,7 @@ describe('windowLayout', () => {
     expect(Array.from(inverse, (place) => index[place])).toEqual(expected.index.map((_, i) => i))
   })
 
-  test('refuses', () => {
+  test('refuses invalid arguments', () => {
     const run = (a: object) => () => windowLayout({ gridThw: [[1, 4, 4]], window: 2, ...a })
     expectRefusal(run({ window: 0 }), 'ERR_VALUE', 'windowLayout', /window must be/)
     expectRefusal(run({ window: 1.5 }), 'ERR_VALUE', 'windowLayout')

@@ -109,7 +109,7 @@ describe('shares', () => {
     expect(limited.share).toBeCloseTo(share, 6)
   })
 
-  test('of products of bf16, where the machine has them', () => {
+  test('bf16 products have their own ceiling, if measured', () => {
     const products = row({ flops: 400e6, products: 'bf16' })
     expect(withShare(products, [{ ...limits, bf16: 800e9 }])).toMatchObject({
       ceiling: 'bf16',
@@ -118,17 +118,17 @@ describe('shares', () => {
     expect(withShare(products, [limits])).toMatchObject({ ceiling: 'fma', share: 0.5 })
   })
 
-  test('a device that was only copied on reads and updates as fast as it copies', () => {
+  test('the copy ceiling serves for reads and updates if it is the only one', () => {
     const { threads: _, ...reading } = row({ traffic: { read: 80e6, write: 0 }, flops: 1e12 })
     expect(withShare(reading, [{ copy: 80e9 }])).toMatchObject({ ceiling: 'copy', share: 0.5 })
   })
 
-  test('none without work or without ceilings of these threads', () => {
+  test('no share without work or without ceilings of this thread count', () => {
     expect(withShare(row(), [limits])).not.toHaveProperty('share')
     expect(withShare(row({ flops: 1, threads: 7 }), [limits])).not.toHaveProperty('share')
   })
 
-  test('a ceiling is the better of two measurements, and their difference is told', () => {
+  test('a ceiling is the better of two measurements, and a large difference is reported', () => {
     const low = { ...limits, fma: 200e9 }
     expect(better(low, limits)).toEqual(limits)
     expect(disturbances([low], [limits])).toEqual([expect.stringMatching(/'fma' of 2 .* 50 %/)])
@@ -164,7 +164,7 @@ describe('tables', () => {
     expect(rate(row())).toBe('')
   })
 
-  test('a peer stands below, with its time as a multiple of ours', () => {
+  test('a peer is listed below, with its time as a multiple of ours', () => {
     const ours = withShare(row({ flops: 400e6 }), [limits])
     const peer = row({ implementation: 'a peer', median: 5, p25: 4.5, p75: 5.5 })
     const text = report(results([ours, peer], { notes: ['Another peer was skipped.'] }), predicted)
@@ -193,7 +193,7 @@ describe('a baseline', () => {
     row({ op: 'cast', threads: 1 }),
   ])
 
-  test('names what got slower, and tells what cannot be compared', () => {
+  test('names what got slower, and reports what cannot be compared', () => {
     const c = compare(before, after)
     expect(c.compared).toBe(3)
     expect(c.slower.map(({ row, ratio }) => [row.op, ratio])).toEqual([['gelu', 1.5]])
@@ -212,7 +212,7 @@ describe('a baseline', () => {
     expect(comparisonReport(c, 'x')).toContain('Nothing got slower beyond the noise.')
   })
 
-  test('of another machine is told', () => {
+  test('of another machine is reported', () => {
     const other = results([], { ceilings: [{ ...limits, fma: 200e9 }] })
     other.machine.device = 'another processor'
     const { caveats } = compare(other, after)
@@ -221,7 +221,7 @@ describe('a baseline', () => {
     expect(caveats[1]).toMatch(/'fma' of 2 thread\(s\) changed by 100 %/)
   })
 
-  test('survives the file; anything else is refused', () => {
+  test('is written and read back; other files are refused', () => {
     expect(parseResults(JSON.stringify(after), 'f')).toEqual(after)
     expect(after).toMatchObject({
       schema: 1,
@@ -244,7 +244,7 @@ const effort: Effort = {
 }
 
 describe('measuring', () => {
-  test('input sets outgrow the caches, within reason', () => {
+  test('input sets exceed the caches, up to a limit', () => {
     expect(setsFor(1000, 100)).toBe(1)
     expect(setsFor(50, 100)).toBe(4)
     expect(setsFor(0, 2 ** 30)).toBe(16)
@@ -444,7 +444,7 @@ describe('predictions', () => {
     expect([verdict.reach, verdict.got, outcome(verdict)]).toEqual([words, got, how])
   })
 
-  test('of another case of ours, and of nothing', () => {
+  test('relative to another case of ours; none without one', () => {
     const than = { ...target, case: '8 bf16', times: 1.7, than: '8 f32' }
     expect(judged(bf16, run, [than])).toMatchObject({ got: 'x2.00', ratio: 2 / 1.7 })
     expect(judged(ours, run, [than])).toBeUndefined()
@@ -452,7 +452,7 @@ describe('predictions', () => {
     expect(judged(ours, run, [{ ...target, device: 'H200', ms: 1 }])).toBeUndefined()
   })
 
-  test('the table counts what was met and says where the time of a miss went', () => {
+  test('the table counts targets met and explains the time of those missed', () => {
     const text = verdictTable(run, { groups: {}, targets: [{ ...target, ms: 1.5 }] })
     expect(text).toMatch(/^Predicted: 0 of 1 met\ngelu {2}8 f32 {2}1\.5 ms {2}2\.00 ms {2}missed/)
     expect(text).toContain('2.00 ms: products 1.00 ms at the ceilings; beyond the larger, 1.00 ms')
@@ -560,7 +560,7 @@ describe('the benchmarks', () => {
     expect(benchmark.workloads.some(({ slow }) => !slow)).toBe(true)
   })
 
-  test('attention goes through every kernel of a GPU, by default or by name', () => {
+  test('attention measures every kernel of a GPU, by default or by name', () => {
     const [, ...others] = [
       ...readFileSync(`${root}/ops/kernel_choice.cpp`, 'utf8').matchAll(
         /\{"attention", "cuda", "[^"]*", "(\w+)"/g,
@@ -576,7 +576,7 @@ describe('the benchmarks', () => {
   })
 })
 
-test('the command measures a family and leaves its rows in a file', () => {
+test('the command measures a family and writes its rows to a file', () => {
   const folder = mkdtempSync(`${tmpdir()}/p2r-bench-`)
   const file = `${folder}/results.json`
   const command = [`${root}/dist/bench/main.js`, 'advantages', '--quick', '--no-peers']
@@ -595,7 +595,7 @@ test('the command measures a family and leaves its rows in a file', () => {
   }
 })
 
-test('serving: every sample is asked for, and the table says how fast', async () => {
+test('serving: every sample is requested, and the table has the throughput', async () => {
   const progress = vi.fn()
   const rows = await serving({ small: 10, rollout: 2, large: 1 }, progress)
   // Two requests a sample; one for a group's perceptions and one for each of their answers.
@@ -615,7 +615,7 @@ test('seeded data is the same each time and within its range', () => {
   expect(new Set(picture(8, 8, 1)).size).toBeGreaterThan(20)
 })
 
-test('a block is repeated to a tensor; bf16 is rounded to nearest even', async () => {
+test('a tensor repeats one block; bf16 is rounded to nearest even', async () => {
   const x = Float32Array.of(1, 1.00390625, 1.01171875, -2.5)
   expect(bf16Bits(x)).toEqual(Uint16Array.of(0x3f80, 0x3f80, 0x3f82, 0xc020))
   const device = openDevice('cpu', { threads: 1 })

@@ -19,7 +19,7 @@ export type Reply = (request: ChatRequest, response: ServerResponse) => unknown
 export interface ChatServer {
   baseURL: string
   requests: ChatRequest[]
-  /** The most requests that were under way at once. */
+  /** Maximum number of concurrent requests. */
   most: number
   /** What it says it serves. */
   models: string[]
@@ -91,7 +91,7 @@ export const send = (response: ServerResponse, status: number, body: unknown, he
     .writeHead(status, { 'content-type': 'application/json', ...headers })
     .end(JSON.stringify(body))
 
-/** Says the same to each of the n that are asked for. */
+/** Responds with the same text for each of the n choices. */
 export const says =
   (f: Words | ((request: ChatRequest) => Words)): Reply =>
   (request, response) => {

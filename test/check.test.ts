@@ -30,7 +30,7 @@ ptxas info    : Used 32 registers
 const serialised =
   "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to x in function '_Z6hungryPf'\n"
 
-test('a kernel that neither spills nor is serialised passes in silence', () => {
+test('a kernel without spills or serialised wgmma passes without output', () => {
   expect(judge(account(0, 0))).toEqual({ status: 0, said: '\n' })
 })
 
@@ -48,7 +48,7 @@ test('spills and serialised wgmma fail the build, unless the source declares the
   expect(judge(serialised, '// ptxas: hungry serialises\n').status).toBe(0)
 })
 
-test('the compiler’s own failure and warnings come through', () => {
+test('the compiler’s failures and warnings are passed on', () => {
   expect(judge('kernel.cu(1): error: no\n', '', 2)).toEqual({
     status: 2,
     said: 'kernel.cu(1): error: no\n',

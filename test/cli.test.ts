@@ -93,7 +93,7 @@ async function picture(name: string): Promise<string> {
 }
 
 describe('the command', () => {
-  test('its help, version and mistakes', async () => {
+  test('help, version and usage errors', async () => {
     const help = await run('--help')
     expect(help).toMatchObject({ code: 0, err: '' })
     for (const name of ['devices', 'answer', 'evidence', 'evaluate'])
@@ -261,7 +261,7 @@ describe('evaluate', () => {
     expect(made[2].question).toBe('say C\nOptions:\nA. x\nB. y')
   })
 
-  test('goes on where it stopped, and tries failures again', async () => {
+  test('resumes where it stopped, and retries failures', async () => {
     await picture('r.png')
     const data = write(
       'more.jsonl',
@@ -301,7 +301,7 @@ describe('evaluate', () => {
     expect(new Set(results(path).map(({ line }) => line)).size).toBe(12)
   })
 
-  test('Ctrl-C: what there is is kept, and the next run needs the rest only', async () => {
+  test('Ctrl-C keeps the results so far, and the next run does the rest only', async () => {
     await picture('c.png')
     const rows = Array.from({ length: 40 }, (_, i) => ({
       image: 'c.png',
@@ -340,7 +340,7 @@ describe('evaluate', () => {
     expect(server.requests.length).toBe(2 * (40 - done))
   })
 
-  test('mistakes in the data are told before anything is asked', async () => {
+  test('errors in the data are reported before the first request', async () => {
     await picture('m.png')
     server = await chatServer(obliging)
     const good = { image: 'm.png', question: 'say A', answer: 'A' }
@@ -439,7 +439,7 @@ async function outlinedCell(bytes: Buffer): Promise<number> {
   return middle(rows) * LATTICE + middle(columns)
 }
 
-test('the miniature serves both roles, and evaluate scores it on 50 needle images', async () => {
+test('evaluate scores the miniature, served in both roles, on 50 needle images', async () => {
   const canvases = new Canvases(loadDigits('test'), 11, 50)
   const rows = await Promise.all(
     Array.from({ length: 50 }, async (_, i) => {

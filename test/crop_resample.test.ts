@@ -167,7 +167,7 @@ onEveryBackend('cropResample', (b) => {
       expect(Buffer.compare(await out!.read(), bytes(c.expect.file))).toBe(0)
     })
 
-  test.each(filters)('%s agrees with Pillow written out', async (filter) => {
+  test.each(filters)('%s agrees with a direct implementation of Pillow', async (filter) => {
     const random = new Random(filters.indexOf(filter))
     for (let i = 0; i < 12; i++) {
       const image = randomImage(random, random.int(1, 50), random.int(1, 50))
@@ -182,7 +182,7 @@ onEveryBackend('cropResample', (b) => {
     }
   })
 
-  test('large images are cut into strips that fit together', async () => {
+  test('large images are processed in strips without seams', async () => {
     const random = new Random(31)
     const image = randomImage(random, 700, 400)
     for (const [height, width] of [
@@ -204,7 +204,7 @@ onEveryBackend('cropResample', (b) => {
     expect(Buffer.compare(await out!.read(), oracle(image, r, 'bicubic'))).toBe(0)
   })
 
-  test('outside is black, empty is legal', async () => {
+  test('pixels outside the image are black, empty images are legal', async () => {
     const image = tensor(randomImage(new Random(33), 6, 6))
     const regions: Region[] = [
       { box: [10, 10, 20, 14], height: 5, width: 5 },
@@ -266,7 +266,7 @@ onEveryBackend('pixelValues', (b) => {
       ).toBe(0)
     })
 
-  test('the table is float64 rounded once', async () => {
+  test('values are computed in float64 and rounded once', async () => {
     const all = Uint8Array.from({ length: 256 * 3 }, (_, i) => Math.floor(i / 3))
     const image = b.device.tensor(all, [16, 16, 3])
     const lut = new Float32Array(bytes(meta.luts.f64_rounded.file).buffer)
@@ -299,7 +299,7 @@ onEveryBackend('pixelValues', (b) => {
     }
   })
 
-  test.each(floats)('%s is cropResample, normalised and laid out', async (dtype) => {
+  test.each(floats)('%s is cropResample, normalised and cut into patches', async (dtype) => {
     const random = new Random(41)
     for (const [patch, temporal, merge] of [
       [8, 2, 2],
@@ -347,7 +347,7 @@ onEveryBackend('pixelValues', (b) => {
     }
   })
 
-  test('an overlay is drawBoxes without the copy', async () => {
+  test('an overlay gives the result of drawBoxes without a copy', async () => {
     const random = new Random(51)
     for (let i = 0; i < 8; i++) {
       const sources = [randomImage(random, 50, 44), randomImage(random, 30, 70)]
@@ -414,7 +414,7 @@ onEveryBackend('pixelValues', (b) => {
   })
 })
 
-describe('every path gives the bytes of the portable one', () => {
+describe('every instruction set gives the bytes of the scalar one', () => {
   const cases = Number(process.env.P2R_CASES ?? 2000)
   const seed = Number(process.env.P2R_SEED ?? 1)
   // The last of the list is the portable one; threads differ, since they must not matter either.

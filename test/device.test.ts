@@ -28,7 +28,7 @@ test('cudaStatus gives its reason in a sentence', () => {
   if (status.available) expect(status.built).toBe(true)
 })
 
-test('a device is opened by its name and never another instead', () => {
+test('a device is opened by its name, without fallback', () => {
   using cpu = openDevice('cpu')
   expect(cpu.info.id).toBe('cpu')
   expect(Object.isFrozen(cpu.info)).toBe(true)
@@ -54,7 +54,7 @@ test('without a name: P2R_DEVICE, else the first CUDA device, else the CPU', () 
   expect(free.info.backend).toBe(cudaStatus().available ? 'cuda' : 'cpu')
 })
 
-test('threads and simd force what the CPU has, and are refused when wrong', () => {
+test('threads and simd select what the CPU supports, and are refused otherwise', () => {
   for (const { options } of cpuPaths) {
     using device = openDevice('cpu', { threads: 3, ...options })
     const { bf16, vnni } = options.features
@@ -99,7 +99,7 @@ test('threads and simd force what the CPU has, and are refused when wrong', () =
 onEveryBackend('device', (b) => {
   const open = () => b.open()
 
-  test('dispose drains the queue, settles what is awaited and disposes the tensors', async () => {
+  test('dispose drains the queue, settles pending promises and disposes the tensors', async () => {
     const device = open()
     const x = device.tensor(new Float32Array(1 << 16).fill(1), [1 << 16])
     let y: Tensor = x
@@ -129,7 +129,7 @@ onEveryBackend('device', (b) => {
     expect(device.info.backend).toBe(b.device.info.backend)
   })
 
-  test('each device is a queue and pool of its own', () => {
+  test('each device has its own queue and pool', () => {
     using one = open()
     using other = open()
     const x = one.zeros([100])
@@ -138,7 +138,7 @@ onEveryBackend('device', (b) => {
     expectRefusal(() => x.copyFrom(y), 'ERR_DEVICE', 'copyFrom')
   })
 
-  test('time gives milliseconds, waits for the work and passes on what f throws', async () => {
+  test('time returns milliseconds, waits for the work and rethrows errors of f', async () => {
     using device = open()
     const x = device.zeros([1 << 20])
     const ms = await device.time(() => {
@@ -158,7 +158,7 @@ onEveryBackend('device', (b) => {
     })
   })
 
-  test('liveBytes counts each byte of live tensors once, peakBytes remembers', () => {
+  test('liveBytes counts each byte of live tensors once, peakBytes is its maximum', () => {
     using device = open()
     expect(device.memory()).toMatchObject({ liveBytes: 0, peakBytes: 0 })
     const x = device.zeros([1000])
@@ -179,7 +179,7 @@ onEveryBackend('device', (b) => {
     expect(view.shape).toEqual([2, 100])
   })
 
-  test('a loop of any length stays flat', async () => {
+  test('memory does not grow in a loop', async () => {
     using device = open()
     const x = device.tensor(new Float32Array(5000), [5000])
     const step = () => {
@@ -194,7 +194,7 @@ onEveryBackend('device', (b) => {
     await device.synchronize()
   })
 
-  test('what is not disposed is collected', async () => {
+  test('tensors that are not disposed are garbage collected', async () => {
     using device = open()
     const x = device.zeros([1 << 18])
     const reserved = () => device.memory().reservedBytes
@@ -214,7 +214,7 @@ onEveryBackend('device', (b) => {
     expect(reserved()).toBeLessThan(200 * 2 ** 20)
   })
 
-  test('V8 hears of the memory and collects without being asked', async () => {
+  test('external memory reported to V8 triggers garbage collection', async () => {
     using device = open()
     let peak = 0
     for (let i = 0; i < 600; i++) {
@@ -226,7 +226,7 @@ onEveryBackend('device', (b) => {
     expect(peak).toBeLessThan(2400 * 2 ** 20)
   })
 
-  test('V8 does not collect because of memory that is used again', async () => {
+  test('reused memory does not trigger garbage collection', async () => {
     using device = open()
     let collections = 0
     const observer = new PerformanceObserver((list) => {
@@ -247,7 +247,7 @@ onEveryBackend('device', (b) => {
     expect(collections).toBeLessThan(4)
   })
 
-  test('what no memory can hold is ERR_MEMORY, and the device goes on', async () => {
+  test('an allocation that is too large is ERR_MEMORY, and the device stays usable', async () => {
     using device = open()
     const live = device.memory().liveBytes
     for (const shape of [[2 ** 44], [2 ** 50], [2 ** 30, 2 ** 30, 2 ** 30]])
@@ -258,7 +258,7 @@ onEveryBackend('device', (b) => {
   })
 })
 
-test.runIf(process.platform === 'linux')('a worker alone is kept off a CPU', async () => {
+test.runIf(process.platform === 'linux')('a single worker is kept off one CPU', async () => {
   const mask = (task: string) =>
     readFileSync(`/proc/self/task/${task}/status`, 'utf8').match(/Cpus_allowed_list:\s*(\S+)/)![1]
   const tasks = () => readdirSync('/proc/self/task')
@@ -278,7 +278,7 @@ test('tensors keep their device alive', async () => {
   expect(Array.from(await x.read())).toEqual([1, 2])
 })
 
-test('devices and tensors are made by their makers only', () => {
+test('the constructors of devices and tensors are not public', () => {
   using device = openDevice('cpu')
   const made = (x: object) => x.constructor as new () => unknown
   expect(() => new (made(device))()).toThrow(/openDevice/)

@@ -10,7 +10,7 @@ const cases = files.json('image/meta.json').cases
 type Color = readonly [number, number, number]
 
 // Pillow's ImagingDrawRectangle, line by line and pixel by pixel: coordinates in order, the end of a
-// vertical line left out, and drawn upwards where it lies above the start.
+// vertical line left out, and drawn upwards where it is above the start.
 function rectangle(
   image: Uint8Array,
   [h, w]: readonly [number, number],
@@ -46,7 +46,7 @@ onEveryBackend('drawBoxes', (b) => {
     }
   })
 
-  test('agrees with Pillow written out, at any place, size and width', async () => {
+  test('agrees with a direct implementation of Pillow, at any position, size and width', async () => {
     const random = new Random(7)
     for (let i = 0; i < 60; i++) {
       const [h, w] = [random.int(1, 40), random.int(1, 40)]
@@ -70,7 +70,7 @@ onEveryBackend('drawBoxes', (b) => {
     }
   })
 
-  test('colours and width of the reference unless given', async () => {
+  test('default colours and width are the reference’s', async () => {
     const image = b.device.zeros([64, 2000, 3], 'u8')
     const boxes = Array.from({ length: 9 }, (_, i): PixelBox => [i * 200, 10, i * 200 + 99, 50])
     const data = await drawBoxes({ image, boxes }).read()
@@ -99,7 +99,7 @@ onEveryBackend('drawBoxes', (b) => {
     expect([0, 2, 3].map((x) => narrow[(4 * 9 + x) * 3])).toEqual([255, 255, 0])
   })
 
-  test('takes coordinates far away, no boxes and empty images', async () => {
+  test('accepts distant coordinates, no boxes and empty images', async () => {
     const image = b.device.tensor(new Uint8Array(4 * 4 * 3), [4, 4, 3])
     const far = 2 ** 31
     const all = await drawBoxes({ image, boxes: [[-far, -far, far, far]], width: 3 }).read()
@@ -111,7 +111,7 @@ onEveryBackend('drawBoxes', (b) => {
     expect(drawBoxes({ image: empty, boxes: [[0, 0, 1, 1]] }).shape).toEqual([0, 5, 3])
   })
 
-  test('leaves the image alone and refuses what is none', () => {
+  test('does not change the image and refuses other tensors', () => {
     const image = b.device.zeros([4, 4, 3], 'u8')
     const refused = (a: object, code: string, message?: RegExp) =>
       expectRefusal(

@@ -28,7 +28,7 @@ function boxes(rows: any[]): EvidenceBox[] {
 const box = (...bbox2d: [number, number, number, number]): EvidenceBox => ({ bbox2d, label: '' })
 
 describe('parseBoxes', () => {
-  test('reads every string as the reference does', () => {
+  test('parses every string as the reference does', () => {
     for (const row of files.json('image/parse_bboxes.json'))
       expect(parseBoxes(row.text), row.text).toStrictEqual(boxes(row.expect ?? []))
     for (const row of golden('grpo').json('grpo/bbox_parse.rows.json'))
@@ -76,7 +76,7 @@ describe('parseBoxes', () => {
     expect(parseBoxes(text)).toStrictEqual(expected)
   })
 
-  test('never throws, and what it finds are boxes', () => {
+  test('never throws, and returns only valid boxes', () => {
     const piece = fc.constantFrom(
       '{',
       '}',
@@ -146,7 +146,7 @@ describe('parseBoxes', () => {
     )
   })
 
-  test('long junk does not take long', () => {
+  test('long invalid text takes linear time', () => {
     const n = 200_000
     const start = performance.now()
     for (const text of [
@@ -269,7 +269,7 @@ onEveryBackend('collectEvidence', (b) => {
       [80, 100, 3],
     )
 
-  test('cuts the first boxes and draws all', async () => {
+  test('crops the first boxes and draws all', async () => {
     using source = image()
     const all = [
       box(0, 0, 200, 200),
@@ -291,7 +291,7 @@ onEveryBackend('collectEvidence', (b) => {
     expect(collectEvidence({ image: source, boxes: all, maxEvidence: 1 }).crops.length).toBe(1)
   })
 
-  test('without a usable crop it is the untouched image', async () => {
+  test('without a usable crop it is the original image', async () => {
     using source = image()
     for (const boxes of [[], [box(-900, 0, -800, 100)], [box(1500, 1500, 1600, 1600)]]) {
       using evidence = collectEvidence({ image: source, boxes })
@@ -332,7 +332,7 @@ onEveryBackend('collectEvidence', (b) => {
     ])
   })
 
-  test('is lazy, and frees what it made', async () => {
+  test('computes images lazily, and frees them', async () => {
     using source = image()
     const before = b.device.memory().liveBytes
     const live = () => b.device.memory().liveBytes - before
@@ -375,7 +375,7 @@ onEveryBackend('collectEvidence', (b) => {
     expect(device.memory().liveBytes).toBe(before)
   })
 
-  test('leaves a scope with all that it needs', async () => {
+  test('can be returned from a scope', async () => {
     let other: Tensor | undefined
     const evidence = scope(() => {
       other = b.device.zeros([4])
@@ -389,7 +389,7 @@ onEveryBackend('collectEvidence', (b) => {
     evidence.dispose()
   })
 
-  test('refusals', () => {
+  test('refuses invalid arguments', () => {
     const refused = (a: object, code: string, message: RegExp) =>
       expectRefusal(
         () => collectEvidence({ image: image(), boxes: [], ...a } as never),

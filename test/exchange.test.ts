@@ -47,7 +47,7 @@ onEveryBackend('batches as files', (b) => {
     },
   ]
 
-  test('what was rolled out here is stepped there', async () => {
+  test('a saved batch is stepped in another process', async () => {
     const pra = trainer(true)
     using batch = await pra.rollout(samples())
     const path = join(folder, 'batch.safetensors')
@@ -88,7 +88,7 @@ onEveryBackend('batches as files', (b) => {
     expect(await loaded.rewards.read()).toEqual(await batch.rewards.read())
   })
 
-  test('nothing stays alive, and files that are no batch are told', async () => {
+  test('nothing leaks, and other files are refused', async () => {
     const before = b.device.memory().liveBytes
     const path = join(folder, 'other.safetensors')
     const rewards = b.device.zeros([2])
@@ -114,7 +114,7 @@ onEveryBackend('batches as files', (b) => {
   })
 })
 
-test('metadata: none, and what was given', async () => {
+test('metadata, and files without it', async () => {
   const path = join(folder, 'm.safetensors')
   await saveTensors(path, {})
   expect(await loadMetadata(path)).toEqual({})

@@ -50,7 +50,7 @@ test.each([
   expect(run(code)).toEqual(clean)
 })
 
-test('a promise keeps the process until it settles', () => {
+test('a pending promise keeps the process alive until it settles', () => {
   const result = run(
     `const d = p2r.openDevice('cpu'); let x = d.zeros([1 << 18])
      for (let i = 0; i < 50; i++) x = p2r.gelu({ x })

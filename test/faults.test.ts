@@ -16,7 +16,7 @@ const good = (device: Device): Tensor<'f32'> => logProbs(device, 1)
 onEveryBackend('faults', (b) => {
   const open = () => openDevice(b.device.info.id)
 
-  test('are thrown by every read of the outputs, again and again', async () => {
+  test('are thrown by every read of the outputs, repeatedly', async () => {
     using device = open()
     const x = bad(device)
     for (let i = 0; i < 3; i++) {
@@ -26,7 +26,7 @@ onEveryBackend('faults', (b) => {
     await expect(x.read()).rejects.toThrow(/^\[tokenLogProbs\] /)
   })
 
-  test('reach what is computed from them, and nothing else', async () => {
+  test('propagate to results computed from them, and to nothing else', async () => {
     using device = open()
     const before = good(device)
     const x = bad(device)
@@ -50,7 +50,7 @@ onEveryBackend('faults', (b) => {
       expect((await y.read()).every(Number.isFinite)).toBe(true)
   })
 
-  test('are over when the data is written over', async () => {
+  test('are cleared when the data is overwritten', async () => {
     using device = open()
     const x = bad(device)
     x.slice(0, 1).write([1])
@@ -75,7 +75,7 @@ onEveryBackend('faults', (b) => {
     await device.synchronize()
   })
 
-  test('travel to other devices with their tensors', async () => {
+  test('are copied to other devices with their tensors', async () => {
     using device = open()
     using other = openDevice('cpu')
     // Work of the other device's own, so that its count runs ahead.
@@ -89,7 +89,7 @@ onEveryBackend('faults', (b) => {
     await expect(device.synchronize()).rejects.toMatchObject(fault)
   })
 
-  test('are still told when the device is disposed before its promises settle', async () => {
+  test('are still reported if the device is disposed before its promises settle', async () => {
     const device = open()
     const x = bad(device)
     const waits = [x.read(), device.synchronize()]
@@ -98,7 +98,7 @@ onEveryBackend('faults', (b) => {
     await expect(x.read()).rejects.toMatchObject({ code: 'ERR_DISPOSED' })
   })
 
-  test('do not pile up: a loop with and without them stays flat', async () => {
+  test('do not accumulate: memory does not grow in a loop with and without them', async () => {
     using device = open()
     const total = device.zeros([4])
     for (let i = 0; i < 6000; i++) {

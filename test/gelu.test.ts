@@ -71,7 +71,7 @@ onEveryBackend('gelu', (b) => {
       })
     }
 
-  test('keeps NaN and takes nothing', async () => {
+  test('propagates NaN and accepts empty inputs', async () => {
     using x = b.device.tensor([NaN, Infinity, -Infinity], [3])
     for (const approximate of ['none', 'tanh'] as const) {
       expect(Array.from(await gelu({ x, approximate }).read())).toEqual([NaN, Infinity, -0])
@@ -85,7 +85,7 @@ onEveryBackend('gelu', (b) => {
     expect(gelu({ x: b.device.zeros([0, 4]) }).shape).toEqual([0, 4])
   })
 
-  test('refuses what is not a float tensor of one shape', () => {
+  test('refuses other than float tensors of one shape', () => {
     using x = b.device.zeros([4])
     expectRefusal(() => gelu({ x: b.device.zeros([2], 'u8') }), 'ERR_DTYPE', 'gelu', /got u8/)
     expectRefusal(() => gelu({ x: [1] as never }), 'ERR_VALUE', 'gelu', /must be a Tensor/)

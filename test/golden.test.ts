@@ -10,7 +10,7 @@ const families: [Family, number][] = [
   ['tower', 125],
 ]
 
-test.each(families)('%s holds what its index says', (family, count) => {
+test.each(families)('%s has the files of its index', (family, count) => {
   const files = golden(family)
   const paths = files.list()
   expect(paths).toEqual(paths.toSorted())

@@ -1,4 +1,4 @@
-// `npm run gpu:check` as far as it goes without a GPU: it says so and fails; its steps with a runner that only
+// `npm run gpu:check` without a GPU: it reports that and fails; its steps with a runner that only
 // pretends.
 import { spawnSync } from 'node:child_process'
 import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
@@ -137,7 +137,7 @@ test('all steps, each with REQUIRE_CUDA, and a table last', async () => {
   ])
 })
 
-test('a step that fails fails the whole, and the others still run', async () => {
+test('a failed step fails the run, and the others still run', async () => {
   const failing = { ...passed, numFailedTests: 2, testResults: [{ status: 'failed' }] }
   const { code, states } = await check({
     ...healthy,
@@ -150,7 +150,7 @@ test('a step that fails fails the whole, and the others still run', async () => 
   expect(states).toMatchObject({ bench: 'ok', scaling: 'ok' })
 })
 
-test('within its time: measurements may be cut short, tests may not, what is left is not begun', async () => {
+test('time limit: measurements may be shortened, tests may not, further steps are not started', async () => {
   const long = await check({ ...healthy, bench: { ...healthy.bench, seconds: 10_000 } })
   expect(long.code).toBe(0)
   expect(long.states.bench).toBe('cut short')
@@ -173,7 +173,7 @@ test('within its time: measurements may be cut short, tests may not, what is lef
   expect([none.code, none.states.probe, none.states.scaling]).toEqual([1, 'not reached', 'ok'])
 })
 
-test('a tool that is not here or does not work is told, and fails nothing', async () => {
+test('a missing or broken tool is reported, without failing the run', async () => {
   const { code, states, summary } = await check({
     ...healthy,
     memcheck: { status: 127 },
@@ -189,7 +189,7 @@ test('a tool that is not here or does not work is told, and fails nothing', asyn
   expect(racecheck.words).toBe('it does not work here: Error: Device not supported')
 })
 
-test('the sanitizers take the smallest cases that launch each kernel', async () => {
+test('the sanitizers run the smallest cases that launch each kernel', async () => {
   const { seen } = await check(healthy)
   const [, , cases, , memcheck, racecheck] = seen.map(({ command }) => command)
   expect(cases!.slice(1)).toEqual(['--kernels', join(root, 'build/twin/cases')])
@@ -203,7 +203,7 @@ test('the sanitizers take the smallest cases that launch each kernel', async () 
   }
 })
 
-test('what a sanitizer or a case found fails its step', () => {
+test('a finding of a sanitizer or a case fails its step', () => {
   writeFileSync(join(out, 'memcheck.log'), 'case one 0\ncase two 1\nFAIL two: [3] of 4 is 1\n')
   for (const [i, errors] of [2, 0, 1].entries())
     writeFileSync(join(out, `memcheck-${i}.txt`), `========= ERROR SUMMARY: ${errors} errors\n`)
@@ -227,7 +227,7 @@ test('the steps use what is built: no network, no build', async () => {
   for (const { command } of seen) expect(command.join(' ')).not.toMatch(/\b(npm|npx|build\.mjs)\b/)
 })
 
-test('tests of the making of the package are left out where their tools are', () => {
+test('tests of the packaging are left out where their tools are missing', () => {
   const [, tests] = plan(out, [['test/pack.test.ts', 'npm']])
   expect(tests!.command).toContain('--exclude=test/pack.test.ts')
   writeFileSync(join(out, 'tests.json'), JSON.stringify(passed))
@@ -237,7 +237,7 @@ test('tests of the making of the package are left out where their tools are', ()
   })
 })
 
-test('a command beyond its time is ended with all that it started; one that is not there is 127', async () => {
+test('a command that times out is killed with its children; a missing one is 127', async () => {
   const log = join(out, 'log')
   const child = `require('node:child_process').spawn('sleep',['30'],{stdio:'inherit'});console.log('began')`
   const start = performance.now()

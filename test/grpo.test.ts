@@ -60,7 +60,7 @@ onEveryBackend('grpo', (b) => {
     'reinforce_pp_baseline',
   ] as const)
     for (const masked of [true, false])
-      test(`${estimator}${masked ? ', masked' : ''}: what its parts give`, async () => {
+      test(`${estimator}${masked ? ', masked' : ''}: equals its parts`, async () => {
         const { mask, ...rest } = inputs()
         const batch = masked ? { ...rest, mask } : rest
         const options = { estimator, epsilon: 1e-4 }
@@ -115,7 +115,7 @@ onEveryBackend('grpo', (b) => {
 
   for (const objective of ['ppo', 'gspo', 'sapo'] as const)
     for (const entropyCoef of [0, 0.05])
-      test(`${objective} through a head, entropyCoef ${entropyCoef}: what its logits give`, async () => {
+      test(`${objective} on a linear head, entropyCoef ${entropyCoef}: equals the step on its logits`, async () => {
         const C = 12
         const states = random.normals(T * C)
         const hidden = b.device.tensor(states, [T, C])
@@ -200,7 +200,7 @@ onEveryBackend('grpo', (b) => {
       step.dispose()
     })
 
-  test('with log-probs as input the caller keeps them, fault or not', async () => {
+  test('log-probs as input stay the caller’s, also after a fault', async () => {
     const logProbs = f32(near)
     const step = grpoStep({ ...inputs(), rewards: f32([1, NaN, 0, 1, 0, 0]), logProbs })
     await expect(step.logProbs.read()).rejects.toMatchObject({ op: 'grpoStep' })
@@ -208,7 +208,7 @@ onEveryBackend('grpo', (b) => {
     expect((await logProbs.read()).length).toBe(T)
   })
 
-  test('nothing is left behind', async () => {
+  test('nothing leaks', async () => {
     const a = { ...inputs(), logits: logits(), targets: targets() }
     // At most, here and below: what earlier tests dropped may be collected meanwhile.
     const before = b.device.memory().liveBytes
@@ -234,7 +234,7 @@ onEveryBackend('grpo', (b) => {
     expect(step.dLogits!.shape).toEqual([0, V])
   })
 
-  test('refusals carry its name', () =>
+  test('errors carry its name', () =>
     scope(() => {
       const a = { ...inputs(), logits: logits(), targets: targets() }
       const refuses = (extra: object, code: string, message?: RegExp) =>

@@ -53,7 +53,7 @@ describe('loadImage', () => {
     },
   )
 
-  test('grey is widened', async () => {
+  test('grey is repeated over three channels', async () => {
     const grey = noise(1)
     for (const encoded of [
       await raw(grey, 1).toColourspace('b-w').png().toBuffer(),
@@ -67,7 +67,7 @@ describe('loadImage', () => {
     }
   })
 
-  test('a grey JPEG is grey', async () => {
+  test('a grey JPEG has equal channels', async () => {
     const encoded = await raw(noise(1), 1).toColourspace('b-w').jpeg().toBuffer()
     const data = await (await loadImage(encoded, device)).read()
     expect(data.length).toBe(height * width * 3)
@@ -110,7 +110,7 @@ describe('loadImage', () => {
     expect(await (await loadImage(p3, device)).read()).toEqual(new Uint8Array(plain))
   })
 
-  test('refuses what is not such an image', async () => {
+  test('refuses other files', async () => {
     const png = await raw(rgb, 3).png().toBuffer()
     const jpeg = await raw(rgb, 3).jpeg().toBuffer()
     await refusesToLoad(join(folder, 'none.png'), 'ERR_IO', /none\.png/)
@@ -207,7 +207,7 @@ describe('saveImage and encodeImage', () => {
     }
   })
 
-  test('refusals', async () => {
+  test('refuses invalid arguments', async () => {
     const save = (a: unknown, path: unknown, code: string, message: RegExp) =>
       refused(saveImage(a as never, path as never), code, 'saveImage', message)
     await save(image, join(folder, 'x.bmp'), 'ERR_VALUE', /must end in/)

@@ -52,7 +52,7 @@ onEveryBackend('memory shared between processes', (b) => {
     },
   )
 
-  test('what was queued before is in it, views go along, and a view is shared where it lies', async () => {
+  test('queued writes are included, views stay valid, and a view is shared at its offset', async () => {
     let x: Tensor = b.device.tensor(new Float32Array(3000).fill(1), [1000, 3])
     const view = x.slice(10, 12)
     for (let i = 0; i < 20; i++) x = gelu({ x })
@@ -79,7 +79,7 @@ onEveryBackend('memory shared between processes', (b) => {
     expect([...(await view.read())]).toEqual(new Array(6).fill(1))
   })
 
-  test('it outlives its tensor until the handle goes, and is not used again', async () => {
+  test('the memory outlives its tensor until the handle is disposed, and is not reused', async () => {
     const tensor = b.device.tensor(new Float32Array(1000).fill(7), [1000])
     const handle = await tensor.ipcHandle()
     tensor.dispose()
@@ -97,7 +97,7 @@ onEveryBackend('memory shared between processes', (b) => {
     for (const other of others) other.dispose()
   })
 
-  test('accounts: a thousand handles leave nothing behind', async () => {
+  test('memory accounting: a thousand handles leak nothing', async () => {
     const before = b.device.memory().liveBytes
     for (let i = 0; i < 1000; i++) {
       using tensor = b.device.zeros([256])
@@ -107,7 +107,7 @@ onEveryBackend('memory shared between processes', (b) => {
     expect(b.device.memory().liveBytes).toBeLessThanOrEqual(before)
   })
 
-  test('a fault comes with the handle', async () => {
+  test('ipcHandle rejects with the tensor’s fault', async () => {
     const logits = b.device.zeros([2, 5])
     const targets = b.device.tensor(Int32Array.of(1, 9), [2])
     const { logProbs } = tokenLogProbs({ logits, targets })
@@ -115,7 +115,7 @@ onEveryBackend('memory shared between processes', (b) => {
     await expect(b.device.synchronize()).rejects.toMatchObject({ op: 'tokenLogProbs' })
   })
 
-  test('refusals', async () => {
+  test('refuses invalid arguments', async () => {
     using tensor = b.device.zeros([4])
     using handle = await tensor.ipcHandle()
     const opens = (extra: object, code: string, message?: RegExp) =>
@@ -144,7 +144,7 @@ onEveryBackend('memory shared between processes', (b) => {
 
 const cpu = () => openDevice('cpu')
 
-test('on the CPU: one file a handle, gone with the last of them, or with the device', async () => {
+test('on the CPU: one file per handle, removed with the last of them or with the device', async () => {
   const device = cpu()
   const tensor = device.tensor([1, 2, 3], [3])
   const one = await tensor.ipcHandle()
@@ -169,7 +169,7 @@ test('on the CPU: one file a handle, gone with the last of them, or with the dev
   again.dispose()
 })
 
-test('on the CPU: files that are not there, too short, or no files', async () => {
+test('on the CPU: missing files, files that are too short, and other paths', async () => {
   const device = cpu()
   const path = join(tmpdir(), `p2r-ipc-${process.pid}`)
   const description = {
@@ -193,7 +193,7 @@ test('on the CPU: files that are not there, too short, or no files', async () =>
   device.dispose()
 })
 
-test('on the CPU: Python reads and writes it by the example', async () => {
+test('on the CPU: the Python example reads and writes it', async () => {
   const python = spawnSync('python3', ['--version'])
   // The machine that builds may have no Python; the example is for those who have.
   if (python.status !== 0) return expect(python.error).toBeDefined()
@@ -219,13 +219,13 @@ print(values)`
   device.dispose()
 })
 
-test('no file of ours is left', () => {
+test('no file is left behind', () => {
   const own = new RegExp(`^p2r-kernels-${process.pid}-`)
   for (const folder of ['/dev/shm', tmpdir()])
     if (existsSync(folder)) expect(readdirSync(folder).filter((name) => own.test(name))).toEqual([])
 })
 
-test('a sum of both sides', async () => {
+test('the example adds up both processes’ results', async () => {
   const device = cpu()
   using a = device.tensor([1, 2], [2])
   using handle = await a.ipcHandle()

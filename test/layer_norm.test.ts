@@ -116,7 +116,7 @@ onEveryBackend('layerNorm', (b) => {
       })
     }
 
-  test('is the gradient of itself', async () => {
+  test('the gradient matches finite differences', async () => {
     const [rows, c] = [3, 10]
     const random = new Random(5)
     const [x, d] = [random.normals(rows * c), random.normals(rows * c)]
@@ -134,7 +134,7 @@ onEveryBackend('layerNorm', (b) => {
     expectGradient((v) => at(x, w, v), bias, await r.dBias.read(), bound)
   })
 
-  test('keeps its digits far from zero', async () => {
+  test('is accurate for a mean far from zero', async () => {
     // The deviations of 1e4 + noise are exact in f32 to 2^-10; what is lost beyond that would show.
     const c = 1024
     const x = new Random(6).normals(2 * c).map((v) => 1e4 + v)
@@ -149,7 +149,7 @@ onEveryBackend('layerNorm', (b) => {
     expectClose(await stats.read(), expected.stats, { relative: 1e-6 })
   })
 
-  test('takes a bias of its own type, any rank, eps 0 and NaN', async () => {
+  test('accepts a bias of another type, any rank, eps 0 and NaN', async () => {
     const x = rounded(new Random(7).normals(2 * 3 * 8), 'bf16')
     const w = new Float32Array(8).fill(1)
     const weight = b.device.tensor(w, [8], 'bf16')
@@ -183,7 +183,7 @@ onEveryBackend('layerNorm', (b) => {
     expectClose(await flat.stats.read(), [0, 1000, 0, 1000], { relative: 1e-6 })
   })
 
-  test('refuses what does not fit', () => {
+  test('refuses mismatched arguments', () => {
     const x = b.device.zeros([4, 8])
     const v = b.device.zeros([8])
     const stats = b.device.zeros([4, 2])

@@ -191,7 +191,7 @@ onEveryBackend('linear', (b) => {
       })
     }
 
-  test('the gradients are slopes', async () => {
+  test('the gradients match finite differences', async () => {
     const l = layer(5, 9, 6, 8, 'f32', 'f32')
     const t = tensors(b, l, [9], 'f32', 'f32')
     using g = linearBackward(t)
@@ -212,7 +212,7 @@ onEveryBackend('linear', (b) => {
     expectGradient((v) => loss(l.x, l.w, v), l.b, await g.dBias!.toFloat32(), bound)
   })
 
-  test('adds to given gradients', async () => {
+  test('accumulates into given gradients', async () => {
     for (const [rows, c, f] of [
       [10, 12, 7],
       [1100, 20, 33],
@@ -317,7 +317,7 @@ onEveryBackend('linear', (b) => {
     }
   })
 
-  test('takes nothing', async () => {
+  test('accepts empty inputs', async () => {
     const z = (...shape: number[]) => b.device.zeros(shape)
     expect(linear({ x: z(0, 4), weight: z(3, 4) }).shape).toEqual([0, 3])
     expect(linear({ x: z(5, 4), weight: z(0, 4) }).shape).toEqual([5, 0])
@@ -338,7 +338,7 @@ onEveryBackend('linear', (b) => {
     expect(Array.from(await none.dX.read())).toEqual(Array(8).fill(0))
   })
 
-  test('what is not finite stays in its row', async () => {
+  test('non-finite values affect their row only', async () => {
     const l = layer(3, 40, 20, 30, 'f32', 'f32')
     l.x[7 * 20 + 3] = NaN
     l.x[9 * 20 + 5] = Infinity
@@ -353,7 +353,7 @@ onEveryBackend('linear', (b) => {
       }
   })
 
-  test('refuses what does not fit', () => {
+  test('refuses mismatched arguments', () => {
     const z = (shape: number[], dtype: 'f32' | 'f16' | 'bf16' | 'i32' = 'f32') =>
       b.device.zeros(shape, dtype)
     const x = z([2, 4])
@@ -389,7 +389,7 @@ onEveryBackend('linear', (b) => {
     back({ bias: z([3]), into: { dWeight: z([3, 4]), dBias: z([2]) } }, 'ERR_SHAPE', /into\.dBias/)
   })
 
-  test('gives the same bits for any number of threads', { timeout: 60_000 }, async () => {
+  test('is bitwise independent of the number of threads', { timeout: 60_000 }, async () => {
     if (!b.name.startsWith('cpu')) return expect(b.name).toBe('cuda')
     for (const [rows, c, f] of [
       [300, 520, 130],

@@ -277,7 +277,7 @@ onEveryBackend('linear_log_probs', (b) => {
       )
     })
 
-  test('what tokenLogProbs gives for explicit logits', async () => {
+  test('equals tokenLogProbs of explicit logits', async () => {
     const h = head(21, 700, 40, 'f32', true)
     const { hidden: x, weight, bias, ...rest } = tensors(h)
     const logits = linear({ x, weight, bias: bias! })
@@ -287,7 +287,7 @@ onEveryBackend('linear_log_probs', (b) => {
       expectClose(await two[key]!.read(), await one[key]!.read(), forward)
   })
 
-  test('the gradient is that of the value', async () => {
+  test('the gradient matches finite differences', async () => {
     const h = head(4, 23, 6, 'f32', true)
     h.targets[2] = -100
     const g = [1.5, -0.5, 2, 0.25]
@@ -320,7 +320,7 @@ onEveryBackend('linear_log_probs', (b) => {
   ]
   for (const dtype of floats)
     for (const [title, options] of objectives)
-      test(`${dtype} ${title}: what its three parts give`, async () => {
+      test(`${dtype} ${title}: equals its three parts`, async () => {
         const { h, inputs, loss } = batch(41, 333, 24, dtype)
         const entropy = !!options.entropyCoef
         const one = linearLogProbs({ ...inputs, entropy })
@@ -416,7 +416,7 @@ onEveryBackend('linear_log_probs', (b) => {
       }
     })
 
-  test('into adds, and returns handles of the same storage', async () => {
+  test('into accumulates, and returns handles of the same storage', async () => {
     const { inputs, loss } = batch(23, 90, 12, 'f32')
     const g = f32(new Random(2).normals(23))
     const { stats } = linearLogProbs(inputs)
@@ -444,7 +444,7 @@ onEveryBackend('linear_log_probs', (b) => {
     }
   })
 
-  test('skipped rows, and rows that teach nothing, are not read', async () => {
+  test('skipped rows, and rows without gradient, are not read', async () => {
     const h = head(6, 40, 8, 'f32', true)
     const targets = [3, -100, 7, 9, -100, 0]
     const clean = { ...h, targets: Int32Array.from(targets) }
@@ -481,7 +481,7 @@ onEveryBackend('linear_log_probs', (b) => {
     await b.device.synchronize()
   })
 
-  test('a row has the same bits in any batch and on any number of threads', async () => {
+  test('a row is bitwise independent of its batch and of the number of threads', async () => {
     const h = head(150, 1500, 70, 'f32', true)
     const run = async (device: Device, from: number, to: number) => {
       const part = {
@@ -635,7 +635,7 @@ onEveryBackend('linear_log_probs', (b) => {
     )
   })
 
-  test('refusals', () =>
+  test('refuses invalid arguments', () =>
     scope(() => {
       const a = {
         hidden: b.device.zeros([3, 4]),

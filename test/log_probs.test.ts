@@ -144,7 +144,7 @@ onEveryBackend('log_probs', (b) => {
       })
     }
 
-  test('the gradient is that of the value', async () => {
+  test('the gradient matches finite differences', async () => {
     const c = { rows: 1, columns: 40, temperature: 0.8 }
     const { z, targets } = inputs(c, 'f32')
     const logits = b.device.tensor(z, [1, 40])
@@ -283,7 +283,7 @@ onEveryBackend('log_probs', (b) => {
         }
       })
 
-  test('a row has the same bits in any batch and on any number of threads', async () => {
+  test('a row is bitwise independent of its batch and of the number of threads', async () => {
     const columns = 40_001 // odd, so that rows start at every alignment
     for (const dtype of floats) {
       const { z, targets } = inputs({ rows: 5, columns, temperature: 1 }, dtype)
@@ -316,7 +316,7 @@ onEveryBackend('log_probs', (b) => {
     }
   })
 
-  test('the entropy costs the log-probability no bit', async () => {
+  test('the entropy does not change a bit of the log-probability', async () => {
     for (const dtype of floats) {
       const c = { rows: 2, columns: 8200, temperature: 0.7 }
       const { z, targets } = inputs(c, dtype)
@@ -328,7 +328,7 @@ onEveryBackend('log_probs', (b) => {
       const both = tokenLogProbs({ ...a, entropy: true })
       expect(await without.logProbs.read()).toEqual(await both.logProbs.read())
       expect(await without.stats.read()).toEqual(await both.stats.read())
-      // Without a gradient of the entropy the backward pass goes another way, too.
+      // Without a gradient of the entropy the backward pass takes another path, too.
       const bound = backward(dtype, c.columns)
       const d = recorded(b, `log probs backward without entropy ${dtype}`, bound, () =>
         tokenLogProbsBackward({ ...a, stats: without.stats, dLogProbs: f32([1.5, -0.5]) }),
@@ -339,7 +339,7 @@ onEveryBackend('log_probs', (b) => {
     }
   })
 
-  test('skips rows, and rows that teach nothing, without reading them', async () => {
+  test('skipped rows, and rows without gradient, are not read', async () => {
     const logits = b.device.tensor(new Float32Array(12).fill(NaN), [3, 4])
     const targets = i32([-100, -100, 1])
     using r = tokenLogProbs({ logits, targets, entropy: true })
@@ -351,7 +351,7 @@ onEveryBackend('log_probs', (b) => {
     await b.device.synchronize() // nothing of this is a fault
   })
 
-  test('rows without a softmax are NaN, and no fault', async () => {
+  test('rows without a softmax are NaN, without a fault', async () => {
     const inf = Infinity
     const rows = [
       [-inf, -inf, -inf, -inf],
@@ -408,7 +408,7 @@ onEveryBackend('log_probs', (b) => {
       expect((await good.logProbs.read()).length).toBe(2)
     })
 
-  test('in place: the same storage, and no memory', async () => {
+  test('in place: the same storage, and no allocation', async () => {
     const c = { rows: 64, columns: 4096, temperature: 1 }
     const { z, targets } = inputs(c, 'bf16')
     const logits = b.device.tensor(z, [64, 4096], 'bf16')
@@ -434,7 +434,7 @@ onEveryBackend('log_probs', (b) => {
     expect((await d.read()).length).toBe(64 * 4096) // a handle of its own
   })
 
-  test('the forward takes its results and a few numbers a slice of a row', () => {
+  test('the forward pass allocates its results and a few numbers per slice of a row', () => {
     const [n, v] = [32, 65536]
     const logits = b.device.zeros([n, v], 'bf16')
     const targets = b.device.zeros([n], 'i32')
@@ -479,7 +479,7 @@ onEveryBackend('log_probs', (b) => {
     expectClose(await joined.entropy!.read(), [Math.log(4), 0], forward)
   })
 
-  test('refusals', () =>
+  test('refuses invalid arguments', () =>
     scope(() => {
       const logits = b.device.zeros([2, 4])
       const targets = b.device.zeros([2], 'i32')

@@ -64,7 +64,7 @@ onEveryBackend('optimizer', (b) => {
         }
       })
 
-  test('clipGradNorm: the norm after is maxNorm; mixed types; Infinity measures; 0 clears', async () => {
+  test('clipGradNorm: the norm afterwards is maxNorm; mixed types; Infinity only measures; 0 clears', async () => {
     const random = new Random(2)
     const make = () => [
       b.device.tensor(random.normals(100), [10, 10]),
@@ -81,7 +81,7 @@ onEveryBackend('optimizer', (b) => {
     expectClose(await huge.read(), [3, 4], { relative: 3 * u })
   })
 
-  test('clipGradNorm: what is not finite spoils the gradients as in torch', async () => {
+  test('clipGradNorm: non-finite gradients propagate as in torch', async () => {
     const nan = b.device.tensor([1, NaN], [2])
     const one = b.device.tensor([1], [1])
     expect(await clipGradNorm({ grads: [nan, one], maxNorm: 1 }).read()).toEqual(
@@ -148,7 +148,7 @@ onEveryBackend('optimizer', (b) => {
     expectClose(await params[0]!.read(), [-0.5, 0.5, -0.5], { relative: 2e-6 })
   })
 
-  test('adamW: a gradient of 0 leaves decay alone; NaN stays in its element', async () => {
+  test('adamW: a gradient of 0 applies weight decay only; NaN affects its element only', async () => {
     const params = [b.device.tensor([1, 1], [2])]
     const moments = [b.device.zeros([2, 2])]
     const grads = [b.device.tensor([0, NaN], [2])]
@@ -158,7 +158,7 @@ onEveryBackend('optimizer', (b) => {
     expect(second).toBeNaN()
   })
 
-  test('adamW: takes views of one tensor, and nothing', async () => {
+  test('adamW: accepts views of one tensor, and empty lists', async () => {
     const all = b.device.tensor([1, 2, 3, 4], [4])
     const grads = [b.device.tensor([1, 1], [2]), b.device.tensor([1, 1], [2])]
     const moments = [b.device.zeros([2, 2]), b.device.zeros([2, 2])]
@@ -174,7 +174,7 @@ onEveryBackend('optimizer', (b) => {
     adamW({ params: [], grads: [], moments: [], step: 1, lr: 1 })
   })
 
-  test('refuses what does not fit', () => {
+  test('refuses mismatched arguments', () => {
     const zeros = (shape: number[], dtype: DType = 'f32') => b.device.zeros(shape, dtype) as Tensor
     const x = zeros([4])
     const clip = (a: object) => () => clipGradNorm({ grads: [x], maxNorm: 1, ...a })

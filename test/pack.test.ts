@@ -45,7 +45,7 @@ beforeAll(() => {
 })
 afterAll(() => rmSync(folder, { recursive: true }))
 
-test('the package holds what its manifest promises, and the sources that build it', () => {
+test('the package has the files of its manifest, and the sources that build it', () => {
   for (const path of [...manifest.files, 'README.md', 'LICENSE', manifest.types])
     expect(existsSync(join(installed, path)), path).toBe(true)
   for (const sources of ['ops', 'cpu', 'cuda', 'binding'])
@@ -75,7 +75,7 @@ test('a fresh project imports and requires it', () => {
     )
 })
 
-test('its command runs, and a policy tells what is missing without the optional peer', () => {
+test('its command runs, and a policy names the optional peer if it is missing', () => {
   const command = join(installed, manifest.bin['p2r-kernels'])
   expect(readFileSync(command, 'utf8')).toMatch(/^#!\/usr\/bin\/env node\n/)
   expect(run(process.execPath, [command, '--version'], folder)).toBe(`${manifest.version}\n`)
@@ -104,7 +104,7 @@ test('with the addon beside it, it computes', () => {
   expect(run(process.execPath, ['c.mjs'], folder)).toBe('1 2\n')
 })
 
-test('its address inside the package is closed but for the entry and the manifest', () => {
+test('only the entry and the manifest can be imported', () => {
   writeFileSync(
     join(folder, 'd.mjs'),
     `import 'p2r-kernels/package.json' with { type: 'json' }

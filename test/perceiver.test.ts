@@ -38,7 +38,7 @@ onEveryBackend('Perceiver and Reasoner', (b) => {
       [height, width, 3],
     )
 
-  test('what they are asked, and what the boxes cut out', async () => {
+  test('requests, and the crops of the boxes', async () => {
     using image = picture()
     const sees = scripted(twoBoxes)
     const [perceived] = await new Perceiver(sees.policy).perceive({ image, question })
@@ -67,7 +67,7 @@ onEveryBackend('Perceiver and Reasoner', (b) => {
     evidence.dispose()
   })
 
-  test('without evidence: the image itself, and the prompt that speaks of no regions', async () => {
+  test('without evidence: the image itself, and the prompt without regions', async () => {
     using image = picture()
     for (const text of [
       '[]',
@@ -89,7 +89,7 @@ onEveryBackend('Perceiver and Reasoner', (b) => {
     }
   })
 
-  test('sizes: what the policy sees is reduced, the evidence is cut from the whole', async () => {
+  test('sizes: the policy sees a reduced image, crops are taken from the full one', async () => {
     using image = picture(640, 960)
     const sees = scripted(twoBoxes)
     const perceiver = new Perceiver(sees.policy, {
@@ -129,7 +129,7 @@ onEveryBackend('Perceiver and Reasoner', (b) => {
     for (const { evidence } of perceived) evidence.dispose()
   })
 
-  test('nothing stays alive, whatever fails', async () => {
+  test('nothing leaks, whatever fails', async () => {
     using image = picture()
     const before = b.device.memory().liveBytes
     const down = functionPolicy(() => {
@@ -164,7 +164,7 @@ onEveryBackend('Perceiver and Reasoner', (b) => {
     expect(b.device.memory().liveBytes).toBeLessThanOrEqual(before)
   })
 
-  test('a refusal is an error of one rollout, and a mark on one of several', async () => {
+  test('a refusal is an error for one rollout, and is marked among several', async () => {
     using image = picture()
     const refuses: Policy = {
       generate: async ({ n = 1 }) => Array.from({ length: n }, () => ({ text: '', refusal: 'no' })),
@@ -179,7 +179,7 @@ onEveryBackend('Perceiver and Reasoner', (b) => {
     expect(two[0]!.evidence.hasEvidence).toBe(false)
   })
 
-  test('through a server', async () => {
+  test('with a served policy', async () => {
     using image = picture()
     const server = await chatServer(
       says(({ prompt, images }) =>
@@ -203,7 +203,7 @@ onEveryBackend('Perceiver and Reasoner', (b) => {
     await server.close()
   })
 
-  test('refusals', async () => {
+  test('refuses invalid arguments', async () => {
     using image = picture()
     const { policy } = scripted('x')
     expectRefusal(() => new Perceiver({} as never), 'ERR_VALUE', 'Perceiver', /policy/)
@@ -229,8 +229,8 @@ onEveryBackend('Perceiver and Reasoner', (b) => {
   })
 })
 
-describe('many at once on one signal', () => {
-  test('nothing is printed', async () => {
+describe('many calls with one signal', () => {
+  test('no warning is printed', async () => {
     const warned = vi.fn()
     process.on('warning', warned)
     const { device } = await import('p2r-kernels').then((p) => ({ device: p.openDevice('cpu') }))

@@ -55,7 +55,7 @@ describe('OpenAIPolicy', () => {
       message: expect.stringMatching(message),
     })
 
-  test('says what was asked, with images as the server reads them', async () => {
+  test('sends the request, with images that the server can decode', async () => {
     const image = picture()
     const all = [image, picture(8, 8)]
     const asked = ask({ images: all, n: 2, temperature: 0.5, maxTokens: 9 })
@@ -114,7 +114,7 @@ describe('OpenAIPolicy', () => {
     expect(server.requests.at(-1)!.body).not.toHaveProperty('return_token_ids')
   })
 
-  test('choices come in the order of their index', async () => {
+  test('choices are sorted by index', async () => {
     const p = await policy([(_, r) => send(r, 200, { choices: choices('0', '1', '2').reverse() })])
     expect((await p.generate(ask({ n: 3 }))).map(({ text }) => text)).toEqual(['0', '1', '2'])
   })
@@ -152,7 +152,7 @@ describe('OpenAIPolicy', () => {
     vi.restoreAllMocks()
   })
 
-  test.each([400, 401, 403, 404, 422])('%d is told at once, with its cause', async (status) => {
+  test.each([400, 401, 403, 404, 422])('%d fails at once, with its cause', async (status) => {
     const p = await policy([fails(status, 'not so')])
     const error = await p.generate(ask()).catch((e) => e)
     expect(error).toEqual(failure(new RegExp(`model m: the server answered ${status} not so`)))
@@ -160,14 +160,14 @@ describe('OpenAIPolicy', () => {
     expect(server.requests.length).toBe(1)
   })
 
-  test('an error in an answer that says 200 is an answer without choices', async () => {
+  test('an error in a response of status 200 is a response without choices', async () => {
     const p = await policy([(_, r) => send(r, 200, { error: { message: 'no such model' } })], {
       maxRetries: 0,
     })
     await expect(p.generate(ask())).rejects.toThrow(failure(/no choices: no such model/))
   })
 
-  test('Retry-After in seconds and as a date is kept; one too far off is not waited for', async () => {
+  test('Retry-After in seconds and as a date is respected; one that is too long fails', async () => {
     const soon = new Date(Date.now() + 1500).toUTCString()
     const p = await policy([
       fails(429, 'x', { 'retry-after': '0.3' }),
@@ -183,14 +183,14 @@ describe('OpenAIPolicy', () => {
     await expect(late.generate(ask())).rejects.toThrow(failure(/tomorrow$/))
   })
 
-  test('nobody listens', async () => {
+  test('a refused connection', async () => {
     const url = await serve(says('x'))
     await server.close()
     const p = new OpenAIPolicy({ baseURL: url, model: 'm', maxRetries: 0 })
     await expect(p.generate(ask())).rejects.toThrow(failure(/ECONNREFUSED/))
   })
 
-  test('slow answers end at the deadline, whether before the headers or in the body', async () => {
+  test('slow responses time out, before the headers and in the body', async () => {
     const begins: Reply = (_, response) =>
       response.writeHead(200, { 'content-type': 'application/json' }).write('{')
     for (const reply of [() => {}, begins]) {
@@ -202,7 +202,7 @@ describe('OpenAIPolicy', () => {
     }
   })
 
-  test('an abort rejects with its reason: before, under way, while waiting and between attempts', async () => {
+  test('an abort rejects with its reason: before, during, while waiting and between attempts', async () => {
     const reason = new Error('enough')
     const p = await policy([fails(500, 'x'), () => {}], { concurrency: 1 })
     const early = AbortSignal.abort(reason)
@@ -221,7 +221,7 @@ describe('OpenAIPolicy', () => {
     await expect(waiting).rejects.toBe(reason)
   })
 
-  test('no more requests at once than concurrency says, and all are answered', async () => {
+  test('requests are limited to concurrency, and all are answered', async () => {
     const slow: Reply = async (request, response) => {
       await new Promise((resolve) => setTimeout(resolve, 10))
       says(request.prompt)(request, response)
@@ -233,7 +233,7 @@ describe('OpenAIPolicy', () => {
     expect(server.most).toBe(3)
   })
 
-  test('several servers take turns, and a retry takes the next', async () => {
+  test('several servers are used in turn, and a retry uses the next', async () => {
     const good = await chatServer(says('good'))
     const bad = await serve(fails(500, 'down', { 'retry-after': '0' }))
     const p = new OpenAIPolicy({ baseURL: [bad, good.baseURL], model: 'm' })
@@ -243,7 +243,7 @@ describe('OpenAIPolicy', () => {
     await good.close()
   })
 
-  test('what the model refuses', async () => {
+  test('refusals of the model', async () => {
     const p = await policy([
       (_, r) => send(r, 200, { choices: choices({ refusal: 'I would rather not' }, 'yes') }),
     ])
@@ -267,7 +267,7 @@ describe('OpenAIPolicy', () => {
   })
   const stop = { finish_reason: 'stop' }
 
-  test('streams are gathered: texts, tokens and refusals of every choice', async () => {
+  test('streams are assembled: texts, tokens and refusals of every choice', async () => {
     const logprobs = (id: number) => ({
       logprobs: { content: [{ token: `token_id:${id}`, logprob: -id }] },
     })
@@ -306,18 +306,18 @@ describe('OpenAIPolicy', () => {
     await expect(p.generate(ask())).rejects.toThrow(failure(message))
   })
 
-  test('a stream that nobody asked for is no answer', async () => {
+  test('an unrequested stream is an invalid response', async () => {
     const p = await policy([stream(delta(0, { content: 'x' }, stop), '[DONE]')], { maxRetries: 0 })
     await expect(p.generate(ask())).rejects.toThrow(failure(/no choices/))
   })
 
-  test('another number of choices than was asked for', async () => {
+  test('another number of choices than requested', async () => {
     const p = await policy([(_, r) => send(r, 200, { choices: choices('a') })])
     await expect(p.generate(ask({ n: 2 }))).rejects.toThrow(failure(/must give 2 choices, got 1/))
     expect(server.requests.length).toBe(1)
   })
 
-  test('no image stays alive', async () => {
+  test('no image leaks', async () => {
     const p = await policy([fails(400, 'x')])
     const before = device.memory().liveBytes
     using image = picture()
@@ -375,7 +375,7 @@ describe('recordings', () => {
   })
   afterAll(() => rm(folder, { recursive: true }))
 
-  test('what was recorded is replayed, by role, prompt and images', async () => {
+  test('recordings are replayed by role, prompt and images', async () => {
     const path = join(folder, 'a.jsonl')
     let count = 0
     const live = functionPolicy(({ n = 1, role }) =>
@@ -412,7 +412,7 @@ describe('recordings', () => {
     })
   })
 
-  test('a line written by hand answers whatever the images are', async () => {
+  test('a line without images matches any', async () => {
     const path = join(folder, 'hand.jsonl')
     const line = { role: 'reasoner', prompt: 'How many?', completions: [{ text: 'two' }] }
     await writeFile(path, `\n${JSON.stringify(line)}\n`)
@@ -420,7 +420,7 @@ describe('recordings', () => {
     expect(await policy.generate(ask({ images: [picture()] }))).toEqual([{ text: 'two' }])
   })
 
-  test('what is no recording', async () => {
+  test('other files are refused', async () => {
     const path = join(folder, 'bad.jsonl')
     for (const [text, message] of [
       ['{', /bad.jsonl:1 is not JSON/],

@@ -277,7 +277,7 @@ onEveryBackend('policy_loss', (b) => {
     expect((await got.metrics()).ratioMean).toBe(1)
   })
 
-  test('small steps keep their digits in k3', async () => {
+  test('k3 is accurate for small log-ratios', async () => {
     const logProbs = new Float32Array(64).fill(-0.125)
     const refLogProbs = Float32Array.from(logProbs, (x, i) => x + (i - 32) * 2 ** -16)
     const a = { logProbs, refLogProbs, advantages: [0], cuSeqlens: [0, 64] }
@@ -287,7 +287,7 @@ onEveryBackend('policy_loss', (b) => {
 
   for (const objective of ['ppo', 'gspo', 'cispo', 'sapo', 'gpg'] as const)
     for (const kl of ['k1', 'k2', 'k3'] as const)
-      test(`the gradient of ${objective} with ${kl} is that of the value`, async () => {
+      test(`the gradient of ${objective} with ${kl} matches finite differences`, async () => {
         // gspo's is the derivative where the weighted advantage is constant over a sequence.
         const { importanceWeights, ...plain } = batch(11, 20)
         const a = objective === 'gspo' ? plain : { ...plain, importanceWeights }
@@ -467,7 +467,7 @@ onEveryBackend('policy_loss', (b) => {
 
   // ------------------------------------------------------------------ edges
 
-  test('what the mask drops is ignored, NaN too', async () => {
+  test('masked tokens are ignored, NaN too', async () => {
     const a = batch(5)
     const plain = run(a, { entropyCoef: 0.1 })
     const poison = (x: Numbers) => Float32Array.from(x, (v, t) => (a.mask[t] ? v : NaN))
@@ -522,7 +522,7 @@ onEveryBackend('policy_loss', (b) => {
       }
     })
 
-  test('sums do not depend on the threads', async () => {
+  test('sums do not depend on the number of threads', async () => {
     const a = batch(6, 9000)
     const one = run(a, {})
     const again = run(a, {})
@@ -530,7 +530,7 @@ onEveryBackend('policy_loss', (b) => {
     expect(await again.dLogProbs.read()).toEqual(await one.dLogProbs.read())
   })
 
-  test('a mask of something else than 0 and 1 faults', async () => {
+  test('a mask with values other than 0 and 1 faults', async () => {
     const a = { logProbs: [-1, -2, -3], advantages: [1], mask: [1, 2, 0], cuSeqlens: [0, 3] }
     const got = recorded(b, 'policy loss of a bad mask', { absolute: 1e-6 }, () => run(a, {}))
     const fault = { code: 'ERR_VALUE', op: 'policyLoss' }
@@ -540,7 +540,7 @@ onEveryBackend('policy_loss', (b) => {
     await expect(b.device.synchronize()).rejects.toMatchObject(fault)
   })
 
-  test('metrics live as long as the result', async () => {
+  test('metrics can be read until the result is disposed', async () => {
     // At most, here and below: what earlier tests dropped may be collected meanwhile.
     const before = b.device.memory().liveBytes
     const a = { logProbs: [-1], advantages: [1], cuSeqlens: [0, 1] }
@@ -553,7 +553,7 @@ onEveryBackend('policy_loss', (b) => {
     await expect(got.metrics()).rejects.toMatchObject({ code: 'ERR_DISPOSED' })
   })
 
-  test('refusals', () =>
+  test('refuses invalid arguments', () =>
     scope(() => {
       const logProbs = f32([-1, -2, -3])
       const a = { logProbs, advantages: f32([1, 1]), cuSeqlens: [0, 2, 3] }

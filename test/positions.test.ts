@@ -99,7 +99,7 @@ onEveryBackend('visionPositions', (b) => {
       expectClose(await out.read(), expected, { absolute: 2 * 47 * 8 * 2 * roundoff.f32 })
     })
 
-  test('nothing from nothing', async () => {
+  test('accepts empty inputs', async () => {
     using table = b.device.zeros([4, 3])
     using out = visionPositions({ table, gridThw: [] })
     expect(out.shape).toEqual([0, 3])
@@ -107,7 +107,7 @@ onEveryBackend('visionPositions', (b) => {
     expect(await frames.read()).toEqual(new Float32Array(0))
   })
 
-  test('refuses what does not fit', () => {
+  test('refuses mismatched arguments', () => {
     using table = b.device.zeros([9, 4])
     const call = (a: object) => () =>
       visionPositions({ table, gridThw: [[1, 2, 2]], ...a } as Parameters<

@@ -50,7 +50,7 @@ onEveryBackend('PraGrpo', (b) => {
     })
   const refLogProbs = (t: Tensor) => b.device.tensor(new Float32Array(t.size).fill(-0.3), [t.size])
 
-  test('the perceiver’s phase: rewards from the frozen reasoner, faults without asking it', async () => {
+  test('the perceiver’s phase: rewards from the frozen reasoner, which faults do not reach', async () => {
     // A box that is labelled 'good' leads to the right answer.
     const perceiver = sampler((_, i) => [boxes('good'), boxes('bad'), overlapping, boxes('')][i]!)
     let shown = 0
@@ -189,7 +189,7 @@ onEveryBackend('PraGrpo', (b) => {
     )
   })
 
-  test('turns: by steps and rounds, as the paper’s and step by step; a run goes on', async () => {
+  test('schedules: phases and rounds of p2r and alternating; a continued run', async () => {
     const policies = {
       perceiver: sampler(() => boxes('x')).policy,
       reasoner: sampler(() => '<answer>A</answer>').policy,
@@ -220,7 +220,7 @@ onEveryBackend('PraGrpo', (b) => {
     await expect(over.rollout([])).rejects.toMatchObject({ code: 'ERR_VALUE' })
   })
 
-  test('single failures are reported, and the batch goes on', async () => {
+  test('single failures are reported, and the batch is made without them', async () => {
     const perceiver = sampler((prompt) => {
       if (/broken/.test(prompt)) throw new Error('perceiver down')
       return boxes('x')
@@ -250,7 +250,7 @@ onEveryBackend('PraGrpo', (b) => {
     step.dispose()
   })
 
-  test('everything fails: an empty batch, which says so', async () => {
+  test('everything fails: an empty batch with its errors', async () => {
     const down = functionPolicy(() => {
       throw new Error('down')
     })
@@ -294,7 +294,7 @@ onEveryBackend('PraGrpo', (b) => {
     expect(batch.oldLogProbs).toBeUndefined()
   })
 
-  test('an abort rejects, and leaves nothing', async () => {
+  test('an abort rejects, and nothing leaks', async () => {
     const stop = new AbortController()
     const perceiver = functionPolicy(() => {
       stop.abort(new Error('enough'))
@@ -308,7 +308,7 @@ onEveryBackend('PraGrpo', (b) => {
     expect(b.device.memory().liveBytes).toBeLessThanOrEqual(before)
   })
 
-  test('evidence is there for the trainer, and its images are made when asked for', async () => {
+  test('items have evidence, whose images are computed on access', async () => {
     const one = sample('q')
     const before = b.device.memory().liveBytes
     const batch = await trainer({ groupSize: 8 }).rollout([one])
@@ -322,7 +322,7 @@ onEveryBackend('PraGrpo', (b) => {
     expect(await one.image.read()).toHaveLength(40 * 50 * 3)
   })
 
-  test('refusals', async () => {
+  test('refuses invalid arguments', async () => {
     const wrong = (extra: object, message: RegExp) =>
       expectRefusal(() => trainer(extra), 'ERR_VALUE', 'PraGrpo', message)
     wrong({ device: 'cpu' }, /device/)

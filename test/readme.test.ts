@@ -9,7 +9,7 @@ import { expect, test } from 'vitest'
 const root = fileURLToPath(new URL('..', import.meta.url))
 const readme = readFileSync(join(root, 'README.md'), 'utf8')
 
-test('the example runs as it stands', () => {
+test('the example runs unchanged', () => {
   const [, example] = readme.match(/```js\n([\s\S]*?)```/) ?? []
   const folder = mkdtempSync(join(tmpdir(), 'p2r-readme-'))
   try {
@@ -29,7 +29,7 @@ test('the example runs as it stands', () => {
   }
 })
 
-test('the table lists every family of operations, and names functions that there are', () => {
+test('the table lists every family of operations, and only existing functions', () => {
   const rows = [...readme.matchAll(/^\| `(\w+)` \| (.+?) \|/gm)]
   const families = readFileSync(join(root, 'ops/ops.def'), 'utf8').matchAll(/^OP\((\w+),/gm)
   expect(new Set(rows.map(([, family]) => family))).toEqual(

@@ -65,7 +65,7 @@ test('the report draws four kinds of plots and fetches nothing', async () => {
   expect(page).not.toContain('NaN')
 })
 
-test('without ceilings, peers and series there are the rows alone', async () => {
+test('without ceilings, peers and series it has the rows only', async () => {
   const page = await html({ ...example(), ceilings: [], rows: [row({})] }, predicted)
   expect(page).not.toContain('<svg')
   expect(page).toContain('<td>1x1024x16x64 f32 fwd</td>')
@@ -125,7 +125,7 @@ test('the newest results of each machine count', () => {
   ])
 })
 
-test('a table has what was measured, its share, the best peer and the outcome', () => {
+test('a table has the measurement, its share, the best peer and the outcome', () => {
   const tables = performance([example()], predicted)
   const cpu = tables.slice(0, tables.indexOf('**H200**')).split('\n')
   expect(cpu[0]).toMatch(/^\*\*a processor, \d+ CPUs, \d{4}-\d\d-\d\d, commit/)
@@ -158,7 +158,7 @@ test("a GPU's lengths share a line, told by the worst of them", () => {
   expect(line).toContain('| 2.50..50.0 ms | 46..55 % of bf16 |  | missed (360 TFLOP/s) |')
 })
 
-test('the README has the tables that the results make', () => {
+test('the tables of the README are those of the results', () => {
   const readme = readFileSync(join(root, 'README.md'), 'utf8')
   expect(
     readme === readmeWith(readme, performance(resultsIn(root), predicted)),
@@ -167,7 +167,7 @@ test('the README has the tables that the results make', () => {
   expect(() => readmeWith('no place', 'tables')).toThrow(/lacks the lines/)
 })
 
-test('results are named by machine and date, as they say of themselves', () => {
+test('results are named by their machine and date', () => {
   const names = readdirSync(join(root, 'bench/results')).filter((name) => name.endsWith('.json'))
   for (const name of names.filter((n) => n !== 'predictions.json')) {
     const { date } = JSON.parse(readFileSync(join(root, 'bench/results', name), 'utf8'))

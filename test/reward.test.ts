@@ -179,7 +179,7 @@ describe('na', () => {
     expect(await reward(answer, truth, 'na', 'strict')).toBe(strict)
   })
 
-  test('a number equals itself, however it is written', async () => {
+  test('a number equals itself in every notation', async () => {
     const values = fc
       .double({ min: -1e9, max: 1e9, noNaN: true })
       .map((x) => Math.round(x * 1e3) / 1e3 + 0)
@@ -230,7 +230,7 @@ describe('free form', () => {
     else expect(await judged(reply, 'strict')).toBe(strict)
   })
 
-  test('the verifier hears question, truth and answer, whatever they hold', async () => {
+  test('the verifier receives question, truth and answer unchanged', async () => {
     let prompt = ''
     const verifier = modelVerifier(
       functionPolicy((request) => {
@@ -244,7 +244,7 @@ describe('free form', () => {
     expect(prompt).toBe('who?|{answer}|$& {truth}')
   })
 
-  test('its failure is told, not scored', async () => {
+  test('its failure is an error, not a score', async () => {
     const verifier = modelVerifier(
       functionPolicy(() => {
         throw new Error('down')
@@ -273,7 +273,7 @@ test('perceptionFault: overlap before label, and what strict adds', () => {
   expect(perceptionFault([box('a description', 0, 0, 1, 1)], { rules: 'strict' })).toBe(null)
 })
 
-test('no text from a model can throw', async () => {
+test('no output of a model throws', async () => {
   const piece = fc.constantFrom(
     ...['<answer>', '</answer>', '<think>', '</think>', 'A', 'b)', 'answer is', 'option', '1,234'],
     ...[
@@ -316,7 +316,7 @@ test('no text from a model can throw', async () => {
   expect(await reward(null as never, '5', 'na', 'strict')).toBe(0)
 })
 
-test('long junk does not take long', async () => {
+test('long invalid text takes linear time', async () => {
   const n = 300_000
   const started = performance.now()
   for (const text of [
@@ -340,7 +340,7 @@ test('long junk does not take long', async () => {
   expect(performance.now() - started).toBeLessThan(10_000)
 })
 
-test('refusals', async () => {
+test('refuses invalid arguments', async () => {
   const good = { answer: 'a', truth: 'a', form: 'mca' as const }
   for (const wrong of [{ truth: 3 }, { form: 'other' }, { rules: 'lax' }, { form: 'free_form' }])
     await expect(answerReward({ ...good, ...wrong } as never)).rejects.toMatchObject({

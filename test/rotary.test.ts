@@ -87,7 +87,7 @@ onEveryBackend('rotary', (b) => {
 
   for (const dtype of floats)
     for (const d of [8, 72, 128])
-      test(`turns and turns back, ${dtype}, D ${d}`, async () => {
+      test(`rotates and rotates back, ${dtype}, D ${d}`, async () => {
         const [tokens, heads] = [5, 3]
         const random = new Random(d)
         const x = rounded(random.normals(tokens * heads * d), dtype)
@@ -100,8 +100,8 @@ onEveryBackend('rotary', (b) => {
         using cos = b.device.tensor(cosines, [tokens, d])
         using sin = b.device.tensor(sines, [tokens, d])
         using y = recorded(b, `rotary ${dtype} ${d}`, bound, () => applyRotary({ x: xs, cos, sin }))
-        const turned = rotate(x, cosines, sines, heads, d)
-        expectClose(await y.toFloat32(), turned, bound)
+        const rotated = rotate(x, cosines, sines, heads, d)
+        expectClose(await y.toFloat32(), rotated, bound)
 
         // <R x, g> = <x, R' g>
         const g = rounded(random.normals(x.length), dtype)
@@ -114,7 +114,7 @@ onEveryBackend('rotary', (b) => {
         let right = 0
         let size = 0
         for (let i = 0; i < x.length; i++) {
-          left += turned[i]! * g[i]!
+          left += rotated[i]! * g[i]!
           right += x[i]! * dx[i]!
           size += Math.abs(x[i]! * dx[i]!)
         }
@@ -148,7 +148,7 @@ onEveryBackend('rotary', (b) => {
     })
   }
 
-  test('takes nothing', () => {
+  test('accepts empty inputs', () => {
     const t = visionRotary({ gridThw: [], headDim: 16, device: b.device })
     expect(t.cos.shape).toEqual([0, 16])
     expect(applyRotary({ x: b.device.zeros([0, 2, 16]), ...t }).shape).toEqual([0, 2, 16])
@@ -157,7 +157,7 @@ onEveryBackend('rotary', (b) => {
     expect(applyRotary({ x, cos, sin: cos }).shape).toEqual([3, 0, 8])
   })
 
-  test('refuses', () => {
+  test('refuses invalid arguments', () => {
     const { device } = b
     const make = (a: object) => () =>
       visionRotary({ gridThw: [[1, 4, 4]], headDim: 64, device, ...a })

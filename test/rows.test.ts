@@ -93,7 +93,7 @@ onEveryBackend('rows', (b) => {
     })
   }
 
-  test('a long mean keeps its digits', async () => {
+  test('a mean over many rows is accurate', async () => {
     const T = 100_000
     const data = Float32Array.from({ length: T }, (_, i) => 1 + (i % 7))
     const x = b.device.tensor(data, [T, 1])
@@ -140,7 +140,7 @@ onEveryBackend('rows', (b) => {
     expect(dot(y, d)).toBe(dot(x, await g.toFloat32()))
   })
 
-  test('takes nothing', async () => {
+  test('accepts empty inputs', async () => {
     const none = b.device.zeros([0, 4])
     expect(add({ x: none, y: b.device.zeros([4]) }).shape).toEqual([0, 4])
     expect(add({ x: b.device.zeros([3, 0]), y: b.device.zeros([0]) }).shape).toEqual([3, 0])
@@ -154,7 +154,7 @@ onEveryBackend('rows', (b) => {
     expect(meanPoolBackward({ dOut: none, cuSeqlens: [0] }).shape).toEqual([0, 4])
   })
 
-  test('refuses what does not fit', () => {
+  test('refuses mismatched arguments', () => {
     const x = b.device.zeros([4, 3])
     expectRefusal(() => add({ x, y: b.device.zeros([4]) }), 'ERR_SHAPE', 'add', /got \[4\]/)
     expectRefusal(() => add({ x, y: b.device.zeros([1, 4, 3]) }), 'ERR_SHAPE', 'add')

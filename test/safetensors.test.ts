@@ -31,7 +31,7 @@ async function file(
   return path
 }
 
-test('what is saved is loaded, bit for bit', async () => {
+test('tensors are saved and loaded bit for bit', async () => {
   const bits = Uint16Array.of(0x7e01, 0xfc00, 0x0001, 0x8000)
   const tensors: Record<string, Tensor> = {
     weight: device.tensor([1, -0, NaN, Infinity, 1e-40, 2], [2, 3]),
@@ -57,7 +57,7 @@ test('what is saved is loaded, bit for bit', async () => {
   }
 })
 
-test('the file is as the format says', async () => {
+test('the file follows the format', async () => {
   const path = join(folder, 'layout.safetensors')
   await saveTensors(
     path,
@@ -87,7 +87,7 @@ test('saves what the tensors held at the call, and leaves no temporary file', as
   expect((await readdir(folder)).filter((name) => name.endsWith('.tmp'))).toEqual([])
 })
 
-test('a save that fails leaves the old file as it was', async () => {
+test('a failed save leaves the old file unchanged', async () => {
   const path = join(folder, 'old.safetensors')
   await saveTensors(path, { x: device.tensor([1], [1]) })
   const before = await readFile(path)

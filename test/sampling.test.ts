@@ -34,7 +34,7 @@ function uniform(seed: number, row: number): number {
   return (Number(high!) + Number(low!) / 2 ** 32) / 2 ** 32
 }
 
-/** Every draw stands where the row's uniform number falls in the float64 distribution. */
+/** Every draw is where the row's uniform number falls in the float64 distribution. */
 function expectDraws(
   drawn: Int32Array,
   logits: Float32Array,
@@ -71,7 +71,7 @@ const cases: {
   { dtype: 'bf16', rows: 3, vocabulary: 151_936, temperature: 1, seed: 3 },
 ]
 
-test('the test generator gives the known answers of its authors', () => {
+test('the test’s Philox gives its authors’ known answers', () => {
   // The vectors of Random123's kat_vectors.
   expect(philox([0n, 0n, 0n, 0n], [0n, 0n])).toEqual([
     0x6627e8d5n,
@@ -100,7 +100,7 @@ onEveryBackend('sample', (b) => {
       expectDraws(await drawn.read(), logits, vocabulary, temperature, seed)
     })
 
-  test('draws as often as it should', async () => {
+  test('frequencies match the distribution', async () => {
     // Chi-square over 10 tokens and 20 000 rows of one distribution: below 27.9, the 99.9th percentile
     // of 9 degrees of freedom. The seeds are fixed, so this passes always or never.
     const p = [0.3, 0.2, 0.15, 0.1, 0.08, 0.07, 0.05, 0.03, 0.015, 0.005]
@@ -116,7 +116,7 @@ onEveryBackend('sample', (b) => {
     }
   })
 
-  test('takes the maximum at temperature 0 and nearly 0', async () => {
+  test('returns the maximum at temperature 0 and nearly 0', async () => {
     const logits = [1, 5, 5, -Infinity, 2, 2, 2, 2, -Infinity, -Infinity, -3, -Infinity]
     const x = b.device.tensor(logits, [3, 4])
     const greedy = recorded(b, 'sample greedy', {}, () =>
@@ -132,7 +132,7 @@ onEveryBackend('sample', (b) => {
     expect([...(await sample({ logits: far, seed: 4 }).read())]).toEqual([1])
   })
 
-  test('never draws -Infinity, even when it is hot', async () => {
+  test('never draws -Infinity, even at a high temperature', async () => {
     const n = 512
     const logits = Float32Array.from({ length: n * 3 }, (_, i) => (i % 3 === 1 ? -Infinity : i % 3))
     for (const temperature of [1, 1e30]) {
@@ -145,7 +145,7 @@ onEveryBackend('sample', (b) => {
     }
   })
 
-  test('seeds and rows draw apart, the same seed alike', async () => {
+  test('draws differ by seed and row, and repeat for the same seed', async () => {
     const x = b.device.zeros([400, 1000])
     const draw = async (seed: number) => [...(await sample({ logits: x, seed }).read())]
     const [first, again, other] = [await draw(11), await draw(11), await draw(12)]
@@ -173,7 +173,7 @@ onEveryBackend('sample', (b) => {
       }
   })
 
-  test('takes no rows and refuses what does not fit', () => {
+  test('accepts no rows and refuses mismatched arguments', () => {
     const logits = b.device.zeros([2, 3])
     expect(sample({ logits: b.device.zeros([0, 3]), seed: 1 }).shape).toEqual([0])
     expect(sample({ logits: b.device.zeros([0, 0]), seed: 1 }).shape).toEqual([0])
@@ -192,7 +192,7 @@ onEveryBackend('sample', (b) => {
 })
 
 describe('sample', () => {
-  test('draws alike on every instruction set and thread count', async () => {
+  test('draws are equal on every instruction set and thread count', async () => {
     const logits = rounded(new Random(20).normals(257 * 2000, 4), 'f16')
     const results = new Set<string>()
     for (const { options } of cpuPaths)

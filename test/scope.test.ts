@@ -24,7 +24,7 @@ const alive = async (x: Tensor): Promise<boolean> =>
   )
 const turn = () => new Promise((resolve) => setImmediate(resolve))
 
-test('disposes what the result does not hold', async () => {
+test('disposes tensors that are not in the result', async () => {
   const before = make()
   const [kept, left] = scope(() => {
     const left = make()
@@ -39,7 +39,7 @@ test('disposes what the result does not hold', async () => {
   expect(scope(() => null)).toBe(null)
 })
 
-test('every device counts', async () => {
+test('applies to tensors of every device', async () => {
   using other = openDevice('cpu')
   scope(() => void made.push(other.zeros([3])))
   expect(other.memory().liveBytes).toBe(0)
@@ -67,7 +67,7 @@ test('searches arrays, objects, maps, sets and held results', async () => {
   expect(await alive(result.held.out)).toBe(false)
 })
 
-test('a view that is kept keeps the storage', async () => {
+test('a returned view keeps the storage', async () => {
   const view = scope(() => make(7).reshape([1, 1]))
   made.push(view)
   expect(await alive(made[0]!)).toBe(false)
@@ -84,7 +84,7 @@ test('nested: what an inner scope keeps belongs to the outer one', async () => {
   expect(await Promise.all(made.map(alive))).toEqual([true, false, false])
 })
 
-test('an error disposes everything and passes', async () => {
+test('an error disposes everything and is rethrown', async () => {
   const own = new Error('mine')
   const thrown = () =>
     scope(() => {
@@ -104,7 +104,7 @@ test('an error disposes everything and passes', async () => {
   expect(await Promise.all(made.map(alive))).toEqual([false, false, false, false])
 })
 
-test('asynchronous scopes hold what is made across their awaits', async () => {
+test('asynchronous scopes include tensors made across their awaits', async () => {
   const kept = await scopeAsync(async () => {
     make()
     await turn()
@@ -116,7 +116,7 @@ test('asynchronous scopes hold what is made across their awaits', async () => {
   expect(await Promise.all(made.map(alive))).toEqual([false, false, true])
 })
 
-test('interleaved scopes do not take from each other', async () => {
+test('interleaved scopes keep their tensors apart', async () => {
   const run = (keep: boolean) =>
     scopeAsync(async () => {
       const mine = make()
@@ -135,7 +135,7 @@ test('interleaved scopes do not take from each other', async () => {
   expect(await alive(outside)).toBe(true)
 })
 
-test('a synchronous scope inside an asynchronous one gives back its share', async () => {
+test('a synchronous scope inside an asynchronous one passes its result to it', async () => {
   const inner = await scopeAsync(async () => {
     const x = scope(() => make())
     await turn()
@@ -145,7 +145,7 @@ test('a synchronous scope inside an asynchronous one gives back its share', asyn
   expect(await alive(made[0]!)).toBe(false)
 })
 
-test('a scope around a long loop stays flat', () => {
+test('a scope around a long loop does not grow', () => {
   using other = openDevice('cpu')
   scope(() => {
     for (let i = 0; i < 10_000; i++) other.zeros([1000]).dispose()

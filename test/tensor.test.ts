@@ -31,7 +31,7 @@ onEveryBackend('tensor', (b) => {
     ['Uint8Array', Uint8Array.from(numbers)],
     ['Uint8ClampedArray', Uint8ClampedArray.from(numbers)],
   ]
-  test.each(sources)('%s becomes every type by value', async (_, data) => {
+  test.each(sources)('%s is converted to every type by value', async (_, data) => {
     for (const dtype of all) {
       using x = b.device.tensor(data, [2, 3], dtype)
       expect(x).toMatchObject({ dtype, shape: [2, 3], size: 6 })
@@ -43,7 +43,7 @@ onEveryBackend('tensor', (b) => {
     }
   })
 
-  test('a Uint16Array is raw bits of f16 and bf16, and nothing else', async () => {
+  test('a Uint16Array is raw bits of f16 and bf16 only', async () => {
     const bits = Uint16Array.of(0x3c00, 0xbf80, 1, 0x7c01, 0xffff)
     for (const dtype of ['f16', 'bf16'] as const) {
       using x = b.device.tensor(bits, [5], dtype)
@@ -56,7 +56,7 @@ onEveryBackend('tensor', (b) => {
       expectRefusal(() => b.device.tensor(bits, [5], dtype), 'ERR_DTYPE', 'tensor', /raw bits/)
   })
 
-  test('without a dtype it is told by the data', () => {
+  test('the default dtype follows from the data', () => {
     const types = sources.map(([name, data]) => {
       using x = b.device.tensor(data, [6])
       return [name, x.dtype]
@@ -73,7 +73,7 @@ onEveryBackend('tensor', (b) => {
     expect(zeros.dtype).toBe('f32')
   })
 
-  test('read gives the array of the type', async () => {
+  test('read returns the typed array of the dtype', async () => {
     const kinds = { f32: Float32Array, f16: Uint16Array, bf16: Uint16Array, i32: Int32Array }
     for (const [dtype, kind] of Object.entries({ ...kinds, u8: Uint8Array })) {
       using x = b.device.zeros([3], dtype as DType)
@@ -83,7 +83,7 @@ onEveryBackend('tensor', (b) => {
     }
   })
 
-  test('parts of buffers, shared ones too, are taken as they lie', async () => {
+  test('views of buffers, shared ones too, are read at their offset', async () => {
     const whole = Float32Array.from({ length: 10 }, (_, i) => i)
     using x = b.device.tensor(whole.subarray(3, 6), [3])
     expect(Array.from(await x.read())).toEqual([3, 4, 5])
@@ -163,7 +163,7 @@ onEveryBackend('tensor', (b) => {
     }
   })
 
-  test('integers that the type does not have are refused', () => {
+  test('integers outside the range of the type are refused', () => {
     for (const [data, dtype] of [
       [[256], 'u8'],
       [[-1], 'u8'],
@@ -222,7 +222,7 @@ onEveryBackend('tensor', (b) => {
     expect(Object.isFrozen(x.shape)).toBe(true)
   })
 
-  test('slices and shapes that do not fit are refused', () => {
+  test('slices and shapes out of range are refused', () => {
     using x = b.device.zeros([4, 3])
     expect(x.slice(4).shape).toEqual([0, 3])
     expect(x.slice(2, 2).shape).toEqual([0, 3])
@@ -241,7 +241,7 @@ onEveryBackend('tensor', (b) => {
     expectRefusal(() => b.device.zeros([]).slice(0), 'ERR_SHAPE', 'slice')
   })
 
-  test('a tensor without axes holds one number', async () => {
+  test('a tensor without axes has one element', async () => {
     using x = b.device.tensor([7], [])
     expect(x).toMatchObject({ shape: [], size: 1, byteLength: 4 })
     expect(Array.from(await x.reshape([1, 1]).read())).toEqual([7])
@@ -299,7 +299,7 @@ onEveryBackend('tensor', (b) => {
     expect(Array.from(await x.read())).toEqual([0, 1, 2, 3, 0, 1, 2, 3])
   })
 
-  test('to copies between devices, in the order of both', async () => {
+  test('to copies between devices, ordered on both queues', async () => {
     using other = openDevice('cpu', { threads: 1 })
     const n = 1 << 18
     using x = b.device.zeros([n], 'i32')

@@ -96,7 +96,7 @@ onEveryBackend('VisionTower', (b) => {
   const pixels = (device = b.device) =>
     device.tensor(files.f32(`tower/${name}/pixel_values.bin`), meta.tensors.pixel_values.shape)
 
-  test('loads shards, prefixes and 16-bit weights alike, and leaves the rest in the files', async () => {
+  test('loads shards, prefixes and 16-bit weights, and no other weights', async () => {
     const merged: Float32Array[] = []
     for (const options of [
       { dtype: 'bf16' },
@@ -116,7 +116,7 @@ onEveryBackend('VisionTower', (b) => {
     for (const other of merged) expect(other).toEqual(merged[0])
   })
 
-  test('holds nothing but its results, and nothing once it is disposed', async () => {
+  test('keeps only its results in memory, and nothing once it is disposed', async () => {
     using device = b.open()
     const folder = await folderOf(device, name)
     const before = device.memory().liveBytes
@@ -134,7 +134,7 @@ onEveryBackend('VisionTower', (b) => {
     expect(device.memory().liveBytes).toBe(before)
   })
 
-  test('refuses patches, blocks and tensors that do not fit', async () => {
+  test('refuses mismatched patches, blocks and tensors', async () => {
     using tower = await VisionTower.load(await folderOf(b.device, name), b.device)
     using x = pixels()
     const encode = (a: object) => () =>
@@ -147,7 +147,7 @@ onEveryBackend('VisionTower', (b) => {
     expectRefusal(encode({}), 'ERR_DISPOSED', 'VisionTower')
   })
 
-  test('says what is wrong with a folder, and frees what it had loaded', async () => {
+  test('reports what is wrong with a folder, and frees what was loaded', async () => {
     using device = b.open()
     const before = device.memory().liveBytes
     const load = (folder: string) => VisionTower.load(folder, device)

@@ -36,7 +36,7 @@ describe.skipIf(problem)(`the kernel twin${problem ? ` (skipped: ${problem})` : 
   test.skipIf(!built)(
     `has the library's kernels${built ? '' : ' (skipped: it is built without CUDA)'}`,
     () => {
-      // By name: a template that two files instantiate stands in the library twice.
+      // By name: a template that two files instantiate is in the library twice.
       const names = (file: string) => [...new Set(kernelsIn(file).map(([, name]) => name))].sort()
       expect(names(twin)).toEqual(names(library))
     },

@@ -27,7 +27,7 @@ const chain = `
   for (let i = 0; i < 50; i++) x = p2r.gelu({ x })
   parentPort.postMessage((await x.read())[49_999])`
 
-test('two workers and the main thread use devices at once, and end by themselves', async () => {
+test('two workers and the main thread use devices concurrently, and exit by themselves', async () => {
   const workers = [1, 2].map((v) => ended(start(`const start = ${v}; ${chain}`)))
   using device = openDevice('cpu', { threads: 2 })
   const mine: number[] = []
@@ -40,7 +40,7 @@ test('two workers and the main thread use devices at once, and end by themselves
   expect(results).toEqual(mine.map((v) => ({ code: 0, messages: [v] })))
 })
 
-test('a worker that is terminated in the middle of its work leaves the process whole', async () => {
+test('terminating a worker during its work does not harm the process', async () => {
   for (let round = 0; round < 5; round++) {
     const worker = start(`
       const device = p2r.openDevice('cpu', { threads: 2 })

@@ -15,7 +15,7 @@ interface Options {
   series?: Series
 }
 
-/** The backward pass alone counts five products, as everybody publishes it: 10 T² D H. */
+/** The backward pass alone counts five products, as is customary: 10 T² D H. */
 export function longAttention(
   length: number,
   headDim: number,
@@ -66,7 +66,7 @@ export function longAttention(
             answer: () => attentionBackward(b).dK.slice(last).toFloat32(),
           }
         },
-        // Peers stand beside the kernel that is the default.
+        // Peers are compared with the default kernel only.
         peers: kernel ? [] : dtype === 'f32' ? [sdpa('')] : [sdpa('cudnn'), sdpa('flash')],
       }
     },

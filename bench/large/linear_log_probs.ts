@@ -26,7 +26,7 @@ export function headOf(
     traffic: { read, write: loss ? (width * rows + 4 * vocabulary) * channels : 0 },
     ...options,
     inputs(seed) {
-      // All of them for onnxruntime, which knows no blocks.
+      // All rows for onnxruntime, which has no repeated blocks.
       const some = dtype === 'f32' ? vocabulary : 4748
       const hidden = normalBlock([rows, channels], dtype, seed, 1, dtype === 'f32' ? rows : 1024)
       const weight = normalBlock([vocabulary, channels], dtype, seed + 1, channels ** -0.5, some)

@@ -10,7 +10,7 @@ const root = fileURLToPath(new URL('../../..', import.meta.url))
 const source = join(root, 'bench/peers')
 const folder = join(root, 'build/peers')
 
-/** undefined when they are installed; a sentence when they could not be. */
+/** undefined if they are installed; the reason if they could not be. */
 export function installPeers(): string | undefined {
   const lock = readFileSync(join(source, 'package-lock.json'), 'utf8')
   const stamp = join(folder, 'installed')

@@ -56,7 +56,7 @@ export function policyLossLoop(
         loss += Math.min(Math.max(plain, bounded), most)
         gradient[t] = (plain >= bounded && plain <= most ? plain : 0) / tokens
       }
-    // Kept, so that the sum is not work that could be dropped.
+    // Returned, so that the compiler cannot remove the sum.
     gradient[0]! += 0 * loss
     return gradient
   })

@@ -1,5 +1,5 @@
-// onnxruntime-node on models of a few nodes. Its threads are told to stop spinning when a run ends,
-// since they would otherwise take a core from whoever is measured next.
+// onnxruntime-node on models of a few nodes. Its threads stop spinning when a run ends, since
+// they would otherwise take a core from the implementation that is measured next.
 import { type Peer, PeerAbsent } from '../harness.js'
 import { peerModule } from './install.js'
 import { type Node, onnxModel, type Value } from './onnx.js'
@@ -60,7 +60,7 @@ function onnxruntime(
       const tensors: Record<string, OrtTensor> = {}
       for (const { name, type, shape } of model.inputs)
         tensors[name] = new Tensor(type === 'float' ? 'float32' : type, feeds[name], shape)
-      // Written in place: a fresh output a run would be measured by its page faults.
+      // A preallocated output: allocating one per run would measure page faults.
       const { name: output, shape } = model.outputs[0]!
       const size = shape.reduce((n, d) => n * d, 1)
       const out = { [output]: new Tensor('float32', new Float32Array(size), shape) }
@@ -194,7 +194,7 @@ export function gemm(
   )
 }
 
-/** log softmax of hidden weightᵀ at the targets; the logits are held. */
+/** log softmax of hidden weightᵀ at the targets; the logits are materialized. */
 export function linearLogSoftmax(
   hidden: Float32Array,
   weight: Float32Array,

@@ -1,4 +1,4 @@
-// Pillow and NumPy (pillow.py), where Python has them.
+// Pillow and NumPy (pillow.py), if Python has them.
 import type { Peer } from '../harness.js'
 import { pythonPeer } from './python.js'
 import type { Cut, Picture } from './sharp.js'
@@ -16,7 +16,7 @@ function pillow(name: string, call: string, tolerance: number) {
     })
 }
 
-/** Every byte as ours. */
+/** Its bytes are ours. */
 export const pillowResize = pillow('Pillow', 'resample', 0)
 
 export const pillowPatches = pillow('Pillow + NumPy', 'patches', 1e-6)

@@ -1,4 +1,4 @@
-// Peers in Python: a process for each script (serve.py says what they speak), arrays by files.
+// Peers in Python: a process for each script (serve.py documents the protocol), arrays by files.
 import { type ChildProcessByStdio, spawn } from 'node:child_process'
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
@@ -28,7 +28,7 @@ export async function stopPython(): Promise<void> {
     if (script.status === 'fulfilled') script.value.stop()
 }
 
-/** What the scripts that ran say of their packages. */
+/** Package versions reported by the scripts that ran. */
 export async function pythonVersions(): Promise<Record<string, string>> {
   const out = {}
   for (const script of await Promise.allSettled(scripts.values()))
@@ -38,7 +38,7 @@ export async function pythonVersions(): Promise<Record<string, string>> {
 
 type Child = ChildProcessByStdio<Writable, Readable, Readable>
 
-/** The first Python that has what the script imports; PeerAbsent tells what the last one lacked. */
+/** The first Python with the script's packages; PeerAbsent names those that the last one lacked. */
 async function started(script: string, threads: number, device: string): Promise<Script> {
   const pythons = process.env.PYTHON ? [process.env.PYTHON] : ['python3', '/usr/bin/python3']
   let why = ''
@@ -52,7 +52,7 @@ async function started(script: string, threads: number, device: string): Promise
           ...process.env,
           OMP_NUM_THREADS: String(threads),
           PYTHONDONTWRITEBYTECODE: '1',
-          // Freed memory is kept, as our pool keeps it: page faults of fresh results would be measured.
+          // The allocator keeps freed memory, as our pool does; else page faults of results would be measured.
           MALLOC_MMAP_MAX_: '0',
           MALLOC_TRIM_THRESHOLD_: '-1',
         },
@@ -66,7 +66,7 @@ async function started(script: string, threads: number, device: string): Promise
   throw new PeerAbsent(`${script}.py was skipped: ${why}.`)
 }
 
-/** The process once it has said what it is; a reason where it could not. */
+/** The process once it has reported its versions; the reason if it could not. */
 async function opened(child: Child): Promise<Script | string> {
   const lines = createInterface({ input: child.stdout })
   const waiting: ((line: string | undefined) => void)[] = []

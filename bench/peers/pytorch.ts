@@ -1,10 +1,10 @@
-// PyTorch, Triton and torchvision (pytorch.py, triton_log_probs.py), where Python has them.
+// PyTorch, Triton and torchvision (pytorch.py, triton_log_probs.py), if Python has them.
 import type { Block } from '../data.js'
 import type { Backend, Peer } from '../harness.js'
 import { pythonPeer } from './python.js'
 import type { Cut, Picture } from './sharp.js'
 
-/** How far two roundings of the same numbers to bf16 may be from each other. */
+/** Largest difference between two roundings of the same numbers to bf16. */
 const bf16Tolerance = 2e-2
 const f32Tolerance = 1e-4
 const toleranceOf = ({ dtype }: Block): number => (dtype === 'f32' ? f32Tolerance : bf16Tolerance)
@@ -14,8 +14,8 @@ const both: readonly Backend[] = ['cpu', 'cuda']
 export const lastRows = 512
 
 /**
- * Attention over sequences of one length, q, k and v [T, H, D]: by the backend that is named, or the
- * one that PyTorch takes. Compared are the last rows of out or, of a backward pass, of dK.
+ * Attention over sequences of one length, q, k and v [T, H, D]: by the backend that is named, or
+ * PyTorch's choice. Compared are the last rows of out or, of a backward pass, of dK.
  */
 export function scaledDotProductAttention(
   backend: 'cudnn' | 'flash' | '',

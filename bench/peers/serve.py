@@ -27,7 +27,7 @@ class Absent(Exception):
 
 
 def main():
-    # Standard output is the protocol's alone: what a library prints goes where errors go.
+    # Standard output is reserved for the protocol; prints of libraries go to standard error.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.modules["serve"] = sys.modules["__main__"]
@@ -70,7 +70,7 @@ def main():
                 reply({})
         except Absent as error:
             reply({"absent": str(error)})
-        except Exception as error:  # the benchmark says it in a sentence and goes on
+        except Exception as error:  # reported by the benchmark, which continues
             reply({"error": f"{type(error).__name__}: {error}"})
 
 

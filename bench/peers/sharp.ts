@@ -1,4 +1,4 @@
-// sharp, with JavaScript for what it does not do: normalise and lay out in patches.
+// sharp, with JavaScript for normalisation and patches, which it does not have.
 import { createRequire } from 'node:module'
 import type sharpType from 'sharp'
 import { type Peer, PeerAbsent } from '../harness.js'
@@ -24,8 +24,8 @@ function sharp(): typeof sharpType {
 }
 
 /**
- * Every cut as bytes, in order, on so many threads: cuts side by side in as many lanes, since its
- * pipelines run on a pool of their own, and within a cut what is left.
+ * Every crop as bytes, in order: crops run concurrently on the threads, since sharp's pipelines have a
+ * pool of their own; remaining threads work within a crop.
  */
 async function resized(
   image: Picture,
@@ -58,7 +58,7 @@ async function resized(
   return out
 }
 
-/** How far libvips may be from Pillow, which it is not: it shrinks by boxes before it resamples. */
+/** Tolerance against Pillow: libvips differs, it shrinks by boxes before it resamples. */
 const tolerance = 0.05
 
 export function sharpResize(image: Picture, cuts: readonly Cut[]): Peer {

@@ -44,7 +44,7 @@ def count(shape):
 
 
 def open_memory(handle):
-    """The bytes of a tensor that lies in a file, as a writable memoryview, and what closes it."""
+    """The bytes of a tensor in a file, as a writable memoryview, and the function that closes it."""
     with open(handle["name"], "r+b") as file:
         mapped = mmap.mmap(file.fileno(), max(handle["bytes"], 1))
     start = handle["offset"]
@@ -53,7 +53,7 @@ def open_memory(handle):
 
 
 class CudaMemory:
-    """Device memory as torch.as_tensor takes it; bf16 goes as integers of its size."""
+    """Device memory as torch.as_tensor takes it; bf16 as integers of its size."""
 
     def __init__(self, address, shape, dtype):
         kind = {"f32": "<f4", "f16": "<f2", "bf16": "<i2", "i32": "<i4", "u8": "|u1"}[dtype]
@@ -103,7 +103,7 @@ def open_tensor(handle):
 
 def share_tensor(tensor, path=None):
     """The handle of a contiguous PyTorch tensor. On the CPU it is copied into a new file, whose
-    tensor comes back with the handle: write to that one."""
+    tensor is returned with the handle: write to that one."""
     import torch
 
     names = {torch_dtype(name): name for name in WIDTHS}

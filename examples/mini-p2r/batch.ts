@@ -3,7 +3,7 @@ import type { Evidence } from './policy.js'
 import type { Rng } from './rng.js'
 import { type Canvases, CELL, OVERVIEW, QUESTIONS, type Question, THUMBNAIL } from './scene.js'
 
-/** Questions in random order, each once before any comes again. */
+/** Questions in random order without replacement, reshuffled after each epoch. */
 export class Shuffled {
   readonly #canvases: Canvases
   readonly #rng: Rng
@@ -28,7 +28,7 @@ export class Shuffled {
   }
 }
 
-/** The overviews that questions are about, one below the other, as a Perceiver takes them. */
+/** The overviews of the questions' canvases, stacked vertically, as a Perceiver takes them. */
 export function overviewsOf(
   device: Device,
   canvases: Canvases,
@@ -38,7 +38,7 @@ export function overviewsOf(
   return stack(device, pixels, OVERVIEW)
 }
 
-/** The evidence that looking at one cell a question gives. */
+/** The evidence of one cell per question. */
 export function evidenceOf(
   device: Device,
   canvases: Canvases,
@@ -54,7 +54,7 @@ export function evidenceOf(
   }
 }
 
-/** Square RGB images one below the other, in one upload. */
+/** Square RGB images stacked vertically, in one upload. */
 export function stack(device: Device, images: readonly Uint8Array[], side: number): Tensor {
   const size = 3 * side * side
   const all = new Uint8Array(images.length * size)

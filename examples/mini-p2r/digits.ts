@@ -3,7 +3,7 @@ import { createRequire } from 'node:module'
 
 export const DIGIT_SIDE = 28
 
-/** Handwritten digits: count images of 28 x 28 bytes one after the other, and their classes. */
+/** Handwritten digits: `count` concatenated images of 28 x 28 bytes, and their classes. */
 export interface Digits {
   count: number
   pixels: Uint8Array
@@ -25,7 +25,7 @@ export function loadDigits(part: 'train' | 'test'): Digits {
   return { count: labels.data.length, pixels: images.data, labels: labels.data }
 }
 
-/** Digits start..end as a set of their own, sharing the storage. */
+/** Digits start..end as a set that shares the storage. */
 export function sliceDigits(digits: Digits, start: number, end: number): Digits {
   const size = DIGIT_SIDE * DIGIT_SIDE
   return {

@@ -12,19 +12,19 @@ export interface System {
 
 export interface Answered {
   question: Question
-  /** Where the Perceiver looked, and what the Reasoner then said. */
+  /** The Perceiver's cell, and the Reasoner's answer to it. */
   cell: number
   answer: number
-  /** What the Reasoner says when shown the needle's own cell. */
+  /** The Reasoner's answer to the needle's own cell. */
   answerOnTruth: number
 }
 
 export interface Scores {
-  /** Share of questions answered right, end to end. */
+  /** Share of questions answered correctly, end to end. */
   accuracy: number
-  /** Share whose needle lies in the box that the Perceiver chose. */
+  /** Share whose needle is in the Perceiver's box. */
   hit: number
-  /** Share that the Reasoner gets right on the needle's own cell. */
+  /** Share that the Reasoner answers correctly on the needle's own cell. */
   reasoner: number
 }
 
@@ -36,7 +36,7 @@ export async function answerAll(
   signal?: AbortSignal,
 ): Promise<Answered[]> {
   const CHUNK = 96
-  // Greedy draws use no randomness, but take a seed all the same.
+  // Greedy sampling takes a seed, but does not use it.
   const seeds = new Rng(0)
   const answered: Answered[] = []
   for (let first = 0; first < QUESTIONS * count; first += CHUNK) {

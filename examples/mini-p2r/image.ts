@@ -12,7 +12,7 @@ export interface ImageAnswer {
   answer: number
 }
 
-/** Asks every question about an image file, and saves it with the boxes drawn. */
+/** Answers every question about an image file, and saves it with the boxes drawn. */
 export async function answerImage(
   { device, perceiver, reasoner }: System,
   file: string,

@@ -1,5 +1,5 @@
 /**
- * A miniature Perceive-to-Reason system, trained and evaluated from nothing in about two minutes.
+ * A miniature Perceive-to-Reason system, trained from scratch and evaluated in about two minutes.
  * `npm run demo`, or `npm run demo -- --help`.
  */
 import { existsSync } from 'node:fs'
@@ -42,37 +42,37 @@ const CANVASES = {
 } as const
 /** MNIST's last training digits are kept for validation. */
 const VALIDATION_DIGITS = 5000
-/** The learning curve: canvases a point, about how many points, and the least updates between. */
-const CURVE = { canvases: 64, points: 18, apart: 10 } as const
+/** The learning curve: canvases per point, approximate number of points, minimum updates between. */
+const CURVE = { canvases: 64, points: 18, minUpdates: 10 } as const
 const EXAMPLES = 8
 
-const wholeNumber =
+const integerFrom =
   (least: number) =>
   (text: string): number => {
     const value = Number(text)
     if (/^\d+$/.test(text) && value >= least && value <= 0xffffffff) return value
-    throw new InvalidArgumentError(`It should be a whole number from ${least} on.`)
+    throw new InvalidArgumentError(`It should be an integer of at least ${least}.`)
   }
 
 const program = new Command('mini-p2r')
   .description(
     'Trains a miniature Perceive-to-Reason system by PRA-GRPO to read one digit in a megapixel.',
   )
-  .option('--seed <n>', 'of initial weights, order and draws', wholeNumber(0), 0)
+  .option('--seed <n>', 'of initial weights, order and draws', integerFrom(0), 0)
   .option('--device <id>', "'cpu', 'cuda', 'cuda:1' (default: $P2R_DEVICE, else CUDA, else CPU)")
   .option(
     '--steps <n>',
     'policy updates in all; fewer than the default shorten the warm start alike',
-    wholeNumber(1),
+    integerFrom(1),
     SETTINGS.updates,
   )
-  .option('--image <file>', 'answer about this PNG or JPEG with the weights in --out')
+  .option('--image <file>', 'answers questions about this PNG or JPEG with the weights in --out')
   .addOption(
-    new Option('--split <name>', 'what the table is about')
+    new Option('--split <name>', 'the questions of the table')
       .choices(['test', 'validation'])
       .default('test'),
   )
-  .option('--out <folder>', 'where weights, pictures and figures go', join('out', 'demo'))
+  .option('--out <folder>', 'output folder for weights, pictures and figures', join('out', 'demo'))
 
 async function main(options: Options): Promise<void> {
   using device = openDevice(options.device)
@@ -129,7 +129,7 @@ async function trainAndReport(system: System, options: Options, weights: string)
 
   const stop = new AbortController()
   const interrupt = (): void => {
-    // A second Ctrl-C does not wait for the update that is under way.
+    // A second Ctrl-C exits at once, without waiting for the current update.
     if (stop.signal.aborted) process.exit(130)
     stop.abort()
   }
@@ -137,11 +137,11 @@ async function trainAndReport(system: System, options: Options, weights: string)
   try {
     await trainSystem(system, { train, validation, asked }, run, steps, stop.signal)
     await saveSystem(system, weights, seed)
-    // What is evaluated is what was saved.
+    // Loaded again, so that the saved weights are those evaluated.
     await loadSystem(system, weights)
     const answered = await answerAll(system, asked, asked.count, stop.signal)
     run.trained = scoresOf(answered)
-    // One a canvas, the colours in turn.
+    // One question per canvas, cycling through the colours.
     const shown = Array.from(
       { length: EXAMPLES },
       (_, i) => answered[QUESTIONS * i + (i % QUESTIONS)],
@@ -161,7 +161,7 @@ async function trainAndReport(system: System, options: Options, weights: string)
   await saveMetrics(run, join(out, 'metrics.json'))
   console.log(`\n${table(run)}\n`)
   console.log(
-    `${run.stopped ? 'Stopped; what there is lies' : 'Weights, pictures and figures'} in ${out}`,
+    `${run.stopped ? 'Stopped; the results so far are' : 'Weights, pictures and figures'} in ${out}`,
   )
 }
 
@@ -193,7 +193,7 @@ async function trainSystem(
     return scores.accuracy
   }
   let accuracy = await mark()
-  const every = Math.max(CURVE.apart, Math.round(steps / CURVE.points))
+  const every = Math.max(CURVE.minUpdates, Math.round(steps / CURVE.points))
   for (const phase of policy) {
     await followPhase(trainer, phase, run.phases, signal, async () => {
       update++
@@ -217,7 +217,7 @@ async function followPhase(
   const round = phase.round > 0 ? ` ${phase.round}/${SETTINGS.rounds}` : ''
   const title = `${phase.kind}${round}, ${phase.role}`
   const format = `${title.padEnd(24)} {bar} {value}/{total} {shown}`
-  // The bar's own answer to Ctrl-C would come before ours.
+  // The bar's own handler of Ctrl-C would run before ours.
   const bar = new SingleBar({ format, barsize: 24, hideCursor: true, gracefulExit: false })
   const started = performance.now()
   const averages = new Averages()
@@ -236,12 +236,12 @@ async function followPhase(
     bar.stop()
     const seconds = (performance.now() - started) / 1000
     done.push({ ...phase, updates, seconds, ...averages.values })
-    // Bars are drawn on terminals alone; elsewhere a line tells how the phase ended.
+    // Bars are drawn on terminals only; elsewhere a line reports the end of the phase.
     if (!process.stderr.isTTY) console.log(`${title.padEnd(24)} ${updates} updates ${shown}`)
   }
 }
 
-/** Running means, in which a step's weight falls to a third after twenty more. */
+/** Exponential moving averages with a time constant of about twenty steps. */
 class Averages {
   readonly values: Pick<Step, 'reward' | 'hit' | 'loss'> = {}
 

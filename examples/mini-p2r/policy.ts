@@ -1,7 +1,7 @@
 /**
- * The two policies. The Perceiver reads the overview and the question and says where to look, in
- * two location tokens: one of 8 x 8 coarse squares, then one of the 4 x 4 cells in it. The Reasoner
- * reads the question and the evidence, which are the cell at full resolution and a thumbnail of the
+ * The two policies. The Perceiver takes the overview and the question and outputs a location in
+ * two tokens: one of 8 x 8 coarse squares, then one of the 4 x 4 cells in it. The Reasoner
+ * takes the question and the evidence, which are the cell at full resolution and a thumbnail of the
  * image with the cell's box drawn on it, and answers with a digit.
  *
  * Both give token log-probabilities at a temperature and take gradients with respect to them, so
@@ -29,7 +29,7 @@ import { type Tensors, Vit, type VitState } from './vit.js'
 
 const COARSE = 8
 const FINE = LATTICE / COARSE
-/** Images are dark: this brings them to about zero mean and unit range. */
+/** Images are dark: these normalise them to about zero mean and unit range. */
 const MEAN = [0.25, 0.25, 0.25] as const
 const STD = [0.4, 0.4, 0.4] as const
 const PATCHES = { temporalPatchSize: 1, mergeSize: 1, filter: 'box', mean: MEAN, std: STD } as const
@@ -91,7 +91,7 @@ export class Perceiver {
     return this.#vit.params
   }
 
-  /** overviews: u8 [images * 128, 128, 3], one below the other; one question an image. */
+  /** overviews: u8 [images * 128, 128, 3], stacked vertically; one question per image. */
   see(overviews: Tensor, questions: Ints): Seen {
     const regions = Array.from(questions, (_, i) => tile(OVERVIEW, i))
     const patchSize = OVERVIEW / COARSE
@@ -106,7 +106,7 @@ export class Perceiver {
     return { vit, coarse: coarse.reshape([questions.length, COARSE * COARSE]) }
   }
 
-  /** One rollout for each entry of `images`, which says of which image; temperature 0 is greedy. */
+  /** One rollout for each entry of `images`, the index of its image; temperature 0 is greedy. */
   async act(seen: Seen, images: Ints, temperature: number, seeds: Rng): Promise<Locations> {
     const draw = async (logits: Tensor): Promise<Int32Array> =>
       ints(await sample({ logits, temperature, seed: seeds.uint32() }).read())
@@ -168,7 +168,7 @@ export class Perceiver {
     return { logProbs: gatherRows({ x: both, index: order }), cuSeqlens, backward }
   }
 
-  /** Logits of the fine token, which stand at the coarse token's own square. */
+  /** Logits of the fine token, computed from the hidden state of the coarse token's square. */
   #fine(
     seen: Seen,
     images: Ints,
@@ -181,11 +181,11 @@ export class Perceiver {
   }
 }
 
-/** What a Reasoner reads. */
+/** The inputs of a Reasoner. */
 export interface Evidence {
-  /** Cells at full resolution, one below the other: u8 [count * 32, 32, 3]. */
+  /** Cells at full resolution, stacked vertically: u8 [count * 32, 32, 3]. */
   crops: Tensor
-  /** Thumbnails of the whole image, likewise, without their boxes: a pixel is a cell. */
+  /** Thumbnails of the whole image, likewise, without boxes: a pixel is a cell. */
   thumbnails: Tensor
   /** Which cell each crop shows. */
   cells: Ints
@@ -199,7 +199,7 @@ interface Read {
 
 export class Reasoner {
   static readonly #PATCH = 8
-  /** Side of the annotated image as it is read: four patches. */
+  /** Side of the annotated image after resampling: four patches. */
   static readonly #ANNOTATED = 16
   static readonly #ANSWERS = 10
   readonly #device: Device
@@ -263,7 +263,7 @@ export class Reasoner {
       const dAnswers = tokenLogProbsBackward({ ...scored, stats, dLogProbs })
       const dLogits = gatherRowsBackward({ dOut: dAnswers, index: evidences, rows })
       const head: Tensors = {}
-      // Pooled again: it is one small row an image, and so not kept.
+      // Recomputed: one small row per image, so it is not kept from the forward pass.
       const pooled = meanPool({ x: vit.out, cuSeqlens: vit.cuSeqlens })
       const dPooled = this.#vit.linearBackward('answer', pooled, dLogits, head)
       const dOut = meanPoolBackward({ dOut: dPooled, cuSeqlens: vit.cuSeqlens })
@@ -274,14 +274,14 @@ export class Reasoner {
   }
 }
 
-/** The i-th of square images that stand one below the other, at its own size. */
+/** The i-th of vertically stacked square images, without resizing. */
 function tile(side: number, i: number): Region {
   return { box: [0, i * side, side, (i + 1) * side], height: side, width: side }
 }
 
 /**
  * The outline around a cell in the i-th thumbnail. It is one pixel wide, just outside the cell, and
- * held within its own thumbnail, since others stand above and below.
+ * clipped to its own thumbnail, since others are stacked above and below.
  */
 function thumbnailBox(cell: number, i: number): PixelBox {
   const [x, y] = [cell % LATTICE, Math.floor(cell / LATTICE)]

@@ -1,4 +1,4 @@
-/** What a run leaves behind: a table to read, and pictures, plot and figures in a folder. */
+/** A run's report: a table on the terminal; pictures, a plot and figures in a folder. */
 import { writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { cropResample, type DeviceInfo, drawBoxes, saveImage, scopeAsync } from 'p2r-kernels'
@@ -26,7 +26,7 @@ export interface Run {
   device: DeviceInfo
   split: 'test' | 'validation'
   questions: number
-  /** True when it was interrupted: what is missing was not reached. */
+  /** Whether it was interrupted, so that later results are missing. */
   stopped: boolean
   seconds: number
   backbone?: Scores
@@ -44,7 +44,7 @@ export interface Example {
   question: string
   answer: number
   truth: number
-  /** Whether the box holds the digit asked for. */
+  /** Whether the box contains the digit in question. */
   hit: boolean
 }
 
@@ -84,7 +84,7 @@ export async function saveExamples(
       const image = device.tensor(pixels, [CANVAS, CANVAS, 3], 'u8')
       await saveAnnotated(image, [cell], join(folder, annotated))
       const [x, y] = [(cell % LATTICE) * CELL, Math.floor(cell / LATTICE) * CELL]
-      // Enlarged by whole pixels, which is what 'box' does when it enlarges.
+      // Nearest neighbour, which is what 'box' does when it enlarges.
       const ENLARGED = 8 * CELL
       const box = [x, y, x + CELL, y + CELL] as const
       const regions = [{ box, height: ENLARGED, width: ENLARGED }]
@@ -97,7 +97,7 @@ export async function saveExamples(
   return examples
 }
 
-/** Outlines cells just outside their edges, so that the digits stay free. */
+/** Outlines cells just outside their edges, so that no pixel of a digit is covered. */
 export async function saveAnnotated(
   image: Parameters<typeof drawBoxes>[0]['image'],
   cells: readonly number[],
@@ -113,7 +113,7 @@ export async function saveAnnotated(
   await saveImage(drawBoxes({ image, boxes, colors: [yellow], width: LINE }), path)
 }
 
-/** Where a cell of the lattice lies in an image of any size: half open. */
+/** A cell's box in an image of any size, half open. */
 export function cellBox(
   cell: number,
   height: number,
@@ -135,7 +135,7 @@ export async function saveMetrics(run: Run, path: string): Promise<void> {
   await writeFile(path, `${JSON.stringify(run, null, 2)}\n`)
 }
 
-/** The three scores against policy updates, over bands that tell whose turn it was. */
+/** The three scores against policy updates; the background shows the phases. */
 function curveSpec(
   curve: readonly CurvePoint[],
   phases: readonly PhaseSummary[],

@@ -9,7 +9,7 @@ export class Rng {
   #c: number
   #counter = 1
 
-  /** Generators of the same key are equal; keys that differ anywhere give unrelated streams. */
+  /** Generators of the same key are equal; different keys give unrelated streams. */
   constructor(...key: readonly number[]) {
     // FNV-1a (Fowler, Noll, Vo) over the key's 32-bit words, to spread small seeds over the state.
     let hash = 0x811c9dc5
@@ -44,7 +44,7 @@ export class Rng {
     return low + (high - low) * this.unit()
   }
 
-  /** A whole number in [0, n); the bias of the multiplication is under n / 2^32. */
+  /** An integer in [0, n); the bias of the multiplication is under n / 2^32. */
   below(n: number): number {
     return Math.floor(this.unit() * n)
   }

@@ -2,25 +2,25 @@
  * The task: find one coloured digit in a megapixel. After Megapixel MNIST (Katharopoulos and
  * Fleuret 2019, "Processing Megapixel Images with Deep Attention-Sampling Models").
  *
- * A canvas is 1024 x 1024 RGB and is composed of, in this order, the brighter winning at each pixel:
- *  - texture: one of 16 grey backgrounds a split, value noise at three scales and white noise,
- *    rolled around and mirrored at random;
+ * A canvas is 1024 x 1024 RGB, the maximum at each pixel of these, drawn in this order:
+ *  - texture: one of 16 grey backgrounds per split, value noise at three scales and white noise,
+ *    rolled and mirrored at random;
  *  - 60 grey strokes: gently curving random walks of 12 to 40 pixels with a 2 or 3 pixel pen;
- *  - 24 fragments: squares of 8 to 11 pixels cut out of random digits, grey or coloured;
+ *  - 24 fragments: squares of 8 to 11 pixels cropped from random digits, grey or coloured;
  *  - three needles: whole MNIST digits at their native 28 x 28, one red, one green, one blue.
  * The question is a colour, the answer that needle's class; each canvas gives three questions.
  *
- * A needle lies inside one cell of a 32 x 32 lattice of 32-pixel cells, so that a cell is a box.
- * That is easier than free placement, and part of what the demo's figures mean.
+ * A needle is inside one cell of a 32 x 32 lattice of 32-pixel cells, so that a cell is a box.
+ * That is easier than free placement, which matters for reading the demo's figures.
  *
- * A scene is a description of about 8 KB. Crops are painted straight from it, and so is the
- * overview: backgrounds roll by whole blocks of 8 pixels, hence the 8 x 8 means of the bare
- * background are means known beforehand, and only pixels under an object have to be looked at.
+ * A scene is a description of about 8 KB, from which crops and the overview are rendered directly.
+ * Backgrounds roll by whole blocks of 8 pixels, so the 8 x 8 means of the bare background are
+ * precomputed, and only pixels under an object are visited.
  */
 import { DIGIT_SIDE, type Digits } from './digits.js'
 import { Rng } from './rng.js'
 
-/** Sides are powers of two: whatever wraps around them is masked. */
+/** Sides are powers of two, so that coordinates wrap by a mask. */
 export const CANVAS = 1024
 /** Side of a cell, in pixels, and of the lattice, in cells. */
 export const CELL = 32
@@ -38,7 +38,7 @@ export const QUESTIONS = COLOURS.length
 const BACKGROUNDS = 16
 const STROKES = 60
 const FRAGMENTS = 24
-/** Needles keep this many cells apart, so that no crop shows two. */
+/** Minimum distance of needles in cells, so that no crop shows two. */
 const NEEDLE_DISTANCE = 3
 /** Tints at full intensity: grey, then the question's colours, which are pale enough to be seen. */
 const PALETTE = [
@@ -62,7 +62,7 @@ interface Background {
   blocks: Uint16Array
 }
 
-/** What an object covers: half open. */
+/** An object's bounding box, half open. */
 interface Extent {
   x0: number
   y0: number
@@ -77,7 +77,7 @@ interface Stroke extends Extent {
   path: Int16Array
 }
 
-/** A digit, or a square cut from one at (left, top). */
+/** A digit, or a square cropped from one at (left, top). */
 interface Sprite extends Extent {
   digit: number
   left: number
@@ -114,7 +114,7 @@ export interface Overview {
   thumbnail: Uint8Array
 }
 
-/** A set of canvases, each a function of (seed, index) alone and made when first asked for. */
+/** A set of canvases, each a function of (seed, index) alone and generated on first access. */
 export class Canvases {
   readonly count: number
   readonly #digits: Digits
@@ -122,7 +122,7 @@ export class Canvases {
   readonly #backgrounds: readonly Background[]
   readonly #scenes: Scene[] = []
   readonly #overviews: Overview[] = []
-  /** A canvas of (tint << 8 | intensity), 0 where no object is; kept clean between calls. */
+  /** A canvas of (tint << 8 | intensity), 0 where no object is; cleared between calls. */
   readonly #layer = new Uint16Array(CANVAS * CANVAS)
   readonly #touched = new Int32Array(CANVAS * CANVAS)
 
@@ -223,7 +223,7 @@ export class Canvases {
     return { pixels: means(sums, BLOCK ** 2), thumbnail: means(cells, CELL ** 2) }
   }
 
-  /** Paints the objects that meet the window onto the layer; returns how many pixels it touched. */
+  /** Draws the objects that intersect the window onto the layer; returns the number of pixels drawn. */
   #paint(scene: Scene, window: Extent): number {
     let touched = 0
     const put = (x: number, y: number, value: number, tint: number): void => {
@@ -262,7 +262,7 @@ export class Canvases {
   }
 }
 
-/** Where column x of a scene comes from in its background. */
+/** The column of the background that is column x of a scene. */
 function sourceX(scene: Scene, x: number): number {
   return ((scene.mirrored ? CANVAS - 1 - x : x) + scene.rollX) & (CANVAS - 1)
 }
@@ -307,7 +307,7 @@ function makeScene(digits: Digits, rng: Rng): Scene {
     const side = 8 + rng.below(4)
     const x = rng.below(CANVAS - side)
     const y = rng.below(CANVAS - side)
-    // From 6 on: the digit's middle, so that a fragment is seldom blank.
+    // From 6 on: the middle of the digit, so that fragments are rarely blank.
     const left = 6 + rng.below(DIGIT_SIDE - 6 - side)
     const top = 6 + rng.below(DIGIT_SIDE - 6 - side)
     const tint = rng.below(PALETTE.length)
@@ -394,7 +394,7 @@ function noise(rng: Rng, cells: number): Float64Array {
   return Float64Array.from({ length: cells * cells }, () => rng.unit())
 }
 
-/** Adds a row of bilinear value noise whose lattice wraps around, so that rolling leaves no seam. */
+/** Adds a row of bilinear value noise with a periodic lattice, so that rolling leaves no seam. */
 function addNoiseRow(
   row: Float64Array,
   y: number,

@@ -1,9 +1,9 @@
 /**
  * Training: a supervised warm start, which stands in for the paper's pretrained backbone, then
- * PRA-GRPO. Perceiver and Reasoner take turns. In the Perceiver's phase a group of boxes is drawn
- * for each question and the frozen Reasoner answers each; in the Reasoner's phase the frozen
- * Perceiver's best box stays and a group of answers is drawn. Either way the reward is 1 for a
- * right final answer and 0 for a wrong one: no box is ever labelled here.
+ * PRA-GRPO, in alternating phases. In the Perceiver's phase a group of boxes is sampled for each
+ * question and the frozen Reasoner answers each; in the Reasoner's phase the frozen Perceiver's
+ * greedy box is fixed and a group of answers is sampled. Either way the reward is 1 for a correct
+ * final answer and 0 for a wrong one: boxes have no labels here.
  */
 import { groupAdvantages, policyLoss, scopeAsync, type Tensor } from 'p2r-kernels'
 import { evidenceOf, mean, overviewsOf, repeated, Shuffled } from './batch.js'
@@ -22,12 +22,12 @@ export const SETTINGS = {
   /** Policy updates of a full run; two sevenths of them are the Perceiver's. */
   updates: 1260,
   perceiverShare: 2 / 7,
-  /** The Perceiver's is short: its hit rate is to start low, and rises steeply after this. */
+  /** The Perceiver's is short, so that its hit rate starts low; it rises steeply after this. */
   warmStart: { perceiver: 68, reasoner: 800, lr: 2e-3 },
   lr: { perceiver: 5e-4, reasoner: 7e-4 },
   /**
-   * Below 1 the Perceiver's policy is sharper: of 1024 cells drawn evenly hardly any holds the
-   * needle, and the tenth of the wrong ones that are answered right by chance would drown them.
+   * Below 1 the Perceiver's policy is sharper: of 1024 cells sampled uniformly hardly any contains the
+   * needle, and the tenth of the others that are answered correctly by chance would dominate.
    */
   temperature: { perceiver: 0.5, reasoner: 1 },
   klCoef: 0.01,
@@ -85,7 +85,7 @@ export class Trainer {
   readonly #canvases: Canvases
   readonly #questions: Shuffled
   readonly #draws: Rng
-  /** The trained role's weights at the start of its phase, from which the KL term holds it. */
+  /** The trained role's weights at the start of its phase, the reference of the KL term. */
   readonly #reference: { perceiver: Perceiver; reasoner: Reasoner }
   #optimizers: Record<Role, Optimizer>
   #kind: Phase['kind'] = 'warm start'
@@ -103,7 +103,7 @@ export class Trainer {
     this.#optimizers = this.#freshOptimizers()
   }
 
-  /** Yields after each update; whoever stops iterating stops the training between two of them. */
+  /** Yields after each update; ending the iteration stops the training between updates. */
   async *run(phase: Phase): AsyncGenerator<Step> {
     if (phase.kind !== this.#kind) {
       for (const optimizer of Object.values(this.#optimizers)) optimizer.dispose()
@@ -164,11 +164,16 @@ export class Trainer {
     const locations = await perceiver.act(seen, groups, temperature, this.#draws)
     const scored = perceiver.score(seen, groups, locations, temperature)
     const reference = this.#reference.perceiver
-    const held = reference.score(reference.see(overviews, colours), groups, locations, temperature)
+    const anchored = reference.score(
+      reference.see(overviews, colours),
+      groups,
+      locations,
+      temperature,
+    )
 
     const cells = Int32Array.from(groups, (_, i) => cellOf(locations, i))
     const rewards = await this.#judge(questions, groups, cells)
-    this.#update('perceiver', scored, held, rewards, groups)
+    this.#update('perceiver', scored, anchored, rewards, groups)
     const hits = Array.from(groups, (group, i) => Number(questions[group]?.cell === cells[i]))
     return { reward: mean(rewards), hit: mean(hits) }
   }
@@ -188,12 +193,17 @@ export class Trainer {
     const answers = await reasoner.act(read, groups, temperature, this.#draws)
     const scored = reasoner.score(read, groups, answers, temperature)
     const reference = this.#reference.reasoner
-    const held = reference.score(reference.read(evidence, colours), groups, answers, temperature)
+    const anchored = reference.score(
+      reference.read(evidence, colours),
+      groups,
+      answers,
+      temperature,
+    )
 
     const right = (group: number, i: number): number =>
       Number(questions[group]?.label === answers[i])
     const rewards = Float32Array.from(groups, right)
-    this.#update('reasoner', scored, held, rewards, groups)
+    this.#update('reasoner', scored, anchored, rewards, groups)
     const hits = questions.map(({ cell }, i) => Number(cell === cells[i]))
     return { reward: mean(rewards), hit: mean(hits) }
   }
@@ -202,14 +212,14 @@ export class Trainer {
   #update(
     role: Role,
     scored: Scored,
-    held: Scored,
+    anchored: Scored,
     rewards: Float32Array,
     groups: Int32Array,
   ): void {
     const given = this.#system.device.tensor(rewards, [rewards.length])
     const { dLogProbs } = policyLoss({
       logProbs: scored.logProbs,
-      refLogProbs: held.logProbs,
+      refLogProbs: anchored.logProbs,
       advantages: groupAdvantages({ rewards: given, groups, estimator: 'grpo' }),
       cuSeqlens: scored.cuSeqlens,
       kl: 'k3',
@@ -218,14 +228,14 @@ export class Trainer {
     this.#optimizers[role].update(scored.backward(dLogProbs), SETTINGS.lr[role])
   }
 
-  /** 1 for each rollout whose cell the frozen Reasoner answers right from. */
+  /** 1 for each rollout from whose cell the frozen Reasoner answers correctly. */
   async #judge(
     questions: Question[],
     groups: Int32Array,
     cells: Int32Array,
   ): Promise<Float32Array> {
     const { device, reasoner } = this.#system
-    // Rollouts of a group often agree: each (question, cell) is read once.
+    // Rollouts of a group often agree: each (question, cell) is evaluated once.
     const seen = new Map<string, number>()
     const asked: Question[] = []
     const shown: number[] = []
@@ -244,7 +254,7 @@ export class Trainer {
     return Float32Array.from(where, (at) => Number(answers[at] === asked[at]?.label))
   }
 
-  /** The Perceiver's greedy cells, looked up where they are known. */
+  /** The Perceiver's greedy cells, cached per question. */
   async #bestCells(questions: Question[], boxes: Map<string, number>): Promise<number[]> {
     const { device, perceiver } = this.#system
     const key = ({ canvas, colour }: Question): string => `${canvas} ${colour}`

@@ -3,8 +3,8 @@
  * through a linear layer, plus learned positions and the question's embedding, then blocks of
  * attention and a four times wider MLP, then a last layer norm (Dosovitskiy et al. 2021).
  *
- * There is no tape. `forward` keeps what `backward` needs, and each block's backward is its forward
- * read from the bottom up. Everything allocated on the way belongs to the caller's `scope`.
+ * There is no tape: `forward` returns the activations that `backward` needs, and each block's backward
+ * pass is its forward pass in reverse. All intermediate tensors belong to the caller's `scope`.
  */
 import {
   adamW,
@@ -55,7 +55,7 @@ export interface VitState {
   /** [images * tokens, width] */
   out: Tensor
   pixels: Tensor
-  /** Of each token: its place in the image, and the question asked about the image. */
+  /** Of each token: its position in the image, and the question about the image. */
   positions: Int32Array
   questions: Int32Array
   cuSeqlens: Int32Array
@@ -75,7 +75,7 @@ export class Vit {
     const { tokens, inputs, width, depth, questions } = shape
     this.addLinear('patch', inputs, width, rng)
     this.#addNormal('position', [tokens, width], 0.02, rng)
-    // Larger than the positions': the question has to be heard in every token from the start.
+    // Larger than the positions', so that the question affects every token from the start.
     this.#addNormal('question', [questions, width], 0.5, rng)
     for (let block = 0; block < depth; block++) {
       this.#addNorm(`${block}.norm1`)
@@ -90,7 +90,7 @@ export class Vit {
 
   /**
    * A linear layer's weight and bias, uniform in +-1/sqrt(inputs). A head, given a gain, starts
-   * with weights that much smaller and no bias, so that its first predictions are nearly even.
+   * with weights that much smaller and no bias, so that its first predictions are nearly uniform.
    */
   addLinear(name: string, inputs: number, outputs: number, rng: Rng, gain?: number): void {
     const bound = 1 / Math.sqrt(inputs)
@@ -115,7 +115,7 @@ export class Vit {
     return dX
   }
 
-  /** pixels [images * tokens, inputs], and one question an image. */
+  /** pixels [images * tokens, inputs], and one question per image. */
   forward(pixels: Tensor, question: Ints): VitState {
     const { tokens, width, depth } = this.shape
     const images = question.length
@@ -125,9 +125,9 @@ export class Vit {
     const cuSeqlens = Int32Array.from({ length: images + 1 }, (_, i) => i * tokens)
 
     const patches = this.linear('patch', pixels).reshape([images, tokens, width])
-    const placed = add({ x: patches, y: this.#param('position') })
+    const positioned = add({ x: patches, y: this.#param('position') })
     const asked = gatherRows({ x: this.#param('question'), index: questions })
-    let x = add({ x: placed.reshape([images * tokens, width]), y: asked })
+    let x = add({ x: positioned.reshape([images * tokens, width]), y: asked })
     const blocks: BlockState[] = []
     for (let i = 0; i < depth; i++) {
       const block = this.#blockForward(i, x, cuSeqlens)
