@@ -146,7 +146,7 @@ export async function measure(
   workload: Workload,
   device: Device,
   effort: Effort,
-  note: (sentence: string) => void,
+  note: (message: string) => void,
   progress: (what: string) => void = () => {},
 ): Promise<Row[]> {
   const label = `${op} ${workload.name}`
@@ -260,7 +260,7 @@ async function theirs(
   inputs: readonly Inputs[],
   expected: ArrayLike<number>,
   label: string,
-  note: (sentence: string) => void,
+  note: (message: string) => void,
 ): Promise<Contender | undefined> {
   const runs: PeerRun[] = []
   const close = () => {

@@ -72,7 +72,7 @@ const program = new Command('npm run bench --')
   .option('--html <file>', 'writes a report with plots')
   .option('--scaling', 'measures how time and memory grow with size', false)
   .option('--quick', 'fewer samples, fewer cases', false)
-  .option('--no-peers', 'measures this package alone, and installs nothing')
+  .option('--no-peers', 'measures only this package, and installs nothing')
   .option('--baseline <file>', 'an earlier --json: names what got slower beyond the noise')
   .option('--input <file>', 'shows and compares an earlier --json instead of measuring')
   .parse()
@@ -142,7 +142,7 @@ async function measured(names: readonly string[]): Promise<Results> {
 
   const effort: Effort = {
     ...(options.quick ? quick : thorough),
-    // The size of a GPU's cache is not queried: twice the largest.
+    // The L2 size of a GPU is not queried: an upper bound.
     cacheBytes: onCpu ? cacheBytes() : 2 ** 26,
     peers,
   }
@@ -166,7 +166,7 @@ async function measured(names: readonly string[]): Promise<Results> {
             workload,
             openDevice(info.id, n === undefined ? {} : { threads: n }),
             effort,
-            (sentence) => notes.add(sentence),
+            (message) => notes.add(message),
             (what) => progress(`[${at + 1}/${benchmarks.length}] ${what}`),
           )),
         )
@@ -175,7 +175,7 @@ async function measured(names: readonly string[]): Promise<Results> {
   Object.assign(results.versions, await pythonVersions())
   const after = await ceilings()
   await stopPython()
-  for (const sentence of disturbances(before, after)) notes.add(sentence)
+  for (const message of disturbances(before, after)) notes.add(message)
   progress('')
   return save(before.map((c, i) => better(c, after[i]!)))
 }

@@ -77,10 +77,10 @@ export function judged(
   const target = targets.find((t) => matches(t, row, results))
   if (!target) return undefined
   const { times, than, share, teraflops, ms } = target
-  const told = (got: string | undefined, ratio?: number, whom?: string): Verdict => ({
+  const verdict = (got: string | undefined, ratio?: number, of?: string): Verdict => ({
     target,
     row,
-    reach: reachOf(target, whom),
+    reach: reachOf(target, of),
     got: got ?? 'not measured',
     ...(ratio === undefined ? {} : { ratio }),
   })
@@ -95,19 +95,19 @@ export function judged(
               : r.case === than && r.implementation === ourName),
         )
       : peersOf(row, results)[0]
-    if (!other) return told(undefined)
+    if (!other) return verdict(undefined)
     const got = other.median / row.median
-    return told(`x${got.toPrecision(3)}`, got / times, than ?? other.implementation)
+    return verdict(`x${got.toPrecision(3)}`, got / times, than ?? other.implementation)
   }
   if (share !== undefined) {
-    if (row.share === undefined) return told(undefined)
-    return told(`${(row.share * 100).toFixed(0)} %`, row.share / share, row.ceiling)
+    if (row.share === undefined) return verdict(undefined)
+    return verdict(`${(row.share * 100).toFixed(0)} %`, row.share / share, row.ceiling)
   }
   if (teraflops !== undefined) {
     const got = (row.flops ?? 0) / row.median / 1e9
-    return told(`${got.toFixed(0)} TFLOP/s`, got / teraflops)
+    return verdict(`${got.toFixed(0)} TFLOP/s`, got / teraflops)
   }
-  return told(`${row.median.toPrecision(3)} ms`, ms! / row.median)
+  return verdict(`${row.median.toPrecision(3)} ms`, ms! / row.median)
 }
 
 /** A target in words; `of` is what it is relative to, if measured. */

@@ -39,10 +39,10 @@ function release(made: Set<Disposes>, result: unknown): void {
   for (const tensor of made) tensor.dispose()
 }
 
-/** The method by which an object tells a scope the tensors in its private fields. */
+/** The method by which an object yields the tensors in its private fields to a scope. */
 export const holds: unique symbol = Symbol('holds')
 
-/** What an object's `holds` method tells; nothing without one. */
+/** What an object's `holds` method yields; nothing without one. */
 export function heldBy(value: object): Iterable<unknown> {
   return (value as { [holds]?: () => Iterable<unknown> })[holds]?.() ?? []
 }

@@ -416,10 +416,10 @@ def leaving(given, options):
     ['without its package', 'lacking', 'any', /^lacking\.py .*a_package_that_is_not_here/],
     ['that throws', 'scaling', 'broken', /^Python was skipped: ValueError: no such number\.$/],
     ['whose process ends', 'scaling', 'leaving', /^Python was skipped: its process ended/],
-  ])('%s is skipped with a sentence', async (_, script, call, sentence) => {
+  ])('%s is skipped with a message', async (_, script, call, message) => {
     const opening = peer(script, call).open(1, 'cpu')
     await expect(opening).rejects.toThrow(PeerAbsent)
-    await expect(opening).rejects.toThrow(sentence)
+    await expect(opening).rejects.toThrow(message)
   })
 })
 

@@ -1,4 +1,4 @@
-// A server on loopback that speaks as much of the OpenAI chat API as its script says, well or badly.
+// A server on loopback that implements as much of the OpenAI chat API as its script does, correctly or not.
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
 import type { AddressInfo } from 'node:net'
 

@@ -344,20 +344,33 @@ describe('evaluate', () => {
     await picture('m.png')
     server = await chatServer(obliging)
     const good = { image: 'm.png', question: 'say A', answer: 'A' }
-    const told = async (rows: object[], code: number, message: RegExp, ...more: string[]) => {
+    const expectError = async (
+      rows: object[],
+      code: number,
+      message: RegExp,
+      ...more: string[]
+    ) => {
       const data = write('bad.jsonl', rows)
       const args = ['evaluate', data, '--model', 'm', '--base-url', server!.baseURL, ...more]
       expect(await run(...args)).toMatchObject({ code, err: expect.stringMatching(message) })
     }
-    await told([good, { ...good, image: 'none.png' }], 1, /bad.jsonl:2: there is no image none.png/)
-    await told([good, { image: 'm.png', answer: 'A' }], 1, /bad.jsonl:2: there is no 'question'/)
-    await told([{ ...good, answer: null }], 1, /bad.jsonl:1: there is no 'answer'/)
-    await told([{ ...good, form: 'x' }], 1, /bad.jsonl:1: the form/)
-    await told([], 2, /holds no questions/)
+    await expectError(
+      [good, { ...good, image: 'none.png' }],
+      1,
+      /bad.jsonl:2: there is no image none.png/,
+    )
+    await expectError(
+      [good, { image: 'm.png', answer: 'A' }],
+      1,
+      /bad.jsonl:2: there is no 'question'/,
+    )
+    await expectError([{ ...good, answer: null }], 1, /bad.jsonl:1: there is no 'answer'/)
+    await expectError([{ ...good, form: 'x' }], 1, /bad.jsonl:1: the form/)
+    await expectError([], 2, /holds no questions/)
     writeFileSync(join(folder, 'other.jsonl'), '{"line": 1, "question": "else", "truth": "A"}\n')
-    await told([good], 2, /other questions/, '--out', 'other.jsonl')
+    await expectError([good], 2, /other questions/, '--out', 'other.jsonl')
     writeFileSync(join(folder, 'junk.jsonl'), 'hello\nworld\n')
-    await told([good], 2, /no result/, '--out', 'junk.jsonl')
+    await expectError([good], 2, /not a result/, '--out', 'junk.jsonl')
     expect(server.requests.length).toBe(0)
     expect(await run('evaluate', 'none.jsonl')).toMatchObject({
       code: 1,

@@ -22,7 +22,7 @@ test('the CPU is the first device, CUDA devices follow', () => {
   expect(rest.length > 0).toBe(cudaStatus().available)
 })
 
-test('cudaStatus gives its reason in a sentence', () => {
+test('cudaStatus has a reason as text', () => {
   const status = cudaStatus()
   expect(status.reason).toMatch(/^[A-Z0-9].*\.$/)
   if (status.available) expect(status.built).toBe(true)
@@ -222,7 +222,7 @@ onEveryBackend('device', (b) => {
       peak = Math.max(peak, device.memory().liveBytes)
       await turn()
     }
-    // 4800 MiB were made. V8 hears of each 128 MiB, and marks garbage beside the loop when it likes.
+    // 4800 MiB were made. V8 is notified of each 128 MiB, and collects garbage concurrently.
     expect(peak).toBeLessThan(2400 * 2 ** 20)
   })
 

@@ -140,7 +140,7 @@ describe('OpenAIPolicy', () => {
     ['503', fails(503, 'loading'), /answered 503 loading/],
     ['429', fails(429, 'slow down', { 'retry-after': '0' }), /answered 429 slow down/],
     ['408', fails(408, 'late'), /408/],
-  ])('%s: tried again, then told', async (_, reply, message) => {
+  ])('%s: retried, then reported', async (_, reply, message) => {
     vi.spyOn(Math, 'random').mockReturnValue(-0.7 / 0.5) // 25 ms instead of half a second
     const once = await policy([reply, says('fine')], { maxRetries: 1 })
     expect(await once.generate(ask())).toEqual([{ text: 'fine' }])

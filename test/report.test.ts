@@ -138,7 +138,7 @@ test('a table has the measurement, its share, the best peer and the outcome', ()
   for (const line of rest.slice(1)) expect(line).toContain('| not yet measured |')
 })
 
-test("a GPU's lengths share a line, told by the worst of them", () => {
+test("a GPU's lengths share a line, which shows the worst of them", () => {
   const gpu: Results = example()
   gpu.machine.device = 'NVIDIA H200'
   const measured = (size: number, median: number) => {

@@ -75,7 +75,7 @@ onEveryBackend('VisionTower', (b) => {
         expect(out.hidden).toHaveLength(depth + 1)
         for (const [i, state] of out.hidden!.entries())
           expect(relativeL2(await state.toFloat32(), f32(`hidden_${i}`))).toBeLessThan(gate)
-        // Each query hands out a probability of 1, in each head, within its frame.
+        // Each query distributes a probability of 1, in each head, within its frame.
         for (const mass of out.mass!) {
           expect(mass.shape).toEqual([heads, meta.tokens])
           const values = await mass.toFloat32()

@@ -23,7 +23,7 @@ import sys
 
 
 class Absent(Exception):
-    """A peer that is not here, with a sentence that says why."""
+    """A peer that is missing, with the reason."""
 
 
 def main():

@@ -5,8 +5,8 @@ import { logProbResults } from './log_probs.js'
 import {
   type LossMetrics,
   lossArguments,
-  lossMetrics,
   type PolicyLossInput,
+  withMetrics,
 } from './policy_loss.js'
 
 /** A linear head over a vocabulary, and the target tokens. */
@@ -120,16 +120,12 @@ export function linearLossAs(op: string, a: LinearPolicyLoss): ReturnType<typeof
     ...intoArguments(a.into, op),
   ) as unknown[]
   const { device } = a.hidden
-  const numbers = wrap<'f32'>(device, metrics)
-  return held(
-    {
-      loss: wrap(device, loss),
-      logProbs: wrap(device, logProbs),
-      ...gradients(a, rest),
-      metrics: async () => lossMetrics(await numbers.read()),
-    },
-    [numbers],
-  )
+  const results = {
+    loss: wrap(device, loss),
+    logProbs: wrap(device, logProbs),
+    ...gradients(a, rest),
+  }
+  return withMetrics(results, wrap<'f32'>(device, metrics))
 }
 
 function headArguments(op: string, a: LinearHead) {

@@ -136,16 +136,20 @@ export function lossAs(op: string, a: PolicyLossInput): ReturnType<typeof policy
     ...lossArguments(op, a),
   ) as unknown[]
   const { device } = a.logProbs
-  const numbers = wrap<'f32'>(device, metrics)
-  return held(
-    {
-      loss: wrap(device, loss),
-      dLogProbs: wrap(device, dLogProbs),
-      ...(dEntropy ? { dEntropy: wrap(device, dEntropy) } : {}),
-      metrics: async () => lossMetrics(await numbers.read()),
-    },
-    [numbers],
-  )
+  const results = {
+    loss: wrap(device, loss),
+    dLogProbs: wrap(device, dLogProbs),
+    ...(dEntropy ? { dEntropy: wrap(device, dEntropy) } : {}),
+  }
+  return withMetrics(results, wrap<'f32'>(device, metrics))
+}
+
+/** @internal A loss's results with its metrics, which are read on demand. */
+export function withMetrics<R extends object>(
+  results: R,
+  numbers: Tensor<'f32'>,
+): Held<R & { metrics: () => Promise<LossMetrics> }> {
+  return held({ ...results, metrics: async () => lossMetrics(await numbers.read()) }, [numbers])
 }
 
 /** @internal What binding/policy_loss.h reads: all but the log-probs and the entropy. */
@@ -204,8 +208,7 @@ function unlessFalse(
   return value === false ? null : (value ?? otherwise)
 }
 
-/** @internal */
-export function lossMetrics(m: Float32Array): LossMetrics {
+function lossMetrics(m: Float32Array): LossMetrics {
   return {
     loss: m[0]!,
     policyLoss: m[1]!,

@@ -59,7 +59,7 @@ const encodedAhead = 8
  * A final failure is ERR_POLICY with its cause; an abort rejects with the signal's reason.
  *
  * A model that declines gives completions with `refusal`. Token ids come from vLLM's
- * `return_token_ids` or `return_tokens_as_token_ids`, whichever the server knows; log-probabilities
+ * `return_token_ids` or `return_tokens_as_token_ids`, whichever the server supports; log-probabilities
  * are the server's, which for vLLM are those of temperature 1 unless it was started otherwise.
  */
 export class OpenAIPolicy implements Policy {
