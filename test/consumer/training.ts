@@ -15,6 +15,8 @@ import {
   grpoStep,
   informativeGroups,
   kernels,
+  type LogProbsBackward,
+  type LogProbsShard,
   type LossAggregation,
   type LossMetrics,
   mergeLogProbs,
@@ -46,11 +48,12 @@ export function encoder(device: Device, qkv: Tensor, dOut: Tensor): Tensor[] {
 
 export function logProbs(logits: Tensor, targets: Tensor): Tensor {
   using whole = tokenLogProbs({ logits, targets, temperature: 0.7, entropy: true })
-  const shard = tokenLogProbsShard({ logits, targets, vocabOffset: 0 })
+  const shard: LogProbsShard = tokenLogProbsShard({ logits, targets, vocabOffset: 0 })
   using merged = mergeLogProbs([shard, shard])
   const { stats } = merged
   const dLogProbs = whole.entropy ?? merged.logProbs
-  return tokenLogProbsBackward({ logits, targets, stats, dLogProbs, inPlace: true })
+  const back: LogProbsBackward = { logits, targets, stats, dLogProbs, inPlace: true }
+  return tokenLogProbsBackward(back)
 }
 
 export async function loss(tokens: Tensor, rewards: Tensor): Promise<LossMetrics[]> {
