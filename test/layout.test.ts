@@ -1,5 +1,5 @@
-// The structure of the tree: every family of operations has its files in every layer, and includes
-// and imports point one way.
+// The layers that docs/architecture.md describes: every family has its files in each of them, and
+// includes and imports run one way.
 import { existsSync, readdirSync, readFileSync, statSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
