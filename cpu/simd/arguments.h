@@ -4,8 +4,8 @@
 
 namespace p2r::cpu {
 
-// The gradient of one row of logits; see softmax_slopes.
-struct SoftmaxRow {
+// The gradient of one row of logits; see logit_gradient.
+struct LogitGradientRow {
   float inverse, inverse_low;  // 1 / temperature, in two parts
   float maximum, log_sum;      // stats
   float scale_p, scale_h;

@@ -1,11 +1,11 @@
-// Rows of f16 and bf16 to f32 and back.
+// Converts rows of f32, f16 and bf16 to f32 and back, rounding to nearest even.
 #include "cpu/simd/simd.h"
 #include "cpu/simd/vec.h"
 
 namespace p2r::cpu::P2R_ISA {
 
-// Tails go through a padded vector: the scalar conversions of ops/half.h are inline functions that
-// files for other instruction sets share.
+// Tails are converted as padded vectors: the scalar conversions of ops/half.h are inline functions,
+// of which the linker may keep another instruction set's copy (simd.h).
 namespace {
 
 inline vf widen(DType from, vh h) { return from == DType::bf16 ? from_bf16(h) : from_f16(h); }

@@ -6,7 +6,7 @@
 //
 // A core reads the 64 bytes of a vector of f32 in about 2 ns (30 GB/s), and so has to be done with
 // its 16 exponentials in less. With vexp a vector took 2.7 ns from the first-level cache, forward
-// and backward, and two cores were no nearer to memory's rate than one; with power_of_two and its
+// and backward, and two cores were no nearer to memory's rate than one; with exp2_factors and its
 // second factor inside the sum's multiply-add it takes 1.4 (Zen 5), and memory binds. The backward
 // pass can not be spared its reading: what the forward pass read last is in the third-level cache,
 // but going back through it from the end was slower than reading on in order.
@@ -24,28 +24,21 @@ namespace {
 constexpr int64_t kBlock = 2048;
 constexpr double kLn2 = 0.693147180559945309;
 
-struct F32 {
-  typedef float T;
-  static vf get(const T* p) { return loadf(p); }
-  static void put(T* p, vf x) { store(p, x); }
-};
-struct F16 {
-  typedef uint16_t T;
-  static vf get(const T* p) { return from_f16(load<vh>(p)); }
-  static void put(T* p, vf x) { store(p, to_f16(x)); }
-};
-struct Bf16 {
-  typedef uint16_t T;
-  static vf get(const T* p) { return from_bf16(load<vh>(p)); }
-  static void put(T* p, vf x) { store(p, to_bf16(x)); }
-};
+template <class E>
+inline vf load_f32(const typename E::Element* p) {
+  return E::to_f32(load<typename E::Vector>(p));
+}
+template <class E>
+inline void store_f32(typename E::Element* p, vf x) {
+  store(p, E::from_f32(x));
+}
 
 // The last elements of a row, padded to a whole number of vectors with `padding`.
 template <class E>
-inline vf get_part(const typename E::T* p, int64_t n, vf padding) {
-  typename E::T rest[W] = {};
+inline vf get_part(const typename E::Element* p, int64_t n, vf padding) {
+  typename E::Element rest[W] = {};
   memcpy(rest, p, n * sizeof *p);
-  const vf x = E::get(rest);
+  const vf x = load_f32<E>(rest);
   vi lane;
   for (int i = 0; i < W; ++i) lane[i] = i;
   return lane < (int32_t)n ? x : padding;
@@ -56,7 +49,7 @@ template <bool moment>
 struct Powers {
   vf s[4] = {}, t[4] = {};
   void add(int k, vf d) {
-    const Power e = power_of_two(d, 1);
+    const Exp2 e = exp2_factors(d, 1);
     s[k] += e.scale * e.rest;  // the same bits with the moment or without: no product is shared
     if (moment) t[k] += e.scale * (e.rest * vmax(set1(-160.0f), d));  // 0 · -inf is not 0
   }
@@ -65,23 +58,23 @@ struct Powers {
 };
 
 template <class E, bool moment>
-void sums(const typename E::T* z, int64_t n, float inverse, float* out) {
+void sums(const typename E::Element* z, int64_t n, float inverse, float* out) {
   const vf lowest = set1(-INFINITY);
   const float to_binary = (float)(inverse / kLn2);
   float maximum = -INFINITY;
   double total = 0, weighted = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const typename E::T* block = z + begin;
+    const typename E::Element* block = z + begin;
     const int64_t size = n - begin < kBlock ? n - begin : kBlock;
     const int64_t whole = size / W * W;
 
     vf top[4] = {lowest, lowest, lowest, lowest};
     int64_t i = 0;
     for (; i + 4 * W <= whole; i += 4 * W)
-      for (int k = 0; k < 4; ++k) top[k] = vmax(E::get(block + i + k * W), top[k]);
-    for (; i < whole; i += W) top[0] = vmax(E::get(block + i), top[0]);
+      for (int k = 0; k < 4; ++k) top[k] = vmax(load_f32<E>(block + i + k * W), top[k]);
+    for (; i < whole; i += W) top[0] = vmax(load_f32<E>(block + i), top[0]);
     if (whole < size) top[0] = vmax(get_part<E>(block + whole, size - whole, lowest), top[0]);
-    const float block_maximum = max_of(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
+    const float block_maximum = max(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
 
     if (block_maximum > maximum) {
       if (total != 0) {
@@ -99,9 +92,9 @@ void sums(const typename E::T* z, int64_t n, float inverse, float* out) {
     for (i = 0; i + 4 * W <= whole; i += 4 * W) {
       for (size_t byte = 0; byte < 4 * W * sizeof *block; byte += 64)
         __builtin_prefetch((const char*)(block + kBlock + i) + byte);
-      for (int k = 0; k < 4; ++k) add(k, E::get(block + i + k * W));
+      for (int k = 0; k < 4; ++k) add(k, load_f32<E>(block + i + k * W));
     }
-    for (; i < whole; i += W) add(0, E::get(block + i));
+    for (; i < whole; i += W) add(0, load_f32<E>(block + i));
     if (whole < size) add(0, get_part<E>(block + whole, size - whole, lowest));
     total += sum(powers.sum());
     if (moment) weighted += kLn2 * sum(powers.weighted());
@@ -132,7 +125,7 @@ void lane_sums(int64_t n, int64_t ld, int64_t lanes, float inverse, const float*
 
     // What was summed so far moves to the new maximum; before there was any it is 0, and stays so.
     const vf shift = vmax(set1(-160.0f), (before - from) * to_binary);
-    const Power e = power_of_two(shift, 1);
+    const Exp2 e = exp2_factors(shift, 1);
     const vf scale = e.scale * e.rest, sum = loadf(sums + ld);
     store(sums, maximum);
     store(sums + ld, scale * sum + powers.sum());
@@ -145,13 +138,14 @@ void lane_sums(int64_t n, int64_t ld, int64_t lanes, float inverse, const float*
 
 // `exact`: 1 / temperature is an f32, so that its low part is 0.
 template <class E, bool entropy, bool exact>
-void slopes(const typename E::T* z, typename E::T* dz, int64_t n, const SoftmaxRow& row) {
-  const auto slope = [&](vf x) {
+void gradient(const typename E::Element* z, typename E::Element* dz, int64_t n,
+              const LogitGradientRow& row) {
+  const auto gradient_of = [&](vf x) {
     vf rest = set1(-row.log_sum);
     // The low part of the product is of a finite x: -inf times 0 is not 0.
     if (!exact) rest = vmax(set1(-FLT_MAX), x) * row.inverse_low + rest;
     const vf log_p = (x * row.inverse - row.maximum) + rest;
-    const Power p = power_of_two(log_p * (float)(1 / kLn2), 1);
+    const Exp2 p = exp2_factors(log_p * kLog2e, 1);
     // p is 0 at -128, and 0 · -inf is not.
     vf scale = set1(row.scale_p);
     if (entropy) scale += row.scale_h * vmax(set1(-128.0f), log_p);
@@ -160,20 +154,20 @@ void slopes(const typename E::T* z, typename E::T* dz, int64_t n, const SoftmaxR
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
     vf out[4];
-    for (int k = 0; k < 4; ++k) out[k] = slope(E::get(z + i + k * W));
-    for (int k = 0; k < 4; ++k) E::put(dz + i + k * W, out[k]);
+    for (int k = 0; k < 4; ++k) out[k] = gradient_of(load_f32<E>(z + i + k * W));
+    for (int k = 0; k < 4; ++k) store_f32<E>(dz + i + k * W, out[k]);
   }
-  for (; i + W <= n; i += W) E::put(dz + i, slope(E::get(z + i)));
+  for (; i + W <= n; i += W) store_f32<E>(dz + i, gradient_of(load_f32<E>(z + i)));
   if (i < n) {
-    typename E::T rest[W];
-    E::put(rest, slope(get_part<E>(z + i, n - i, vf{})));
+    typename E::Element rest[W];
+    store_f32<E>(rest, gradient_of(get_part<E>(z + i, n - i, vf{})));
     memcpy(dz + i, rest, (n - i) * sizeof *dz);
   }
 }
 
 template <class E>
 void sums_of(const void* z, int64_t n, float inverse, bool moment, float* out) {
-  const auto* p = static_cast<const typename E::T*>(z);
+  const auto* p = static_cast<const typename E::Element*>(z);
   if (moment)
     sums<E, true>(p, n, inverse, out);
   else
@@ -181,14 +175,15 @@ void sums_of(const void* z, int64_t n, float inverse, bool moment, float* out) {
 }
 
 template <class E>
-void slopes_of(const void* z, void* dz, int64_t n, const SoftmaxRow& row) {
-  const auto* from = static_cast<const typename E::T*>(z);
-  auto* to = static_cast<typename E::T*>(dz);
+void gradient_as(const void* z, void* dz, int64_t n, const LogitGradientRow& row) {
+  const auto* from = static_cast<const typename E::Element*>(z);
+  auto* to = static_cast<typename E::Element*>(dz);
   const bool exact = row.inverse_low == 0;
   if (row.scale_h != 0)
-    exact ? slopes<E, true, true>(from, to, n, row) : slopes<E, true, false>(from, to, n, row);
+    exact ? gradient<E, true, true>(from, to, n, row) : gradient<E, true, false>(from, to, n, row);
   else
-    exact ? slopes<E, false, true>(from, to, n, row) : slopes<E, false, false>(from, to, n, row);
+    exact ? gradient<E, false, true>(from, to, n, row)
+          : gradient<E, false, false>(from, to, n, row);
 }
 
 }  // namespace
@@ -207,13 +202,13 @@ void softmax_lanes(int64_t n, int64_t ld, int64_t lanes, float inverse, bool mom
   (moment ? lane_sums<true> : lane_sums<false>)(n, ld, lanes, inverse, z, sums);
 }
 
-void softmax_slopes(DType type, const void* z, void* dz, int64_t n, const SoftmaxRow* row) {
+void logit_gradient(DType type, const void* z, void* dz, int64_t n, const LogitGradientRow* row) {
   if (type == DType::f32)
-    slopes_of<F32>(z, dz, n, *row);
+    gradient_as<F32>(z, dz, n, *row);
   else if (type == DType::f16)
-    slopes_of<F16>(z, dz, n, *row);
+    gradient_as<F16>(z, dz, n, *row);
   else
-    slopes_of<Bf16>(z, dz, n, *row);
+    gradient_as<Bf16>(z, dz, n, *row);
 }
 
 }  // namespace p2r::cpu::P2R_ISA

@@ -76,13 +76,13 @@ inline Term kl_term(const PolicyRun& run, vf x) {
 }
 
 inline vi load_marks(const uint8_t* p, int n) {
-  if (p && n == W) return (vi)widened(load<vb>(p));
+  if (p && n == W) return (vi)widen(load<vb>(p));
   vb marks = {};
   if (p)
     memcpy(&marks, p, n);
   else
     memset(&marks, 1, n);
-  return (vi)widened(marks);
+  return (vi)widen(marks);
 }
 
 inline void count(vi which, vi& total) { total = which ? total + 1 : total; }
@@ -104,7 +104,7 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
   if (sequence) {
     ratio = set1(run.sequence_ratio);
   } else if (run.old_log_probs) {
-    const Power power = power_of_two(d, 1.44269504f);
+    const Exp2 power = exp2_factors(d, kLog2e);
     ratio = power.scale * power.rest;
   }
   const vf free = advantage.minus * ratio;

@@ -1,4 +1,5 @@
-// Which SIMD tables this build and this CPU have. Compiled for the baseline.
+// Detects which SIMD tables this CPU can run, of those that were built, and which extensions it has
+// (CPUID). Compiled for the baseline instruction set.
 #include "cpu/simd/simd.h"
 
 namespace p2r::cpu {

@@ -1,6 +1,6 @@
-// The SIMD kernels of one instruction set, as a table of functions. The files beside this one are
-// compiled once for every set (CMakeLists.txt); which table is used is decided when a device is
-// opened.
+// The SIMD kernels of one instruction set, as a table of function pointers. The .cpp files beside
+// this one are compiled once per instruction set (CMakeLists.txt), each time into a namespace of
+// its own; a device picks its table when it is opened.
 //
 // Those files must not instantiate inline code of the standard library: the linker keeps one copy
 // of an inline function, and it could be the one that needs AVX-512. They include only vec.h and
@@ -12,29 +12,30 @@
 
 namespace p2r::cpu {
 
-struct SoftmaxRow;  // rows.h
+struct LogitGradientRow;  // arguments.h
 struct PolicyRun;
 struct ResampleRows;  // resample.h
 struct PatchRow;
 
-// Rows of up to three tensors that the next task will read, and of one that it will write: a
-// product asks for their lines one by one between its steps, so that memory is busy while the
-// arithmetic is. Asked for sooner than need be, they would be in the way of what is read now: see
-// spread() in gemm.h.
-struct Ahead {
-  const char* line = nullptr;     // of the first tensor, the next to be asked for
-  int64_t second = 0, third = 0;  // bytes from there to the lines of others, or 0
-  int64_t rows = 0;               // left
-  int64_t lines = 0, skip = 0;    // of a row; bytes from its last line to the next row's first
-  const char* result = nullptr;   // of the one to be written, or null
-  int64_t result_skip = 0;        // as skip
-  int64_t left = 0;               // lines of this row
-  int64_t pace = 1, wait = 1;     // chances to ask from one line to the next, and still to pass
+// Software prefetch into L2 of rows of up to three tensors that the next task will read, and of one
+// that it will write. A product prefetches one cache line of each between its k steps, so that
+// memory and arithmetic overlap. Lines prefetched too early would evict what is being read now:
+// set_interval() in gemm.h spreads them over the product.
+struct Prefetch {
+  const char* line = nullptr;     // the next line of the first tensor
+  int64_t second = 0, third = 0;  // bytes from it to the same line of the other tensors; 0: none
+  int64_t rows = 0;               // rows left
+  int64_t lines = 0, skip = 0;    // lines of a row; bytes from their end to the next row
+  const char* output = nullptr;   // the next line of the tensor to be written, or null
+  int64_t output_skip = 0;        // as skip
+  int64_t lines_left = 0;         // of the current row
+  int64_t interval = 1;           // prefetch slots (four k steps of a register tile) per line
+  int64_t countdown = 1;          // slots until the next line
 };
 
-// C[m, n] = A B of words as they lie, see gemm_panels: A in rows lda words apart, B in panels, with
-// ldb = NR, or in rows ldb words apart, which are read to the end of the last vector.
-struct RowsProduct {
+// C[m, n] = A B without packing A, see gemm_panels for its words: A in rows lda words apart, B in
+// panels, with ldb = NR, or in rows ldb words apart, which are read to the end of the last vector.
+struct RowGemm {
   int64_t m, n, k;
   const float* a;
   int64_t lda;
@@ -42,15 +43,15 @@ struct RowsProduct {
   int64_t ldb;
   float* c;
   int64_t ldc;
-  bool turned = false;  // A lies in rows of a step of k, m words each, lda apart
+  bool a_transposed = false;  // A is [k][m], lda words from one k to the next
   bool accumulate = false;
-  const float* factor = nullptr;  // of each row of C at last; null: 1
-  // Unless null, where C goes instead, in rows of f32, or of bf16 with pairs, ld_out apart. It may
-  // go past the caches if it is aligned and made of whole vectors.
+  const float* row_scale = nullptr;  // multiplies each row of the final C; null: 1
+  // Unless null, C is written here instead, in rows of f32, or of bf16 with pairs, ld_out elements
+  // apart. Non-temporal stores need it aligned and made of whole vectors.
   void* out = nullptr;
   int64_t ld_out = 0;
-  bool past_caches = false;
-  Ahead* ahead = nullptr;
+  bool nontemporal = false;
+  Prefetch* prefetch = nullptr;
 };
 
 struct Simd {
@@ -60,16 +61,15 @@ struct Simd {
 #undef KERNEL
 };
 
-// Instructions beyond a set that some of its kernels use, in functions compiled for them by
-// attribute: AVX512-BF16 (dot products of bf16 pairs) and AVX512-VNNI (of bytes and of 16-bit
-// pairs).
+// Extensions that some kernels of a set use where the CPU has them: AVX512-BF16 (dot products of
+// bf16 pairs) and AVX512-VNNI (of bytes and of 16-bit pairs).
 struct SimdFeatures {
   bool bf16 = false, vnni = false;
 };
-// Which of them this CPU has beside the set.
+// The extensions that this CPU has for the set.
 SimdFeatures simd_features(const Simd& table);
 
-// The tables that this build and this CPU have, best first; `count` is at least 1.
+// The tables that were built and that this CPU can run, best first; `count` is at least 1.
 const Simd* const* simd_tables(int* count);
 
 }  // namespace p2r::cpu

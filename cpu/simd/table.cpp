@@ -1,4 +1,4 @@
-// One instruction set's table; see simd.h.
+// Fills the table of kernels (simd.h) of the instruction set that this file is compiled for.
 #include "cpu/simd/simd.h"
 #include "cpu/simd/vec.h"
 

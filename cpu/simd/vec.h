@@ -1,5 +1,6 @@
 // Vectors of the instruction set that a file is being compiled for, through the compiler's vector
-// types: one source serves AVX-512, AVX2 and the portable (SSE2, NEON) build.
+// types: one source serves AVX-512, AVX2 and the portable (SSE2, NEON) build. Loads and stores,
+// conversions between f32, f16 and bf16, bf16 dot products, exp2, exp and log.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -14,6 +15,7 @@
 
 namespace p2r::cpu::P2R_ISA {
 
+// f32 lanes of a vector.
 #if defined(__AVX512F__)
 constexpr int W = 16;
 #elif defined(__AVX2__)
@@ -22,10 +24,14 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
+// W lanes of f32, i32, u32; of 16 and of 8 bits.
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef uint8_t vb __attribute__((vector_size(W)));
+
+constexpr float kLog2e = 1.44269504f;
 
 template <class V, class T>
 inline V load(const T* p) {
@@ -37,7 +43,7 @@ template <class V, class T>
 inline void store(T* p, V v) {
   memcpy(p, &v, sizeof v);
 }
-// The first n elements, zeros behind them; and of a vector's first n elements, no more.
+// The first n elements, followed by zeros; and a store of the first n elements only.
 template <class V, class T>
 inline V load_first(const T* p, int n) {
 #if defined(__AVX512F__)
@@ -67,9 +73,9 @@ inline void store_first(uint16_t* p, vh v, int n) {
   memcpy(p, &v, n * 2);
 #endif
 }
-// To memory past the caches; p is aligned to the vector. What is written so is seen by other
-// threads after the next locked instruction, as at the end of every loop of Threads.
-inline void stream(float* p, vf v) {
+// Non-temporal stores; p is aligned to the vector. Other threads see them after the next locked
+// instruction, which every loop of a ThreadPool ends with.
+inline void store_nontemporal(float* p, vf v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, (__m512)v);
 #elif defined(__AVX2__)
@@ -78,7 +84,7 @@ inline void stream(float* p, vf v) {
   store(p, v);
 #endif
 }
-inline void stream(uint16_t* p, vh v) {
+inline void store_nontemporal(uint16_t* p, vh v) {
 #if defined(__AVX512F__)
   _mm256_stream_si256((__m256i*)p, (__m256i)v);
 #else
@@ -88,7 +94,7 @@ inline void stream(uint16_t* p, vh v) {
 inline vf loadf(const float* p) { return load<vf>(p); }
 inline vf set1(float x) { return x - vf{}; }
 
-// Where one of the two is a NaN, b.
+// b where either is a NaN.
 inline vf vmax(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -110,13 +116,13 @@ inline vf vmin(vf a, vf b) {
 inline vu bits(vf x) { return (vu)x; }
 inline vf from_bits(vu x) { return (vf)x; }
 
-// Fixed-order sums, so that a result does not depend on the compiler's mood.
+// Sum of the lanes in a fixed order, so that results do not depend on the compiler.
 inline float sum(vf v) {
   float s = 0;
   for (int i = 0; i < W; ++i) s += v[i];
   return s;
 }
-// The same in f64, of the two halves of a vector each.
+// The same with f64 accumulators, each for a lane of both halves of a vector.
 typedef float vf_half __attribute__((vector_size(W * 2)));
 typedef double vd_half __attribute__((vector_size(W * 4)));
 inline void add_to(vd_half* total, vf v) {
@@ -129,16 +135,15 @@ inline double sum(vd_half v) {
   for (int i = 0; i < W / 2; ++i) s += v[i];
   return s;
 }
-inline float max_of(vf v) {
+inline float max(vf v) {
   float m = v[0];
   for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
   return m;
 }
 
-// Bytes and 16-bit words as 32-bit integers. (The compiler's own conversion takes
-// several instructions, or goes element by element.)
-typedef uint8_t vb __attribute__((vector_size(W)));
-inline vu widened(vb x) {
+// Zero extension of 8- and 16-bit lanes to 32 bits, and truncation to 16. (The compiler's own
+// conversion takes several instructions, or goes element by element.)
+inline vu widen(vb x) {
 #if defined(__AVX512F__)
   return (vu)_mm512_cvtepu8_epi32((__m128i)x);
 #elif defined(__AVX2__)
@@ -150,14 +155,14 @@ inline vu widened(vb x) {
 #endif
 }
 
-inline vu widened(vh x) {
+inline vu widen(vh x) {
 #if defined(__AVX512F__)
   return (vu)_mm512_cvtepu16_epi32((__m256i)x);
 #else
   return __builtin_convertvector(x, vu);
 #endif
 }
-inline vh narrowed(vu x) {
+inline vh narrow(vu x) {
 #if defined(__AVX512F__)
   return (vh)_mm512_cvtepi32_epi16((__m512i)x);
 #else
@@ -165,20 +170,20 @@ inline vh narrowed(vu x) {
 #endif
 }
 
-// bf16 is the upper half of an f32; rounding to nearest even, NaN kept a NaN.
-inline vf from_bf16(vh h) { return from_bits(widened(h) << 16); }
+// bf16 is the upper half of an f32; rounding is to nearest even, and a NaN stays a NaN.
+inline vf from_bf16(vh h) { return from_bits(widen(h) << 16); }
 inline vh to_bf16(vf x) {
   const vu u = bits(x);
   const vu rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   const vu quiet = (u >> 16) | 0x40u;
-  return narrowed((vu)((x == x) ? (vi)rounded : (vi)quiet));
+  return narrow((vu)((x == x) ? (vi)rounded : (vi)quiet));
 }
 
-// Words of two bf16, `low` in the lower half: of lane i of both, and of lanes 2 i and 2 i + 1 of
-// one vector after the other. The sum of the two products of each word, in f32; and a vector's
-// bf16. On AVX-512 these are AVX512-BF16's instructions, by their names: a function's target
-// attribute would not reach through the templates that use them. They are run only where the CPU
-// has them (SimdFeatures), and take subnormal numbers for 0.
+// AVX512-BF16's instructions on AVX-512, emulated elsewhere. Inline assembly, because a function's
+// target attribute would not reach through the templates that use them. They run only where the CPU
+// has them (SimdFeatures), and treat subnormal numbers as 0. A pair is a 32-bit word of two bf16.
+//
+// Pairs (low[i], high[i]), low in the lower half.
 inline vf bf16_pairs(vf low, vf high) {
 #if defined(__AVX512F__)
   __m512i both;
@@ -193,7 +198,8 @@ inline vf bf16_pairs(vf low, vf high) {
                    __builtin_convertvector(to_bf16(high), vu) << 16);
 #endif
 }
-inline vf bf16_neighbours(vf first, vf second) {
+// Pairs of neighbouring lanes, (x[2 i], x[2 i + 1]), of `first`, then of `second`.
+inline vf bf16_adjacent_pairs(vf first, vf second) {
 #if defined(__AVX512F__)
   vf both;
   asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(first), "v"(second));
@@ -207,6 +213,7 @@ inline vf bf16_neighbours(vf first, vf second) {
   return bf16_pairs(__builtin_shuffle(first, second, even), __builtin_shuffle(first, second, odd));
 #endif
 }
+// sum + x[i].low y[i].low + x[i].high y[i].high, for pairs x and y.
 inline vf bf16_dot(vf sum, vf x, vf y) {
 #if defined(__AVX512F__)
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
@@ -217,7 +224,8 @@ inline vf bf16_dot(vf sum, vf x, vf y) {
   return sum + from_bits(u & 0xFFFF0000u) * from_bits(v & 0xFFFF0000u);
 #endif
 }
-inline vh bf16_rounded(vf x) {
+// As to_bf16, in one instruction.
+inline vh to_bf16_native(vf x) {
 #if defined(__AVX512F__)
   vh h;
   asm("vcvtneps2bf16 %1, %0" : "=v"(h) : "v"(x));
@@ -259,19 +267,39 @@ inline vh to_f16(vf x) {
 #endif
 }
 
-// 2 to the `x by`, for x by <= 127 or NaN, as a product of two factors, within 1 ulp: sums and
-// products of powers take the multiplication into one that they have anyway. Both are 0 where the
-// power would be below the smallest normal number.
-struct Power {
+// The element types of rows, for templates over them.
+struct F32 {
+  typedef float Element;
+  typedef vf Vector;
+  static vf to_f32(vf x) { return x; }
+  static vf from_f32(vf x) { return x; }
+};
+struct F16 {
+  typedef uint16_t Element;
+  typedef vh Vector;
+  static vf to_f32(vh x) { return from_f16(x); }
+  static vh from_f32(vf x) { return to_f16(x); }
+};
+struct Bf16 {
+  typedef uint16_t Element;
+  typedef vh Vector;
+  static vf to_f32(vh x) { return from_bf16(x); }
+  static vh from_f32(vf x) { return to_bf16(x); }
+};
+
+// 2^(x by), for x by <= 127 or NaN, as a product of two factors, within 1 ulp: the multiplication
+// can often be fused into an addition that follows, or merged with another factor. Both are 0 where
+// the result would be subnormal. The fast exponential, for softmax; vexp underflows gradually.
+struct Exp2 {
   vf scale, rest;
 };
-inline Power power_of_two(vf x, float by) {
-  const vi vanishes = x < -126.0f / by;
+inline Exp2 exp2_factors(vf x, float by) {
+  const vi underflows = x < -126.0f / by;
 #if defined(__AVX512F__)
-  // x by = n + j/32 + r with a parabola for |r| <= 1/64, whose cubic term is spread (Chebyshev) to
-  // leave 5e-8, and a table of 2^(j/32). The sum with kShift ends in the bits 32 n + j: its low
-  // five are the table's index, and all of them, moved up to the exponent, add n to it, and j to
-  // the bits below it, which the table's entries lack.
+  // x by = n + j/32 + r, with a parabola for |r| <= 1/64, whose missing cubic term is economised
+  // (Chebyshev) down to 5e-8, and a table of 2^(j/32). Adding kShift leaves 32 n + j in the low
+  // bits of the sum: the lowest five are the table's index, and all of them, shifted up to the
+  // exponent, add n to it, and j to the bits below it, which the table's entries have subtracted.
   const float kShift = 0x1.8p18f;
   const vf low = {1.0f,        1.02189715f, 1.04427378f, 1.06714040f, 1.09050773f, 1.11438674f,
                   1.13878863f, 1.16372485f, 1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f,
@@ -280,15 +308,16 @@ inline Power power_of_two(vf x, float by) {
                    1.61049033f, 1.64575548f, 1.68179283f, 1.71861930f, 1.75625216f, 1.79470907f,
                    1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
   const vi j = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const __m512i from = (__m512i)((vi)low - (j << 18)), on = (__m512i)((vi)high - ((j + 16) << 18));
+  const __m512i lower = (__m512i)((vi)low - (j << 18)),
+                upper = (__m512i)((vi)high - ((j + 16) << 18));
   const vf shifted = x * by + kShift;
-  // One instruction rounds and subtracts, but not before the product is rounded too.
+  // One instruction rounds and subtracts, but it would take a product that was rounded already.
   const vf r = by == 1 ? (vf)_mm512_reduce_ps((__m512)x, 5 << 4) : x * by - (shifted - kShift);
-  const vi entry = (vi)_mm512_permutex2var_epi32(from, (__m512i)shifted, on);
+  const vi entry = (vi)_mm512_permutex2var_epi32(lower, (__m512i)shifted, upper);
   const vf scale = (vf)(entry + ((vi)shifted << 18));
   const vf rest = (r * 0.24022886f + 0.69315734f) * r + 1.0f;
 #else
-  // As vexp, with the polynomial of Cephes for 2^r.
+  // As vexp, with Cephes' polynomial for 2^r.
   const float kShift = 0x1.8p23f;
   const vf shifted = x * by + kShift;
   const vf r = x * by - (shifted - kShift);
@@ -300,16 +329,20 @@ inline Power power_of_two(vf x, float by) {
   rest = rest * r + 1.0f;
   const vf scale = (vf)(((vi)shifted << 23) + 0x3f800000);
 #endif
-  return {vanishes ? vf{} : scale, vanishes ? vf{} : rest};
+  return {underflows ? vf{} : scale, underflows ? vf{} : rest};
 }
-// e to the x, within 1 ulp: x = n ln 2 + r with ln 2 in two parts (Cody and Waite, 1980), a
-// polynomial in r, and 2^n in two steps, so that results fade through the subnormals to an exact 0.
+inline vf exp2(vf x) {
+  const Exp2 e = exp2_factors(x, 1);
+  return e.scale * e.rest;
+}
+// e^x, within 1 ulp: x = n ln 2 + r with ln 2 in two parts (Cody and Waite, 1980), a polynomial in
+// r, and 2^n in two steps, so that results underflow gradually to an exact 0.
 inline vf vexp(vf x) {
-  const vf within = vmin(set1(89.0f), vmax(set1(-104.0f), x));  // both pass on a NaN
+  const vf clamped = vmin(set1(89.0f), vmax(set1(-104.0f), x));  // both propagate a NaN
   const float kShift = 0x1.8p23f;  // adding it rounds to an integer, in the low bits
-  const vf shifted = within * 1.44269504f + kShift;
+  const vf shifted = clamped * kLog2e + kShift;
   const vf n = shifted - kShift;
-  const vf r = (within - n * 0.693359375f) + n * 2.12194440e-4f;
+  const vf r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
   vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
@@ -325,7 +358,7 @@ inline vf vexp(vf x) {
 }
 
 // The natural logarithm, within 1 ulp: x = m 2^e with m around 1 and a polynomial in m - 1
-// (coefficients of both: Moshier, Cephes, 1989). -inf for 0, NaN below.
+// (coefficients of exp and log: Moshier, Cephes, 1989). -inf for 0, NaN for negative x.
 inline vf vlog(vf x) {
   const vi tiny = x < 0x1p-126f;
   const vf normal = tiny ? x * 0x1p23f : x;
