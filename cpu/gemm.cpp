@@ -1,19 +1,22 @@
-// Blocking around the register tile of cpu/simd/gemm.cpp (Goto and van de Geijn, 2008):
+// GEMM: cache blocking and threads around the microkernel of cpu/simd/gemm.cpp (Goto and van de
+// Geijn, 2008).
 //
-//   tall:   for each slab of columns of C, narrow enough for its B to be packed whole
-//             all threads pack B's columns: they stay in L3
-//             for each tile of C, by one thread:
-//               for each block of k: pack A's block (L2), C tile += A block * B block
-//   short:  one row of tiles, so nothing of B is used twice: each thread packs its own
-//   sliced: C is small and k long, as for the gradient of a weight: k is cut into slices, each a
-//           product of its own into a partial C; the partial Cs are added up in order
+//   tall:     for each slab of columns of C, narrow enough for its B to be packed whole
+//               all threads pack B's columns: they stay in L3
+//               for each tile of C, by one thread:
+//                 for each block of k: pack A's block (L2), C tile += A block * B block
+//   short:    one row of tiles, so nothing of B is used twice: each thread packs its own
+//   split-K:  C is small and k long, as for the gradient of a weight: k is cut into slices, each a
+//             product of its own into a partial C; the partial Cs are added up in order
 //
-// How C is cut into tiles may follow the number of threads: the sum of an entry does not depend on
-// it. How k is cut depends on the shape alone.
+// How C is cut into tiles may depend on the number of threads: the sum of an entry does not depend
+// on it. How k is cut depends on the shape alone.
 #include "cpu/gemm.h"
 
 #include <algorithm>
 #include <cstring>
+
+#include "ops/integer.h"
 
 namespace p2r::cpu {
 
@@ -21,20 +24,17 @@ namespace {
 
 constexpr int64_t kBlockK = 256;  // words: a panel of B, 32 KiB for 32 columns, fits L1
 constexpr int64_t kTileM = 96;    // whole panels for every register tile; A's block is 96 KiB
-constexpr int64_t kTileN = 512;   // C's tile, 192 KiB, lies in L2 beside A's block
-constexpr int64_t kPackedB = int64_t{2} << 20;  // floats: 8 MiB, a share of L3
-constexpr int64_t kSlabB = int64_t{1} << 20;    // floats: gemm_now's
-constexpr int64_t kLongK = 4096;                // packed B's depth: at least 512 columns of it fit
-constexpr int64_t kSlicedC = 64 * 1024;         // entries: at most this counts as small
+constexpr int64_t kTileN = 512;   // C's tile, 192 KiB, fits L2 beside A's block
+constexpr int64_t kPackedBFloats = int64_t{2} << 20;      // 8 MiB, a part of L3
+constexpr int64_t kTaskPackedBFloats = int64_t{1} << 20;  // gemm_in_task's
+constexpr int64_t kSlabK = 4096;  // k of a packed slab of B: at least 512 columns of it fit
+constexpr int64_t kMaxSplitKEntries = 64 * 1024;  // of C
 constexpr int64_t kSliceK = 512;
-constexpr int64_t kMostSlices = 64;
+constexpr int64_t kMaxSlices = 64;
 // Multiply-adds worth a task of their own, some 5 us; packing an entry costs about as much as 12.
 constexpr int64_t kTaskWork = 512 * 1024, kPackingWork = 12;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// `size` rows or columns in parts of whole panels, as even as can be.
+// `size` rows or columns cut into parts of whole panels, as evenly as possible.
 struct Split {
   int64_t size, panel, parts;
   int64_t begin(int64_t i) const {
@@ -47,22 +47,22 @@ struct Tile {
   int64_t i, j, m, n;
 };
 
-// Two bf16 share a word of the panels where the CPU multiplies such pairs.
-bool in_pairs(const CpuDevice& cpu, const Gemm& g) {
+// Whether panels hold pairs of bf16, which need AVX512-BF16.
+bool uses_pairs(const CpuDevice& cpu, const Gemm& g) {
   return cpu.features().bf16 && g.a.dtype == DType::bf16 && g.b.dtype == DType::bf16;
 }
 
-// The columns first .. first + width of B, packed: blocks of k one after the other.
+// The columns first .. first + width of B, packed block of k by block of k.
 struct PackedB {
-  const float* data = nullptr;  // null: each tile packs its own
+  const float* data = nullptr;  // null: each tile packs its own part
   int64_t first = 0, width = 0;
 };
 
-// C's tiles, and what a thread needs for one.
+// How C is cut into tiles, and the sizes of a thread's buffers for one.
 struct Tiling {
   Split rows, columns;
   bool pairs;
-  int64_t block_k, a_floats, b_floats, tile_floats;
+  int64_t block_k, a_floats, b_floats, tile_floats;  // tile_floats: 0 where C is f32
 
   int64_t count() const { return rows.parts * columns.parts; }
   int64_t floats() const { return a_floats + b_floats + tile_floats; }
@@ -74,12 +74,13 @@ struct Tiling {
   }
 };
 
+// Multiply-adds, and the packing in units of them.
 int64_t work_of(const Gemm& g) { return g.m * g.n * g.k + kPackingWork * (g.m * g.k + g.k * g.n); }
 
-// Chunks of a loop over `items` that is worth `work` in all.
+// The chunk size of a loop over `items` with `work` in all: one chunk where sharing does not pay.
 int64_t grain(int64_t items, int64_t work) { return work < 2 * kTaskWork ? items : 1; }
 
-// `copies` products of this shape run side by side.
+// `copies` products of this shape run concurrently.
 Tiling tiling(const Gemm& g, const CpuDevice& cpu, bool packs_b, int64_t copies = 1) {
   int mr, nr;
   cpu.simd().gemm_tile_size(&mr, &nr);
@@ -95,38 +96,39 @@ Tiling tiling(const Gemm& g, const CpuDevice& cpu, bool packs_b, int64_t copies 
     else
       break;
   }
-  // With few tiles, a last one for one thread alone would be felt.
+  // With few tiles, an incomplete last wave would cost much.
   if (wanted > 1 && copies == 1 && rows * columns < 16 * threads)
     rows = std::min(round_up(rows, threads), ceil_div(g.m, mr));
-  Tiling t{{g.m, mr, rows}, {g.n, nr, columns}, in_pairs(cpu, g), 0, 0, 0, 0};
-  const int64_t most = t.pairs ? 2 * kBlockK : kBlockK;
-  t.block_k = round_up(ceil_div(g.k, std::max<int64_t>(ceil_div(g.k, most), 1)), 8);
-  const auto lines = [](int64_t floats) { return round_up(floats, 16); };
-  t.a_floats = lines(t.rows.largest() * t.depth(t.block_k));
-  t.b_floats = packs_b ? lines(t.columns.largest() * t.depth(t.block_k)) : 0;
-  t.tile_floats = g.c_dtype == DType::f32 ? 0 : lines(t.rows.largest() * t.columns.largest());
+  Tiling t{{g.m, mr, rows}, {g.n, nr, columns}, uses_pairs(cpu, g), 0, 0, 0, 0};
+  const int64_t max_k = t.pairs ? 2 * kBlockK : kBlockK;
+  t.block_k = round_up(ceil_div(g.k, std::max<int64_t>(ceil_div(g.k, max_k), 1)), 8);
+  const auto aligned = [](int64_t floats) { return round_up(floats, 16); };  // to cache lines
+  t.a_floats = aligned(t.rows.largest() * t.depth(t.block_k));
+  t.b_floats = packs_b ? aligned(t.columns.largest() * t.depth(t.block_k)) : 0;
+  t.tile_floats = g.c_dtype == DType::f32 ? 0 : aligned(t.rows.largest() * t.columns.largest());
   return t;
 }
 
-char* at(void* data, DType dtype, int64_t i) {
-  return static_cast<char*>(data) + i * int64_t(size_of(dtype));
+// Element i of C's memory.
+char* element_of_c(const Gemm& g, int64_t i) {
+  return static_cast<char*>(g.c) + i * static_cast<int64_t>(size_of(g.c_dtype));
 }
 
 // bias[j ...] as f32.
-const float* bias_of(const Simd& simd, const View& bias, int64_t j, int64_t n, float* buffer) {
+const float* bias_f32(const Simd& simd, const View& bias, int64_t j, int64_t n, float* buffer) {
   if (bias.dtype == DType::f32) return bias.as<const float>() + j;
-  simd.to_f32(bias.dtype, at(bias.data, bias.dtype, j), buffer, n);
+  simd.to_f32(bias.dtype, bias.element(j), buffer, n);
   return buffer;
 }
 
-// Row by row, row += bias or row = bias.
-void start_with_bias(const Simd& simd, const View& bias, const Tile& t, float* c, int64_t stride,
-                     bool add) {
+// Sets each row of a tile to the bias, or adds the bias to it.
+void apply_bias(const Simd& simd, const View& bias, const Tile& t, float* c, int64_t stride,
+                bool add) {
   constexpr int64_t kChunk = 1024;
   float buffer[kChunk];
   for (int64_t j = 0; j < t.n; j += kChunk) {
     const int64_t n = std::min(kChunk, t.n - j);
-    const float* b = bias_of(simd, bias, t.j + j, n, buffer);
+    const float* b = bias_f32(simd, bias, t.j + j, n, buffer);
     for (int64_t i = 0; i < t.m; ++i) {
       float* row = c + i * stride + j;
       if (add)
@@ -137,8 +139,8 @@ void start_with_bias(const Simd& simd, const View& bias, const Tile& t, float* c
   }
 }
 
-void compute(const Gemm& g, const Simd& simd, const Tiling& plan, const Tile& t, const PackedB& b,
-             float* scratch) {
+void compute_tile(const Gemm& g, const Simd& simd, const Tiling& plan, const Tile& t,
+                  const PackedB& b, float* scratch) {
   float* a_block = scratch;
   float* b_block = a_block + plan.a_floats;
   const bool direct = g.c_dtype == DType::f32;
@@ -148,7 +150,7 @@ void compute(const Gemm& g, const Simd& simd, const Tiling& plan, const Tile& t,
 
   bool add = g.accumulate;
   if (g.bias) {
-    start_with_bias(simd, g.bias, t, c, stride, add);
+    apply_bias(simd, g.bias, t, c, stride, add);
     add = true;
   }
   if (g.k == 0 && !add)
@@ -168,24 +170,24 @@ void compute(const Gemm& g, const Simd& simd, const Tiling& plan, const Tile& t,
   }
   if (!direct)
     for (int64_t i = 0; i < t.m; ++i)
-      simd.from_f32(g.c_dtype, c + i * stride, at(g.c, g.c_dtype, (t.i + i) * g.c_row_stride + t.j),
+      simd.from_f32(g.c_dtype, c + i * stride, element_of_c(g, (t.i + i) * g.c_row_stride + t.j),
                     t.n);
 }
 
-void short_product(CpuDevice& cpu, const Gemm& g) {
+void short_gemm(CpuDevice& cpu, const Gemm& g) {
   const Tiling plan = tiling(g, cpu, true);
   const Scratch scratch = cpu.scratch(cpu.threads() * plan.floats() * 4);
   cpu.launch(plan.count(), grain(plan.count(), work_of(g)),
              [=, &simd = cpu.simd(), memory = scratch.as<float>()](int64_t begin, int64_t end,
                                                                    int thread) {
                for (int64_t t = begin; t < end; ++t)
-                 compute(g, simd, plan, plan.tile(t), {}, memory + thread * plan.floats());
+                 compute_tile(g, simd, plan, plan.tile(t), {}, memory + thread * plan.floats());
              });
 }
 
-// Inside queued work: packs B whole into `columns`, then computes the tiles.
-void compute_tall(CpuDevice& cpu, const Gemm& g, const Tiling& plan, float* columns,
-                  float* memory) {
+// Inside queued work: packs all of B into `packed`, then computes the tiles.
+void tall_gemm_in_task(CpuDevice& cpu, const Gemm& g, const Tiling& plan, float* packed,
+                       float* workspace) {
   const Simd& simd = cpu.simd();
   const int64_t nr = plan.columns.panel, width = round_up(g.n, nr);
   const int64_t group = 4 * nr, groups = ceil_div(g.n, group);
@@ -196,34 +198,34 @@ void compute_tall(CpuDevice& cpu, const Gemm& g, const Tiling& plan, float* colu
       const int64_t k = std::min(plan.block_k, g.k - k0);
       const Matrix b = g.b.from(k0, j);
       simd.pack_b(plan.pairs, b.dtype, b.data, b.row_stride, b.column_stride, k,
-                  std::min(group, g.n - j), columns + plan.depth(k0) * width + j * plan.depth(k));
+                  std::min(group, g.n - j), packed + plan.depth(k0) * width + j * plan.depth(k));
     }
   });
   cpu.parallel(plan.count(), grain(plan.count(), work_of(g)),
                [&](int64_t begin, int64_t end, int thread) {
                  for (int64_t t = begin; t < end; ++t)
-                   compute(g, simd, plan, plan.tile(t), {columns, 0, width},
-                           memory + thread * plan.floats());
+                   compute_tile(g, simd, plan, plan.tile(t), {packed, 0, width},
+                                workspace + thread * plan.floats());
                });
 }
 
-// One slab of columns: k is at most kLongK, or C has 16 bits.
-void tall_product(CpuDevice& cpu, const Gemm& g) {
+// One slab of columns of C; k is at most kSlabK.
+void tall_gemm(CpuDevice& cpu, const Gemm& g) {
   const Tiling plan = tiling(g, cpu, false);
-  const Scratch packed = cpu.scratch(round_up(g.n, plan.columns.panel) * plan.depth(g.k) * 4);
+  const Scratch packed_b = cpu.scratch(round_up(g.n, plan.columns.panel) * plan.depth(g.k) * 4);
   const Scratch scratch = cpu.scratch(cpu.threads() * plan.floats() * 4);
-  cpu.submit([=, &cpu, columns = packed.as<float>(), memory = scratch.as<float>()] {
-    compute_tall(cpu, g, plan, columns, memory);
+  cpu.submit([=, &cpu, packed = packed_b.as<float>(), memory = scratch.as<float>()] {
+    tall_gemm_in_task(cpu, g, plan, packed, memory);
   });
 }
 
-// The depth of the slabs that gemm_now packs of a B of this many columns.
-int64_t slab_depth(int64_t width) {
-  return std::max(kSlabB / width / kBlockK, int64_t{1}) * kBlockK;
+// k of the slabs that gemm_in_task packs of a B of this many columns.
+int64_t task_slab_k(int64_t width) {
+  return std::max(kTaskPackedBFloats / width / kBlockK, int64_t{1}) * kBlockK;
 }
 
 // C = the partial Cs, f32 and contiguous, added up in order (+ C) (+ bias).
-void finish(CpuDevice& cpu, const Gemm& g, const float* partial, int64_t slices) {
+void reduce_slices(CpuDevice& cpu, const Gemm& g, const float* partial, int64_t slices) {
   constexpr int64_t kChunk = 1024;
   const int64_t chunks = ceil_div(g.n, kChunk), items = g.m * chunks;
   const int64_t rows = std::max<int64_t>(1, 32 * 1024 / (std::min(g.n, kChunk) * slices));
@@ -236,9 +238,9 @@ void finish(CpuDevice& cpu, const Gemm& g, const float* partial, int64_t slices)
       std::memcpy(sum, from, n * 4);
       for (int64_t s = 1; s < slices; ++s)
         for (int64_t l = 0; l < n; ++l) sum[l] += from[s * g.m * g.n + l];
-      char* to = at(g.c, g.c_dtype, i * g.c_row_stride + j);
+      char* to = element_of_c(g, i * g.c_row_stride + j);
       if (g.bias) {
-        const float* b = bias_of(simd, g.bias, j, n, bias);
+        const float* b = bias_f32(simd, g.bias, j, n, bias);
         for (int64_t l = 0; l < n; ++l) sum[l] += b[l];
       }
       if (g.accumulate) {
@@ -250,43 +252,43 @@ void finish(CpuDevice& cpu, const Gemm& g, const float* partial, int64_t slices)
   });
 }
 
-void sliced_product(CpuDevice& cpu, const Gemm& g, int64_t slices) {
+void split_k_gemm(CpuDevice& cpu, const Gemm& g, int64_t slices) {
   const Scratch partial = cpu.scratch(slices * g.m * g.n * 4);
-  // A slice is like the whole but for its depth; all of them are cut alike.
-  Gemm one = g;
-  one.k = round_up(ceil_div(g.k, slices), 8);
-  one.c_dtype = DType::f32;
-  one.c_row_stride = g.n;
-  one.accumulate = false;
-  one.bias = {};
-  const Tiling plan = tiling(one, cpu, true, slices);
+  // All slices have this shape, and the same tiles.
+  Gemm slice_gemm = g;
+  slice_gemm.k = round_up(ceil_div(g.k, slices), 8);
+  slice_gemm.c_dtype = DType::f32;
+  slice_gemm.c_row_stride = g.n;
+  slice_gemm.accumulate = false;
+  slice_gemm.bias = {};
+  const Tiling plan = tiling(slice_gemm, cpu, true, slices);
   const Scratch scratch = cpu.scratch(cpu.threads() * plan.floats() * 4);
   const int64_t tasks = slices * plan.count();
   cpu.launch(tasks, grain(tasks, work_of(g)),
              [=, &simd = cpu.simd(), sums = partial.as<float>(), memory = scratch.as<float>()](
                  int64_t begin, int64_t end, int thread) {
                for (int64_t t = begin; t < end; ++t) {
-                 const int64_t slice = t / plan.count(), k0 = slice * one.k;
-                 Gemm part = one;
+                 const int64_t slice = t / plan.count(), k0 = slice * slice_gemm.k;
+                 Gemm part = slice_gemm;
                  part.a = g.a.from(0, k0);
                  part.b = g.b.from(k0, 0);
-                 part.k = std::clamp<int64_t>(g.k - k0, 0, one.k);
+                 part.k = std::clamp<int64_t>(g.k - k0, 0, slice_gemm.k);
                  part.c = sums + slice * g.m * g.n;
-                 compute(part, simd, plan, plan.tile(t % plan.count()), {},
-                         memory + thread * plan.floats());
+                 compute_tile(part, simd, plan, plan.tile(t % plan.count()), {},
+                              memory + thread * plan.floats());
                }
              });
-  finish(cpu, g, partial.as<float>(), slices);
+  reduce_slices(cpu, g, partial.as<float>(), slices);
 }
 
 }  // namespace
 
 void gemm(CpuDevice& cpu, const Gemm& g) {
   if (g.m <= 0 || g.n <= 0) return;
-  const int64_t slices = std::min(g.k / kSliceK, kMostSlices);
-  if (slices > 1 && g.m * g.n <= kSlicedC) return sliced_product(cpu, g, slices);
-  if (g.m <= kTileM) return short_product(cpu, g);
-  if (g.k > kLongK && g.c_dtype != DType::f32) {
+  const int64_t slices = std::min(g.k / kSliceK, kMaxSlices);
+  if (slices > 1 && g.m * g.n <= kMaxSplitKEntries) return split_k_gemm(cpu, g, slices);
+  if (g.m <= kTileM) return short_gemm(cpu, g);
+  if (g.k > kSlabK && g.c_dtype != DType::f32) {
     const Scratch sums = cpu.scratch(g.m * g.n * 4);
     Gemm exact = g;
     exact.c = sums.as<float>();
@@ -294,12 +296,12 @@ void gemm(CpuDevice& cpu, const Gemm& g) {
     exact.c_row_stride = g.n;
     exact.bias = {};
     gemm(cpu, exact);
-    return finish(cpu, g, sums.as<float>(), 1);
+    return reduce_slices(cpu, g, sums.as<float>(), 1);
   }
   // Slabs of k and of columns, so that the packed B stays small.
-  for (int64_t k0 = 0; k0 == 0 || k0 < g.k; k0 += kLongK) {
-    const int64_t k = std::min(kLongK, g.k - k0);
-    const int64_t slabs = ceil_div(g.n * k, kPackedB);
+  for (int64_t k0 = 0; k0 == 0 || k0 < g.k; k0 += kSlabK) {
+    const int64_t k = std::min(kSlabK, g.k - k0);
+    const int64_t slabs = ceil_div(g.n * k, kPackedBFloats);
     int mr, nr;
     cpu.simd().gemm_tile_size(&mr, &nr);
     const Split columns{g.n, nr, std::max<int64_t>(1, std::min(slabs, ceil_div(g.n, nr)))};
@@ -310,20 +312,20 @@ void gemm(CpuDevice& cpu, const Gemm& g) {
       slab.k = k;
       slab.a = g.a.from(0, k0);
       slab.b = g.b.from(k0, j);
-      slab.c = at(g.c, g.c_dtype, j);
+      slab.c = element_of_c(g, j);
       if (k0) slab.accumulate = true;
       slab.bias = {};
       if (g.bias && k0 == 0) {
         slab.bias = g.bias;
-        slab.bias.data = at(g.bias.data, g.bias.dtype, j);
+        slab.bias.data = g.bias.element(j);
       }
-      tall_product(cpu, slab);
+      tall_gemm(cpu, slab);
     }
   }
 }
 
-void to_words(const Simd& simd, bool pairs, DType type, const void* rows, int64_t stride, int64_t n,
-              int64_t k, float* to, int64_t ld) {
+void to_panel_words(const Simd& simd, bool pairs, DType type, const void* rows, int64_t stride,
+                    int64_t n, int64_t k, float* to, int64_t ld) {
   const int64_t size = static_cast<int64_t>(size_of(type));
   for (int64_t r = 0; r < n; ++r, to += ld) {
     const char* row = static_cast<const char*>(rows) + r * stride * size;
@@ -336,23 +338,24 @@ void to_words(const Simd& simd, bool pairs, DType type, const void* rows, int64_
   }
 }
 
-int64_t chances_of(const Simd& simd, int64_t m, int64_t n, int64_t k) {
+int64_t prefetch_slots(const Simd& simd, int64_t m, int64_t n, int64_t k) {
   int mr, nr;
   simd.gemm_tile_size(&mr, &nr);
   return ceil_div(m, mr) * ceil_div(n, nr) * (k / 4);
 }
 
-void spread(Ahead& ahead, int64_t chances) {
-  const int64_t lines = ahead.rows * ahead.lines;
-  // An eighth is for tiles wider than they are counted, of which there are fewer.
-  if (lines > 0) ahead.pace = ahead.wait = std::max<int64_t>((chances - chances / 8) / lines, 1);
+void set_interval(Prefetch& prefetch, int64_t slots) {
+  const int64_t lines = prefetch.rows * prefetch.lines;
+  // An eighth less, because tiles of three vectors are fewer than prefetch_slots counts.
+  if (lines > 0)
+    prefetch.interval = prefetch.countdown = std::max<int64_t>((slots - slots / 8) / lines, 1);
 }
 
-void gemm_now(CpuDevice& cpu, const Gemm& g, float* memory) {
+void gemm_in_task(CpuDevice& cpu, const Gemm& g, float* workspace) {
   if (g.m <= 0 || g.n <= 0) return;
   int mr, nr;
   cpu.simd().gemm_tile_size(&mr, &nr);
-  const int64_t width = round_up(g.n, nr), depth = slab_depth(width);
+  const int64_t width = round_up(g.n, nr), depth = task_slab_k(width);
   for (int64_t k0 = 0; k0 == 0 || k0 < g.k; k0 += depth) {
     Gemm slab = g;
     slab.k = std::min(depth, g.k - k0);
@@ -362,15 +365,15 @@ void gemm_now(CpuDevice& cpu, const Gemm& g, float* memory) {
       slab.accumulate = true;
       slab.bias = {};
     }
-    compute_tall(cpu, slab, tiling(slab, cpu, false), memory, memory + width * depth);
+    tall_gemm_in_task(cpu, slab, tiling(slab, cpu, false), workspace, workspace + width * depth);
   }
 }
 
-int64_t gemm_floats(const CpuDevice& cpu, int64_t n) {
+int64_t gemm_workspace_floats(const CpuDevice& cpu, int64_t n) {
   int mr, nr;
   cpu.simd().gemm_tile_size(&mr, &nr);
   const int64_t width = round_up(std::max<int64_t>(n, 1), nr);
-  return width * slab_depth(width) + cpu.threads() * kTileM * kBlockK;
+  return width * task_slab_k(width) + cpu.threads() * kTileM * kBlockK;
 }
 
 }  // namespace p2r::cpu

@@ -1,5 +1,5 @@
-// C = A B (+ bias), or C += A B, for any mixture of float types and any strides; queued like an
-// operation:
+// GEMM on the CPU: C = A B (+ bias), or C += A B, for any mixture of float types and any strides;
+// queued like an operation:
 //
 //   // out [N, F] = x [N, C] . weight [F, C]^T + bias
 //   gemm(cpu, {.m = N, .n = F, .k = C,
@@ -14,7 +14,7 @@
 
 namespace p2r::cpu {
 
-// Entry (i, j) lies i * row_stride + j * column_stride elements behind data.
+// Entry (i, j) is i * row_stride + j * column_stride elements past data.
 struct Matrix {
   const void* data = nullptr;
   DType dtype = DType::f32;
@@ -35,7 +35,7 @@ struct Gemm {
   int64_t m = 0, n = 0, k = 0;
   Matrix a = {};  // m x k
   Matrix b = {};  // k x n
-  // m x n, each row's entries side by side.
+  // m x n, each row contiguous.
   void* c = nullptr;
   DType c_dtype = DType::f32;
   int64_t c_row_stride = 0;
@@ -45,18 +45,21 @@ struct Gemm {
 
 void gemm(CpuDevice& cpu, const Gemm& g);
 
-// The same inside queued work, for an f32 C, in memory of gemm_floats(cpu, n) floats.
-void gemm_now(CpuDevice& cpu, const Gemm& g, float* memory);
-int64_t gemm_floats(const CpuDevice& cpu, int64_t n);
+// The same executed at once, inside queued work, for an f32 C; `workspace` has
+// gemm_workspace_floats(cpu, n) floats.
+void gemm_in_task(CpuDevice& cpu, const Gemm& g, float* workspace);
+int64_t gemm_workspace_floats(const CpuDevice& cpu, int64_t n);
 
-// For those who call the kernels themselves: n rows of k entries, `stride` apart, as rows of words
-// (kernels.def), ld words apart in `to`. With pairs they are bf16.
-void to_words(const Simd& simd, bool pairs, DType type, const void* rows, int64_t stride, int64_t n,
-              int64_t k, float* to, int64_t ld);
+// For callers of the kernels of kernels.def:
 
-// Chances to ask for lines ahead in a gemm_rows of m rows, n columns and k words (simd.h); and the
-// pace that spreads the lines over `chances`.
-int64_t chances_of(const Simd& simd, int64_t m, int64_t n, int64_t k);
-void spread(Ahead& ahead, int64_t chances);
+// Converts n rows of k entries, `stride` apart, to rows of panel words, ld words apart in `to`.
+// With pairs the entries are bf16.
+void to_panel_words(const Simd& simd, bool pairs, DType type, const void* rows, int64_t stride,
+                    int64_t n, int64_t k, float* to, int64_t ld);
+
+// The prefetch slots (simd.h) of a product of m rows, n columns and k words. set_interval spreads
+// the lines to prefetch evenly over a number of slots.
+int64_t prefetch_slots(const Simd& simd, int64_t m, int64_t n, int64_t k);
+void set_interval(Prefetch& prefetch, int64_t slots);
 
 }  // namespace p2r::cpu
