@@ -181,12 +181,12 @@ void token_log_probs_backward(const TokenLogProbsBackwardArgs& a, Device& device
                    std::fill(out, out + size * int64_t(size_of(a.d_logits.dtype)), char{0});
                    continue;
                  }
-                 const RowSlope slope(inverse, a.stats.as<float>() + 2 * row, g, h,
-                                      h != 0 ? a.entropy.as<float>()[row] : 0);
+                 const LogitGradient dz(inverse, a.stats.as<float>() + 2 * row, g, h,
+                                        h != 0 ? a.entropy.as<float>()[row] : 0);
                  const bool here = label >= first && label < first + size;
                  const double x = here ? element(a.logits, row * columns + label) : 0;
-                 simd.softmax_slopes(a.logits.dtype, at(a.logits, offset), out, size, &slope.row);
-                 if (here) set_element(a.d_logits, row * columns + label, slope.at_target(x));
+                 simd.logit_gradient(a.logits.dtype, at(a.logits, offset), out, size, &dz.row);
+                 if (here) set_element(a.d_logits, row * columns + label, dz.at_target(x));
                }
              });
 }

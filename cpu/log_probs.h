@@ -68,12 +68,13 @@ inline RowLogProb row_log_prob(const Sums& row, double x, double inverse) {
   return r;
 }
 
-// The gradient of a row's logits; g and h are divided by the temperature.
-struct RowSlope {
-  SoftmaxRow row;
+// The gradient of a row's logits, from those of its log-probability (g) and entropy (h), divided by
+// the temperature.
+struct LogitGradient {
+  LogitGradientRow row;
   double inverse, g, h, entropy;
 
-  RowSlope(double inverse, const float* stats, double g, double h, double entropy)
+  LogitGradient(double inverse, const float* stats, double g, double h, double entropy)
       : inverse(inverse), g(g), h(h), entropy(entropy) {
     row.inverse = static_cast<float>(inverse);
     row.inverse_low = static_cast<float>(inverse - row.inverse);
@@ -85,8 +86,8 @@ struct RowSlope {
   // At the target, whose logit is x: g (1 - p), without the cancellation near p = 1.
   float at_target(double x) const {
     const double log_p = (x * inverse - row.maximum) - row.log_sum, p = std::exp(log_p);
-    const double spread = p == 0 ? 0 : h * p * (log_p + entropy);
-    return static_cast<float>(-g * std::expm1(log_p) - spread);
+    const double entropy_term = p == 0 ? 0 : h * p * (log_p + entropy);
+    return static_cast<float>(-g * std::expm1(log_p) - entropy_term);
   }
 };
 
