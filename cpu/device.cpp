@@ -90,8 +90,8 @@ CpuDevice::CpuDevice(const OpenOptions& options)
     : info_(cpu_info()),
       simd_(choose_simd(options.simd)),
       features_(choose_features(*simd_, options)),
-      threads_(options.threads > 0 ? options.threads : info_.threads) {
-  info_.threads = threads_.count();
+      pool_(options.threads > 0 ? options.threads : info_.threads) {
+  info_.threads = pool_.count();
   info_.simd = simd_->name;
   info_.features = names_of(features_);
   thread_ = std::thread([this] { run(); });
@@ -112,7 +112,7 @@ CpuDevice::~CpuDevice() {
 void CpuDevice::run() {
   for (;;) {
     std::function<void()> work;
-    spin([&] { return stop_ || queued_.load(std::memory_order_relaxed) != completed(); });
+    spin_wait([&] { return stop_ || queued_.load(std::memory_order_relaxed) != completed(); });
     {
       std::unique_lock lock(mutex_);
       wake_.wait(lock, [&] { return stop_ || !queue_.empty(); });
@@ -137,9 +137,9 @@ void CpuDevice::submit(std::function<void()> work) {
   wake_.notify_one();
 }
 
-void CpuDevice::launch(int64_t items, int64_t grain, Threads::Body f) {
+void CpuDevice::launch(int64_t items, int64_t grain, ThreadPool::Body f) {
   if (items <= 0) return;
-  submit([this, items, grain, f = std::move(f)] { threads_.parallel(items, grain, f); });
+  submit([this, items, grain, f = std::move(f)] { pool_.parallel(items, grain, f); });
 }
 
 void CpuDevice::upload(void* destination, const void* source, size_t bytes) {
@@ -204,7 +204,7 @@ struct OpenFile {
 std::string CpuDevice::share(void*& block, size_t bytes, const std::string& path) {
   const OpenFile file(path, O_RDWR | O_CREAT | O_EXCL, 0600);
   shared_.insert(path);
-  // Space is taken now: where there is none left, writing to a mapping would end the process.
+  // Space is allocated now: without any left, writing to the mapping would raise SIGBUS.
   if (const int e =
           posix_fallocate(file.number, 0, static_cast<off_t>(std::max<size_t>(bytes, 1)))) {
     unshare(path);
@@ -265,7 +265,7 @@ std::shared_ptr<Fault> CpuDevice::new_fault(std::string op, std::string text) {
 
 void* CpuDevice::raw_allocate(size_t bytes) {
   if (reserved() + bytes > info_.memory_bytes) return nullptr;
-  // Large blocks on huge pages: a fresh 4 KiB page costs more than the arithmetic done on it.
+  // Large blocks use huge pages: a page fault per 4 KiB costs more than the arithmetic on them.
   const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
   void* block = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
   if (block && alignment == kHugePage) madvise(block, bytes, MADV_HUGEPAGE);
@@ -276,15 +276,15 @@ void CpuDevice::raw_release(void* block) { std::free(block); }
 
 void CpuDevice::drain() {
   std::mutex mutex;
-  std::condition_variable passed;
+  std::condition_variable drained;
   bool done = false;
   submit([&] {
     std::lock_guard lock(mutex);
     done = true;
-    passed.notify_one();
+    drained.notify_one();
   });
   std::unique_lock lock(mutex);
-  passed.wait(lock, [&] { return done; });
+  drained.wait(lock, [&] { return done; });
 }
 
 #define OP(family, function, Args) void function(const Args&, Device&);

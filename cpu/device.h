@@ -1,14 +1,14 @@
-// The CPU as a device: one queue thread that runs work in order, and a pool of workers that the
-// work it runs is spread over. An operation's function runs on the caller's thread; it captures its
-// arguments by value and queues closures:
+// The CPU as a device: a FIFO queue of closures executed in order by one thread, like a stream, and
+// a thread pool for the parallel loops inside them. An operation's function runs on the caller's
+// thread; it captures its arguments by value and queues closures:
 //
 //   void gelu(const GeluArgs& a, Device& device) {
 //     CpuDevice& cpu = cpu_device(device);
 //     cpu.launch(a.x.size(), 4096, [a](int64_t begin, int64_t end, int thread) { ... });
 //   }
 //
-// Memory for a closure is taken before it is queued (Device::scratch), never inside it: blocks are
-// handed out in the order of the queue.
+// Memory for a closure is allocated before it is queued (Device::scratch), never inside it: the
+// allocator is stream-ordered.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -36,14 +36,14 @@ class CpuDevice final : public Device {
   const Kernels& kernels() const override;
   const Simd& simd() const { return *simd_; }
   const SimdFeatures& features() const { return features_; }
-  int threads() const { return threads_.count(); }
+  int threads() const { return pool_.count(); }
 
   void submit(std::function<void()> work);
   // Queues f over chunks of `grain` items.
-  void launch(int64_t items, int64_t grain, Threads::Body f);
+  void launch(int64_t items, int64_t grain, ThreadPool::Body f);
   // Inside queued work only.
-  void parallel(int64_t items, int64_t grain, const Threads::Body& f) {
-    threads_.parallel(items, grain, f);
+  void parallel(int64_t items, int64_t grain, const ThreadPool::Body& f) {
+    pool_.parallel(items, grain, f);
   }
 
   void upload(void* destination, const void* source, size_t bytes) override;
@@ -53,7 +53,7 @@ class CpuDevice final : public Device {
   void zero(void* destination, size_t bytes) override;
   void host(std::function<void()> f) override { submit(std::move(f)); }
   void notify(Completion done) override;
-  // Files that are mapped: under /dev/shm they are memory and nothing else.
+  // Shared memory is mapped files; under /dev/shm they exist in memory only.
   std::string share(void*& block, size_t bytes, const std::string& path) override;
   void* open_shared(const std::string& name, size_t bytes) override;
   void close_shared(void* block) override;
@@ -76,14 +76,14 @@ class CpuDevice final : public Device {
   DeviceInfo info_;
   const Simd* simd_ = nullptr;
   SimdFeatures features_;
-  Threads threads_;
+  ThreadPool pool_;
   std::mutex mutex_;
   std::condition_variable wake_, space_;
   std::deque<std::function<void()>> queue_;
   std::atomic<uint64_t> queued_{0}, completed_{0};
   std::atomic<bool> stop_{false};
   std::unordered_map<void*, size_t> mapped_;
-  std::unordered_set<std::string> shared_;  // files of ours that others may open
+  std::unordered_set<std::string> shared_;  // files of this device that other processes may open
   std::thread thread_;
 };
 

@@ -9,17 +9,17 @@ namespace p2r::cpu {
 
 namespace {
 
-constexpr uint64_t kLoop = uint64_t{1} << 32;  // one step of the gate's upper half
+constexpr uint64_t kEpoch = uint64_t{1} << 32;  // one epoch of the state
 
-inline bool open(uint64_t gate) { return gate / kLoop % 2 == 1; }
+inline bool is_open(uint64_t state) { return state / kEpoch % 2 == 1; }
 
 }  // namespace
 
-Threads::Threads(int count) : count_(count) {
+ThreadPool::ThreadPool(int count) : count_(count) {
   for (int i = 1; i < count; ++i) workers_.emplace_back([this, i] { work(i); });
 }
 
-Threads::~Threads() {
+ThreadPool::~ThreadPool() {
   {
     std::lock_guard lock(mutex_);
     stop_ = true;
@@ -28,11 +28,11 @@ Threads::~Threads() {
   for (std::thread& t : workers_) t.join();
 }
 
-void Threads::keep_off() {
+void ThreadPool::exclude_caller_cpu() {
 #if defined(__linux__)
   const int here = sched_getcpu();
-  if (here < 0 || here == kept_off_) return;
-  kept_off_ = here;
+  if (here < 0 || here == excluded_cpu_) return;
+  excluded_cpu_ = here;
   cpu_set_t others;
   if (sched_getaffinity(0, sizeof others, &others) != 0 || CPU_COUNT(&others) < count_) return;
   CPU_CLR(here, &others);
@@ -40,7 +40,7 @@ void Threads::keep_off() {
 #endif
 }
 
-void Threads::take_chunks(int thread) {
+void ThreadPool::run_chunks(int thread) {
   for (;;) {
     const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
     if (begin >= items_) return;
@@ -48,50 +48,48 @@ void Threads::take_chunks(int thread) {
   }
 }
 
-void Threads::parallel(int64_t items, int64_t grain, const Body& f) {
+void ThreadPool::parallel(int64_t items, int64_t grain, const Body& f) {
   if (items <= 0) return;
   if (count_ == 1 || items <= grain) {
     for (int64_t begin = 0; begin < items; begin += grain)
       f(begin, begin + grain < items ? begin + grain : items, 0);
     return;
   }
-  keep_off();
+  exclude_caller_cpu();
   items_ = items;
   grain_ = grain;
   body_ = &f;
   next_.store(0, std::memory_order_relaxed);
   {
-    std::lock_guard lock(mutex_);  // or a worker about to sleep would miss it
-    gate_.fetch_add(kLoop, std::memory_order_release);
+    std::lock_guard lock(mutex_);  // a worker about to block must not miss the notification
+    state_.fetch_add(kEpoch, std::memory_order_release);
   }
   wake_.notify_all();
-  take_chunks(0);
-  gate_.fetch_add(kLoop, std::memory_order_acq_rel);  // closed: who has not joined stays out
-  const auto left = [&] { return gate_.load(std::memory_order_acquire) % kLoop == 0; };
-  while (!spin(left)) {
+  run_chunks(0);
+  state_.fetch_add(kEpoch, std::memory_order_acq_rel);  // closed to workers that have not joined
+  const auto all_left = [&] { return state_.load(std::memory_order_acquire) % kEpoch == 0; };
+  while (!spin_wait(all_left)) {
   }
 }
 
-void Threads::work(int thread) {
-  uint64_t joined = 0;  // the loop last taken part in
-  const auto nothing_new = [&](uint64_t gate) { return !open(gate) || gate / kLoop == joined; };
+void ThreadPool::work(int thread) {
+  uint64_t joined = 0;  // the epoch of the last loop joined
+  const auto can_join = [&](uint64_t state) { return is_open(state) && state / kEpoch != joined; };
   for (;;) {
-    const auto called = [&] {
-      return stop_ || !nothing_new(gate_.load(std::memory_order_acquire));
-    };
-    if (!spin(called)) {
+    const auto ready = [&] { return stop_ || can_join(state_.load(std::memory_order_acquire)); };
+    if (!spin_wait(ready)) {
       std::unique_lock lock(mutex_);
-      wake_.wait(lock, called);
+      wake_.wait(lock, ready);
     }
     if (stop_) return;
-    uint64_t gate = gate_.load(std::memory_order_acquire);
-    while (!nothing_new(gate) &&
-           !gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    while (can_join(state) &&
+           !state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
     }
-    if (nothing_new(gate)) continue;  // it closed first
-    joined = gate / kLoop;
-    take_chunks(thread);
-    gate_.fetch_sub(1, std::memory_order_release);
+    if (!can_join(state)) continue;  // the loop closed first
+    joined = state / kEpoch;
+    run_chunks(thread);
+    state_.fetch_sub(1, std::memory_order_release);
   }
 }
 

@@ -1,4 +1,5 @@
-// The pool of workers that a CPU device's loops are split over.
+// The thread pool of a CPU device: parallel loops with dynamic scheduling, and the bounded
+// spin-wait that its threads use before they block.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -15,11 +16,11 @@
 
 namespace p2r::cpu {
 
-// Waits for ready() as long as a sleeping thread may take to come back, which is longer than many
-// small operations take; false if it has not come true by then. Whoever waits here gives way every
-// microsecond or two: where threads outnumber CPUs, it may hold the one of the thread it waits for.
+// Spins until ready(), for as long as waking a blocked thread may take, which is longer than many
+// small operations take; returns false on timeout. Yields every microsecond or two: where threads
+// outnumber CPUs, the waiting thread may occupy the CPU of the thread that it waits for.
 template <class Ready>
-bool spin(const Ready& ready) {
+bool spin_wait(const Ready& ready) {
   using Clock = std::chrono::steady_clock;
   const auto end = Clock::now() + std::chrono::microseconds(50);
   do {
@@ -34,35 +35,38 @@ bool spin(const Ready& ready) {
   return ready();
 }
 
-// Workers that split one loop at a time. Items are handed out in chunks to whoever is free, so the
-// result of an item must not depend on who computes it. Nobody waits for a worker that is still
-// asleep: a loop is over when its items are done and those who joined it have left.
-class Threads {
+// Runs one parallel loop at a time on the caller and count - 1 workers. Threads claim chunks of
+// items from a shared counter (dynamic scheduling), so an item's result must not depend on which
+// thread computes it. Workers join a loop if they are awake before its items are exhausted:
+// parallel() returns when all items are done and all workers that joined have left, and never waits
+// for a worker that is still asleep.
+class ThreadPool {
  public:
-  explicit Threads(int count);
-  ~Threads();
+  explicit ThreadPool(int count);
+  ~ThreadPool();
   int count() const { return count_; }
-  // f(begin, end, thread) over chunks of `grain` items; returns when all are done.
+  // Calls f(begin, end, thread) for chunks of `grain` items; returns when all are done. `thread` is
+  // below count(), and 0 for the caller.
   using Body = std::function<void(int64_t begin, int64_t end, int thread)>;
   void parallel(int64_t items, int64_t grain, const Body& f);
 
  private:
   void work(int thread);
-  void take_chunks(int thread);
-  // Keeps the workers off the CPU that the caller is on. A scheduler may wake one there, although
-  // another CPU is idle, and it then waits for many milliseconds for the caller to be done.
-  void keep_off();
+  void run_chunks(int thread);
+  // Excludes the caller's CPU from the workers' affinity masks. The kernel may wake a worker there,
+  // although another CPU is idle, where it is not scheduled for many milliseconds.
+  void exclude_caller_cpu();
 
   const int count_;
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  // Twice the number of loops begun, plus one while one is open to be joined: in the upper half;
-  // the workers inside it: in the lower half.
-  std::atomic<uint64_t> gate_{0};
+  // Upper 32 bits: an epoch, odd while a loop may be joined, advanced when a loop opens and when it
+  // closes. Lower 32 bits: the number of workers inside the loop.
+  std::atomic<uint64_t> state_{0};
   std::atomic<bool> stop_{false};
-  int kept_off_ = -1;  // a CPU
-  std::atomic<int64_t> next_{0};
+  int excluded_cpu_ = -1;
+  std::atomic<int64_t> next_{0};  // the first unclaimed item
   int64_t items_ = 0, grain_ = 1;
   const Body* body_ = nullptr;
 };
