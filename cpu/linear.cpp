@@ -1,22 +1,25 @@
+// A linear layer and its gradients: GEMMs (cpu/gemm.h), and column sums for the bias.
 #include "ops/linear.h"
 
 #include <algorithm>
 
 #include "cpu/gemm.h"
+#include "ops/integer.h"
 
 namespace p2r::cpu {
 
 namespace {
 
-// sums[f] (+)= Σ_n rows[n, f]: fixed slices of rows, each added up in order, then the slices.
+// sums[f] (+)= Σ_n rows[n, f]: fixed slices of rows, each added up in order, then the slices, so
+// that the order does not depend on the number of threads.
 void column_sums(CpuDevice& cpu, const View& rows, int64_t n, float* sums, bool add) {
-  constexpr int64_t kChunk = 1024, kMostSlices = 64, kSliceRows = 128;
-  constexpr int64_t kFew = 64 * 1024;  // entries that are not worth waking a worker
-  const int64_t width = rows.shape[-1], chunks = (width + kChunk - 1) / kChunk;
-  const int64_t slices = std::clamp<int64_t>(n / kSliceRows, 1, kMostSlices);
+  constexpr int64_t kChunk = 1024, kMaxSlices = 64, kSliceRows = 128;
+  constexpr int64_t kMinParallelEntries = 64 * 1024;  // fewer do not pay for waking a worker
+  const int64_t width = rows.shape[-1], chunks = ceil_div(width, kChunk);
+  const int64_t slices = std::clamp<int64_t>(n / kSliceRows, 1, kMaxSlices);
   const Scratch scratch = cpu.scratch(slices * width * 4);
   float* partial = scratch.as<float>();
-  const int64_t items = slices * chunks, grain = n * width < kFew ? items : 1;
+  const int64_t items = slices * chunks, grain = n * width < kMinParallelEntries ? items : 1;
   cpu.launch(items, grain, [=, &simd = cpu.simd()](int64_t begin, int64_t end, int) {
     float row[kChunk];
     for (int64_t item = begin; item < end; ++item) {
@@ -25,8 +28,7 @@ void column_sums(CpuDevice& cpu, const View& rows, int64_t n, float* sums, bool 
       float* sum = partial + slice * width + first;
       std::fill(sum, sum + count, 0.0f);
       for (int64_t i = n * slice / slices; i < n * (slice + 1) / slices; ++i) {
-        const int64_t offset = (i * width + first) * int64_t(size_of(rows.dtype));
-        simd.to_f32(rows.dtype, rows.as<const char>() + offset, row, count);
+        simd.to_f32(rows.dtype, rows.element(i * width + first), row, count);
         for (int64_t j = 0; j < count; ++j) sum[j] += row[j];
       }
     }
@@ -40,7 +42,7 @@ void column_sums(CpuDevice& cpu, const View& rows, int64_t n, float* sums, bool 
   });
 }
 
-// The leading axes taken together.
+// The product of the leading axes.
 int64_t rows_of(const View& v) {
   int64_t rows = 1;
   for (int i = 0; i + 1 < v.shape.rank; ++i) rows *= v.shape[i];
