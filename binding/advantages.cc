@@ -19,7 +19,6 @@ Ints groups_of(Call& call, int64_t sequences) {
 
 }  // namespace
 
-// The estimator comes as its index in Estimator.
 Napi::Value group_advantages(Call& call) {
   GroupAdvantagesArgs a;
   a.rewards = call.in("rewards", kF32);
@@ -28,7 +27,7 @@ Napi::Value group_advantages(Call& call) {
              "rewards must be [B] or [B, K], got " + to_string(a.rewards.shape));
   const int64_t n = a.rewards.shape[0], kinds = rank == 2 ? a.rewards.shape[1] : 1;
   a.groups = groups_of(call, n);
-  a.estimator = static_cast<Estimator>(call.integer("estimator", 0, 5));
+  a.estimator = call.choice("estimator", kEstimators);
   call.check(
       rank == 1 || a.estimator == Estimator::gdpo, Code::shape,
       "rewards must be [B] unless the estimator is 'gdpo', got " + to_string(a.rewards.shape));

@@ -61,13 +61,13 @@ int64_t kernel_of(Call& call, DType dtype, const Shape& shape) {
   const bool given = call.given();
   const std::string name = given ? call.text("kernel") : "";
   const std::vector<KernelChoice> choices = kernel_choices("attention", call.device().info());
-  std::string expected;
+  std::vector<const char*> names;
   for (size_t i = 0; i < choices.size(); ++i) {
     if (!choices[i].takes(dtype, shape[-1])) continue;
     if (!given || name == choices[i].name) return static_cast<int64_t>(i);
-    expected += std::string(expected.empty() ? "'" : " or '") + choices[i].name + "'";
+    names.push_back(choices[i].name);
   }
-  throw Error(Code::value, "kernel must be " + expected + " for " + to_string(dtype) +
+  throw Error(Code::value, "kernel must be " + quoted_list(names) + " for " + to_string(dtype) +
                                " with head dimension " + std::to_string(shape[-1]) + ", got '" +
                                name + "'");
 }

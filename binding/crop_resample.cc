@@ -12,15 +12,6 @@ namespace {
 // Coordinates and sizes beyond these are mistakes, and would overflow the weights' indices.
 constexpr double kFar = 1 << 30, kLongest = 1 << 20, kLargest = 1 << 28, kLargestBox = 1 << 30;
 
-Filter filter_of(Call& call) {
-  const std::string name = call.text("filter");
-  constexpr const char* names[] = {"box", "bilinear", "bicubic", "lanczos"};
-  for (int i = 0; i < 4; ++i)
-    if (name == names[i]) return static_cast<Filter>(i);
-  throw Error(Code::value,
-              "filter must be 'box', 'bilinear', 'bicubic' or 'lanczos', got '" + name + "'");
-}
-
 Ints regions_of(Call& call, size_t images) {
   const std::vector<double> values = call.numbers("regions");
   call.check(values.size() % kRegionFields == 0, Code::value, "regions must be whole");
@@ -58,7 +49,7 @@ void read_source(Call& call, Args& a) {
   call.check(!a.images.empty(), Code::value, "images must hold at least one Tensor");
   for (const In& image : a.images) check_image(call, "image", image);
   a.regions = regions_of(call, a.images.size());
-  a.filter = filter_of(call);
+  a.filter = call.choice("filter", kFilters);
   read_boxes(call, &a.boxes, &a.colors, &a.line_width);
 }
 

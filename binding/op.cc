@@ -54,6 +54,13 @@ std::string to_string(const Shape& shape) {
   return out + "]";
 }
 
+std::string quoted_list(const std::vector<const char*>& names) {
+  std::string out;
+  for (size_t i = 0; i < names.size(); ++i)
+    out += std::string(i == 0 ? "'" : i + 1 < names.size() ? ", '" : " or '") + names[i] + "'";
+  return out;
+}
+
 Call::Call(const Napi::CallbackInfo& info, const char* function)
     : info_(info), function_(function), op_(exported_name(function)) {
   State& state = State::of(info.Env());
@@ -181,6 +188,16 @@ std::string Call::text(const char* name) {
   const Napi::Value value = next(name);
   if (!value.IsString()) wrong(name, "a string", value);
   return value.As<Napi::String>().Utf8Value();
+}
+
+size_t Call::index_of(const char* name, const std::vector<const char*>& names) {
+  const Napi::Value value = next(name);
+  if (value.IsString()) {
+    const std::string given = value.As<Napi::String>().Utf8Value();
+    for (size_t i = 0; i < names.size(); ++i)
+      if (given == names[i]) return i;
+  }
+  wrong(name, quoted_list(names), value);
 }
 
 std::vector<double> Call::numbers(const char* name) {

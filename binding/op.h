@@ -21,6 +21,7 @@
 
 #include "binding/tensor.h"
 #include "ops/backend.h"
+#include "ops/enums.h"
 #include "ops/recording.h"
 
 namespace p2r::binding {
@@ -33,6 +34,8 @@ inline constexpr DTypes kU8 = {DType::u8};
 inline constexpr DTypes kAny = {DType::f32, DType::f16, DType::bf16, DType::i32, DType::u8};
 
 std::string to_string(const Shape& shape);
+// 'a', 'b' or 'c'.
+std::string quoted_list(const std::vector<const char*>& names);
 
 class Call {
  public:
@@ -63,6 +66,15 @@ class Call {
   int64_t integer(const char* name, int64_t low, int64_t high);
   bool flag(const char* name);
   std::string text(const char* name);
+  // A value by its name in a table of ops/enums.h.
+  template <class Enum, size_t n>
+  Enum choice(const char* name, const Named<Enum> (&choices)[n]) {
+    std::vector<const char*> names;
+    for (const Named<Enum>& c : choices) names.push_back(c.name);
+    return choices[index_of(name, names)].value;
+  }
+  // Which of `names` the next argument is.
+  size_t index_of(const char* name, const std::vector<const char*>& names);
   Ints ints(const char* name, int64_t low, int64_t high);
   std::vector<double> numbers(const char* name);
   // 0 = c0 <= c1 <= ... <= cB = total; -1: of any total.

@@ -6,7 +6,7 @@
 
 namespace p2r::binding {
 
-// Names come as their index in the enum, `false` as 0.
+// The values of `false` (no bound) come as null.
 void read_policy_loss(Call& call, PolicyLossArgs& a, int64_t tokens) {
   const auto per_token = [&](const char* name) {
     In t = call.maybe_in(name, kF32, 1);
@@ -36,18 +36,18 @@ void read_policy_loss(Call& call, PolicyLossArgs& a, int64_t tokens) {
     a.per_token = given != sequences;
   }
 
-  a.objective = static_cast<Objective>(call.integer("objective", 0, 4));
+  a.objective = call.choice("objective", kObjectives);
   a.clip_low = call.number("clipLow", 0, INFINITY);
   a.clip_high = call.number("clipHigh", 0, INFINITY);
   a.dual_clip = call.given() ? call.number("dualClip", 1, INFINITY) : 0;
   a.tau_positive = call.number("tauPositive", 1e-6, INFINITY);
   a.tau_negative = call.number("tauNegative", 1e-6, INFINITY);
-  a.kl = static_cast<Kl>(call.integer("kl", 0, 4));
+  a.kl = call.choice("kl", kKls);
   a.kl_coef = call.number("klCoef", -INFINITY, INFINITY);
   a.kl_clamp = call.given() ? call.number("klClamp", 1e-30, INFINITY) : 0;
   a.entropy_coef = call.number("entropyCoef", -INFINITY, INFINITY);
-  a.aggregation = static_cast<Aggregation>(call.integer("aggregation", 0, 3));
-  a.term_aggregation = static_cast<Aggregation>(call.integer("termAggregation", 0, 3));
+  a.aggregation = call.choice("aggregation", kAggregations);
+  a.term_aggregation = call.choice("termAggregation", kAggregations);
   a.count_empty = call.flag("emptyRows");
   if (call.given()) {
     a.loss_scale = call.number("lossScale", 1e-30, INFINITY);

@@ -23,7 +23,7 @@ struct Sequence {
 };
 struct RunSums {
   bool faulty = false;
-  double kept = 0, log_ratio = 0, sums[kPolicySums] = {};
+  double kept = 0, log_ratio = 0, sums[kLossSums] = {};
 };
 
 const float* from(const View& v, int64_t t) { return v ? v.as<float>() + t : nullptr; }
@@ -98,8 +98,8 @@ void policy_loss(const PolicyLossArgs& a, Device& device) {
         r.d_log_probs = a.d_log_probs.as<float>() + run.begin;
         r.d_entropy = a.d_entropy ? a.d_entropy.as<float>() + run.begin : nullptr;
         r.n = run.size;
-        r.objective = static_cast<int>(a.objective);
-        r.kl = static_cast<int>(a.kl);
+        r.objective = a.objective;
+        r.kl = a.kl;
         r.low = static_cast<float>(1 - a.clip_low);
         r.high = static_cast<float>(1 + a.clip_high);
         r.dual_clip = a.dual_clip > 0 ? static_cast<float>(a.dual_clip) : kInfinity;
@@ -116,30 +116,15 @@ void policy_loss(const PolicyLossArgs& a, Device& device) {
       }
     });
 
-    double policy = 0, kl = 0, entropy = 0, means[4] = {};
+    double sums[kLossSums] = {};
     for (int64_t i = 0; i < count; ++i) {
       const Sequence& sequence = of[table.runs[i].sequence];
       if (sequence.kept == 0) continue;
-      policy += sequence.policy_weight * parts[i].sums[kPolicy];
-      kl += sequence.term_weight * parts[i].sums[kKl];
-      entropy += sequence.term_weight * parts[i].sums[kEntropy];
-      for (int k = 0; k < 4; ++k) means[k] += parts[i].sums[kClipped + k];
+      for (int k = 0; k < kLossSums; ++k)
+        sums[k] +=
+            loss_sum_weight(k, sequence.policy_weight, sequence.term_weight) * parts[i].sums[k];
     }
-    const double loss = policy + (a.kl_coef != 0 ? a.kl_coef * kl : 0) -
-                        (a.entropy_coef != 0 ? a.entropy_coef * entropy : 0);
-    const double metrics[kLossMetrics] = {loss,
-                                          policy,
-                                          kl,
-                                          entropy,
-                                          tokens > 0 ? means[0] / tokens : 0,
-                                          tokens > 0 ? means[1] / tokens : 0,
-                                          tokens > 0 ? means[2] / tokens : 0,
-                                          tokens > 0 ? means[3] / tokens : 0,
-                                          std::floor(tokens / 65536),
-                                          std::fmod(tokens, 65536)};
-    for (int k = 0; k < kLossMetrics; ++k)
-      a.metrics.as<float>()[k] = static_cast<float>(metrics[k]);
-    a.loss.as<float>()[0] = static_cast<float>(loss);
+    write_loss(sums, tokens, a.kl_coef, a.entropy_coef, a.loss.as<float>(), a.metrics.as<float>());
   });
 }
 

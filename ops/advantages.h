@@ -28,11 +28,10 @@
 #include <tuple>
 #include <vector>
 
+#include "ops/enums.h"
 #include "ops/tensor.h"
 
 namespace p2r {
-
-enum class Estimator : uint8_t { grpo, dr_grpo, rloo, opo, gdpo, reinforce_pp_baseline };
 
 constexpr bool whitens(Estimator e) {
   return e == Estimator::gdpo || e == Estimator::reinforce_pp_baseline;

@@ -28,11 +28,10 @@
 #include <tuple>
 #include <vector>
 
+#include "ops/enums.h"
 #include "ops/tensor.h"
 
 namespace p2r {
-
-enum class Filter : uint8_t { box, bilinear, bicubic, lanczos };
 
 // A bound on the multiply-adds of resampling regions [n, 8], by the widest filter: lanczos, with
 // six taps and one more, times the scale.

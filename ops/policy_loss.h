@@ -43,20 +43,12 @@
 #include <tuple>
 #include <vector>
 
+#include "ops/enums.h"
 #include "ops/tensor.h"
 
 namespace p2r {
 
-enum class Objective : uint8_t { ppo, gspo, cispo, sapo, gpg };
-enum class Kl : uint8_t { none, k1, k2, k3, abs };
-enum class Aggregation : uint8_t {
-  token_mean,
-  seq_mean_token_sum,
-  seq_mean_token_mean,
-  seq_mean_token_sum_norm
-};
-
-constexpr int kLossMetrics = 10;
+constexpr int kLossMetrics = kLossSums + 3;
 
 struct PolicyLossArgs {
   In log_probs, old_log_probs, ref_log_probs, entropy, importance_weights, advantages, mask;
@@ -123,6 +115,27 @@ constexpr double loss_weight(Aggregation how, double kept, double tokens, double
     default:
       return 1 / (rows * loss_scale);
   }
+}
+
+// The weight of a sequence's sum k in the batch's: that of its terms, 1 for what is averaged over
+// kept tokens.
+constexpr double loss_sum_weight(int k, double policy_weight, double term_weight) {
+  return k == kPolicy ? policy_weight : k <= kEntropy ? term_weight : 1;
+}
+
+// The loss and its metrics from the weighted sums of the batch.
+constexpr void write_loss(const double* sums, double tokens, double kl_coef, double entropy_coef,
+                          float* loss, float* metrics) {
+  const double value = sums[kPolicy] + (kl_coef != 0 ? kl_coef * sums[kKl] : 0) -
+                       (entropy_coef != 0 ? entropy_coef * sums[kEntropy] : 0);
+  *loss = metrics[0] = static_cast<float>(value);
+  for (int k = 0; k < kLossSums; ++k)
+    metrics[1 + k] = static_cast<float>(k <= kEntropy ? sums[k]
+                                        : tokens > 0  ? sums[k] / tokens
+                                                      : 0);
+  const int64_t kept = static_cast<int64_t>(tokens);
+  metrics[1 + kLossSums] = static_cast<float>(kept / 65536);
+  metrics[2 + kLossSums] = static_cast<float>(kept % 65536);
 }
 
 }  // namespace p2r

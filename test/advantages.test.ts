@@ -233,7 +233,11 @@ onEveryBackend('advantages', (b) => {
       refuses({ rewards: [1, 2, 3] }, 'ERR_VALUE')
       refuses({ rewards: b.device.zeros([3], 'bf16') }, 'ERR_DTYPE')
       refuses({ rewards: b.device.zeros([3, 2]) }, 'ERR_SHAPE', /gdpo/)
-      refuses({ estimator: 'best' }, 'ERR_VALUE', /estimator/)
+      refuses(
+        { estimator: 'best' },
+        'ERR_VALUE',
+        /must be 'grpo', 'dr_grpo', 'rloo', 'opo', 'gdpo' or 'reinforce_pp_baseline', got 'best'/,
+      )
       refuses({ singleton: 'one' }, 'ERR_VALUE')
       refuses({ epsilon: -1 }, 'ERR_VALUE', /epsilon/)
       for (const estimator of ['opo', 'gdpo', 'reinforce_pp_baseline'])

@@ -570,9 +570,18 @@ onEveryBackend('policy_loss', (b) => {
       refuses({ mask: f32([1, 1, 1]) }, 'ERR_DTYPE', /mask/)
       refuses({ logProbs: b.device.zeros([3], 'bf16') }, 'ERR_DTYPE')
       refuses({ logProbs: b.device.zeros([1, 3]) }, 'ERR_SHAPE')
-      refuses({ objective: 'trpo' }, 'ERR_VALUE', /objective/)
-      refuses({ kl: 'k4' }, 'ERR_VALUE', /kl/)
-      refuses({ aggregation: 'mean' }, 'ERR_VALUE', /aggregation/)
+      refuses(
+        { objective: 'trpo' },
+        'ERR_VALUE',
+        /objective must be 'ppo', 'gspo', 'cispo', 'sapo' or 'gpg', got 'trpo'/,
+      )
+      refuses({ objective: 1 }, 'ERR_VALUE', /objective must be .* or 'gpg', got 1/)
+      refuses({ kl: 'k4' }, 'ERR_VALUE', /kl must be 'none', 'k1', 'k2', 'k3' or 'abs', got 'k4'/)
+      refuses(
+        { aggregation: 'mean' },
+        'ERR_VALUE',
+        /\baggregation must be 'token-mean', 'seq-mean-token-sum', 'seq-mean-token-mean' or 'seq-/,
+      )
       refuses({ termAggregation: 'mean' }, 'ERR_VALUE', /termAggregation/)
       refuses({ emptyRows: 'drop' }, 'ERR_VALUE', /emptyRows/)
       refuses({ clipLow: -0.1 }, 'ERR_VALUE', /clipLow/)

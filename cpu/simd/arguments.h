@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "ops/enums.h"
+
 namespace p2r::cpu {
 
 // The gradient of one row of logits; see logit_gradient.
@@ -18,10 +20,11 @@ struct PolicyRun {
   bool faulty;  // whether the mask holds other than 0 and 1
   float *d_log_probs, *d_entropy;
   int64_t n;
-  int objective, kl;  // Objective, Kl
-  float advantage;    // where advantages is null
-  float low, high;    // the clipped ratio's bounds
-  float dual_clip;    // inf: none
+  Objective objective;
+  Kl kl;
+  float advantage;  // where advantages is null
+  float low, high;  // the clipped ratio's bounds
+  float dual_clip;  // inf: none
   float tau_positive, tau_negative;
   float kl_clamp;                   // inf: none
   float sequence_ratio;             // gspo's
@@ -29,8 +32,5 @@ struct PolicyRun {
   float policy_weight;              // of a token's gradient
   float kl_weight, entropy_weight;  // with their coefficients; entropy's negative
 };
-
-// What policy_run sums over kept tokens.
-enum PolicySum { kPolicy, kKl, kEntropy, kClipped, kClippedLower, kApproxKl, kRatio, kPolicySums };
 
 }  // namespace p2r::cpu

@@ -10,15 +10,11 @@ namespace p2r::cpu::P2R_ISA {
 
 namespace {
 
-// As in ops/policy_loss.h, which this file may not include.
-enum { kPpo, kGspo, kCispo, kSapo, kGpg };
-enum { kNone, kK1, kK2, kK3, kAbs };
-
 constexpr int kPartial = 512;  // tokens whose terms are summed in f32
 
 // What tokens add up to: terms in f32 for kPartial tokens, then in f64; counts of kept tokens.
 struct Totals {
-  vf terms[kPolicySums] = {};
+  vf terms[kLossSums] = {};
   vi clipped = {}, lower = {};
 };
 
@@ -58,11 +54,11 @@ inline vf above_tangent(vf x, vf e) {
 inline Term kl_term(const PolicyRun& run, vf x) {
   const vf one = set1(1);
   switch (run.kl) {
-    case kK1:
+    case Kl::k1:
       return {-x, one};
-    case kK2:
+    case Kl::k2:
       return {0.5f * x * x, -x};
-    case kAbs:
+    case Kl::abs:
       return {x < 0.0f ? -x : x, x > 0.0f ? -one : x < 0.0f ? one : x};
     default: {
       const bool bounded = run.kl_clamp < INFINITY;
@@ -89,7 +85,7 @@ inline void count(vi which, vi& total) { total = which ? total + 1 : total; }
 
 // The n tokens from i on, at most W. Without `extras` the loss is its policy term alone, with one
 // advantage and a sound mask, and the loop free of branches.
-template <int objective, bool extras>
+template <Objective objective, bool extras>
 inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int n, Totals& total) {
   const vf one = set1(1), none = {};
   const vi mark = load_marks(run.mask ? run.mask + i : nullptr, n);
@@ -99,7 +95,7 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
   if (extras && run.advantages) advantage = advantage_of(run, load_floats(run.advantages + i, n));
   const vf step = run.old_log_probs ? log_p - load_floats(run.old_log_probs + i, n) : none;
   const vf d = clamp(step, -20, 20);
-  constexpr bool sequence = objective == kGspo;
+  constexpr bool sequence = objective == Objective::gspo;
   vf ratio = one;
   if (sequence) {
     ratio = set1(run.sequence_ratio);
@@ -110,7 +106,7 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
   const vf free = advantage.minus * ratio;
 
   Term policy = {none, none};
-  if (objective == kPpo || sequence) {
+  if (objective == Objective::ppo || sequence) {
     const vf bounded = advantage.minus * clamp(ratio, run.low, run.high);
     const vi clipped = bounded > free;
     policy.value = clipped ? bounded : free;
@@ -123,12 +119,12 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
     }
     count(keep & clipped, total.clipped);
     policy.slope = moves & ~clipped ? free : none;
-  } else if (objective == kCispo) {
+  } else if (objective == Objective::cispo) {
     const vf held = clamp(ratio, run.low, run.high);
     count(keep & (held != ratio), total.clipped);
     policy.slope = advantage.minus * held;
     policy.value = policy.slope * log_p;
-  } else if (objective == kSapo) {
+  } else if (objective == Objective::sapo) {
     const vf tau = advantage.minus < 0.0f ? set1(run.tau_positive) : set1(run.tau_negative);
     const vf gate = one / (one + vexp(-tau * (ratio - 1.0f)));
     const vf away = one / (one + vexp(tau * (ratio - 1.0f)));
@@ -151,7 +147,7 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
   }
   total.terms[kPolicy] += keep ? policy.value : none;
 
-  if (extras && run.kl != kNone) {
+  if (extras && run.kl != Kl::none) {
     const Term kl = kl_term(run, load_floats(run.ref_log_probs + i, n) - log_p);
     total.terms[kKl] += keep ? kl.value : none;
     if (run.kl_weight != 0) slope += kl.slope * run.kl_weight;
@@ -165,11 +161,11 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
   store_floats(run.d_log_probs + i, keep ? slope : none, n);
 }
 
-template <int objective, bool extras>
+template <Objective objective, bool extras>
 void tokens_of(const PolicyRun* pointer, double* sums) {
   const PolicyRun run = *pointer;  // a copy, which no store to the results can change
   const Advantage shared = advantage_of(run, set1(run.advantage));
-  vd_half terms[kPolicySums] = {};
+  vd_half terms[kLossSums] = {};
   vi clipped = {}, lower = {};
   for (int64_t begin = 0; begin < run.n; begin += kPartial) {
     const int64_t end = run.n - begin < kPartial ? run.n : begin + kPartial;
@@ -178,7 +174,7 @@ void tokens_of(const PolicyRun* pointer, double* sums) {
     for (; i + W <= end; i += W) add_tokens<objective, extras>(run, shared, i, W, total);
     if (i < end) add_tokens<objective, extras>(run, shared, i, (int)(end - i), total);
     for (int k : {kPolicy, kApproxKl, kRatio}) add_to(&terms[k], total.terms[k]);
-    if (extras && run.kl != kNone) add_to(&terms[kKl], total.terms[kKl]);
+    if (extras && run.kl != Kl::none) add_to(&terms[kKl], total.terms[kKl]);
     if (extras && run.entropy) add_to(&terms[kEntropy], total.terms[kEntropy]);
     clipped += total.clipped;
     lower += total.lower;
@@ -193,9 +189,9 @@ void tokens_of(const PolicyRun* pointer, double* sums) {
   sums[kClippedLower] = counts[1];
 }
 
-template <int objective>
+template <Objective objective>
 void run_of(const PolicyRun* run, double* sums) {
-  if (run->kl != kNone || run->entropy || run->importance || run->advantages || run->faulty)
+  if (run->kl != Kl::none || run->entropy || run->importance || run->advantages || run->faulty)
     tokens_of<objective, true>(run, sums);
   else
     tokens_of<objective, false>(run, sums);
@@ -205,16 +201,16 @@ void run_of(const PolicyRun* run, double* sums) {
 
 void policy_run(const PolicyRun* run, double* sums) {
   switch (run->objective) {
-    case kPpo:
-      return run_of<kPpo>(run, sums);
-    case kGspo:
-      return run_of<kGspo>(run, sums);
-    case kCispo:
-      return run_of<kCispo>(run, sums);
-    case kSapo:
-      return run_of<kSapo>(run, sums);
+    case Objective::ppo:
+      return run_of<Objective::ppo>(run, sums);
+    case Objective::gspo:
+      return run_of<Objective::gspo>(run, sums);
+    case Objective::cispo:
+      return run_of<Objective::cispo>(run, sums);
+    case Objective::sapo:
+      return run_of<Objective::sapo>(run, sums);
     default:
-      return run_of<kGpg>(run, sums);
+      return run_of<Objective::gpg>(run, sums);
   }
 }
 

@@ -2,8 +2,13 @@ import { choice, hostInts, hostNumbers } from '../arguments.js'
 import { native } from '../native.js'
 import { handleOf, type Ints, maybeHandle, type Tensor, wrap } from '../tensor.js'
 
-const estimators = ['grpo', 'dr_grpo', 'rloo', 'opo', 'gdpo', 'reinforce_pp_baseline'] as const
-export type AdvantageEstimator = (typeof estimators)[number]
+export type AdvantageEstimator =
+  | 'grpo'
+  | 'dr_grpo'
+  | 'rloo'
+  | 'opo'
+  | 'gdpo'
+  | 'reinforce_pp_baseline'
 
 export interface GroupAdvantages {
   /** f32 [B], or [B, K] of K kinds for 'gdpo'. */
@@ -42,7 +47,7 @@ export function advantagesAs(
   const out = native().ops.group_advantages!(
     handleOf(a.rewards, 'rewards', op),
     hostInts(a.groups, 'groups', op),
-    estimators.indexOf(choice(a.estimator ?? 'grpo', estimators, 'estimator', op)),
+    a.estimator ?? 'grpo',
     a.epsilon ?? 1e-6,
     choice(a.singleton ?? 'reward', ['reward', 'zero'], 'singleton', op) === 'zero',
     a.weights === undefined ? null : hostNumbers(a.weights, 'weights', op),

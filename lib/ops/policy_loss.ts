@@ -3,15 +3,11 @@ import { refuse } from '../errors.js'
 import { native } from '../native.js'
 import { type Held, handleOf, held, type Ints, maybeHandle, type Tensor, wrap } from '../tensor.js'
 
-const objectives = ['ppo', 'gspo', 'cispo', 'sapo', 'gpg'] as const
-const kls = ['none', 'k1', 'k2', 'k3', 'abs'] as const
-const aggregations = [
-  'token-mean',
-  'seq-mean-token-sum',
-  'seq-mean-token-mean',
-  'seq-mean-token-sum-norm',
-] as const
-export type LossAggregation = (typeof aggregations)[number]
+export type LossAggregation =
+  | 'token-mean'
+  | 'seq-mean-token-sum'
+  | 'seq-mean-token-mean'
+  | 'seq-mean-token-sum-norm'
 
 /**
  * The defaults are those of the Perceive-to-Reason configuration (verl's); `trlDefaults` holds TRL's.
@@ -22,7 +18,7 @@ export interface PolicyLossOptions {
    * 'ppo' (default): clipped token ratios; 'gspo': clipped sequence ratios; 'cispo': clipped weights
    * with stopped gradient; 'sapo': soft gates; 'gpg': no ratio.
    */
-  objective?: (typeof objectives)[number]
+  objective?: 'ppo' | 'gspo' | 'cispo' | 'sapo' | 'gpg'
   /** A ratio is held within 1 - clipLow and 1 + clipHigh: 0.2 each. */
   clipLow?: number
   clipHigh?: number
@@ -32,7 +28,7 @@ export interface PolicyLossOptions {
   tauPositive?: number
   tauNegative?: number
   /** 'k3' (low_var_kl) when refLogProbs is given, else 'none'. */
-  kl?: (typeof kls)[number]
+  kl?: 'none' | 'k1' | 'k2' | 'k3' | 'abs'
   /** 0.01. */
   klCoef?: number
   /**
@@ -154,21 +150,8 @@ export function withMetrics<R extends object>(
 
 /** @internal What binding/policy_loss.h reads: all but the log-probs and the entropy. */
 export function lossArguments(op: string, a: Omit<PolicyLossInput, 'logProbs' | 'entropy'>) {
-  const objective = choice(a.objective ?? 'ppo', objectives, 'objective', op)
-  const aggregation = choice(
-    a.aggregation ??
-      (objective === 'gspo' || objective === 'sapo' ? 'seq-mean-token-mean' : 'token-mean'),
-    aggregations,
-    'aggregation',
-    op,
-  )
-  const terms = choice(
-    a.termAggregation ?? a.aggregation ?? 'token-mean',
-    aggregations,
-    'termAggregation',
-    op,
-  )
-  const kl = choice(a.kl ?? (a.refLogProbs ? 'k3' : 'none'), kls, 'kl', op)
+  const objective = a.objective ?? 'ppo'
+  const perSequence = objective === 'gspo' || objective === 'sapo'
   return [
     maybeHandle(a.oldLogProbs, 'oldLogProbs', op),
     maybeHandle(a.refLogProbs, 'refLogProbs', op),
@@ -179,18 +162,18 @@ export function lossArguments(op: string, a: Omit<PolicyLossInput, 'logProbs' | 
     a.advantagesPer === undefined
       ? null
       : choice(a.advantagesPer, ['sequence', 'token'], 'advantagesPer', op) === 'token',
-    objectives.indexOf(objective),
+    objective,
     a.clipLow ?? 0.2,
     a.clipHigh ?? 0.2,
     unlessFalse(a.dualClip, 3, 'dualClip', op),
     a.tauPositive ?? 1,
     a.tauNegative ?? 1.05,
-    kls.indexOf(kl),
+    a.kl ?? (a.refLogProbs ? 'k3' : 'none'),
     a.klCoef ?? 0.01,
     unlessFalse(a.klClamp, 10, 'klClamp', op),
     a.entropyCoef ?? 0,
-    aggregations.indexOf(aggregation),
-    aggregations.indexOf(terms),
+    a.aggregation ?? (perSequence ? 'seq-mean-token-mean' : 'token-mean'),
+    a.termAggregation ?? a.aggregation ?? 'token-mean',
     choice(a.emptyRows ?? 'skip', ['skip', 'count'], 'emptyRows', op) === 'count',
     a.lossScale,
     a.normalizer,
