@@ -14,7 +14,7 @@ namespace p2r::binding {
 
 namespace {
 
-// The one place where C++ errors of operations become JavaScript's.
+// The one place where C++ exceptions of operations become JavaScript errors.
 template <Napi::Value (*parse)(Call&)>
 Napi::Value enter(const Napi::CallbackInfo& info) {
   const char* function = static_cast<const char*>(info.Data());
@@ -49,14 +49,14 @@ Napi::Value cuda(const Napi::CallbackInfo& info) {
   return o;
 }
 
-// Until end(), calls carry the composite's name and share one fault.
+// Until endComposite, calls carry the composite's name and share one fault.
 void begin_composite(const Napi::CallbackInfo& info) {
   State::of(info.Env()).composites.push_back({info[0].ToString(), nullptr, nullptr});
 }
 void end_composite(const Napi::CallbackInfo& info) { State::of(info.Env()).composites.pop_back(); }
 
-// (folder, work, calls, absolute, relative, ofLargest): the next `calls` calls on the CPU of at
-// most that much work are written there as cases; '' ends it.
+// (folder, work, calls, absolute, relative, ofLargest): writes the next `calls` CPU calls of at
+// most that much work into the folder as cases (ops/recording.h); '' ends recording.
 void record(const Napi::CallbackInfo& info) {
   const auto number = [&](size_t i) {
     return info[i].IsNumber() ? info[i].As<Napi::Number>().DoubleValue() : 0.0;

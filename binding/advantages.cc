@@ -36,7 +36,7 @@ Napi::Value group_advantages(Call& call) {
   const bool weighted = call.given();
   if (weighted) {
     a.weights = call.numbers("weights");
-    call.check(a.estimator == Estimator::gdpo, Code::value, "weights are of the estimator 'gdpo'");
+    call.check(a.estimator == Estimator::gdpo, Code::value, "weights need the estimator 'gdpo'");
     call.check(static_cast<int64_t>(a.weights.size()) == kinds, Code::shape,
                "weights must have one number a kind of reward, " + std::to_string(kinds) +
                    ", got " + std::to_string(a.weights.size()));
@@ -59,7 +59,7 @@ Napi::Value group_advantages(Call& call) {
                    ", got " + std::to_string(a.cu_seqlens.size() - 1));
   }
   call.check(!needs_lengths(a.estimator) || counted || static_cast<int64_t>(a.lengths.size()) == n,
-             Code::value, "this estimator weighs by tokens and needs lengths");
+             Code::value, "this estimator weights by tokens and needs lengths");
   if (!needs_lengths(a.estimator)) {
     a.lengths.clear();
     a.cu_seqlens.clear();

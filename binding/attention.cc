@@ -9,8 +9,7 @@ namespace p2r::binding {
 
 namespace {
 
-// What an attention call reads: q, k and (but for the mass) v, or qkv with or without rotary
-// tables. Returns [T, H, D].
+// Reads q, k and (except for the mass) v, or qkv with or without rotary tables. Returns [T, H, D].
 template <class Args>
 Shape inputs(Call& call, Args& a) {
   a.q = call.maybe_in("q", kFloats, 3);
@@ -56,14 +55,14 @@ double scale_of(Call& call, const Shape& shape) {
   return call.number("scale", -HUGE_VAL, HUGE_VAL);
 }
 
-// The one that is asked for, else the first that takes the input.
+// The index of the kernel given by name, or of the first that supports the input.
 int64_t kernel_of(Call& call, DType dtype, const Shape& shape) {
   const bool given = call.given();
   const std::string name = given ? call.text("kernel") : "";
   const std::vector<KernelChoice> choices = kernel_choices("attention", call.device().info());
   std::vector<const char*> names;
   for (size_t i = 0; i < choices.size(); ++i) {
-    if (!choices[i].takes(dtype, shape[-1])) continue;
+    if (!choices[i].supports(dtype, shape[-1])) continue;
     if (!given || name == choices[i].name) return static_cast<int64_t>(i);
     names.push_back(choices[i].name);
   }

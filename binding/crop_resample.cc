@@ -9,16 +9,17 @@ namespace p2r::binding {
 
 namespace {
 
-// Coordinates and sizes beyond these are mistakes, and would overflow the weights' indices.
-constexpr double kFar = 1 << 30, kLongest = 1 << 20, kLargest = 1 << 28, kLargestBox = 1 << 30;
+// Beyond these the indices of weights would overflow.
+constexpr double kMaxCoordinate = 1 << 30, kMaxSide = 1 << 20, kMaxPixels = 1 << 28,
+                 kMaxBoxPixels = 1 << 30;
 
 Ints regions_of(Call& call, size_t images) {
   const std::vector<double> values = call.numbers("regions");
-  call.check(values.size() % kRegionFields == 0, Code::value, "regions must be whole");
+  call.check(values.size() % kRegionFields == 0, Code::value, "regions must have 8 numbers each");
   for (size_t i = 0; i < values.size(); i += kRegionFields) {
     const double* v = &values[i];
     const std::string name = "regions[" + std::to_string(i / kRegionFields) + "]";
-    auto whole = [&](const char* field, double x, double low, double high) {
+    auto integer = [&](const char* field, double x, double low, double high) {
       char got[40];
       snprintf(got, sizeof got, "%.17g", x);
       call.check(x == std::floor(x) && x >= low && x <= high, Code::value,
@@ -26,19 +27,19 @@ Ints regions_of(Call& call, size_t images) {
                      std::to_string(static_cast<int64_t>(low)) + " to " +
                      std::to_string(static_cast<int64_t>(high)) + ", got " + got);
     };
-    whole("image", v[0], 0, static_cast<double>(images) - 1);
-    for (int k = 1; k <= 4; ++k) whole("box", v[k], -kFar, kFar);
+    integer("image", v[0], 0, static_cast<double>(images) - 1);
+    for (int k = 1; k <= 4; ++k) integer("box", v[k], -kMaxCoordinate, kMaxCoordinate);
     call.check(v[3] > v[1] && v[4] > v[2], Code::value,
                name + ".box is empty or inverted; x0 < x1 and y0 < y1 are needed");
-    call.check(v[3] - v[1] <= kLongest && v[4] - v[2] <= kLongest &&
-                   (v[3] - v[1]) * (v[4] - v[2]) <= kLargestBox,
+    call.check(v[3] - v[1] <= kMaxSide && v[4] - v[2] <= kMaxSide &&
+                   (v[3] - v[1]) * (v[4] - v[2]) <= kMaxBoxPixels,
                Code::value, name + ".box is too large");
-    whole("height", v[5], 1, kLongest);
-    whole("width", v[6], 1, kLongest);
-    call.check(
-        v[5] * v[6] <= kLargest, Code::value,
-        name + " asks for more than " + std::to_string(static_cast<int64_t>(kLargest)) + " pixels");
-    whole("overlay", v[7], 0, 1);
+    integer("height", v[5], 1, kMaxSide);
+    integer("width", v[6], 1, kMaxSide);
+    call.check(v[5] * v[6] <= kMaxPixels, Code::value,
+               name + " must have at most " + std::to_string(static_cast<int64_t>(kMaxPixels)) +
+                   " pixels");
+    integer("overlay", v[7], 0, 1);
   }
   return {values.begin(), values.end()};
 }
@@ -46,7 +47,7 @@ Ints regions_of(Call& call, size_t images) {
 template <class Args>
 void read_source(Call& call, Args& a) {
   a.images = call.in_list("images", kU8, 3);
-  call.check(!a.images.empty(), Code::value, "images must hold at least one Tensor");
+  call.check(!a.images.empty(), Code::value, "images must have at least one Tensor");
   for (const In& image : a.images) check_image(call, "image", image);
   a.regions = regions_of(call, a.images.size());
   a.filter = call.choice("filter", kFilters);

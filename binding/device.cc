@@ -21,14 +21,14 @@ std::unique_ptr<Device> open_named(const std::string& id, const OpenOptions& opt
                       index.find_first_not_of("0123456789") == std::string::npos;
   if (!cuda || (id != "cuda" && !digits))
     throw Error(Code::device,
-                "no device is called '" + id + "'; expected cpu, cuda or cuda:<index>");
+                "there is no device '" + id + "'; expected cpu, cuda or cuda:<index>");
   const CudaStatus status = cuda_status();
   if (!status.available)
     throw Error(Code::device, "'" + id + "' is not available: " + status.reason);
   const int n = digits ? std::stoi(index) : 0;
   const int count = static_cast<int>(cuda_infos().size());
   if (n >= count)
-    throw Error(Code::device, "'" + id + "' is not there: this machine has " +
+    throw Error(Code::device, "'" + id + "' does not exist: this machine has " +
                                   std::to_string(count) + " CUDA device" + (count == 1 ? "" : "s"));
   return open_cuda(n);
 }
@@ -115,7 +115,7 @@ DeviceHandle::DeviceHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<De
 }
 
 void DeviceHandle::Finalize(Napi::BasicEnv env) {
-  // Tensors may outlive the device's handle: the last of them closes it.
+  // Tensors may outlive the device's handle: the last of them closes the device.
   if (device_ && device_.use_count() == 1) {
     device_->close();
     device_->account(env);
@@ -171,7 +171,7 @@ Napi::Value DeviceHandle::OpenShared(const Napi::CallbackInfo& info) {
       bytes != static_cast<double>(static_cast<int64_t>(bytes)) ||
       offset != static_cast<double>(static_cast<int64_t>(offset)) ||
       static_cast<int64_t>(offset) % static_cast<int64_t>(size_of(dtype)) != 0)
-    throw Error(Code::value, "the tensor does not lie within the memory that its handle names");
+    throw Error(Code::value, "the tensor is not within the memory that its handle names");
   auto storage = std::make_shared<Storage>(device, info[0].ToString(), static_cast<size_t>(bytes));
   return TensorHandle::Make(info.Env(), storage, dtype, shape, static_cast<size_t>(offset));
 }

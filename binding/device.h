@@ -1,4 +1,4 @@
-// The native half of a Device.
+// The native object behind a Device of lib/device.ts.
 #pragma once
 #include <napi.h>
 

@@ -1,22 +1,24 @@
-// Grids of patches among the arguments of a call.
+// Checks of grids of patches.
 #pragma once
 #include "binding/op.h"
 
 namespace p2r::binding {
 
-// The tokens of gridThw (t, h, w of each grid), once h and w are seen to be multiples of mergeSize.
+// The number of tokens of gridThw (t, h, w of each grid), whose h and w must be multiples of
+// mergeSize.
 inline int64_t tokens_of_grids(const Call& call, const Ints& grid_thw, int64_t merge) {
-  call.check(grid_thw.size() % 3 == 0, Code::value, "gridThw must hold t, h, w of each grid");
+  call.check(grid_thw.size() % 3 == 0, Code::value, "gridThw must have t, h, w for each grid");
   int64_t tokens = 0;
   for (size_t g = 0; g < grid_thw.size(); g += 3) {
     const int64_t t = grid_thw[g], h = grid_thw[g + 1], w = grid_thw[g + 2];
     const std::string name = "gridThw[" + std::to_string(g / 3) + "]";
     call.check(h % merge == 0 && w % merge == 0, Code::value,
-               name + " must have h and w that mergeSize " + std::to_string(merge) +
-                   " divides, got " + std::to_string(h) + " x " + std::to_string(w));
+               name + " must have h and w that are multiples of mergeSize " +
+                   std::to_string(merge) + ", got " + std::to_string(h) + " x " +
+                   std::to_string(w));
     const int64_t frame = h * w;  // below 2^62
     call.check(frame == 0 || t <= (INT32_MAX - tokens) / frame, Code::shape,
-               name + " brings the tokens over 2147483647");
+               name + " makes more than 2147483647 tokens");
     tokens += t * frame;
   }
   return tokens;

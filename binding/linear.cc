@@ -51,7 +51,7 @@ Napi::Value linear_backward(Call& call) {
   call.same_shape("dOut", a.d_out, with_features(a.x.shape, features[0]));
   if (a.into_weight) call.same_shape("into.dWeight", a.into_weight, a.weight.shape);
   if (a.into_bias) {
-    call.check(bool(bias), Code::value, "into.dBias is of no use without a bias");
+    call.check(bool(bias), Code::value, "into.dBias needs a bias");
     call.same_shape("into.dBias", a.into_bias, features);
   }
   a.d_x = call.result(a.x.dtype, a.x.shape);

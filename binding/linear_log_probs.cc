@@ -9,14 +9,15 @@ namespace p2r::binding {
 
 namespace {
 
-// hidden [N, C], weight [V, C], bias [V] or none, targets [N] and the temperature, in this order.
+// Reads hidden [N, C], weight [V, C], bias [V] or none, targets [N] and the temperature, in this
+// order.
 template <class Args>
 void read_head(Call& call, Args& a) {
   a.hidden = call.in("hidden", kFloats, 2);
   a.weight = call.in("weight", kFloats, 2);
   a.bias = call.maybe_in("bias", kFloats, 1);
   a.targets = read_targets(call, a.hidden);
-  a.temperature = call.number("temperature", kColdest, kHottest);
+  a.temperature = call.number("temperature", kMinTemperature, kMaxTemperature);
   call.same_dtype("weight", a.weight, a.hidden.dtype);
   call.check(a.weight.shape[1] == a.hidden.shape[1], Code::shape,
              "weight must have as many columns as hidden, " + std::to_string(a.hidden.shape[1]) +
@@ -30,18 +31,18 @@ void read_head(Call& call, Args& a) {
 }
 
 template <class Args>
-void read_into(Call& call, Args& a) {
+void read_accumulators(Call& call, Args& a) {
   a.into_weight = call.maybe_inout("into.dWeight", kF32, 2);
   a.into_bias = call.maybe_inout("into.dBias", kF32, 1);
   if (a.into_weight) call.same_shape("into.dWeight", a.into_weight, a.weight.shape);
   if (a.into_bias) {
-    call.check(bool(a.bias), Code::value, "into.dBias is of no use without a bias");
+    call.check(bool(a.bias), Code::value, "into.dBias needs a bias");
     call.same_shape("into.dBias", a.into_bias, {a.weight.shape[0]});
   }
 }
 
 template <class Args>
-void gradients(Call& call, Args& a) {
+void gradient_results(Call& call, Args& a) {
   a.d_hidden = call.result(a.hidden.dtype, a.hidden.shape);
   if (!a.into_weight) a.d_weight = call.result(DType::f32, a.weight.shape);
   if (a.bias && !a.into_bias) a.d_bias = call.result(DType::f32, {a.weight.shape[0]});
@@ -61,8 +62,8 @@ Napi::Value linear_log_probs_backward(Call& call) {
   LinearLogProbsBackwardArgs a;
   read_head(call, a);
   read_row_gradients(call, a, a.hidden.shape[0]);
-  read_into(call, a);
-  gradients(call, a);
+  read_accumulators(call, a);
+  gradient_results(call, a);
   return call.run(&Kernels::linear_log_probs_backward, a);
 }
 
@@ -70,13 +71,14 @@ Napi::Value linear_policy_loss(Call& call) {
   LinearPolicyLossArgs a;
   read_head(call, a);
   read_policy_loss(call, a.loss, a.hidden.shape[0]);
-  call.check(a.loss.objective != Objective::gspo, Code::value,
-             "objective must not be 'gspo', whose ratios need whole sequences: use linearLogProbs, "
-             "policyLoss and linearLogProbsBackward");
-  read_into(call, a);
+  call.check(
+      a.loss.objective != Objective::gspo, Code::value,
+      "objective must not be 'gspo', whose ratios need all of a sequence: use linearLogProbs, "
+      "policyLoss and linearLogProbsBackward");
+  read_accumulators(call, a);
   a.log_probs = call.result(DType::f32, {a.hidden.shape[0]});
   policy_loss_results(call, a.loss);
-  gradients(call, a);
+  gradient_results(call, a);
   return call.run(&Kernels::linear_policy_loss, a);
 }
 

@@ -17,7 +17,7 @@ void read_logits(Call& call, Args& a) {
 Napi::Value token_log_probs(Call& call) {
   TokenLogProbsArgs a;
   read_logits(call, a);
-  a.temperature = call.number("temperature", kColdest, kHottest);
+  a.temperature = call.number("temperature", kMinTemperature, kMaxTemperature);
   const bool entropy = call.flag("entropy");
   log_prob_results(call, a, a.logits.shape[0], entropy);
   return call.run(&Kernels::token_log_probs, a);
@@ -27,7 +27,7 @@ Napi::Value token_log_probs_shard(Call& call) {
   TokenLogProbsShardArgs a;
   read_logits(call, a);
   a.vocab_offset = call.integer("vocabOffset", 0, INT32_MAX);
-  a.temperature = call.number("temperature", kColdest, kHottest);
+  a.temperature = call.number("temperature", kMinTemperature, kMaxTemperature);
   const bool entropy = call.flag("entropy");
   const int64_t n = a.logits.shape[0];
   a.stats = call.result(DType::f32, {n, 2});
@@ -64,7 +64,7 @@ Napi::Value token_log_probs_backward(Call& call) {
     a.logits = call.in("logits", kFloats, 2);
   a.targets = read_targets(call, a.logits);
   read_row_gradients(call, a, a.logits.shape[0]);
-  a.temperature = call.number("temperature", kColdest, kHottest);
+  a.temperature = call.number("temperature", kMinTemperature, kMaxTemperature);
   a.shard = call.given();
   if (a.shard) a.vocab_offset = call.integer("vocabOffset", 0, INT32_MAX);
   if (in_place)

@@ -1,19 +1,19 @@
-// What log-probabilities of logits in memory and of a linear head read and return.
+// Arguments and results shared by log-probabilities of stored logits and of a linear head.
 #pragma once
 #include "binding/op.h"
 
 namespace p2r::binding {
 
-constexpr double kColdest = 1e-6, kHottest = 1e6;
+constexpr double kMinTemperature = 1e-6, kMaxTemperature = 1e6;
 
-// The targets, one a row of `rows`.
+// One target for each row of `rows`.
 inline In read_targets(Call& call, const In& rows) {
   const In targets = call.in("targets", kI32, 1);
   call.same_shape("targets", targets, {rows.shape[0]});
   return targets;
 }
 
-// What the gradient of n rows comes from; the entropy only where its gradient is given.
+// Inputs of the gradient of n rows; the entropy is used only where its gradient is given.
 template <class Args>
 void read_row_gradients(Call& call, Args& a, int64_t n) {
   a.stats = call.in("stats", kF32, 2);
@@ -31,7 +31,7 @@ void read_row_gradients(Call& call, Args& a, int64_t n) {
   }
 }
 
-// Log-probabilities of n rows, with their stats and, where asked for, the entropy.
+// Log-probabilities of n rows, with their stats and, optionally, the entropy.
 template <class Args>
 void log_prob_results(Call& call, Args& a, int64_t n, bool entropy) {
   a.log_probs = call.result(DType::f32, {n});

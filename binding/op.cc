@@ -40,10 +40,9 @@ std::string one_of(DTypes dtypes) {
   return out;
 }
 
-std::string shortest(double x) {
+std::string number_text(double x) {
   if (x == std::floor(x) && std::fabs(x) < 1e15) return std::to_string(static_cast<int64_t>(x));
-  std::string s = std::to_string(x);
-  return s;
+  return std::to_string(x);
 }
 
 }  // namespace
@@ -69,7 +68,7 @@ Call::Call(const Napi::CallbackInfo& info, const char* function)
 
 Call::~Call() {
   if (finished_) return;
-  // The call threw: nothing will raise its fault, and no one will dispose its results.
+  // The call threw: its fault cannot be raised, and its results have no other owner.
   if (fault_ && fault_->sequence == UINT64_MAX) fault_->sequence = 0;
   for (const Napi::Object& result : results_)
     if (TensorHandle* handle = TensorHandle::From(result)) handle->drop(env());
@@ -98,7 +97,7 @@ View Call::tensor(const char* name, const Napi::Value& value, DTypes dtypes, int
   const View view = handle->view(name);
   const std::shared_ptr<OpenDevice>& device = handle->storage()->device;
   if (!device_) device_ = device;
-  // Messages are made only for what fails: a training step passes a hundred tensors.
+  // Messages are built only on failure: a training step passes a hundred tensors.
   if (device != device_)
     throw Error(Code::device,
                 std::string(name) + " is a tensor of another device; move it with to()");
@@ -161,9 +160,9 @@ double Call::number(const char* name, double low, double high) {
   if (!(x >= low && x <= high) || !std::isfinite(x)) {
     std::string range = "a finite number";
     if (std::isfinite(low) && std::isfinite(high))
-      range = "from " + shortest(low) + " to " + shortest(high);
+      range = "from " + number_text(low) + " to " + number_text(high);
     else if (std::isfinite(low))
-      range = "a finite number of at least " + shortest(low);
+      range = "a finite number of at least " + number_text(low);
     wrong(name, range, value);
   }
   return x;
@@ -216,7 +215,7 @@ Ints Call::ints(const char* name, int64_t low, int64_t high) {
     if (!(x == std::floor(x) && x >= static_cast<double>(low) && x <= static_cast<double>(high)))
       throw Error(Code::value, std::string(name) + "[" + std::to_string(i) +
                                    "] must be an integer from " + std::to_string(low) + " to " +
-                                   std::to_string(high) + ", got " + shortest(x));
+                                   std::to_string(high) + ", got " + number_text(x));
     out[i] = static_cast<int64_t>(x);
   }
   return out;
@@ -226,8 +225,8 @@ Ints Call::cu_seqlens(const char* name, int64_t total) {
   const Ints c = ints(name, 0, INT32_MAX);
   check(!c.empty() && c.front() == 0, Code::value, std::string(name) + " must start with 0");
   for (size_t i = 1; i < c.size(); ++i)
-    if (c[i] < c[i - 1])  // a message for each entry would cost more than the call
-      throw Error(Code::value, std::string(name) + " must not fall, but [" + std::to_string(i) +
+    if (c[i] < c[i - 1])  // check() would build a message for each entry
+      throw Error(Code::value, std::string(name) + " must not decrease, but [" + std::to_string(i) +
                                    "] is " + std::to_string(c[i]) + " after " +
                                    std::to_string(c[i - 1]));
   check(total < 0 || c.back() == total, Code::value,
@@ -271,12 +270,13 @@ int32_t* Call::fault_flag(const char* text) {
   if (composite && composite->fault && composite->device == device_.get()) {
     fault_ = composite->fault;
     if (fault_->text.find(text) == std::string::npos) fault_->text += std::string("; or ") + text;
-    // Operations of the composite that are done may have settled it; the next one can still raise
-    // it.
-    const auto knows = [&](const std::vector<std::shared_ptr<Fault>>& list) {
+    // settle() may have dropped it when the composite's first operations were done; this one can
+    // still raise it.
+    const auto contains = [&](const std::vector<std::shared_ptr<Fault>>& list) {
       return std::find(list.begin(), list.end(), fault_) != list.end();
     };
-    if (!knows(device_->pending) && !knows(device_->raised)) device_->pending.push_back(fault_);
+    if (!contains(device_->pending) && !contains(device_->raised))
+      device_->pending.push_back(fault_);
     return fault_->flag;
   }
   fault_ = device_->device->new_fault(op_, text);
@@ -305,7 +305,7 @@ std::shared_ptr<Case> Call::record_before(std::vector<Field> fields) {
   c->fields = std::move(fields);
   --record.left;
   device_->device->host([c, fault = fault_] {
-    // An earlier call of the same composite has raised it: what this one would do cannot be told.
+    // Raised by an earlier call of the same composite: whether this one would is unknown.
     if (fault && fault->raised()) c->fields.clear();
     for (Field& f : c->fields)
       if (f.view && f.kind != Field::Kind::out)

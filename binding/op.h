@@ -1,5 +1,5 @@
 // One call of an operation: reads and checks its arguments in order, allocates its results and
-// puts it on the device's queue. binding/<family>.cc holds one function a line of ops.def:
+// enqueues it on the device. binding/<family>.cc has one function for each line of ops.def:
 //
 //   Napi::Value gelu(Call& call) {
 //     GeluArgs a;
@@ -10,8 +10,8 @@
 //   }
 //
 // Every check comes before the first result, and the reads come in the order in which
-// lib/ops/<family>.ts passes the arguments. Arguments with a field `fault` name their fault in
-// `fault_text`.
+// lib/ops/<family>.ts passes the arguments. Arguments with a member `fault` have the
+// message of their fault in `fault_text`.
 #pragma once
 #include <napi.h>
 
@@ -48,7 +48,7 @@ class Call {
   // The device of the tensors read so far.
   const Device& device() const { return *device_->device; }
 
-  // Whether the next argument is there (neither undefined nor null); skips it when it is not.
+  // Whether the next argument is given (neither undefined nor null); skips it if not.
   bool given();
 
   // Tensors of one of `dtypes`; rank -1: any. All of one call must live on one device.
@@ -89,7 +89,7 @@ class Call {
   // A new tensor on the call's device, returned in the order of these calls.
   Out result(DType dtype, const Shape& shape);
 
-  // Queues the operation. Returns undefined, the one result, or an array of them.
+  // Enqueues the operation. Returns undefined, the only result, or an array of results.
   template <class Args>
   Napi::Value run(void (*Kernels::*function)(const Args&, Device&), Args& args) {
     begin();
@@ -118,7 +118,7 @@ class Call {
   std::shared_ptr<OpenDevice> device_;
   std::vector<Storage*> read_, written_;
   std::vector<Napi::Object> results_;
-  std::vector<std::shared_ptr<Storage>> held_;  // results, until JavaScript holds them
+  std::vector<std::shared_ptr<Storage>> held_;  // storage of the results, during the call
   std::shared_ptr<Fault> fault_;
 };
 

@@ -21,8 +21,8 @@ void append(std::vector<Range>& ranges, const std::vector<InOut>& tensors) {
     if (v.size()) ranges.push_back({v.as<const char>(), v.as<const char>() + v.bytes()});
 }
 
-// Tensors that are written are written by several threads at once.
-void apart(const Call& call, std::vector<Range> ranges, const char* names) {
+// Several threads write at once, so the tensors they write must be disjoint.
+void check_disjoint(const Call& call, std::vector<Range> ranges, const char* names) {
   std::sort(ranges.begin(), ranges.end(),
             [](const Range& a, const Range& b) { return a.begin < b.begin; });
   for (size_t i = 1; i < ranges.size(); ++i)
@@ -38,7 +38,7 @@ Napi::Value clip_grad_norm(Call& call) {
   a.max_norm = call.number("maxNorm", 0, std::numeric_limits<double>::max());
   std::vector<Range> ranges;
   append(ranges, a.grads);
-  apart(call, std::move(ranges), "grads");
+  check_disjoint(call, std::move(ranges), "grads");
   a.norm = call.result(DType::f32, {1});
   return call.run(&Kernels::clip_grad_norm, a);
 }
@@ -48,13 +48,13 @@ Napi::Value adam_w(Call& call) {
   a.params = call.inout_list("params", kFloats);
   a.grads = call.in_list("grads", kFloats);
   a.moments = call.inout_list("moments", kF32);
-  constexpr double kMost = std::numeric_limits<double>::max();
+  constexpr double kMaxFinite = std::numeric_limits<double>::max();
   a.step = call.integer("step", 1, int64_t{1} << 53);
-  a.lr = call.number("lr", 0, kMost);
+  a.lr = call.number("lr", 0, kMaxFinite);
   a.beta1 = call.number("betas[0]", 0, 1);
   a.beta2 = call.number("betas[1]", 0, 1);
-  a.eps = call.number("eps", 0, kMost);
-  a.weight_decay = call.number("weightDecay", 0, kMost);
+  a.eps = call.number("eps", 0, kMaxFinite);
+  a.weight_decay = call.number("weightDecay", 0, kMaxFinite);
   call.check(a.beta1 < 1 && a.beta2 < 1, Code::value, "betas must be less than 1");
   const size_t n = a.params.size();
   call.check(a.grads.size() == n && a.moments.size() == n, Code::shape,
@@ -73,7 +73,7 @@ Napi::Value adam_w(Call& call) {
   std::vector<Range> ranges;
   append(ranges, a.params);
   append(ranges, a.moments);
-  apart(call, std::move(ranges), "params and moments");
+  check_disjoint(call, std::move(ranges), "params and moments");
   return call.run(&Kernels::adam_w, a);
 }
 

@@ -6,7 +6,7 @@
 
 namespace p2r::binding {
 
-// The values of `false` (no bound) come as null.
+// An option that is `false` is passed as null.
 void read_policy_loss(Call& call, PolicyLossArgs& a, int64_t tokens) {
   const auto per_token = [&](const char* name) {
     In t = call.maybe_in(name, kF32, 1);

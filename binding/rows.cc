@@ -67,7 +67,7 @@ Napi::Value mean_pool(Call& call) {
 Napi::Value mean_pool_backward(Call& call) {
   MeanPoolBackwardArgs a;
   a.d_out = call.in("dOut", kFloats, 2);
-  // The last entry is the number of tokens, which no tensor of this call has.
+  // No tensor of this call has as many rows as tokens: the last entry is any number.
   a.cu_seqlens = call.cu_seqlens("cuSeqlens");
   call.check(a.d_out.shape[0] == static_cast<int64_t>(a.cu_seqlens.size()) - 1, Code::shape,
              "dOut must have a row for each of the " + std::to_string(a.cu_seqlens.size() - 1) +

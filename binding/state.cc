@@ -24,7 +24,7 @@ OpenDevice::~OpenDevice() {
 }
 
 void OpenDevice::close() {
-  device.reset();  // drains: promises not yet settled still learn of faults
+  device.reset();  // drains the queue, so that faults of its last work are raised
   for (std::shared_ptr<Fault>& fault : pending)
     if (fault->raised()) raised.push_back(std::move(fault));
   pending.clear();
@@ -33,10 +33,10 @@ void OpenDevice::close() {
 void OpenDevice::account(Napi::BasicEnv env) {
   constexpr int64_t kStep = int64_t{128} << 20;
   const int64_t held = device ? static_cast<int64_t>(device->reserved()) : 0;
-  const int64_t untold = held - told_;
-  if (device && untold < kStep && untold > -kStep) return;
-  if (untold) Napi::MemoryManagement::AdjustExternalMemory(env, untold);
-  told_ = held;
+  const int64_t change = held - reported_;
+  if (device && change < kStep && change > -kStep) return;
+  if (change) Napi::MemoryManagement::AdjustExternalMemory(env, change);
+  reported_ = held;
 }
 
 struct State::Done {
@@ -53,7 +53,7 @@ State::State(Napi::Env env)
 }
 
 void State::call_js(Napi::Env env, Napi::Function, std::nullptr_t*, Done* done) {
-  if (env == nullptr) return;  // ending; see when_done
+  if (env == nullptr) return;  // the environment is ending; see when_done
   std::unique_ptr<Done> owned(done);
   State& state = State::of(env);
   if (--state.waiting_ == 0) state.channel_.Unref(env);
@@ -61,7 +61,7 @@ void State::call_js(Napi::Env env, Napi::Function, std::nullptr_t*, Done* done) 
   try {
     owned->f(env, owned->lost);
   } catch (const Napi::Error&) {
-    // A worker that is being terminated runs no more JavaScript: there is no one left to tell.
+    // A worker that is being terminated runs no more JavaScript.
   }
 }
 
@@ -72,8 +72,8 @@ void State::when_done(const std::shared_ptr<OpenDevice>& device, OnDone f) {
   };
   device->device->notify(
       [channel = channel_, f = std::move(done)](const std::string& lost) mutable {
-        // A call that the ending environment refuses keeps its JavaScript references for ever: they
-        // must not be touched from here.
+        // If the ending environment refuses the call, its JavaScript references leak on purpose:
+        // this thread must not release them.
         channel.NonBlockingCall(new Done{std::move(f), lost});
       });
   if (waiting_++ == 0) channel_.Ref(env_);
@@ -94,7 +94,7 @@ Napi::Error convert(Napi::Env env, const std::string& op) {
   } catch (const Error& e) {
     return make_error(env, e.code, op, e.what());
   } catch (const std::bad_alloc&) {
-    return make_error(env, Code::memory, op, "the host has no memory left");
+    return make_error(env, Code::memory, op, "the host is out of memory");
   } catch (const std::exception& e) {
     return make_error(env, Code::native_, op, e.what());
   }

@@ -1,6 +1,6 @@
-// What belongs to one JavaScript environment (a worker thread has its own): class constructors, the
-// channel by which devices call back, and the devices to close when it ends. Nothing here is
-// global.
+// State of one JavaScript environment (each worker thread has its own): class constructors, the
+// thread-safe function by which devices call back, and the devices to close when it ends. Nothing
+// is global.
 #pragma once
 #include <napi.h>
 
@@ -18,45 +18,46 @@ namespace p2r::binding {
 struct OpenDevice;
 using Registry = std::unordered_set<OpenDevice*>;
 
-// An opened device with what only the JavaScript side keeps about it.
+// An open device with the state that only the JavaScript side needs.
 struct OpenDevice {
   explicit OpenDevice(std::shared_ptr<Registry> registry);
   ~OpenDevice();
 
-  std::unique_ptr<Device> device;               // null once disposed
-  std::vector<std::shared_ptr<Fault>> pending;  // not yet known to be clean, oldest first
-  std::vector<std::shared_ptr<Fault>> raised;   // for synchronize() to report, once each
-  std::string lost;                             // why the device is gone for good
+  std::unique_ptr<Device> device;  // null once disposed
+  std::vector<std::shared_ptr<Fault>>
+      pending;                                 // of work that is not known to be done, oldest first
+  std::vector<std::shared_ptr<Fault>> raised;  // for synchronize() to report, once each
+  std::string lost;                            // why the device is unusable; empty: it is not
 
-  // Sorts what the queue has finished into raised and forgotten.
+  // Moves pending faults of finished work to `raised`, or drops them if they are clean.
   void settle();
-  // Drains, stops and frees.
+  // Drains the queue and frees the device.
   void close();
-  // Tells V8 how much memory the device has taken from the system, in large steps. V8 collects
-  // garbage for some milliseconds when it is told of more, beside the work that was just queued. So
-  // memory that is disposed and handed out again is not told of; tensors that are left to be
-  // collected make the device take more, sooner or later.
+  // Reports to V8 how much memory the device has reserved, in large steps: V8 may collect garbage
+  // for some milliseconds at every report, while the work just queued runs. Memory that is released
+  // and allocated again does not change what is reserved; tensors left to the garbage collector
+  // make it grow in time.
   void account(Napi::BasicEnv env);
 
  private:
   std::shared_ptr<Registry> registry_;
-  int64_t told_ = 0;
+  int64_t reported_ = 0;
 };
 
-// Several operations that are one for their caller: errors and faults carry its name.
+// Several operations that are one to the caller: their errors and faults carry its name.
 struct Composite {
   std::string name;
   std::shared_ptr<Fault> fault;
   OpenDevice* device = nullptr;
 };
 
-// Where the next calls on the CPU are written down as cases for the kernel twin.
+// Where the next CPU calls are recorded as cases for the kernel twin.
 struct Recording {
   std::string path;  // a folder; empty: not recording
-  double work = 0;   // calls of more are not written
-  int64_t left = 0;  // how many may still be written
+  double work = 0;   // calls of more are not recorded
+  int64_t left = 0;  // calls still to record
   Bound bound;
-  int64_t count = 0;  // of all that were, to name them
+  int64_t count = 0;  // recorded so far, for file names
 };
 
 class State {
@@ -85,10 +86,11 @@ class State {
   bool closed_ = false;
 };
 
-// Methods of wrapped objects, with C++ errors made JavaScript's: InstanceMethod<guarded<...>>.
-Napi::Error convert(Napi::Env env, const std::string& op);  // the exception in flight
+// The exception in flight as a JavaScript error, for catch (...). Methods of wrapped objects call
+// it through guarded<>.
+Napi::Error convert(Napi::Env env, const std::string& op);
 
-// A P2RError as the public surface describes it.
+// A P2RError of lib/errors.ts.
 Napi::Error make_error(Napi::Env env, Code code, const std::string& op, const std::string& message);
 
 }  // namespace p2r::binding

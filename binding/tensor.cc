@@ -96,7 +96,7 @@ void TensorHandle::drop(Napi::BasicEnv env) {
   if (!storage_) return;
   const std::shared_ptr<OpenDevice> device = storage_->device;
   storage_.reset();
-  if (device.use_count() == 1) device->close();  // its handle went before
+  if (device.use_count() == 1) device->close();  // its handle was collected before
   device->account(env);
 }
 
@@ -118,8 +118,7 @@ Napi::Value TensorHandle::Reshape(const Napi::CallbackInfo& info) {
   const Shape shape = parse_shape(info[0]);
   if (shape.size() != v.size())
     throw Error(Code::shape, "a tensor of " + std::to_string(v.size()) +
-                                 " elements cannot take a shape of " +
-                                 std::to_string(shape.size()));
+                                 " elements cannot be reshaped to " + std::to_string(shape.size()));
   return Make(info.Env(), storage_, dtype_, shape, offset_);
 }
 
@@ -133,8 +132,8 @@ Napi::Value TensorHandle::Slice(const Napi::CallbackInfo& info) {
   if (!(start >= 0 && start <= end && end <= rows) || start != static_cast<int64_t>(start) ||
       end != static_cast<int64_t>(end))
     throw Error(Code::value, "rows " + info[0].ToString().Utf8Value() + " to " +
-                                 info[1].ToString().Utf8Value() + " of " +
-                                 std::to_string(v.shape[0]) + " cannot be taken");
+                                 info[1].ToString().Utf8Value() + " are out of range for " +
+                                 std::to_string(v.shape[0]) + " rows");
   Shape shape = v.shape;
   shape.dim[0] = static_cast<int64_t>(end - start);
   const size_t row = v.shape[0] ? v.bytes() / v.shape[0] : 0;
@@ -153,8 +152,8 @@ Napi::Value TensorHandle::Read(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   std::shared_ptr<OpenDevice> device = storage_->device;
   Napi::ArrayBuffer buffer = Napi::ArrayBuffer::New(env, v.bytes());
-  // Both may fail, in a worker that is being terminated: nothing may be on its way into the buffer
-  // before it is held.
+  // Both may fail in a worker that is being terminated, so they come before the download: it may
+  // start only once the buffer is referenced.
   auto deferred = std::make_shared<Napi::Promise::Deferred>(env);
   auto held = std::make_shared<Napi::Reference<Napi::ArrayBuffer>>(Napi::Persistent(buffer));
   device->device->download(buffer.Data(), v.data, v.bytes());
@@ -195,9 +194,9 @@ Napi::Value TensorHandle::CopyFrom(const Napi::CallbackInfo& info) {
   const char* a = v.as<char>();
   const char* b = source.as<char>();
   if (other->storage_ == storage_ && a < b + v.bytes() && b < a + v.bytes()) {
-    const Scratch between = device.scratch(v.bytes());
-    device.copy(between.as<char>(), source.data, v.bytes());
-    device.copy(v.data, between.as<char>(), v.bytes());
+    const Scratch copy = device.scratch(v.bytes());
+    device.copy(copy.as<char>(), source.data, v.bytes());
+    device.copy(v.data, copy.as<char>(), v.bytes());
   } else {
     device.copy(v.data, source.data, v.bytes());
   }
@@ -220,13 +219,13 @@ Napi::Value TensorHandle::To(const Napi::CallbackInfo& info) {
   if (target == storage_->device) {
     source.copy(storage->data, v.data, v.bytes());
   } else {
-    // Through host memory, ordered on both queues: the target's waits for the source's.
+    // Through host memory, ordered on both queues: the target's queue waits for the source's.
     auto bytes = std::make_shared<std::vector<char>>(v.bytes());
-    auto arrived = std::make_shared<std::promise<void>>();
+    auto downloaded = std::make_shared<std::promise<void>>();
     source.download(bytes->data(), v.data, v.bytes());
-    source.notify([arrived](const std::string&) { arrived->set_value(); });
+    source.notify([downloaded](const std::string&) { downloaded->set_value(); });
     target->device->upload_from(storage->data, v.bytes(),
-                                [bytes, f = arrived->get_future().share()]() -> const void* {
+                                [bytes, f = downloaded->get_future().share()]() -> const void* {
                                   f.wait();
                                   return bytes->data();
                                 });
@@ -239,7 +238,7 @@ Napi::Value TensorHandle::Dispose(const Napi::CallbackInfo& info) {
   return info.Env().Undefined();
 }
 
-// Ties a composite's fault to a tensor that it returns.
+// Makes a tensor that a composite returns depend on the composite's fault.
 Napi::Value TensorHandle::Join(const Napi::CallbackInfo& info) {
   for (Composite& c : State::of(info.Env()).composites)
     if (c.fault && storage_) storage_->faults.push_back(c.fault);
@@ -266,7 +265,8 @@ Napi::Value TensorHandle::Share(const Napi::CallbackInfo& info) {
     }
   }
   ++storage->shares;
-  // Another process reads what was queued so far.
+  // The handle is delivered once everything queued so far is done: another process may read at
+  // once.
   auto deferred = std::make_shared<Napi::Promise::Deferred>(info.Env());
   State::of(info.Env())
       .when_done(device, [deferred, device, name = storage->shared, offset = offset_,
@@ -340,7 +340,7 @@ HostBytes host_bytes(const Napi::Value& value, DType dtype, int64_t size) {
     throw Error(Code::shape, "host data must have " + std::to_string(size) + " elements, got " +
                                  std::to_string(array.ElementLength()));
   HostBytes out;
-  // Not by way of array.ArrayBuffer(), which knows no SharedArrayBuffer.
+  // array.ArrayBuffer() does not support SharedArrayBuffer.
   void* data = nullptr;
   napi_get_typedarray_info(value.Env(), value, nullptr, nullptr, &data, nullptr, nullptr);
   out.data = data;
@@ -354,7 +354,7 @@ HostBytes host_bytes(const Napi::Value& value, DType dtype, int64_t size) {
     out.data = out.converted.data();
   } else if (array.ByteLength() != out.bytes) {
     throw Error(Code::dtype,
-                std::string("host data of another type than ") + p2r::to_string(dtype));
+                std::string("host data must have the element type of ") + p2r::to_string(dtype));
   }
   return out;
 }

@@ -1,4 +1,4 @@
-// The native half of a Tensor: a handle on shared storage.
+// The native object behind a Tensor of lib/tensor.ts: a handle on shared storage.
 #pragma once
 #include <napi.h>
 
@@ -10,11 +10,11 @@
 
 namespace p2r::binding {
 
-// Memory that views share. Freed with the last handle; queued work does not hold it, because a
-// device hands memory out again in the order of its queue.
+// Memory shared by views. Freed with the last handle, although queued work may still use it:
+// devices reuse memory in the order of their queue.
 struct Storage {
   Storage(std::shared_ptr<OpenDevice> device, size_t bytes);
-  // What another process shares under this name, from its first byte on.
+  // Maps what another process shares under this name, from its first byte on.
   Storage(std::shared_ptr<OpenDevice> device, const std::string& name, size_t bytes);
   ~Storage();
   Storage(const Storage&) = delete;
@@ -22,10 +22,10 @@ struct Storage {
   std::shared_ptr<OpenDevice> device;
   void* data = nullptr;
   size_t bytes = 0;
-  bool mapped = false;  // not of the device's pool
+  bool mapped = false;  // not allocated by the device
   std::string shared;   // the name by which other processes open it; empty: none
-  int shares = 0;       // how often it was shared and not taken back
-  std::vector<std::shared_ptr<Fault>> faults;  // that its contents may depend on
+  int shares = 0;       // calls of Share minus calls of Unshare
+  std::vector<std::shared_ptr<Fault>> faults;  // faults that its contents may depend on
 };
 
 class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
@@ -33,7 +33,7 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
   static Napi::Function Init(Napi::Env env);
   static Napi::Object Make(Napi::Env env, std::shared_ptr<Storage> storage, DType dtype,
                            const Shape& shape, size_t offset = 0);
-  // The handle behind a value, or null when it is something else.
+  // The handle behind a JavaScript value, or null if it is none.
   static TensorHandle* From(const Napi::Value& value);
 
   explicit TensorHandle(const Napi::CallbackInfo& info);
@@ -63,7 +63,7 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
   Napi::Value Dispose(const Napi::CallbackInfo& info);
   Napi::Value Join(const Napi::CallbackInfo& info);
   Napi::Value Share(const Napi::CallbackInfo& info);  // (path): a promise of [name, offset, bytes]
-  Napi::Value Unshare(const Napi::CallbackInfo& info);  // once for each time that it was shared
+  Napi::Value Unshare(const Napi::CallbackInfo& info);  // once for each call of Share
   Napi::Value GetShape(const Napi::CallbackInfo& info);
   Napi::Value GetDType(const Napi::CallbackInfo& info);
   Napi::Value GetDisposed(const Napi::CallbackInfo& info);
@@ -77,7 +77,7 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
 Shape parse_shape(const Napi::Value& value);
 DType parse_dtype(const std::string& name);  // throws Code::value
 
-// A typed array as the bytes of a tensor: f32 rounds to f16 and bf16, all else is taken as it is.
+// A typed array as the bytes of a tensor: f32 is rounded to f16 and bf16, all else is copied.
 struct HostBytes {
   const void* data = nullptr;
   size_t bytes = 0;
@@ -85,7 +85,7 @@ struct HostBytes {
 };
 HostBytes host_bytes(const Napi::Value& value, DType dtype, int64_t size);
 
-// Throws the first raised fault, or why the device is gone.
+// Throws if the device is lost, else the first raised fault.
 void throw_faults(const std::vector<std::shared_ptr<Fault>>& faults, const std::string& lost,
                   Napi::Env env, const char* op);
 

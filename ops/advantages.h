@@ -10,8 +10,8 @@
 //   reinforce_pp_baseline   r - mean, then whitened likewise
 //
 // Whitening, N = Σ len over the batch: mean = Σ len a / (N + 1e-8), var = Σ len (a - mean)² /
-// (N + 1e-8) · N / (N - 1), (a - mean) / √(var + 1e-8); with fewer than two tokens there is nothing
-// to learn and all is 0. Longer sequences weigh more.
+// (N + 1e-8) · N / (N - 1), (a - mean) / √(var + 1e-8); with fewer than two tokens every
+// advantage is 0. Longer sequences weigh more.
 //
 // A group whose rewards are all equal (max == min) has a relative part of exactly 0. A group of
 // one: mean 0, std 1 (verl), or a relative part of 0 with singleton_zero (TRL).
@@ -45,9 +45,11 @@ struct GroupAdvantagesArgs {
   double epsilon = 1e-6;
   bool singleton_zero = false;
   std::vector<double> weights;  // K of them
-  Ints lengths;                 // of needs_lengths, unless
-  In mask;                      // the kept tokens are counted here,
-  Ints cu_seqlens;              // between these bounds
+  // For estimators that need lengths: the kept tokens of each sequence, or, if empty, the mask in
+  // which the backend counts them, with the sequences' bounds.
+  Ints lengths;
+  In mask;
+  Ints cu_seqlens;
   Out advantages;
   auto fields() {
     return std::tie(rewards, groups, estimator, epsilon, singleton_zero, weights, lengths, mask,
@@ -55,7 +57,7 @@ struct GroupAdvantagesArgs {
   }
   int32_t* fault = nullptr;
   static constexpr const char* fault_text =
-      "rewards must be finite, and a mask's values 0 or 1; one is not";
+      "rewards must be finite and a mask's values 0 or 1; one is not";
 };
 
 struct InformativeGroupsArgs {

@@ -12,20 +12,20 @@
 //   dQ = scale dS K        dK = scale dS^T Q
 //
 // q, k, v, out and their gradients are [T, H, D], f32 | f16 | bf16, D a multiple of 8 from 8 to
-// 128, T below 2^31; or q, k, v come as one qkv [T, 3, H, D], read in place, and their gradients go
-// as one d_qkv. lse and mass are [H, T] f32. cu_seqlens: 0 = c_0 <= ... <= c_B = T; an empty
-// sequence owns no rows. out may not overlap the inputs.
+// 128, T below 2^31; or q, k, v are packed as one qkv [T, 3, H, D], read in place, and so are
+// their gradients as one d_qkv. lse and mass are [H, T] f32. cu_seqlens: 0 = c_0 <= ... <= c_B = T;
+// an empty sequence owns no rows. out may not overlap the inputs.
 //
 // rotary tables cos and sin [T, D] f32 (packed input only): q and k are rotated and rounded to
 // their type first, exactly as by apply_rotary; d_qkv is rotated back before its one rounding.
 //
-// Everything between inputs and outputs is f32, but for kernels on tensor cores, which take f16 and
-// bf16 only, and the CPU's of bf16 with AVX512-BF16: they round P and dS to the inputs' type for
-// their products. Sums are f32 and run in an order fixed by the lengths and D alone, so results do
-// not depend on the number of threads and repeat bit for bit.
+// Intermediates are f32, except in the kernels on tensor cores (f16 and bf16 only) and the CPU's
+// bf16 kernel with AVX512-BF16, which round P and dS to the inputs' type as operands of the next
+// product. Sums are f32, in an order fixed by the lengths and D alone, so results do not depend on
+// the number of threads and repeat bit for bit.
 //
-// Values that are not finite stay within their sequence and head. A logit of -inf weighs nothing; a
-// query that has no other logit has lse -inf and a row of NaN; a logit of NaN or +inf makes out and
+// Values that are not finite stay within their sequence and head. A logit of -inf has weight 0; a
+// query without any other logit has lse -inf and a row of NaN; a logit of NaN or +inf makes out and
 // lse of its query NaN. The backward and the mass take lse as the forward gave it; where it is not
 // finite, that query's gradient and its whole sequence's dK, dV and mass of that head are NaN.
 #pragma once
@@ -36,7 +36,7 @@
 
 namespace p2r {
 
-// The multiply-adds of one of its matrix products over x [T, ..., H, D].
+// The multiply-adds of one of attention's matrix products over x [T, ..., H, D].
 inline double attention_product(const View& x, const Ints& cu_seqlens) {
   double pairs = 0;
   for (size_t i = 1; i < cu_seqlens.size(); ++i) {
@@ -67,8 +67,8 @@ struct AttentionMassArgs {
   double work() const { return attention_product(qkv ? qkv : q, cu_seqlens); }
 };
 
-// Where q, k and v (or their gradients) lie: three tensors, or slices of a packed one. Head h of
-// token t starts `t * row + h * head_dim` elements behind the pointer.
+// Where q, k and v (or their gradients) are stored: three tensors, or slices of a packed one. Head
+// h of token t starts `t * row + h * head_dim` elements after the pointer.
 struct AttentionLayout {
   char *q = nullptr, *k = nullptr, *v = nullptr;
   DType dtype = DType::f32;
@@ -95,8 +95,9 @@ inline AttentionLayout attention_layout(const View& q, const View& k, const View
   return l;
 }
 
-// What a backward pass takes on a GPU to turn q and k, in their type, or to sum up dQ, in f32. Not
-// for both: the turned rows then lie in d_qkv until the gradients take their place.
+// Bytes of a GPU backward pass's workspace: for the rotated q and k, in their type, or for the sum
+// of dQ, in f32. Where both are needed, the rotated rows are kept in d_qkv until the gradients
+// overwrite them.
 inline int64_t attention_workspace(const AttentionLayout& in, bool rotary, bool deterministic) {
   const int64_t entries = in.tokens * in.heads * in.head_dim;
   return std::max(rotary ? 2 * entries * static_cast<int64_t>(size_of(in.dtype)) : 0,
@@ -104,8 +105,8 @@ inline int64_t attention_workspace(const AttentionLayout& in, bool rotary, bool 
 }
 
 // Either d_qkv is given, or d_q, d_k and d_v, as in the input; none may overlap the inputs. Without
-// `deterministic` a kernel may add in an order that changes from run to run. Of all there are, only
-// CUDA's "wgmma" does: it sums up dQ in a workspace. The others do the same either way.
+// `deterministic` a kernel may add in an order that changes from run to run. Only CUDA's "wgmma"
+// does: it accumulates dQ in a workspace. The others ignore the flag.
 struct AttentionBackwardArgs {
   In d_out, q, k, v, qkv, cos, sin, out, lse;
   Ints cu_seqlens;
@@ -119,8 +120,8 @@ struct AttentionBackwardArgs {
   }
   // S and dP in each of the two passes, and the three gradients.
   double work() const { return 7 * attention_product(qkv ? qkv : q, cu_seqlens); }
-  // All that it may take on a GPU beyond inputs and outputs: the workspace, delta, and the list of
-  // its tiles of 32 tokens or more.
+  // An upper bound of a GPU's scratch memory: the workspace, delta, and the list of tiles of at
+  // least 32 tokens.
   int64_t scratch() const {
     const AttentionLayout in = attention_layout(q, k, v, qkv);
     const int64_t tiles = in.tokens / 32 + static_cast<int64_t>(cu_seqlens.size());

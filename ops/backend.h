@@ -1,6 +1,6 @@
-// What a backend is: a device that owns memory and an in-order queue, and one function for each
-// line of ops.def. An operation's function runs on the calling thread, takes scratch, puts work on
-// the queue and returns; arguments were checked by binding/ before.
+// The interface of a backend: a device that owns memory and an in-order queue, and one function for
+// each line of ops.def. An operation's function runs on the calling thread: it allocates scratch,
+// enqueues work and returns. binding/ has checked the arguments before.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -28,13 +28,13 @@ struct Kernels {
 #undef OP
 };
 
-// A word that a kernel sets when it meets a value it must refuse (a target outside the
-// vocabulary). Fallible arguments hold `int32_t* fault` as the last field.
+// A flag that a kernel sets when it finds an invalid value in a tensor (a target outside the
+// vocabulary). Arguments of such operations have a member `int32_t* fault`, outside fields().
 struct Fault {
   std::string op, text;
   int32_t* flag = nullptr;
-  const void* queue = nullptr;  // of the work that may set it,
-  uint64_t sequence = 0;        // and that work's number on it
+  const void* queue = nullptr;  // of the work that may set the flag
+  uint64_t sequence = 0;        // that work's number on the queue
   std::shared_ptr<void> owner;
   bool raised() const { return *static_cast<volatile int32_t*>(flag) != 0; }
 };
@@ -44,7 +44,7 @@ struct DeviceInfo {
   uint64_t memory_bytes = 0;
   int threads = 0;                    // CPU
   std::string simd;                   // CPU
-  std::vector<std::string> features;  // CPU: what is used beyond the set
+  std::vector<std::string> features;  // CPU: extensions in use beyond `simd`
   std::string capability;             // CUDA, "9.0"
 };
 
@@ -64,7 +64,7 @@ class Device : public Memory {
   // Queues an upload of what `source` returns; it is called on a thread of the device and may wait.
   virtual void upload_from(void* destination, size_t bytes,
                            std::function<const void*()> source) = 0;
-  // `destination` must live until the completion asked for next has been called.
+  // `destination` must live until the completion of the next notify() has been called.
   virtual void download(void* destination, const void* source, size_t bytes) = 0;
   virtual void copy(void* destination, const void* source, size_t bytes) = 0;
   virtual void zero(void* destination, size_t bytes) = 0;
@@ -75,26 +75,26 @@ class Device : public Memory {
   using Completion = std::function<void(const std::string& error)>;
   virtual void notify(Completion done) = 0;
 
-  // Memory that another process can open; Code::device where that cannot be.
-  // Shares a block of `bytes` and returns what open_shared takes in the other process: CUDA's
-  // handle of the block in hexadecimal digits, or the path, which the CPU fills. Where the block
-  // cannot be shared as it lies it is replaced by one that can, and the caller gives the old one
-  // back; what was queued before still uses that, in the order of the queue.
+  // Memory shared with other processes; Code::device where the device has none.
+  // Shares a block of `bytes` and returns the name for open_shared in the other process: CUDA's IPC
+  // handle in hexadecimal digits, or `path`, a file that the CPU maps. A block that cannot be
+  // shared in place is replaced by a copy that can, and the caller releases the old one, which work
+  // queued before may still use.
   virtual std::string share(void*& block, size_t bytes, const std::string& path);
-  // At least `bytes` that another process shares.
+  // Maps at least `bytes` that another process shares.
   virtual void* open_shared(const std::string& name, size_t bytes);
-  // Gives back what share put in a block's place or open_shared opened, when the queue is done with
-  // it.
+  // Unmaps what share put in a block's place or open_shared mapped, once the queue has finished
+  // with it.
   virtual void close_shared(void* block);
-  // No process opens it any more from now on; those that have it keep it.
+  // No process can open it from now on; mappings that exist stay valid.
   virtual void unshare(const std::string& name);
 
-  // A point in the queue; the time between two points that have been passed, in milliseconds.
+  // Records an event in the queue; milliseconds between two events that have been reached.
   virtual std::shared_ptr<void> mark() = 0;
   virtual double elapsed(const std::shared_ptr<void>& from, const std::shared_ptr<void>& to) = 0;
 
   virtual std::shared_ptr<Fault> new_fault(std::string op, std::string text) = 0;
-  // Work queued up to this number is done / has been queued.
+  // Sequence numbers of the last work that is done / that has been queued.
   virtual uint64_t completed() const = 0;
   virtual uint64_t queued() const = 0;
 

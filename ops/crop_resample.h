@@ -2,17 +2,17 @@
 // filter); and the same laid out as the patches that a Qwen-VL vision tower takes.
 //
 // A region: image, x0, y0, x1, y1, height, width, overlay. The box is half open, in whole pixels,
-// not empty; what it has outside the image is black. The crop is real: the filter sees nothing
-// beyond it. Where overlay is 1 the boxes of ops/draw_boxes.h lie over the image as it is read
-// (line width and colours as there), so that the values are those of an annotated copy that is
-// never made.
+// not empty; what it has outside the image is black. The filter sees nothing
+// beyond the crop. Where overlay is 1 the boxes of ops/draw_boxes.h are drawn over the image as it
+// is read (line width and colours as there): the values are those of an annotated copy, without
+// making one.
 //
 //   middle[y, x] = clamp8((2^21 + Σ_i wx[x, i] crop[y, fx[x] + i]) >> 22)      u8, every row needed
 //   result[y, x] = clamp8((2^21 + Σ_j wy[y, j] middle[fy[y] + j, x]) >> 22)    u8
 //
 // with integer weights from ops/resample_plan.h; an axis whose size does not change is copied.
-// Channels are independent. The rows go first, always (for images over 100 times as tall as wide
-// Pillow 12.2 and later take the columns first). Source: Pillow, libImaging/Resample.c.
+// Channels are independent. The pass along x always comes first (Pillow 12.2 and later start with y
+// for images over 100 times as tall as wide). Source: Pillow, libImaging/Resample.c.
 //
 // crop_resample: out[i] u8 [height, width, 3], one a region.
 //
@@ -33,11 +33,13 @@
 
 namespace p2r {
 
-// A bound on the multiply-adds of resampling regions [n, 8], by the widest filter: lanczos, with
-// six taps and one more, times the scale.
+constexpr int64_t kRegionFields = 8;
+
+// A bound on the multiply-adds of resampling regions, by the widest filter: lanczos, with six taps
+// and one more, times the scale.
 inline double resample_work(const Ints& regions) {
   double sum = 0;
-  for (size_t i = 0; i + 8 <= regions.size(); i += 8) {
+  for (size_t i = 0; i + kRegionFields <= regions.size(); i += kRegionFields) {
     const int64_t* r = &regions[i];
     const double w = r[3] - r[1], h = r[4] - r[2], height = r[5], width = r[6];
     const auto taps = [](double from, double to) { return 7 * (from > to ? from / to : 1); };
@@ -48,7 +50,7 @@ inline double resample_work(const Ints& regions) {
 
 struct CropResampleArgs {
   std::vector<In> images;  // u8 [h, w, 3]
-  Ints regions;            // [n, 8]
+  Ints regions;            // [n, kRegionFields]
   Filter filter = Filter::bicubic;
   Ints boxes, colors;  // of the overlay, as in DrawBoxesArgs
   int64_t line_width = -1;

@@ -29,8 +29,7 @@ std::vector<Stroke> strokes_of(const Ints& boxes, const Ints& colors, int64_t wi
     };
     fill(x0, y0, x1 + 1, y0 + width);
     fill(x0, y1 - width + 1, x1 + 1, y1 + 1);
-    // The columns run from y0 + width towards y1 - width + 1, which is left out, downwards or
-    // upwards.
+    // The columns run from y0 + width to y1 - width + 1 (exclusive), downwards or upwards.
     int64_t top = y0 + width, bottom = y1 - width + 1;
     if (bottom < top) {
       std::swap(top, bottom);

@@ -12,7 +12,7 @@ bool hopper(DType dtype, int64_t head_dim) {
          (head_dim == 64 || head_dim == 72 || head_dim == 80 || head_dim == 128);
 }
 
-// Each device's in the order of preference.
+// In order of preference within each device.
 constexpr KernelChoice kChoices[] = {
     {"attention", "cpu", "", "tiled", any},
     {"attention", "cuda", "9.0", "wgmma", hopper},

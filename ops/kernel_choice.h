@@ -1,4 +1,5 @@
-// The kernels from which an operation can choose on a device.
+// The kernels among which an operation can choose on a device, by name: the `kernel` option of
+// attention, and Device.kernels().
 #pragma once
 #include <vector>
 
@@ -8,13 +9,13 @@ namespace p2r {
 
 struct KernelChoice {
   const char *op, *backend;
-  const char* capability;  // CUDA: of the only chips that it runs on, or "" if it runs on all
+  const char* capability;  // CUDA: the only compute capability it runs on, "" for any
   const char* name;
-  bool (*takes)(DType dtype, int64_t head_dim);  // the inputs that it can run
+  bool (*supports)(DType dtype, int64_t head_dim);
 };
 
-// The default first: it is the first that takes the input. Empty for an operation that has no
-// choice.
+// In order of preference: the default is the first that supports the input. Empty for an operation
+// with a single kernel.
 std::vector<KernelChoice> kernel_choices(const std::string& op, const DeviceInfo& device);
 
 }  // namespace p2r

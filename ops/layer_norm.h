@@ -12,11 +12,12 @@
 // and the variance are taken in two passes, the second of which also corrects the mean that the
 // first found, so that rows far from zero keep their digits. dWeight and dBias are summed over
 // slices of rows whose size depends on the number of rows alone, and the slices in order: the
-// result does not depend on the thread count. Without rows dWeight and dBias are 0. No operand may
-// be a result.
+// result does not depend on the thread count. Without rows dWeight and dBias are 0. Outputs may not
+// overlap inputs.
 #pragma once
 #include <tuple>
 
+#include "ops/integer.h"
 #include "ops/tensor.h"
 
 namespace p2r {
@@ -34,10 +35,10 @@ struct LayerNormBackwardArgs {
   auto fields() { return std::tie(d_out, x, weight, stats, d_x, d_weight, d_bias); }
 };
 
-// Rows that one partial sum of dWeight and dBias covers.
+// Rows covered by one partial sum of dWeight and dBias: about 64 slices.
 constexpr int64_t layer_norm_slice(int64_t rows) {
-  const int64_t wanted = (rows + 63) / 64;
-  return wanted < 16 ? 16 : wanted > 512 ? 512 : wanted;
+  const int64_t slice = ceil_div(rows, 64);
+  return slice < 16 ? 16 : slice > 512 ? 512 : slice;
 }
 
 }  // namespace p2r

@@ -10,7 +10,7 @@
 //
 // hidden, weight f32 | f16 | bf16 of one type; bias that type or f32; targets i32 [N]. Logits are
 // f32 and never rounded to 16 bits, and so is dz on the CPU. CUDA multiplies hidden and weight of
-// 16 bits on tensor cores, where C is a multiple of 8, and these take dz in 16 bits too: there
+// 16 bits on tensor cores, where C is a multiple of 8, with dz rounded to 16 bits too: there
 // every term of the gradients' sums is off by at most the type's unit roundoff, with a power of two
 // that keeps dz in the range of f16. dhidden is as hidden, dweight [V, C] and dbias [V] f32,
 // written to d_weight and d_bias or added to into_weight and into_bias, of which one each is given
@@ -21,14 +21,14 @@
 // 0..V-1 faults: NaN for its row, and for all of dweight and dbias.
 //
 // Memory beside inputs and results, which does not grow with N: forward on the CPU some 5 MB and
-// 0.3 MB a thread (0.8 MB where the weight has 16 bits and is not multiplied as it lies, more where
-// C exceeds 4096); backward 15 MB and the same a thread, and a chunk of dz of at most 32 MB; on
+// 0.3 MB a thread (0.8 MB where a 16-bit weight is converted before it is multiplied, more where C
+// exceeds 4096); backward 15 MB and the same a thread, and a chunk of dz of at most 32 MB; on
 // CUDA a chunk of at most 128 MB of logits and some 20 MB. The policy loss has a chunk of 128 MB of
 // logits on both (of at least 32 rows, 12 on CUDA), so that reading and writing dweight once a
-// chunk costs little beside the products, and 12 bytes a token. On tensor cores the products are so
-// fast that backward and the loss take 640 MB, half as much for dz, and some 200 MB of partial
-// sums; forward has no logits in memory, and takes 7 MB. Chunks follow from the shapes alone, since
-// the order of dweight's sums does; fewer rows than a chunk has take less.
+// chunk costs little compared to the products, and 12 bytes a token. On tensor cores the products
+// are so fast that backward and the loss take 640 MB, half as much for dz, and some 200 MB of
+// partial sums; forward has no logits in memory, and takes 7 MB. Chunks follow from the shapes
+// alone, since the order of dweight's sums does; a call with fewer rows than a chunk takes less.
 //
 // The order of every sum follows from the shapes alone (dweight: and from which rows are skipped);
 // forward, a row has the same bits in any batch. The vocabulary is cut into at most 128 spans of
@@ -78,7 +78,7 @@ struct LinearLogProbsBackwardArgs {
   static constexpr const char* fault_text = TokenLogProbsArgs::fault_text;
 };
 
-// loss: without log_probs, entropy and their gradients, which stay inside.
+// loss: its log_probs, entropy and their gradients stay empty; they are internal to the call.
 struct LinearPolicyLossArgs {
   In hidden, weight, bias, targets;
   double temperature = 1;

@@ -7,19 +7,19 @@
 namespace p2r {
 
 namespace {
-// Classes four to the octave: at most a fifth of a block is wasted, and a loop whose shapes vary a
-// little still finds its blocks again.
-size_t round_up(size_t bytes) {
+// Size classes, four per power of two: at most a fifth of a block is unused, and a loop whose
+// shapes vary a little reuses its blocks.
+size_t size_class(size_t bytes) {
   constexpr size_t kSmallest = 512;
   if (bytes <= kSmallest) return kSmallest;
   size_t step = kSmallest / 4;
   while (step * 8 < bytes) step *= 2;
-  return (bytes + step - 1) / step * step;
+  return static_cast<size_t>(round_up(static_cast<int64_t>(bytes), static_cast<int64_t>(step)));
 }
 }  // namespace
 
 void* Memory::allocate(size_t bytes) {
-  const size_t capacity = round_up(bytes);
+  const size_t capacity = size_class(bytes);
   void* data = nullptr;
   if (auto it = free_.lower_bound(capacity);
       it != free_.end() && it->first <= capacity + capacity / 4) {
@@ -32,12 +32,12 @@ void* Memory::allocate(size_t bytes) {
       data = raw_allocate(capacity);
     }
     if (!data)
-      throw Error(Code::memory, "no room for " + std::to_string(bytes) +
-                                    " bytes: " + std::to_string(live_) + " are in use");
+      throw Error(Code::memory, "out of memory: " + std::to_string(bytes) + " bytes requested, " +
+                                    std::to_string(live_) + " in use");
     blocks_[data].capacity = capacity;
     reserved_ += capacity;
   }
-  blocks_[data].asked = bytes;
+  blocks_[data].requested = bytes;
   live_ += bytes;
   if (live_ > peak_) peak_ = live_;
   return data;
@@ -45,8 +45,8 @@ void* Memory::allocate(size_t bytes) {
 
 void Memory::release(void* data) {
   Block& block = blocks_.at(data);
-  live_ -= block.asked;
-  block.asked = 0;
+  live_ -= block.requested;
+  block.requested = 0;
   free_.emplace(block.capacity, data);
 }
 

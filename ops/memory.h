@@ -1,8 +1,9 @@
-// The caching allocator in front of a device's memory, and its accounts.
+// A caching allocator over a device's memory, with counters of its use, and temporary memory of one
+// call.
 //
-// Stream-ordered: a block may be handed out again as soon as it is released, though queued work
-// still uses it, because whatever is queued later runs later. Only the thread that queues work
-// allocates and releases, so there is no lock.
+// Reuse is ordered by the device's queue: a released block may be allocated again at once, although
+// queued work still uses it, because work that is queued later runs later. Only the thread that
+// queues work allocates and releases, so there is no lock.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -17,13 +18,14 @@ class Memory {
  public:
   virtual ~Memory() = default;
 
-  // Throws Code::memory when, after the cache was emptied, the device still has no room.
+  // Throws Code::memory when the device has no memory left even after the cache was emptied.
   virtual void* allocate(size_t bytes);
   virtual void release(void* block);
-  // Gives every cached block back to the system, once the queue is drained.
+  // Returns every cached block to the system, once the queue is drained.
   void trim();
 
-  // Memory that is not from here, but in use like what is: it counts as if it were.
+  // Counts memory that was not allocated here (mapped from another process) as in use, or no
+  // longer.
   void adopt(size_t bytes);
   void disown(size_t bytes);
 
@@ -33,15 +35,15 @@ class Memory {
   void reset_peak() { peak_ = live_; }
 
  protected:
-  virtual void* raw_allocate(size_t bytes) = 0;  // null when there is no room
+  virtual void* raw_allocate(size_t bytes) = 0;  // null when out of memory
   virtual void raw_release(void* block) = 0;
   virtual void drain() = 0;  // waits until no queued work uses released blocks
-  // For destructors: gives back live blocks too.
+  // For destructors: releases live blocks too.
   void release_everything();
 
  private:
   struct Block {
-    size_t capacity = 0, asked = 0;
+    size_t capacity = 0, requested = 0;
   };
   std::unordered_map<void*, Block> blocks_;
   std::multimap<size_t, void*> free_;  // by capacity

@@ -1,5 +1,5 @@
-// The arithmetic of a draw (ops/sampling.h) that all backends share: plain integers, so that
-// compilers and machines have nothing to choose.
+// Philox4x32-10 and the arithmetic of sampling (ops/sampling.h), shared by all backends: integers
+// only, so that every compiler and machine computes the same bits.
 #pragma once
 #include <cstdint>
 
@@ -30,19 +30,19 @@ constexpr uint64_t multiply_high(uint64_t a, uint64_t b) {
   return a1 * b1 + (middle >> 32) + ((a0 * b1 + (middle & 0xFFFFFFFF)) >> 32);
 }
 
-// S: so large that the weights of a vocabulary cannot overflow 63 bits.
+// S: the largest at which the weights of a vocabulary cannot overflow 63 bits.
 constexpr int weight_bits(int64_t vocabulary) {
   int log2 = 0;
   while ((int64_t{1} << log2) < vocabulary) ++log2;
   return log2 < 18 ? 44 : 62 - log2;
 }
 
-// floor(2^bits · 2^-z) to 2e-9 of itself, for z = distance · rate. 2^-f for the fraction f is the
-// polynomial of degree 6 with the smallest relative error on [0, 1] (1.9e-9); its signs alternate,
-// so that Horner's rule stays within unsigned 32-bit fractions.
+// floor(2^bits · 2^-z) with a relative error of 2e-9, for z = distance · rate. 2^-f for the
+// fraction f is the polynomial of degree 6 with the smallest relative error on [0, 1] (1.9e-9); its
+// signs alternate, so that Horner's rule stays within unsigned 32-bit fractions.
 constexpr uint64_t weight(float distance, float rate, int bits) {
   const float z = distance * rate;
-  if (!(z < 64)) return 0;  // so far below the largest, or NaN from infinity times 0
+  if (!(z < 64)) return 0;  // negligible, or NaN from infinity times 0
   const uint32_t fixed = static_cast<uint32_t>(static_cast<int32_t>(z * 33554432.0f));  // 2^25
   const uint64_t f = (fixed & 0x1FFFFFF) << 7;
   uint64_t p = 466052;

@@ -32,9 +32,9 @@
 // log_probs, old, ref, entropy, importance_weights, d_log_probs, d_entropy f32 [T], packed by
 // cu_seqlens; advantages f32 [B] or [T]; mask u8 [T]; loss f32 [1]; metrics f32 [10]: loss, policy
 // loss, kl, entropy (the last three as aggregated), then means over kept tokens of [clipping
-// changed the loss], [the dual clip did], -d, r; and the kept tokens as a pair, 65536 a + b. What
-// the mask drops is selected away, never multiplied, so NaN there stays there. A mask value other
-// than 0 and 1 faults, and makes the loss and its token's gradient NaN.
+// changed the loss], [the dual clip did], -d, r; and the kept tokens as a pair, 65536 a + b. Masked
+// tokens are excluded by a select, never by a product, so NaN there does not spread. A mask value
+// other than 0 and 1 faults, and makes the loss and its token's gradient NaN.
 //
 // A token's terms are f32; sums over tokens are f64 (f32 in runs of some hundred tokens on the
 // CPU), in fixed order: runs of kLossRun tokens within each sequence, then the runs in order.
@@ -101,7 +101,7 @@ inline LossRuns loss_runs(const Ints& cu_seqlens) {
   return out;
 }
 
-// What each kept token of a sequence weighs. kept: L_i; tokens, rows: N and S.
+// The weight of each kept token of a sequence. kept: L_i; tokens, rows: N and S.
 constexpr double loss_weight(Aggregation how, double kept, double tokens, double rows,
                              double loss_scale) {
   if (!(kept > 0)) return 0;

@@ -1,6 +1,7 @@
-// Learned position embeddings of the Qwen3-VL vision tower: a square table of S x S rows, stretched
-// over each grid of patches (t, h, w) by bilinear interpolation, corner to corner (fast_pos_embed_
-// interpolate in Hugging Face transformers). A patch in row r and column c of its grid has
+// Learned position embeddings of the Qwen3-VL vision tower: a square table of S x S rows,
+// resized to each grid of patches (t, h, w) by bilinear interpolation with aligned corners
+// (fast_pos_embed_ interpolate in Hugging Face transformers). A patch in row r and column c of its
+// grid has
 //
 //   y = r (S - 1) / (h - 1),  x = c (S - 1) / (w - 1)          0 on an axis of one patch
 //   out[token] = Σ over the four corners of (y, x) of weight · table[corner]
@@ -29,7 +30,8 @@ struct VisionPositionsArgs {
   double work() const { return 4.0 * out.size(); }
 };
 
-// Between which rows (or columns) of the table one of the grid lies, and the weight of the upper.
+// The two rows (or columns) of the table that one of the grid is interpolated from, and the weight
+// of the second.
 struct AxisSample {
   int32_t low, high;
   float weight;

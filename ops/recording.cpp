@@ -53,7 +53,7 @@ void transfer(Stream& s, Field& f) {
   s.many(f.numbers);
   s.many(f.before);
   s.many(f.after);
-  if constexpr (std::is_same_v<Stream, Reader>)  // not null, until the runner gives it memory
+  if constexpr (std::is_same_v<Stream, Reader>)  // a placeholder until the runner allocates
     f.view.data = present ? &f : nullptr;
 }
 

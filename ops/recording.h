@@ -1,6 +1,6 @@
-// The arguments of any operation as a list of plain fields, by way of Args::fields(). Recorded
-// calls travel in this form to the kernel twin's runner (test/twin), which rebuilds the arguments
-// and runs the CUDA kernels' source on them.
+// Recording of calls: the arguments of any operation as a list of plain fields (by Args::fields()),
+// with the bytes of its tensors before and after, and their file format. The runner of the kernel
+// twin (test/twin) rebuilds the arguments from it and runs the CUDA kernels' source on them.
 #pragma once
 #include <string>
 #include <tuple>
@@ -15,7 +15,7 @@ struct Field {
   enum class Kind : uint8_t { in, out, inout, number, ints, numbers };
   Kind kind = Kind::number;
   View view;             // in, out, inout
-  uint64_t address = 0;  // where it was when recorded: equal ones are one tensor
+  uint64_t address = 0;  // when recorded: equal addresses are one tensor
   double number = 0;     // number, flag or enum
   Ints ints;
   std::vector<double> numbers;
@@ -92,8 +92,7 @@ void restore(Args& args, const std::vector<Field>& fields) {
 }
 
 // A bound on the work of a call, in entries read or written and multiply-adds: every tensor once,
-// and what Args::work() says comes on top: a matrix product, or a block of threads to each short
-// row.
+// plus Args::work() where there is one: a matrix product, or a block of threads to each short row.
 template <class Args>
 double work_of(Args& args) {
   double work = 0;
@@ -109,7 +108,7 @@ struct Bound {
   double absolute = 0, relative = 0, of_largest = 0;
 };
 
-// A call with what it was given and what came of it, and its form on disk (little-endian).
+// A recorded call with its arguments and results, and its file (little-endian).
 struct Case {
   std::string function;
   Bound bound;

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "ops/half.h"
+#include "ops/integer.h"
 
 namespace p2r {
 
@@ -39,9 +40,9 @@ double support_of(Filter filter) {
   return supports[static_cast<int>(filter)];
 }
 
-// To f32 with the last bit set when inexact (rounding to odd): a second rounding to 16 bits then
-// gives what one rounding of the f64 would.
-float to_odd(double d) {
+// To f32 with the last bit set when inexact: a second rounding, to 16 bits, then gives the same as
+// one rounding of the f64.
+float round_to_odd(double d) {
   float f = static_cast<float>(d);
   if (static_cast<double>(f) == d || !std::isfinite(f)) return f;
   if (std::fabs(static_cast<double>(f)) > std::fabs(d)) f = std::nextafter(f, 0.0f);
@@ -73,7 +74,7 @@ Axis resample_axis(int64_t in, int64_t out, Filter filter) {
     window(x, &begin, &end);
     axis.taps = std::max(axis.taps, end - begin);
   }
-  axis.stride = (axis.taps + 3) / 4 * 4;
+  axis.stride = round_up(axis.taps, 4);
   axis.first.resize(out);
   axis.weights.assign(out * axis.stride, 0);
   std::vector<double> w(axis.taps);
@@ -85,7 +86,7 @@ Axis resample_axis(int64_t in, int64_t out, Filter filter) {
       w[i - begin] = filter_at(filter, (static_cast<double>(i) - center + 0.5) * inverse);
       sum += w[i - begin];
     }
-    // Windows are moved, not cut, where they would reach past the end.
+    // A window of `taps` that would reach past the end is shifted; its first weights are 0.
     const int64_t first = std::min(begin, in - axis.taps);
     axis.first[x] = static_cast<int32_t>(first);
     int32_t* weights = &axis.weights[x * axis.stride] + (begin - first);
@@ -125,7 +126,7 @@ std::vector<char> pixel_table(const std::vector<double>& mean, const std::vector
         const float f = static_cast<float>(value);
         std::memcpy(&table[at], &f, sizeof f);
       } else {
-        const float f = to_odd(value);
+        const float f = round_to_odd(value);
         const uint16_t h = dtype == DType::f16 ? f16_of_f32(f) : bf16_of_f32(f);
         std::memcpy(&table[at], &h, sizeof h);
       }

@@ -1,6 +1,6 @@
-// What both backends do with the regions of one call: integer weights for each axis, the strokes of
-// the overlay, and the table of normalised values. Made on the host in float64 without contraction,
-// in Pillow's order of operations, so that every weight is Pillow's.
+// Host-side preparation of resampling that both backends share: integer weights for each axis, the
+// strokes of the overlay, and the table of normalised values. Computed in float64 without
+// contraction, in Pillow's order of operations, so that every weight equals Pillow's.
 //
 // Weights of one axis of n source pixels, with scale = n / out and f = max(scale, 1): output x has
 // its centre at (x + 0.5) scale and takes the source pixels within support · f of it, weighted by
@@ -20,13 +20,12 @@
 namespace p2r {
 
 constexpr int kWeightBits = 22;
-constexpr int64_t kRegionFields = 8;
 
 struct Axis {
   int64_t in = 0, out = 0;
   bool copy = true;    // in == out: nothing is filtered
   int64_t taps = 1;    // of every output, weights of 0 included; first + taps <= in
-  int64_t stride = 4;  // of a row of weights: taps rounded up to 4, zeros behind
+  int64_t stride = 4;  // of a row of weights: taps rounded up to 4, padded with zeros
   std::vector<int32_t> first, weights;
 };
 Axis resample_axis(int64_t in, int64_t out, Filter filter);

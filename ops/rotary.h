@@ -8,8 +8,8 @@
 //   angle = [row f_0 .. row f_(D/4-1), column f_0 .. column f_(D/4-1)], twice
 //   cos, sin [T, D] f32
 //
-// Frequencies and angles are rounded to f32, as the models' own code has them: at position 200 that
-// alone moves an angle by some 1e-5, so a table from exact angles would not be theirs.
+// Frequencies and angles are rounded to f32, as in the models' own code: at position 200 this alone
+// changes an angle by some 1e-5, so a table from exact angles would differ from theirs.
 //
 // apply_rotary: x, out [T, H, D] f32 | f16 | bf16; cos, sin [T, D] f32, any values.
 //

@@ -1,4 +1,4 @@
-// Moving and summing rows: what embeddings, residuals and pooling are made of.
+// Moving and summing rows: embeddings, residuals and pooling.
 //
 //   add             out = x + y; y's shape is the end of x's, and is repeated over the leading axes
 //   gather_rows     out[i] = x[index[i]]

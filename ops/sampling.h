@@ -1,4 +1,4 @@
-// One draw a row from softmax(logits / temperature), by inverting the distribution function.
+// One sample a row from softmax(logits / temperature), by inverting the cumulative distribution.
 //
 //   weight[i] = 2^S · 2^-((max - logits[i]) log2(e) / temperature), a whole number (ops/philox.h)
 //   total     = Σ weight,   target = floor(total · u / 2^64)
@@ -9,9 +9,9 @@
 // equals. logits [N, V] f32 | f16 | bf16, V > 0 unless N is 0; out i32 [N]; seed 0 .. 2^53 - 1.
 // After the one subtraction and one product in f32, which every machine rounds alike, all
 // arithmetic is on integers. Sums of integers do not depend on their order, so every backend,
-// instruction set and thread count draws the same tokens. A weight is good to some 1e-7 of itself
-// plus 2^-S of the largest, S = 62 - log2(V) and at most 44. A logit of -infinity is never drawn.
-// Refused, with -1 as the row's result: NaN, +infinity, nothing but -infinity.
+// instruction set and thread count draws the same tokens. A weight has a relative error of some
+// 1e-7, plus 2^-S of the largest, S = 62 - log2(V) and at most 44. A logit of -infinity is never
+// drawn. A row with NaN or +infinity, or of -infinity alone, faults and results in -1.
 #pragma once
 #include <tuple>
 

@@ -1,4 +1,4 @@
-// What an operation sees of a tensor: contiguous, row-major memory of one type on one device.
+// An operation's view of a tensor: contiguous, row-major memory of one type on one device.
 //
 // Letters, everywhere: T tokens, H heads, D head dimension, N rows, V vocabulary, C channels,
 // B sequences, P patches. Sizes and offsets are 64 bits wide.

@@ -125,8 +125,8 @@ onEveryBackend('memory shared between processes', (b) => {
         'fromIpcHandle',
         message,
       )
-    opens({ shape: [5] }, 'ERR_VALUE', /does not lie within/)
-    opens({ offset: 4 }, 'ERR_VALUE', /does not lie within/)
+    opens({ shape: [5] }, 'ERR_VALUE', /is not within/)
+    opens({ offset: 4 }, 'ERR_VALUE', /is not within/)
     opens({ offset: -4 }, 'ERR_VALUE')
     opens({ dtype: 'f64' }, 'ERR_VALUE', /ipcHandle/)
     opens({ name: 3 }, 'ERR_VALUE')
