@@ -1,3 +1,4 @@
+// Group-relative advantages: threads take groups, in f64.
 #include "ops/advantages.h"
 
 #include <cmath>
@@ -12,7 +13,7 @@ namespace {
 constexpr int64_t kGroupGrain = 64;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// The members of one group, and the rewards of one kind.
+// The members of one group and their rewards of one kind.
 struct Group {
   const int32_t* members;
   int64_t size;
@@ -21,24 +22,25 @@ struct Group {
   double operator[](int64_t i) const { return rewards[members[i] * kinds + kind]; }
 };
 
-enum class State { even, mixed, unusable };
+enum class Spread { equal, different, not_finite };
 
-State state_of(const Group& g) {
+Spread spread_of(const Group& g) {
   double low = g[0], high = g[0];
   for (int64_t i = 0; i < g.size; ++i) {
-    if (!std::isfinite(g[i])) return State::unusable;
+    if (!std::isfinite(g[i])) return Spread::not_finite;
     low = std::fmin(low, g[i]);
     high = std::fmax(high, g[i]);
   }
-  return high > low ? State::mixed : State::even;
+  return high > low ? Spread::different : Spread::equal;
 }
 
-// Adds weight * the group-relative advantage to each member's entry of `out`.
-bool relate(const GroupAdvantagesArgs& a, const Group& g, double weight, const double* lengths,
-            double* out) {
-  const State state = state_of(g);
+// Adds weight * the group-relative advantage to each member's entry of `out`; false if a reward is
+// not finite.
+bool add_relative(const GroupAdvantagesArgs& a, const Group& g, double weight,
+                  const double* lengths, double* out) {
+  const Spread spread = spread_of(g);
   const bool scaled = a.estimator == Estimator::grpo || a.estimator == Estimator::gdpo;
-  if (state == State::unusable) {
+  if (spread == Spread::not_finite) {
     for (int64_t i = 0; i < g.size; ++i) out[g.members[i]] = kNan;
     return false;
   }
@@ -46,7 +48,7 @@ bool relate(const GroupAdvantagesArgs& a, const Group& g, double weight, const d
     if (!a.singleton_zero) out[g.members[0]] += weight * g[0] / (scaled ? 1 + a.epsilon : 1);
     return true;
   }
-  if (state == State::even) return true;
+  if (spread == Spread::equal) return true;
   const double n = static_cast<double>(g.size);
   double total = 0, squares = 0;
   for (int64_t i = 0; i < g.size; ++i) total += g[i];
@@ -116,7 +118,7 @@ void group_advantages(const GroupAdvantagesArgs& a, Device& device) {
           const int32_t first = index.starts[i];
           const Group group = {index.order.data() + first, index.starts[i + 1] - first,
                                a.rewards.as<float>(), kinds, k};
-          if (!relate(a, group, a.weights[k], lengths, values)) *a.fault = 1;
+          if (!add_relative(a, group, a.weights[k], lengths, values)) *a.fault = 1;
         }
     });
     if (whitens(a.estimator)) whiten(lengths, values, n);
@@ -132,11 +134,12 @@ void informative_groups(const InformativeGroupsArgs& a, Device& device) {
         const int32_t first = index.starts[i];
         const Group group = {index.order.data() + first, index.starts[i + 1] - first,
                              a.rewards.as<float>(), 1, 0};
-        const State state = state_of(group);
-        if (state == State::unusable) *a.fault = 1;
-        const bool teaches = state == State::mixed || (state == State::even && group.size == 1);
+        const Spread spread = spread_of(group);
+        if (spread == Spread::not_finite) *a.fault = 1;
+        const bool informative =
+            spread == Spread::different || (spread == Spread::equal && group.size == 1);
         for (int64_t j = 0; j < group.size; ++j)
-          a.informative.as<uint8_t>()[group.members[j]] = teaches;
+          a.informative.as<uint8_t>()[group.members[j]] = informative;
       }
     });
   });

@@ -1,3 +1,4 @@
+// Conversion between element types, through f32 except between u8 and i32.
 #include "ops/cast.h"
 
 #include <cmath>
@@ -24,7 +25,7 @@ void read(const View& v, int64_t i, int64_t n, float* f, const Simd& simd) {
   else if (v.dtype == DType::u8)
     for (int64_t j = 0; j < n; ++j) f[j] = v.as<uint8_t>()[i + j];
   else
-    simd.to_f32(v.dtype, v.as<char>() + i * size_of(v.dtype), f, n);
+    simd.to_f32(v.dtype, v.element(i), f, n);
 }
 
 void write(const View& v, int64_t i, int64_t n, const float* f, const Simd& simd) {
@@ -34,7 +35,7 @@ void write(const View& v, int64_t i, int64_t n, const float* f, const Simd& simd
   else if (v.dtype == DType::u8)
     for (int64_t j = 0; j < n; ++j) v.as<uint8_t>()[i + j] = saturate<uint8_t>(f[j], 0.0f, 255.0f);
   else
-    simd.from_f32(v.dtype, f, v.as<char>() + i * size_of(v.dtype), n);
+    simd.from_f32(v.dtype, f, v.element(i), n);
 }
 
 }  // namespace

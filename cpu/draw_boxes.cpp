@@ -1,3 +1,4 @@
+// Outlines of boxes: threads take bands of rows, copy them and fill the strokes that cross them.
 #include "ops/draw_boxes.h"
 
 #include <algorithm>

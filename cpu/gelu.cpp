@@ -1,3 +1,4 @@
+// GELU and its gradient, element by element, in chunks over threads.
 #include "ops/gelu.h"
 
 #include "cpu/device.h"
@@ -6,10 +7,8 @@ namespace p2r::cpu {
 
 namespace {
 
-// A chunk is worth a thread; within it, halves are widened a block at a time.
+// Elements of one task; 16-bit types are converted to f32 in blocks of kBlock within it.
 constexpr int64_t kGrain = 16384, kBlock = 1024;
-
-char* at(const View& v, int64_t i) { return v.as<char>() + i * size_of(v.dtype); }
 
 }  // namespace
 
@@ -23,9 +22,9 @@ void gelu(const GeluArgs& a, Device& device) {
     float x[kBlock];
     for (int64_t i = begin; i < end; i += kBlock) {
       const int64_t n = end - i < kBlock ? end - i : kBlock;
-      simd.to_f32(a.x.dtype, at(a.x, i), x, n);
+      simd.to_f32(a.x.dtype, a.x.element(i), x, n);
       simd.gelu(x, x, n, a.tanh);
-      simd.from_f32(a.out.dtype, x, at(a.out, i), n);
+      simd.from_f32(a.out.dtype, x, a.out.element(i), n);
     }
   });
 }
@@ -41,10 +40,10 @@ void gelu_backward(const GeluBackwardArgs& a, Device& device) {
     float x[kBlock], d[kBlock];
     for (int64_t i = begin; i < end; i += kBlock) {
       const int64_t n = end - i < kBlock ? end - i : kBlock;
-      simd.to_f32(a.x.dtype, at(a.x, i), x, n);
-      simd.to_f32(a.d_out.dtype, at(a.d_out, i), d, n);
+      simd.to_f32(a.x.dtype, a.x.element(i), x, n);
+      simd.to_f32(a.d_out.dtype, a.d_out.element(i), d, n);
       simd.gelu_backward(d, x, d, n, a.tanh);
-      simd.from_f32(a.d_x.dtype, d, at(a.d_x, i), n);
+      simd.from_f32(a.d_x.dtype, d, a.d_x.element(i), n);
     }
   });
 }

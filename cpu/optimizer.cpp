@@ -1,3 +1,4 @@
+// Gradient clipping and AdamW over lists of tensors, which are cut into blocks for the threads.
 #include "ops/optimizer.h"
 
 #include <algorithm>
@@ -8,16 +9,16 @@ namespace p2r::cpu {
 
 namespace {
 
-// Small tensors are a block each, large ones several, and few enough blocks stay on one thread:
-// waking the others would take longer.
-constexpr int64_t kAlone = 32768, kBuffer = 512;
+// Up to kMaxSingleTaskElements all blocks are one task: waking other threads would take longer.
+// 16-bit parameters are updated through f32 buffers of kBuffer elements.
+constexpr int64_t kMaxSingleTaskElements = 32768, kBuffer = 512;
 
 struct Block {
   int64_t tensor, first, n;
 };
 
 template <class Tensors>
-std::vector<Block> cut(const Tensors& tensors, int64_t* elements) {
+std::vector<Block> split(const Tensors& tensors, int64_t* elements) {
   std::vector<Block> blocks;
   *elements = 0;
   for (size_t t = 0; t < tensors.size(); ++t) {
@@ -29,26 +30,22 @@ std::vector<Block> cut(const Tensors& tensors, int64_t* elements) {
   return blocks;
 }
 
-char* at(const View& v, int64_t i) {
-  return v.as<char>() + i * static_cast<int64_t>(size_of(v.dtype));
-}
-
 }  // namespace
 
 void clip_grad_norm(const ClipGradNormArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   int64_t elements;
-  std::vector<Block> blocks = cut(a.grads, &elements);
+  std::vector<Block> blocks = split(a.grads, &elements);
   const int64_t count = static_cast<int64_t>(blocks.size());
   const Scratch scratch = cpu.scratch(blocks.size() * sizeof(double));
   cpu.submit([a, blocks = std::move(blocks), count, sums = scratch.as<double>(),
-              grain = elements <= kAlone ? count : 1, &cpu] {
+              grain = elements <= kMaxSingleTaskElements ? count : 1, &cpu] {
     const Simd& simd = cpu.simd();
     cpu.parallel(count, grain, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const Block& b = blocks[i];
         const View& g = a.grads[b.tensor];
-        sums[i] = simd.sum_squares(g.dtype, at(g, b.first), b.n);
+        sums[i] = simd.sum_squares(g.dtype, g.element(b.first), b.n);
       }
     });
     double sum = 0;
@@ -61,7 +58,7 @@ void clip_grad_norm(const ClipGradNormArgs& a, Device& device) {
       for (int64_t i = begin; i < end; ++i) {
         const Block& b = blocks[i];
         const View& g = a.grads[b.tensor];
-        simd.scale(g.dtype, at(g, b.first), factor, b.n);
+        simd.scale(g.dtype, g.element(b.first), factor, b.n);
       }
     });
   });
@@ -70,9 +67,9 @@ void clip_grad_norm(const ClipGradNormArgs& a, Device& device) {
 void adam_w(const AdamWArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   int64_t elements;
-  std::vector<Block> blocks = cut(a.params, &elements);
+  std::vector<Block> blocks = split(a.params, &elements);
   const int64_t count = static_cast<int64_t>(blocks.size());
-  cpu.launch(count, elements <= kAlone ? count : 1,
+  cpu.launch(count, elements <= kMaxSingleTaskElements ? count : 1,
              [a, k = adam_step(a), blocks = std::move(blocks), &simd = cpu.simd()](
                  int64_t begin, int64_t end, int) {
                for (int64_t i = begin; i < end; ++i) {
@@ -92,10 +89,10 @@ void adam_w(const AdamWArgs& a, Device& device) {
                  float values[kBuffer], grads[kBuffer];
                  for (int64_t j = 0; j < b.n; j += kBuffer) {
                    const int64_t n = std::min(kBuffer, b.n - j);
-                   simd.to_f32(p.dtype, at(p, b.first + j), values, n);
-                   simd.to_f32(g.dtype, at(g, b.first + j), grads, n);
+                   simd.to_f32(p.dtype, p.element(b.first + j), values, n);
+                   simd.to_f32(g.dtype, g.element(b.first + j), grads, n);
                    step(values, grads, j, n);
-                   simd.from_f32(p.dtype, values, at(p, b.first + j), n);
+                   simd.from_f32(p.dtype, values, p.element(b.first + j), n);
                  }
                }
              });

@@ -1,3 +1,4 @@
+// Position embeddings of patches: four rows of the table, blended with their bilinear weights.
 #include "ops/positions.h"
 
 #include <algorithm>
@@ -16,9 +17,8 @@ void vision_positions(const VisionPositionsArgs& a, Device& device) {
   cpu.launch(a.out.shape[0], grain,
              [=, grids = std::move(grids), axes = std::move(axes), &simd = cpu.simd()](
                  int64_t begin, int64_t end, int) {
-               const int64_t pitch = c * static_cast<int64_t>(size_of(a.table.dtype));
                const auto corner = [&](int32_t y, int32_t x) -> const void* {
-                 return a.table.as<char>() + (y * a.side + x) * pitch;
+                 return a.table.element((y * a.side + x) * c);
                };
                for (int64_t token = begin; token < end; ++token) {
                  const int g = grid_of(grids.data(), static_cast<int>(grids.size()), token);
@@ -30,7 +30,7 @@ void vision_positions(const VisionPositionsArgs& a, Device& device) {
                  const float weights[4] = {(1 - y.weight) * (1 - x.weight),
                                            (1 - y.weight) * x.weight, y.weight * (1 - x.weight),
                                            y.weight * x.weight};
-                 simd.blend_rows(a.table.dtype, rows, weights, c, a.out.as<char>() + token * pitch);
+                 simd.blend_rows(a.table.dtype, rows, weights, c, a.out.element(token * c));
                }
              });
 }

@@ -1,3 +1,4 @@
+// Rotary position embedding: tables for grids of patches, and their application.
 #include "ops/rotary.h"
 
 #include <algorithm>
@@ -7,7 +8,8 @@
 
 namespace p2r::cpu {
 
-// Cosine and sine of each position once, then rows put together from those of their two positions.
+// Cosine and sine of each position once; a token's row is assembled from those of its row and
+// column.
 void vision_rotary(const VisionRotaryArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   const int64_t dim = a.cos.shape[1], n = dim / 4;
@@ -27,7 +29,7 @@ void vision_rotary(const VisionRotaryArgs& a, Device& device) {
       }
   });
 
-  // Bands of block rows: merge rows of patches of one frame.
+  // A band is one row of merge blocks: `merge` rows of patches of one frame.
   struct Band {
     int64_t token, row, width;
   };
@@ -68,15 +70,14 @@ void apply_rotary(const ApplyRotaryArgs& a, Device& device) {
   if (!width) return;
   const int64_t grain = std::max<int64_t>(1, 16384 / width);
   cpu.launch(a.x.shape[0], grain, [=, &simd = cpu.simd()](int64_t begin, int64_t end, int) {
-    const int64_t size = size_of(a.x.dtype);
     float row[128];
     for (int64_t t = begin; t < end; ++t)
       for (int64_t h = 0; h < heads; ++h) {
         const int64_t at = t * width + h * dim;
-        simd.to_f32(a.x.dtype, a.x.as<char>() + at * size, row, dim);
+        simd.to_f32(a.x.dtype, a.x.element(at), row, dim);
         simd.rotate_half(row, a.cos.as<float>() + t * dim, a.sin.as<float>() + t * dim, dim / 2,
                          a.inverse, row);
-        simd.from_f32(a.out.dtype, row, a.out.as<char>() + at * size, dim);
+        simd.from_f32(a.out.dtype, row, a.out.element(at), dim);
       }
   });
 }

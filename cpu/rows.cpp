@@ -1,20 +1,20 @@
+// Moving and summing rows: threads take elements, rows, or segments of rows by blocks of columns.
 #include "ops/rows.h"
 
 #include <algorithm>
 #include <cstring>
 
 #include "cpu/device.h"
+#include "cpu/simd/arguments.h"
+#include "ops/integer.h"
 
 namespace p2r::cpu {
 
 namespace {
 
-constexpr int64_t kGrain = 32768;  // elements that are worth a thread
-constexpr int64_t kColumns = 64;   // of one call of Simd::sum_rows
+constexpr int64_t kGrain = 32768;  // elements of one task
 
-char* at(const View& v, int64_t i) {
-  return v.as<char>() + i * static_cast<int64_t>(size_of(v.dtype));
-}
+static_assert(kRowsPerRun == kSumRun);
 
 int64_t grain_of(int64_t elements) { return std::max<int64_t>(1, kGrain / (elements + 1)); }
 
@@ -22,20 +22,19 @@ int64_t grain_of(int64_t elements) { return std::max<int64_t>(1, kGrain / (eleme
 // is empty), divided by their number for a mean.
 void sum_segments(CpuDevice& cpu, const View& x, Ints offsets, Ints list, bool mean,
                   const View& out) {
-  const int64_t segments = out.shape[0], c = row_size(out.shape),
-                blocks = (c + kColumns - 1) / kColumns;
+  const int64_t segments = out.shape[0], c = row_size(out.shape), blocks = ceil_div(c, kSumColumns);
   const int64_t rows = offsets.back();
   const int64_t tasks = segments * blocks;
   const int64_t grain = tasks > 0 ? grain_of(rows * c / tasks) : 1;
   cpu.launch(tasks, grain,
              [=, offsets = std::move(offsets), list = std::move(list), &simd = cpu.simd()](
                  int64_t begin, int64_t end, int) {
-               float sums[kColumns];
+               float sums[kSumColumns];
                for (int64_t i = begin; i < end; ++i) {
-                 const int64_t s = i / blocks, column = i % blocks * kColumns;
-                 const int64_t columns = std::min(kColumns, c - column);
+                 const int64_t s = i / blocks, column = i % blocks * kSumColumns;
+                 const int64_t columns = std::min(kSumColumns, c - column);
                  const int64_t first = offsets[s], n = offsets[s + 1] - first;
-                 const char* base = at(x, column);
+                 const char* base = x.element(column);
                  const int64_t pitch = c * static_cast<int64_t>(size_of(x.dtype));
                  if (list.empty())
                    simd.sum_rows(x.dtype, base + first * pitch, pitch, nullptr, n, columns, sums);
@@ -43,7 +42,7 @@ void sum_segments(CpuDevice& cpu, const View& x, Ints offsets, Ints list, bool m
                    simd.sum_rows(x.dtype, base, pitch, list.data() + first, n, columns, sums);
                  if (mean && n)
                    for (int64_t k = 0; k < columns; ++k) sums[k] /= static_cast<float>(n);
-                 simd.from_f32(out.dtype, sums, at(out, s * c + column), columns);
+                 simd.from_f32(out.dtype, sums, out.element(s * c + column), columns);
                }
              });
 }
@@ -56,7 +55,7 @@ void add(const AddArgs& a, Device& device) {
   cpu.launch(n, kGrain, [a, period, &simd = cpu.simd()](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end;) {
       const int64_t from = i % period, part = std::min(end - i, period - from);
-      simd.add(a.x.dtype, at(a.x, i), at(a.y, from), at(a.out, i), part);
+      simd.add(a.x.dtype, a.x.element(i), a.y.element(from), a.out.element(i), part);
       i += part;
     }
   });
@@ -69,7 +68,7 @@ void gather_rows(const GatherRowsArgs& a, Device& device) {
   cpu.launch(n, grain_of(c), [a, c](int64_t begin, int64_t end, int) {
     const size_t bytes = static_cast<size_t>(c) * size_of(a.x.dtype);
     for (int64_t i = begin; i < end; ++i)
-      std::memcpy(at(a.out, i * c), at(a.x, a.index[static_cast<size_t>(i)] * c), bytes);
+      std::memcpy(a.out.element(i * c), a.x.element(a.index[static_cast<size_t>(i)] * c), bytes);
   });
 }
 
@@ -95,16 +94,16 @@ void mean_pool_backward(const MeanPoolBackwardArgs& a, Device& device) {
     for (int64_t b = after - a.cu_seqlens.begin() - 1, t = begin; t < end; ++b) {
       const int64_t first = a.cu_seqlens[b], last = a.cu_seqlens[b + 1];
       if (t >= last) continue;
-      // One row is divided, the others are its copies.
-      for (int64_t i = 0; i < c; i += kColumns) {
-        const int64_t columns = std::min(kColumns, c - i);
-        float row[kColumns];
-        simd.to_f32(dtype, at(a.d_out, b * c + i), row, columns);
+      // One row is computed, the sequence's other rows are copies of it.
+      for (int64_t i = 0; i < c; i += kSumColumns) {
+        const int64_t columns = std::min(kSumColumns, c - i);
+        float row[kSumColumns];
+        simd.to_f32(dtype, a.d_out.element(b * c + i), row, columns);
         for (int64_t k = 0; k < columns; ++k) row[k] /= static_cast<float>(last - first);
-        simd.from_f32(dtype, row, at(a.d_x, t * c + i), columns);
+        simd.from_f32(dtype, row, a.d_x.element(t * c + i), columns);
       }
-      const char* row = at(a.d_x, t * c);
-      for (++t; t < std::min(last, end); ++t) std::memcpy(at(a.d_x, t * c), row, bytes);
+      const char* row = a.d_x.element(t * c);
+      for (++t; t < std::min(last, end); ++t) std::memcpy(a.d_x.element(t * c), row, bytes);
     }
   });
 }

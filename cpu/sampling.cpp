@@ -1,3 +1,4 @@
+// Sampling from logits: a row a task, read in tiles of f32.
 #include "ops/sampling.h"
 
 #include <algorithm>
@@ -5,23 +6,21 @@
 #include <limits>
 
 #include "cpu/device.h"
+#include "ops/integer.h"
 #include "ops/philox.h"
 
 namespace p2r::cpu {
 
 namespace {
 
-constexpr int64_t kGrain = 8192;  // logits that are worth a thread
+constexpr int64_t kGrain = 8192;  // logits of one task
 constexpr int64_t kTile = 1024, kSums = 1024;
 
 // One row of logits, as f32, a tile at a time.
 class Row {
  public:
   Row(const View& logits, int64_t row, const Simd& simd)
-      : v_(logits.shape[1]),
-        dtype_(logits.dtype),
-        simd_(simd),
-        data_(logits.as<const char>() + row * v_ * static_cast<int64_t>(size_of(dtype_))) {}
+      : v_(logits.shape[1]), dtype_(logits.dtype), simd_(simd), data_(logits.element(row * v_)) {}
 
   // f(first, values, n) over begin..end until it returns true.
   template <class F>
@@ -39,7 +38,7 @@ class Row {
     }
   }
 
-  // The largest logit and where it first stands; -1 for a row that is refused.
+  // The largest logit and its first index; -1 for a row without a distribution.
   int64_t maximum(float* value) {
     float best = -std::numeric_limits<float>::infinity();
     int64_t where = -1;
@@ -60,10 +59,10 @@ class Row {
 
   int64_t draw(float maximum, float rate, uint64_t random) {
     const int bits = weight_bits(v_);
-    // The sums of equal parts of the row, so that the search reads one part again.
-    const int64_t part = std::max<int64_t>(64, (v_ + kSums - 1) / kSums);
+    // Sums of equal parts of the row, so that the search reads only one part again.
+    const int64_t part = std::max<int64_t>(64, ceil_div(v_, kSums));
     uint64_t sums[kSums], total = 0;
-    const int64_t parts = (v_ + part - 1) / part;
+    const int64_t parts = ceil_div(v_, part);
     for (int64_t p = 0; p < parts; ++p) {
       uint64_t sum = 0;
       tiles(p * part, std::min(v_, (p + 1) * part), [&](int64_t, const float* x, int64_t n) {

@@ -1,4 +1,5 @@
-// Plain arguments of the SIMD kernels of log-probabilities and of the policy loss.
+// Arguments of the SIMD kernels that are not plain lists: of log-probabilities, of the policy loss
+// and of sums of rows. Resampling has its own in cpu/simd/resample.h.
 #pragma once
 #include <stdint.h>
 
@@ -17,7 +18,7 @@ struct LogitGradientRow {
 struct PolicyRun {
   const float *log_probs, *old_log_probs, *ref_log_probs, *entropy, *importance, *advantages;
   const uint8_t* mask;
-  bool faulty;  // whether the mask holds other than 0 and 1
+  bool faulty;  // whether the mask has values other than 0 and 1
   float *d_log_probs, *d_entropy;
   int64_t n;
   Objective objective;
@@ -28,9 +29,12 @@ struct PolicyRun {
   float tau_positive, tau_negative;
   float kl_clamp;                   // inf: none
   float sequence_ratio;             // gspo's
-  bool sequence_inside;             // whether gspo's mean log-ratio lay within its bounds
+  bool sequence_inside;             // whether gspo's mean log-ratio was within its bounds
   float policy_weight;              // of a token's gradient
   float kl_weight, entropy_weight;  // with their coefficients; entropy's negative
 };
+
+// sum_rows: at most kSumColumns columns a call; kRowsPerRun is kSumRun of ops/rows.h.
+constexpr int64_t kSumColumns = 64, kRowsPerRun = 64;
 
 }  // namespace p2r::cpu

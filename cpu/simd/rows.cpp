@@ -1,4 +1,5 @@
-// Sums of rows.
+// Rows of any float type: the sum of two, the weighted sum of four, and the sum of many.
+#include "cpu/simd/arguments.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/vec.h"
 
@@ -9,8 +10,7 @@ void from_f32(DType to, const float* x, void* y, int64_t n);
 
 namespace {
 
-constexpr int64_t kColumns = 64, kBlock = 512;
-constexpr int64_t kRun = 64;  // kSumRun of ops/rows.h
+constexpr int64_t kBlock = 512;
 
 void add_f32(const float* x, const float* y, float* out, int64_t n) {
   int64_t i = 0;
@@ -52,10 +52,10 @@ void blend_rows(DType dtype, const void* const* rows, const float* weights, int6
 
 void sum_rows(DType dtype, const char* rows, int64_t pitch, const int64_t* list, int64_t n,
               int64_t columns, float* out) {
-  float total[kColumns] = {}, buffer[kColumns];
-  for (int64_t first = 0; first < n; first += kRun) {
-    const int64_t last = n - first < kRun ? n : first + kRun;
-    float run[kColumns] = {};
+  float total[kSumColumns] = {}, buffer[kSumColumns];
+  for (int64_t first = 0; first < n; first += kRowsPerRun) {
+    const int64_t last = n - first < kRowsPerRun ? n : first + kRowsPerRun;
+    float run[kSumColumns] = {};
     for (int64_t k = first; k < last; ++k) {
       const char* at = rows + (list ? list[k] : k) * pitch;
       const float* row = buffer;
@@ -63,12 +63,12 @@ void sum_rows(DType dtype, const char* rows, int64_t pitch, const int64_t* list,
         row = reinterpret_cast<const float*>(at);
       else
         to_f32(dtype, at, buffer, columns);
-      if (columns == kColumns)
-        for (int64_t i = 0; i < kColumns; ++i) run[i] += row[i];
+      if (columns == kSumColumns)
+        for (int64_t i = 0; i < kSumColumns; ++i) run[i] += row[i];
       else
         for (int64_t i = 0; i < columns; ++i) run[i] += row[i];
     }
-    for (int64_t i = 0; i < kColumns; ++i) total[i] += run[i];
+    for (int64_t i = 0; i < kSumColumns; ++i) total[i] += run[i];
   }
   memcpy(out, total, columns * sizeof(float));
 }
