@@ -1,12 +1,12 @@
-// Crop, overlay, resample and patch layout in one walk over a region. Four rows at a time are split
-// into planes, resampled along x into a ring of quads (cpu/simd/resample.h) that stays in the
-// cache, and combined along y from there; a band of rows of the result then goes out as patches or
-// pixels. Large regions are cut into strips of rows, which threads take one by one, and into tiles
-// of columns where a thread's share of the cache would not hold them.
+// Crop, overlay, resample and patch layout in one pass over a region. Four rows at a time are split
+// into planes, resampled along x into a ring buffer of quads (cpu/simd/resample.h) that stays in
+// the cache, and combined along y from there; a band of rows of the result is then stored as
+// patches or pixels. Large regions are divided into strips of rows, the tasks of the threads, and
+// into tiles of columns where a strip would not fit a thread's share of the cache.
 //
-// What it should cost (8K to 1920 x 1056, AVX-512 with VNNI, written down before it was measured).
+// Prediction (8K to 1920 x 1056, AVX-512 with VNNI, written before it was measured).
 // Along x 24.9 M sums of 17 taps, five steps of four taps for 16 sums at a time: three products and
-// a quarter of everything else a step, 31 M instructions, and 10 M to shift, add and narrow; the
+// a quarter of everything else per step, 31 M instructions, and 10 M to shift, add and narrow; the
 // split 9 M; along y 6.1 M sums in six steps, 7 M; the tables and stores 5 M. 62 M instructions at
 // some 3 a cycle and 4 GHz are 5 ms of one core or 2.6 ms of two. Memory: 99.5 MB in, 48.7 MB out,
 // 2.6 ms at 57 GB/s. The two overlap in part: 4 ms.
@@ -20,19 +20,19 @@
 
 #include "cpu/device.h"
 #include "cpu/simd/resample.h"
+#include "ops/integer.h"
 #include "ops/resample_plan.h"
 
 namespace p2r::cpu {
 
 namespace {
 
-constexpr int64_t kSlack = 192;  // that the SIMD kernels may touch behind a row
-// Of the ring and the band, and of the planes, of one thread: together half of a common L2.
+constexpr int64_t kPadding = 192;  // bytes that the SIMD kernels may access behind a row
+// Of one thread's ring and band, and of its planes: together half of a common L2.
 constexpr int64_t kTileBytes = 384 << 10, kPlaneBytes = 256 << 10;
-constexpr int64_t kBand = 16;           // rows of the result that go out together
-constexpr int64_t kStreamed = 8 << 20;  // bytes of a result that no cache keeps until it is used
-
-constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+constexpr int64_t kBand = 16;  // rows of the result that are stored together
+// Results of more bytes use non-temporal stores: no cache would keep them until they are used.
+constexpr int64_t kNontemporalBytes = 8 << 20;
 
 // An axis that is copied has one tap of weight 1.
 struct Taps {
@@ -45,7 +45,7 @@ struct Taps {
   }
 };
 
-// Four weights as words of pairs or of bytes; see cpu/simd/resample.h.
+// Four weights in the layout of pairs or of bytes; see cpu/simd/resample.h.
 void write_words(const int32_t k[4], bool bytes, int64_t pitch, int32_t* to) {
   if (bytes) {
     uint32_t words[kByteWords] = {};
@@ -69,7 +69,7 @@ void write_words(const int32_t k[4], bool bytes, int64_t pitch, int32_t* to) {
   to[3 * pitch] = pair(k[1] >> 12, k[3] >> 12);
 }
 
-// An axis as the pass along x takes it.
+// Weights of an axis for the pass along x.
 struct RowWeights {
   bool bytes = false;
   int64_t outputs = 1, steps = 1;  // of a block
@@ -82,7 +82,7 @@ struct RowWeights {
       int64_t reach = 0;  // words of a block's window
       for (int64_t x = 0; x < axis.out; ++x) {
         const int64_t from = taps.first(x) - taps.first(x / lanes * lanes);
-        const int64_t words = (from % 4 + taps.count() + 3) / 4;
+        const int64_t words = ceil_div(from % 4 + taps.count(), 4);
         steps = std::max(steps, words);
         reach = std::max(reach, from / 4);
       }
@@ -90,9 +90,9 @@ struct RowWeights {
       if (!bytes) steps = 1;
     }
     outputs = bytes ? lanes : lanes / 4;
-    if (!bytes) steps = (taps.count() + 15) / 16;
+    if (!bytes) steps = ceil_div(taps.count(), 16);
     const int64_t words = bytes ? kByteWords : kPairWords;
-    const int64_t blocks = (axis.out + outputs - 1) / outputs;
+    const int64_t blocks = ceil_div(axis.out, outputs);
     first.resize(bytes ? blocks : blocks * outputs);
     if (bytes) index.resize(blocks * lanes);
     weights.resize(blocks * steps * words * lanes);
@@ -106,7 +106,7 @@ struct RowWeights {
         first[x] = static_cast<int32_t>(from);
       }
       if (x != real) continue;
-      // Lanes of this output a step, taps of a lane before its first.
+      // Lanes of this output per step; weights of 0 before its first tap.
       const int64_t width = bytes ? 1 : 4, before = bytes ? (from - start) % 4 : 0;
       for (int64_t tap = 0; tap < before + taps.count(); tap += 4) {
         int32_t k[4];
@@ -120,7 +120,7 @@ struct RowWeights {
   }
 };
 
-// An axis as the pass along y takes it: from which four rows, and words for each four rows.
+// Weights of an axis for the pass along y: words for each four rows of the crop.
 struct ColumnWeights {
   int64_t words = 1, steps = 1;
   std::vector<int32_t> weights;
@@ -128,7 +128,7 @@ struct ColumnWeights {
   ColumnWeights(const Axis& axis, bool vnni) : words(vnni ? kByteWords : kPairWords) {
     const Taps taps{axis};
     for (int64_t y = 0; y < axis.out; ++y)
-      steps = std::max(steps, (taps.first(y) % 4 + taps.count() + 3) / 4);
+      steps = std::max(steps, ceil_div(taps.first(y) % 4 + taps.count(), 4));
     weights.resize(axis.out * steps * words);
     for (int64_t y = 0; y < axis.out; ++y) {
       const int64_t before = taps.first(y) % 4;
@@ -141,13 +141,13 @@ struct ColumnWeights {
   }
 };
 
-// What one thread takes: rows and columns of a region's result.
-struct Piece {
+// One task: rows and columns of a region's result.
+struct Tile {
   int64_t region, y0, y1, x0, x1;
 };
 
 struct Job {
-  // Rows of the result go out in bands, which do not cross multiples of `unit`; nor do tiles.
+  // Rows of the result are stored in bands, which do not cross multiples of `unit`; nor do tiles.
   Job(const std::vector<In>& images, const Ints& regions, Filter filter, const Ints& boxes,
       const Ints& colors, int64_t line_width, int64_t unit, const CpuDevice& cpu)
       : images(images),
@@ -164,7 +164,7 @@ struct Job {
       rows.try_emplace(r.x, *r.x, lanes, vnni);
       columns.try_emplace(r.y, *r.y, vnni);
     }
-    // Enough work in a piece to be worth handing out, and enough pieces to share it evenly.
+    // Enough work in a task to be worth its scheduling, and enough tasks to balance the load.
     const int64_t share = std::max<int64_t>(total / (cpu.threads() * 8), 1 << 16);
     for (size_t i = 0; i < plan.regions.size(); ++i) {
       const RegionPlan& r = plan.regions[i];
@@ -172,25 +172,24 @@ struct Job {
       const int64_t slots = columns.at(r.y).steps;
       const int64_t fit = std::min(kTileBytes / (12 * slots + 3 * kBand),
                                    (kPlaneBytes / 12 - x.count()) * r.width / r.crop_width());
-      const int64_t tile = std::max(round_up(64, unit), fit / unit * unit);
-      // The rows that neighbouring strips both need stay few against the rows that they own.
+      const int64_t tile_width = std::max(round_up(64, unit), fit / unit * unit);
+      // Source rows that neighbouring strips both resample stay few compared to a strip's own.
       const int64_t shared = r.y->copy ? 0 : 8 * y.count() * r.height / r.crop_height();
       const int64_t parts = std::max<int64_t>(1, work_of(r) / share);
-      const int64_t strip =
-          round_up(std::max({(r.height + parts - 1) / parts, shared, kBand}), unit);
+      const int64_t strip = round_up(std::max({ceil_div(r.height, parts), shared, kBand}), unit);
       for (int64_t y0 = 0; y0 < r.height; y0 += strip)
-        for (int64_t x0 = 0; x0 < r.width; x0 += tile)
-          pieces.push_back({static_cast<int64_t>(i), y0, std::min(y0 + strip, r.height), x0,
-                            std::min(x0 + tile, r.width)});
-      for (int64_t x0 = 0; x0 < r.width; x0 += tile) {
-        const int64_t from = x0 / lanes * lanes, to = std::min(x0 + tile, r.width);
+        for (int64_t x0 = 0; x0 < r.width; x0 += tile_width)
+          tiles.push_back({static_cast<int64_t>(i), y0, std::min(y0 + strip, r.height), x0,
+                           std::min(x0 + tile_width, r.width)});
+      for (int64_t x0 = 0; x0 < r.width; x0 += tile_width) {
+        const int64_t from = x0 / lanes * lanes, to = std::min(x0 + tile_width, r.width);
         const int64_t span = x.first(to - 1) + x.count() - x.first(from);
-        plane_pitch = std::max(plane_pitch, round_up(span + kSlack, 64));
+        plane_pitch = std::max(plane_pitch, round_up(span + kPadding, 64));
         quad_pitch = std::max(quad_pitch, round_up(to - from, 64));
       }
       ring_slots = std::max(ring_slots, slots);
     }
-    const int64_t count = static_cast<int64_t>(pieces.size());
+    const int64_t count = static_cast<int64_t>(tiles.size());
     grain = std::max<int64_t>(1, count / std::max<int64_t>(1, total / share));
     planes_bytes = 12 * plane_pitch;
     slot_bytes = 12 * quad_pitch;
@@ -202,15 +201,15 @@ struct Job {
   ResamplePlan plan;
   std::map<const Axis*, RowWeights> rows;
   std::map<const Axis*, ColumnWeights> columns;
-  std::vector<Piece> pieces;
+  std::vector<Tile> tiles;
   int64_t unit;
   bool vnni;
   int64_t grain = 1, plane_pitch = 0, quad_pitch = 0, ring_slots = 0;  // pitches in columns
   int64_t planes_bytes = 0, slot_bytes = 0, per_thread = 0;
 };
 
-// Where columns [x0, x1) of a row of a region's crop come from: columns [left, right) of a row of
-// the image, black beside them; null: all black.
+// The source of columns [x0, x1) of a row of a region's crop: columns [left, right) of a row of the
+// image, black beside them; null: all black.
 struct Source {
   const uint8_t* row;
   int64_t y, left, right;
@@ -276,18 +275,18 @@ void read_pixels(const Job& job, const RegionPlan& r, int64_t y, int64_t x0, int
   });
 }
 
-// Rows of a piece's result as planes, from column `x0` of the region on: [row][channel][x].
+// Rows of a tile's result as planes, from column `x0` of the region on: [row][channel][x].
 struct Band {
-  const Piece& piece;
+  const Tile& tile;
   int64_t y0, y1;
   const uint8_t* rows;
   int64_t row_pitch, plane_pitch;
 };
 
-// Calls emit(band) for the rows of the piece's result, in order.
+// Calls emit(band) for the rows of the tile's result, in order.
 template <class Emit>
-void walk(const Job& job, const Piece& piece, const Simd& simd, char* scratch, Emit&& emit) {
-  const RegionPlan& r = job.plan.regions[piece.region];
+void walk(const Job& job, const Tile& tile, const Simd& simd, char* scratch, Emit&& emit) {
+  const RegionPlan& r = job.plan.regions[tile.region];
   const RowWeights& rows = job.rows.at(r.x);
   const ColumnWeights& columns = job.columns.at(r.y);
   const Taps ax{*r.x}, ay{*r.y};
@@ -297,11 +296,11 @@ void walk(const Job& job, const Piece& piece, const Simd& simd, char* scratch, E
   const uint8_t** quads = reinterpret_cast<const uint8_t**>(band + kBand * 3 * job.quad_pitch);
   const bool copy = r.x->copy && r.y->copy;
 
-  // Whole blocks, from the one that holds x0 on.
-  const int64_t block = piece.x0 / rows.outputs, from = block * rows.outputs;
-  const int64_t blocks = (piece.x1 + rows.outputs - 1) / rows.outputs - block;
+  // Whole blocks, starting with the one that contains x0.
+  const int64_t block = tile.x0 / rows.outputs, from = block * rows.outputs;
+  const int64_t blocks = ceil_div(tile.x1, rows.outputs) - block;
   const int64_t pitch = round_up(blocks * rows.outputs, 64);
-  const int64_t begin = ax.first(from), end = ax.first(piece.x1 - 1) + ax.count();
+  const int64_t begin = ax.first(from), end = ax.first(tile.x1 - 1) + ax.count();
   const int64_t words = rows.bytes ? kByteWords : kPairWords;
   const int64_t lanes = rows.bytes ? rows.outputs : rows.outputs * 4;
   ResampleRows a;
@@ -315,29 +314,29 @@ void walk(const Job& job, const Piece& piece, const Simd& simd, char* scratch, E
   a.index = rows.index.data() + (rows.bytes ? from : 0);
   a.weights = rows.weights.data() + block * rows.steps * words * lanes;
   a.quad_pitch = pitch * 4;
-  a.ahead_pitch = job.images[r.image].shape[1] * 3;
+  a.prefetch_pitch = job.images[r.image].shape[1] * 3;
   const auto resample_rows = rows.bytes ? simd.resample_rows_vnni : simd.resample_rows;
   const auto resample_column = job.vnni ? simd.resample_column_vnni : simd.resample_column;
 
-  int64_t have = 0;  // the four rows that come next into the ring
-  for (int64_t y0 = piece.y0, y1; y0 < piece.y1; y0 = y1) {
-    y1 = std::min({piece.y1, y0 + kBand, (y0 / job.unit + 1) * job.unit});
+  int64_t next_quad = 0;  // the next four rows to enter the ring
+  for (int64_t y0 = tile.y0, y1; y0 < tile.y1; y0 = y1) {
+    y1 = std::min({tile.y1, y0 + kBand, (y0 / job.unit + 1) * job.unit});
     for (int64_t y = y0; y < y1; ++y) {
       uint8_t* to = band + (y - y0) * 3 * pitch;
       if (copy) {
-        read_planes(job, r, y, from, piece.x1, simd, to, pitch);
+        read_planes(job, r, y, from, tile.x1, simd, to, pitch);
         continue;
       }
       const int64_t first = ay.first(y) / 4, last = (ay.first(y) + ay.count() - 1) / 4;
-      for (have = std::max(have, first); have <= last; ++have) {
-        // Behind the crop's end there is nothing, and its weights are 0.
-        for (int64_t row = 0; row < 4 && 4 * have + row < r.crop_height(); ++row)
-          read_planes(job, r, 4 * have + row, begin, end, simd, planes + row * a.row_pitch,
+      for (next_quad = std::max(next_quad, first); next_quad <= last; ++next_quad) {
+        // The weights of rows behind the crop's end are 0.
+        for (int64_t row = 0; row < 4 && 4 * next_quad + row < r.crop_height(); ++row)
+          read_planes(job, r, 4 * next_quad + row, begin, end, simd, planes + row * a.row_pitch,
                       a.plane_pitch);
-        const Source next = source_of(job, r, 4 * have + 4, begin, end);
-        a.ahead = next.row ? next.row + next.left * 3 : nullptr;
-        a.ahead_bytes = (next.right - next.left) * 3;
-        a.quads = ring + have % job.ring_slots * job.slot_bytes;
+        const Source next = source_of(job, r, 4 * next_quad + 4, begin, end);
+        a.prefetch = next.row ? next.row + next.left * 3 : nullptr;
+        a.prefetch_bytes = (next.right - next.left) * 3;
+        a.quads = ring + next_quad % job.ring_slots * job.slot_bytes;
         resample_rows(&a);
       }
       for (int64_t i = first; i <= last; ++i)
@@ -345,7 +344,7 @@ void walk(const Job& job, const Piece& piece, const Simd& simd, char* scratch, E
       resample_column(quads, to, 3 * pitch, &columns.weights[y * columns.steps * columns.words],
                       last - first + 1);
     }
-    emit(Band{piece, y0, y1, band + (piece.x0 - from), 3 * pitch, pitch});
+    emit(Band{tile, y0, y1, band + (tile.x0 - from), 3 * pitch, pitch});
   }
 }
 
@@ -353,12 +352,12 @@ template <class Run>
 void launch_job(CpuDevice& cpu, std::shared_ptr<const Job> job, Run run) {
   Scratch scratch = cpu.scratch(job->per_thread * cpu.threads());
   char* memory = scratch.as<char>();
-  const int64_t count = static_cast<int64_t>(job->pieces.size()), grain = job->grain;
+  const int64_t count = static_cast<int64_t>(job->tiles.size()), grain = job->grain;
   cpu.launch(count, grain,
              [job = std::move(job), memory, run, &simd = cpu.simd()](int64_t begin, int64_t end,
                                                                      int thread) {
                for (int64_t i = begin; i < end; ++i)
-                 run(*job, job->pieces[i], simd, memory + thread * job->per_thread);
+                 run(*job, job->tiles[i], simd, memory + thread * job->per_thread);
              });
 }
 
@@ -369,18 +368,18 @@ void crop_resample(const CropResampleArgs& a, Device& device) {
   auto job = std::make_shared<Job>(a.images, a.regions, a.filter, a.boxes, a.colors, a.line_width,
                                    kBand, cpu);
   launch_job(cpu, std::move(job),
-             [out = a.out](const Job& job, const Piece& piece, const Simd& simd, char* scratch) {
-               const RegionPlan& r = job.plan.regions[piece.region];
-               uint8_t* to = out[piece.region].as<uint8_t>() + piece.x0 * 3;
+             [out = a.out](const Job& job, const Tile& tile, const Simd& simd, char* scratch) {
+               const RegionPlan& r = job.plan.regions[tile.region];
+               uint8_t* to = out[tile.region].as<uint8_t>() + tile.x0 * 3;
                if (r.x->copy && r.y->copy) {
-                 for (int64_t y = piece.y0; y < piece.y1; ++y)
-                   read_pixels(job, r, y, piece.x0, piece.x1, to + y * r.width * 3);
+                 for (int64_t y = tile.y0; y < tile.y1; ++y)
+                   read_pixels(job, r, y, tile.x0, tile.x1, to + y * r.width * 3);
                  return;
                }
-               walk(job, piece, simd, scratch, [&](const Band& band) {
+               walk(job, tile, simd, scratch, [&](const Band& band) {
                  for (int64_t y = band.y0; y < band.y1; ++y)
                    simd.join_planes(band.rows + (y - band.y0) * band.row_pitch, band.plane_pitch,
-                                    to + y * r.width * 3, piece.x1 - piece.x0);
+                                    to + y * r.width * 3, tile.x1 - tile.x0);
                });
              });
 }
@@ -389,7 +388,7 @@ void pixel_values(const PixelValuesArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   auto job = std::make_shared<Job>(a.images, a.regions, a.filter, a.boxes, a.colors, a.line_width,
                                    a.patch, cpu);
-  std::vector<int64_t> start;  // of each region, in elements
+  std::vector<int64_t> start;  // of each region's patches, in elements
   int64_t elements = 0;
   for (const RegionPlan& r : job->plan.regions) {
     start.push_back(elements);
@@ -400,27 +399,27 @@ void pixel_values(const PixelValuesArgs& a, Device& device) {
   layout.temporal = a.temporal;
   layout.merge = a.merge;
   layout.value_bytes = static_cast<int>(size_of(a.out.dtype));
-  layout.stream = static_cast<int64_t>(a.out.bytes()) > kStreamed &&
-                  reinterpret_cast<uintptr_t>(a.out.data) % 64 == 0;
+  layout.nontemporal = static_cast<int64_t>(a.out.bytes()) > kNontemporalBytes &&
+                       reinterpret_cast<uintptr_t>(a.out.data) % 64 == 0;
   launch_job(
       cpu, std::move(job),
       [out = a.out.as<char>(), start = std::move(start), layout,
-       table = pixel_table(a.mean, a.std, a.out.dtype)](const Job& job, const Piece& piece,
+       table = pixel_table(a.mean, a.std, a.out.dtype)](const Job& job, const Tile& tile,
                                                         const Simd& simd, char* scratch) {
-        walk(job, piece, simd, scratch, [&](const Band& band) {
+        walk(job, tile, simd, scratch, [&](const Band& band) {
           PatchRow row = layout;
           const int64_t patch = row.patch, merge = row.merge, py = band.y0 / patch;
-          const int64_t columns = job.plan.regions[piece.region].width / patch;
+          const int64_t columns = job.plan.regions[tile.region].width / patch;
           const int64_t depth = 3 * row.temporal * patch * patch;
           const int64_t first_row = (py / merge * (columns / merge) * merge + py % merge) * merge;
           row.rows = band.rows;
           row.row_pitch = band.row_pitch;
           row.plane_pitch = band.plane_pitch;
           row.lines = band.y1 - band.y0;
-          row.first = piece.x0 / patch;
-          row.count = (piece.x1 - piece.x0) / patch;
+          row.first = tile.x0 / patch;
+          row.count = (tile.x1 - tile.x0) / patch;
           row.table = table.data();
-          row.out = out + (start[piece.region] + first_row * depth + band.y0 % patch * patch) *
+          row.out = out + (start[tile.region] + first_row * depth + band.y0 % patch * patch) *
                               row.value_bytes;
           simd.patch_row(&row);
         });

@@ -1,6 +1,6 @@
-// Three loops: count the kept tokens of every run (the gradient needs the divisors), sum them up in
-// order, then compute loss terms and gradients run by run and add the runs' sums in order. A single
-// long sequence is spread over all threads as well as many short ones.
+// Three loops: count the kept tokens of every run (the gradient needs the divisors), add the counts
+// in order, then compute loss terms and gradients run by run and add the runs' sums in order. Runs,
+// not sequences, are the tasks of the threads, so one long sequence is parallel too.
 #include "ops/policy_loss.h"
 
 #include <algorithm>

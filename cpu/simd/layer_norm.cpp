@@ -1,4 +1,6 @@
-// Layer normalisation, a row at a time: the row stays in the first-level cache between its passes.
+// Layer normalisation and its backward pass, a row at a time: the row stays in the first-level
+// cache between its passes. 16-bit rows are converted to f32 in a buffer. Backward, g is dOut
+// weight; the means of g and of g x̂ (ops/layer_norm.h) are dnorm_mean and dnorm_norm_mean.
 #include "cpu/simd/simd.h"
 #include "cpu/simd/vec.h"
 
@@ -9,7 +11,7 @@ void from_f32(DType to, const float* x, void* y, int64_t n);
 
 namespace {
 
-// The row as f32: itself, or widened into the buffer.
+// The row as f32: itself, or converted into the buffer.
 inline const float* row_f32(DType dtype, const void* x, int64_t at, int64_t c, float* buffer) {
   if (dtype == DType::f32) return static_cast<const float*>(x) + at;
   to_f32(dtype, static_cast<const uint16_t*>(x) + at, buffer, c);
@@ -18,12 +20,12 @@ inline const float* row_f32(DType dtype, const void* x, int64_t at, int64_t c, f
 inline float* result_f32(DType dtype, void* y, int64_t at, float* buffer) {
   return dtype == DType::f32 ? static_cast<float*>(y) + at : buffer;
 }
-inline void put_row(DType dtype, const float* row, void* y, int64_t at, int64_t c) {
+inline void store_row(DType dtype, const float* row, void* y, int64_t at, int64_t c) {
   if (dtype != DType::f32) from_f32(dtype, row, static_cast<uint16_t*>(y) + at, c);
 }
 
-// Sum of the lanes by quarters: short rows spend their time here.
-inline float across(vf v) {
+// Horizontal sum by quarters of a vector: short rows spend their time here.
+inline float sum_lanes(vf v) {
   typedef float v4 __attribute__((vector_size(16)));
   v4 quarters[W / 4];
   memcpy(quarters, &v, sizeof v);
@@ -46,7 +48,7 @@ inline float sum_of(const float* x, int64_t c) {
   }
   float rest = 0;
   for (; i < c; ++i) rest += x[i];
-  return across(s + t) + rest;
+  return sum_lanes(s + t) + rest;
 }
 
 // Sums of x - mean and of its square.
@@ -64,23 +66,23 @@ inline void deviations(const float* x, int64_t c, float mean, float* first, floa
     rest += d;
     squares += d * d;
   }
-  *first = across(s) + rest;
-  *second = across(t) + squares;
+  *first = sum_lanes(s) + rest;
+  *second = sum_lanes(t) + squares;
 }
 
 }  // namespace
 
 void layer_norm(DType dtype, const void* x, const float* weight, const float* bias, float eps,
                 void* y, float* stats, float* buffer, int64_t rows, int64_t c) {
-  const float share = c ? 1.0f / static_cast<float>(c) : 0;
+  const float inv_c = c ? 1.0f / static_cast<float>(c) : 0;
   for (int64_t r = 0; r < rows; ++r) {
     const float* in = row_f32(dtype, x, r * c, c, buffer);
-    const float guess = sum_of(in, c) * share;
+    const float first_mean = sum_of(in, c) * inv_c;
     float first, second;
-    deviations(in, c, guess, &first, &second);
-    const float correction = first * share;
-    const float mean = guess + correction;
-    const float variance = second * share - correction * correction;
+    deviations(in, c, first_mean, &first, &second);
+    const float correction = first * inv_c;
+    const float mean = first_mean + correction;
+    const float variance = second * inv_c - correction * correction;
     const float rstd = 1 / __builtin_sqrtf((variance < 0 ? 0 : variance) + eps);
     stats[2 * r] = mean;
     stats[2 * r + 1] = rstd;
@@ -89,14 +91,14 @@ void layer_norm(DType dtype, const void* x, const float* weight, const float* bi
     for (; i + W <= c; i += W)
       store(out + i, (loadf(in + i) - mean) * rstd * loadf(weight + i) + loadf(bias + i));
     for (; i < c; ++i) out[i] = (in[i] - mean) * rstd * weight[i] + bias[i];
-    put_row(dtype, out, y, r * c, c);
+    store_row(dtype, out, y, r * c, c);
   }
 }
 
 void layer_norm_backward(DType dtype, const void* d_out, const void* x, const float* weight,
                          const float* stats, void* d_x, float* d_weight, float* d_bias,
                          float* buffer, int64_t rows, int64_t c) {
-  const float share = c ? 1.0f / static_cast<float>(c) : 0;
+  const float inv_c = c ? 1.0f / static_cast<float>(c) : 0;
   float* second = buffer ? buffer + c : nullptr;
   for (int64_t r = 0; r < rows; ++r) {
     const float* in = row_f32(dtype, x, r * c, c, buffer);
@@ -111,22 +113,25 @@ void layer_norm_backward(DType dtype, const void* d_out, const void* x, const fl
       store(d_weight + i, loadf(d_weight + i) + dv * hat);
       store(d_bias + i, loadf(d_bias + i) + dv);
     }
-    float rest = 0, along = 0;
+    float rest = 0, rest_norm = 0;
     for (; i < c; ++i) {
       const float hat = (in[i] - mean) * rstd, g = d[i] * weight[i];
       rest += g;
-      along += g * hat;
+      rest_norm += g * hat;
       d_weight[i] += d[i] * hat;
       d_bias[i] += d[i];
     }
-    const float level = (across(s) + rest) * share, tilt = (across(t) + along) * share;
+    const float dnorm_mean = (sum_lanes(s) + rest) * inv_c,
+                dnorm_norm_mean = (sum_lanes(t) + rest_norm) * inv_c;
     float* out = result_f32(dtype, d_x, r * c, buffer);
     for (i = 0; i + W <= c; i += W) {
       const vf hat = (loadf(in + i) - mean) * rstd;
-      store(out + i, rstd * (loadf(d + i) * loadf(weight + i) - level - hat * tilt));
+      store(out + i,
+            rstd * (loadf(d + i) * loadf(weight + i) - dnorm_mean - hat * dnorm_norm_mean));
     }
-    for (; i < c; ++i) out[i] = rstd * (d[i] * weight[i] - level - (in[i] - mean) * rstd * tilt);
-    put_row(dtype, out, d_x, r * c, c);
+    for (; i < c; ++i)
+      out[i] = rstd * (d[i] * weight[i] - dnorm_mean - (in[i] - mean) * rstd * dnorm_norm_mean);
+    store_row(dtype, out, d_x, r * c, c);
   }
 }
 

@@ -1,4 +1,4 @@
-// The optimizer's inner loops.
+// Inner loops of gradient clipping (sum of squares, scaling) and of AdamW.
 #include "cpu/simd/simd.h"
 #include "cpu/simd/vec.h"
 

@@ -1,5 +1,5 @@
 // The policy loss of one run of tokens: W tokens at a time, every branch on data a select. What is
-// the same for a whole run is a template's parameter or a branch that always goes one way.
+// constant for a run is a template parameter or a well-predicted branch.
 #include <math.h>
 
 #include "cpu/simd/arguments.h"
@@ -12,22 +12,23 @@ namespace {
 
 constexpr int kPartial = 512;  // tokens whose terms are summed in f32
 
-// What tokens add up to: terms in f32 for kPartial tokens, then in f64; counts of kept tokens.
+// Sums over tokens: terms in f32 for kPartial tokens, then in f64; counts as integers.
 struct Totals {
   vf terms[kLossSums] = {};
   vi clipped = {}, lower = {};
 };
 
-// An advantage as it is used: its negative, and the most that a loss may be where it is negative.
+// The negated advantage, and the dual clip's bound on the loss.
 struct Advantage {
-  vf minus, most;
+  vf negated, max_loss;
 };
 inline Advantage advantage_of(const PolicyRun& run, vf x) {
   return {-x, x < 0.0f ? -x * run.dual_clip : set1(INFINITY)};
 }
 
+// A loss term and its derivative with respect to the log-probability.
 struct Term {
-  vf value, slope;
+  vf value, gradient;
 };
 
 // NaN stays.
@@ -41,7 +42,7 @@ inline void store_floats(float* p, vf x, int n) {
 }
 
 // e^x - x - 1, by its series near 0, where the difference would cancel.
-inline vf above_tangent(vf x, vf e) {
+inline vf expm1_minus_x(vf x, vf e) {
   vf p = set1(1.0f / 6227020800.0f);
   const float terms[] = {1.0f / 479001600, 1.0f / 39916800, 1.0f / 3628800, 1.0f / 362880,
                          1.0f / 40320,     1.0f / 5040,     1.0f / 720,     1.0f / 120,
@@ -61,10 +62,10 @@ inline Term kl_term(const PolicyRun& run, vf x) {
     case Kl::abs:
       return {x < 0.0f ? -x : x, x > 0.0f ? -one : x < 0.0f ? one : x};
     default: {
-      const bool bounded = run.kl_clamp < INFINITY;
-      const vf at = bounded ? clamp(x, -20, 20) : x;
-      const vf value = above_tangent(at, vexp(at));
-      if (!bounded) return {value, -(value + at)};
+      const bool clamped = run.kl_clamp < INFINITY;
+      const vf at = clamped ? clamp(x, -20, 20) : x;
+      const vf value = expm1_minus_x(at, vexp(at));
+      if (!clamped) return {value, -(value + at)};
       const vi beyond = (value > run.kl_clamp) | (x > 20.0f) | (x < -20.0f);
       return {value > run.kl_clamp ? set1(run.kl_clamp) : value, beyond ? vf{} : -(value + at)};
     }
@@ -83,8 +84,8 @@ inline vi load_marks(const uint8_t* p, int n) {
 
 inline void count(vi which, vi& total) { total = which ? total + 1 : total; }
 
-// The n tokens from i on, at most W. Without `extras` the loss is its policy term alone, with one
-// advantage and a sound mask, and the loop free of branches.
+// The n tokens from i on, at most W. Without `extras` the loss is the policy term alone, with one
+// advantage and a valid mask, and the loop has no branches.
 template <Objective objective, bool extras>
 inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int n, Totals& total) {
   const vf one = set1(1), none = {};
@@ -103,54 +104,54 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
     const Exp2 power = exp2_factors(d, kLog2e);
     ratio = power.scale * power.rest;
   }
-  const vf free = advantage.minus * ratio;
+  const vf unclipped = advantage.negated * ratio;
 
   Term policy = {none, none};
   if (objective == Objective::ppo || sequence) {
-    const vf bounded = advantage.minus * clamp(ratio, run.low, run.high);
-    const vi clipped = bounded > free;
-    policy.value = clipped ? bounded : free;
+    const vf clipped_loss = advantage.negated * clamp(ratio, run.low, run.high);
+    const vi clipped = clipped_loss > unclipped;
+    policy.value = clipped ? clipped_loss : unclipped;
     vi moves = sequence ? (run.sequence_inside ? keep : keep & 0) : d == step;
     if (!sequence) {
-      const vi lower = policy.value > advantage.most;
-      policy.value = lower ? advantage.most : policy.value;
+      const vi lower = policy.value > advantage.max_loss;
+      policy.value = lower ? advantage.max_loss : policy.value;
       count(keep & lower, total.lower);
       moves &= ~lower;
     }
     count(keep & clipped, total.clipped);
-    policy.slope = moves & ~clipped ? free : none;
+    policy.gradient = moves & ~clipped ? unclipped : none;
   } else if (objective == Objective::cispo) {
-    const vf held = clamp(ratio, run.low, run.high);
-    count(keep & (held != ratio), total.clipped);
-    policy.slope = advantage.minus * held;
-    policy.value = policy.slope * log_p;
+    const vf clipped_ratio = clamp(ratio, run.low, run.high);
+    count(keep & (clipped_ratio != ratio), total.clipped);
+    policy.gradient = advantage.negated * clipped_ratio;
+    policy.value = policy.gradient * log_p;
   } else if (objective == Objective::sapo) {
-    const vf tau = advantage.minus < 0.0f ? set1(run.tau_positive) : set1(run.tau_negative);
+    const vf tau = advantage.negated < 0.0f ? set1(run.tau_positive) : set1(run.tau_negative);
     const vf gate = one / (one + vexp(-tau * (ratio - 1.0f)));
     const vf away = one / (one + vexp(tau * (ratio - 1.0f)));
-    policy.value = advantage.minus * gate * 4.0f / tau;
-    policy.slope = d == step ? advantage.minus * 4.0f * gate * away * ratio : none;
+    policy.value = advantage.negated * gate * 4.0f / tau;
+    policy.gradient = d == step ? advantage.negated * 4.0f * gate * away * ratio : none;
   } else {
-    policy.slope = advantage.minus;
-    policy.value = policy.slope * log_p;
+    policy.gradient = advantage.negated;
+    policy.value = policy.gradient * log_p;
   }
   if (extras && run.importance) {
     const vf weight = load_floats(run.importance + i, n);
     policy.value *= weight;
-    policy.slope *= weight;
+    policy.gradient *= weight;
   }
-  vf slope = policy.slope * run.policy_weight;
+  vf gradient = policy.gradient * run.policy_weight;
   if (extras && run.faulty) {
     const vi wrong = mark > 1;
     policy.value = wrong ? set1(NAN) : policy.value;
-    slope = wrong ? set1(NAN) : slope;
+    gradient = wrong ? set1(NAN) : gradient;
   }
   total.terms[kPolicy] += keep ? policy.value : none;
 
   if (extras && run.kl != Kl::none) {
     const Term kl = kl_term(run, load_floats(run.ref_log_probs + i, n) - log_p);
     total.terms[kKl] += keep ? kl.value : none;
-    if (run.kl_weight != 0) slope += kl.slope * run.kl_weight;
+    if (run.kl_weight != 0) gradient += kl.gradient * run.kl_weight;
   }
   if (extras && run.entropy) {
     total.terms[kEntropy] += keep ? load_floats(run.entropy + i, n) : none;
@@ -158,12 +159,12 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
   }
   total.terms[kApproxKl] -= keep ? d : none;
   total.terms[kRatio] += keep ? ratio : none;
-  store_floats(run.d_log_probs + i, keep ? slope : none, n);
+  store_floats(run.d_log_probs + i, keep ? gradient : none, n);
 }
 
 template <Objective objective, bool extras>
 void tokens_of(const PolicyRun* pointer, double* sums) {
-  const PolicyRun run = *pointer;  // a copy, which no store to the results can change
+  const PolicyRun run = *pointer;  // a copy, which stores to the results cannot alias
   const Advantage shared = advantage_of(run, set1(run.advantage));
   vd_half terms[kLossSums] = {};
   vi clipped = {}, lower = {};
@@ -221,7 +222,8 @@ int64_t count_kept(const uint8_t* mask, int64_t n, bool* wrong) {
   int64_t kept = 0, i = 0;
   vbytes beyond = {};
   while (n - i >= kBytes) {
-    const int64_t end = n - i < 255 * kBytes ? n : i + 255 * kBytes;  // a byte counts so far
+    const int64_t end =
+        n - i < 255 * kBytes ? n : i + 255 * kBytes;  // a byte's count is at most 255
     vbytes counts = {};
     for (; i + kBytes <= end; i += kBytes) {
       const vbytes marks = load<vbytes>(mask + i);

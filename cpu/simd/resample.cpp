@@ -3,9 +3,9 @@
 //
 //   out = clamp8((2^21 + sum of pixel * weight) >> 22)
 //
-// How weights are cut into parts and laid out: resample.h. A row of the image is first split into
-// planes, so that the taps of a channel are neighbours; what comes out is a lane of four rows'
-// bytes a column, which is what the second pass multiplies, four rows a step.
+// The layout of weights: resample.h. A row of the image is first split into planes, so that the
+// taps of a channel are contiguous; the pass along x stores a lane of four rows' bytes per column,
+// which the pass along y multiplies, four rows a step.
 #include "cpu/simd/resample.h"
 
 #include "cpu/simd/simd.h"
@@ -16,7 +16,7 @@ namespace p2r::cpu::P2R_ISA {
 namespace {
 
 constexpr int kBits = 22;
-constexpr int kOutputs = W / 4;  // of pairs, together
+constexpr int kOutputs = W / 4;  // of a block of pairs
 
 typedef int32_t v4 __attribute__((vector_size(16)));
 
@@ -43,7 +43,7 @@ struct Sums {
   vu total() const { return low + (high << 12); }
 };
 
-// A sum to bytes.
+// Rounded, shifted and saturated to bytes.
 inline vb clamp8(vu sum) {
   vi v = (vi)(sum + (1u << (kBits - 1))) >> kBits;
   v = v < 0 ? vi{} : v;
@@ -51,7 +51,7 @@ inline vb clamp8(vu sum) {
   return __builtin_convertvector(v, vb);
 }
 
-// 16 bytes from each of kOutputs places.
+// 16 bytes from each of kOutputs positions.
 inline vi gather16(const uint8_t* p, const int32_t* at) {
 #if defined(__AVX512F__)
   __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(p + at[0])));
@@ -65,7 +65,7 @@ inline vi gather16(const uint8_t* p, const int32_t* at) {
 #endif
 }
 
-// Of each 16 bytes the sums of a's, b's, c's and d's four lanes, in this order.
+// In each group of 16 bytes: the horizontal sums of a's, b's, c's and d's four lanes.
 inline vu sums_of_four(vu a, vu b, vu c, vu d) {
 #if defined(__AVX512F__)
   const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32((__m512i)a, (__m512i)b),
@@ -85,8 +85,8 @@ inline vu sums_of_four(vu a, vu b, vu c, vu d) {
 #endif
 }
 
-// Interleaved bytes and planes. 48 bytes, 16 pixels, are three pieces of 16; a vector holds the
-// first, the second or the third pieces of W / 4 such blocks, so that one shuffle serves all.
+// Interleaved bytes to planes and back. 48 bytes, 16 pixels, are three pieces of 16; a vector holds
+// the first, the second or the third pieces of W / 4 such blocks, so that one shuffle handles all.
 #if defined(__AVX2__)
 struct Shuffles {
   int8_t split[3][3][16], join[3][3][16];  // [piece][channel]
@@ -208,13 +208,13 @@ void join_planes(const uint8_t* planes, int64_t pitch, uint8_t* rgb, int64_t n) 
 
 namespace {
 
-// A block's share of the bytes that are read after the last, so that memory works meanwhile. (Not
-// inlined, GCC 12 takes it for a function without effects and drops the call.)
-__attribute__((always_inline)) inline void fetch_ahead(const ResampleRows& a, int64_t block) {
-  const int64_t lines = a.ahead_bytes / 64 + 1;
+// Prefetches a block's share of the rows that are read next, to overlap memory and arithmetic.
+// (Unless inlined, GCC 12 takes it for a function without effects and drops the call.)
+__attribute__((always_inline)) inline void prefetch_share(const ResampleRows& a, int64_t block) {
+  const int64_t lines = a.prefetch_bytes / 64 + 1;
   for (int64_t i = block * lines / a.blocks; i < (block + 1) * lines / a.blocks; ++i)
     for (int row = 0; row < 4; ++row)
-      __builtin_prefetch(a.ahead + row * a.ahead_pitch + i * 64, 0, 2);
+      __builtin_prefetch(a.prefetch + row * a.prefetch_pitch + i * 64, 0, 2);
 }
 
 }  // namespace
@@ -224,7 +224,7 @@ void resample_rows(const ResampleRows* a) {
   const int32_t* first = a->first;
   const int32_t* weights = a->weights;
   for (int64_t b = 0; b < a->blocks; ++b, first += kOutputs, weights += a->steps * kPairWords * W) {
-    if (a->ahead) fetch_ahead(*a, b);
+    if (a->prefetch) prefetch_share(*a, b);
     for (int c = 0; c < 3; ++c) {
       const uint8_t* p = a->planes + c * a->plane_pitch - a->origin;
       Sums sums[4] = {};
@@ -257,13 +257,13 @@ void resample_column(const uint8_t* const* quads, uint8_t* out, int64_t n, const
 #if defined(__AVX512F__)
 namespace {
 
-// To each lane of a sum the products of its four bytes with four signed bytes. (GCC 12 moves every
-// sum to another register and back around the intrinsic, which costs half of the speed.)
+// Adds to each lane of a sum the products of its four bytes with four signed bytes. (GCC 12 moves
+// every sum to another register and back around the intrinsic, at half the speed.)
 inline void add_products(__m512i& sum, __m512i bytes, __m512i weights) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(weights));
 }
 
-// 16 columns of four vectors as bytes: [vector][column] from four sums of lanes.
+// The sums of four vectors as bytes: [vector][column] within each 16 bytes.
 inline __m512i bytes_of(const __m512i sum[4][kByteWords]) {
   __m512i v[4];
   for (int i = 0; i < 4; ++i) {
@@ -279,11 +279,11 @@ inline __m512i bytes_of(const __m512i sum[4][kByteWords]) {
 // for each 16 outputs, channel: for each step: add 4 taps of four rows
 void resample_rows_vnni(const ResampleRows* a) {
   const __m512i half = _mm512_set1_epi32(1 << (kBits - 1)), one = _mm512_set1_epi32(1);
-  // Of each 16 bytes [row][column] to [column][row].
+  // In each 16 bytes [row][column] to [column][row].
   const __m512i transpose = _mm512_set4_epi32(0x0F0B0703, 0x0E0A0602, 0x0D090501, 0x0C080400);
   const int32_t* weights = a->weights;
   for (int64_t b = 0; b < a->blocks; ++b, weights += a->steps * kByteWords * W) {
-    if (a->ahead) fetch_ahead(*a, b);
+    if (a->prefetch) prefetch_share(*a, b);
     for (int c = 0; c < 3; ++c) {
       const uint8_t* p = a->planes + c * a->plane_pitch + (a->first[b] - a->origin);
       __m512i index = _mm512_loadu_si512(a->index + b * W);
@@ -332,7 +332,7 @@ void resample_column_vnni(const uint8_t* const* quads, uint8_t* out, int64_t n,
   }
 }
 #else
-// Only beside AVX-512, see SimdFeatures: never called.
+// Only with AVX-512, see SimdFeatures: never called.
 void resample_rows_vnni(const ResampleRows*) { __builtin_trap(); }
 void resample_column_vnni(const uint8_t* const*, uint8_t*, int64_t, const int32_t*, int64_t) {
   __builtin_trap();
@@ -341,10 +341,10 @@ void resample_column_vnni(const uint8_t* const*, uint8_t*, int64_t, const int32_
 
 namespace {
 
-// Calls line(to, from, c) for each line of each patch, where `from` are its bytes and `to` its
-// place in the patch's first frame.
-template <class T, class Line>
-inline void for_each_patch(const PatchRow& a, int c, Line&& patch) {
+// Calls patch(from, to) for channel c of each patch: its first byte, and its address in the patch's
+// first frame.
+template <class T, class Patch>
+inline void for_each_patch(const PatchRow& a, int c, Patch&& patch) {
   const int64_t plane = a.patch * a.patch, depth = 3 * a.temporal * plane;
   const uint8_t* from = a.rows + c * a.plane_pitch;
   for (int64_t px = a.first; px < a.first + a.count; ++px, from += a.patch)
@@ -367,7 +367,7 @@ void any_patches(const PatchRow& a) {
 }
 
 #if defined(__AVX512F__)
-// 256 entries of 16 bits, looked up 32 at a time by bytes in 16-bit lanes.
+// A table of 256 16-bit entries in registers: 32 look-ups at a time, indices in 16-bit lanes.
 struct Table {
   __m512i part[8];
   inline __m512i at(__m512i i, __mmask32 bit6, __mmask32 bit7) const {
@@ -379,15 +379,15 @@ struct Table {
   }
 };
 
-inline void put(void* to, __m512i v, bool stream) {
-  if (stream)
+inline void store_vector(void* to, __m512i v, bool nontemporal) {
+  if (nontemporal)
     _mm512_stream_si512((__m512i*)to, v);
   else
     _mm512_storeu_si512(to, v);
 }
 
-// Patches of 16 x 16 two lines a step: values of 32 bits as two of 16, values of 16 bits as they
-// are. The table stays in registers.
+// Patches of 16 x 16, two lines a step: 32-bit values are looked up as two of 16 bits. The table
+// stays in registers.
 template <class T>
 void patches_of_16(const PatchRow& a) {
   constexpr bool wide = sizeof(T) == 4;
@@ -402,12 +402,12 @@ void patches_of_16(const PatchRow& a) {
     memcpy(&low, halves[0], sizeof low);
     memcpy(&high, halves[1], sizeof high);
     const __m512i bit6 = _mm512_set1_epi16(64), bit7 = _mm512_set1_epi16(128);
-    const bool twice = a.temporal == 2, stream = a.stream;
+    const bool twice = a.temporal == 2, nontemporal = a.nontemporal;
     for_each_patch<T>(a, c, [&](const uint8_t* from, T* to) {
       for (int64_t line = 0; line < a.lines; line += 2, from += 2 * a.row_pitch, to += 32) {
         const __m128i x = _mm_loadu_si128((const __m128i*)from);
         const __m128i y = _mm_loadu_si128((const __m128i*)(from + a.row_pitch));
-        // Of the wide ones each 16 bytes take four of both lines, which unpacking pulls apart.
+        // 32-bit values: four pixels of both lines in each 16 bytes, as unpacking needs them.
         const __m512i i = _mm512_cvtepu8_epi16(
             wide ? _mm256_set_m128i(_mm_unpackhi_epi32(x, y), _mm_unpacklo_epi32(x, y))
                  : _mm256_set_m128i(y, x));
@@ -416,21 +416,21 @@ void patches_of_16(const PatchRow& a) {
         if constexpr (wide) {
           const __m512i l = low.at(i, is6, is7), h = high.at(i, is6, is7);
           const __m512i first = _mm512_unpacklo_epi16(l, h), second = _mm512_unpackhi_epi16(l, h);
-          put(to, first, stream);
-          put(to + 16, second, stream);
+          store_vector(to, first, nontemporal);
+          store_vector(to + 16, second, nontemporal);
           if (twice) {
-            put(to + 256, first, stream);
-            put(to + 272, second, stream);
+            store_vector(to + 256, first, nontemporal);
+            store_vector(to + 272, second, nontemporal);
           }
         } else {
           const __m512i both = low.at(i, is6, is7);
-          put(to, both, stream);
-          if (twice) put(to + 256, both, stream);
+          store_vector(to, both, nontemporal);
+          if (twice) store_vector(to + 256, both, nontemporal);
         }
       }
     });
   }
-  if (a.stream) _mm_sfence();
+  if (a.nontemporal) _mm_sfence();
 }
 #endif
 

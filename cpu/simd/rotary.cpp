@@ -1,4 +1,4 @@
-// Rotary embedding of one row, in the rotate-half form.
+// Rotary embedding of one head of one token, in the rotate-half form.
 #include "cpu/simd/simd.h"
 #include "cpu/simd/vec.h"
 
