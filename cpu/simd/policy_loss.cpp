@@ -222,8 +222,7 @@ int64_t count_kept(const uint8_t* mask, int64_t n, bool* wrong) {
   int64_t kept = 0, i = 0;
   vbytes beyond = {};
   while (n - i >= kBytes) {
-    const int64_t end =
-        n - i < 255 * kBytes ? n : i + 255 * kBytes;  // a byte's count is at most 255
+    const int64_t end = n - i < 255 * kBytes ? n : i + 255 * kBytes;  // a byte counts to 255
     vbytes counts = {};
     for (; i + kBytes <= end; i += kBytes) {
       const vbytes marks = load<vbytes>(mask + i);
