@@ -1,7 +1,7 @@
 // The layers that docs/architecture.md describes: every family has its files in each of them, and
 // includes and imports run one way.
 import { existsSync, readdirSync, readFileSync, statSync } from 'node:fs'
-import { dirname, join } from 'node:path'
+import { basename, dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { expect, test } from 'vitest'
 
@@ -177,4 +177,76 @@ test('no source has TODO notes', () => {
     (folder) => files(folder, /\.(h|cpp|cc|cu|cuh|def|ts|mjs)$/),
   )
   for (const path of all) expect(read(path), path).not.toMatch(/\b(TODO|FIXME|XXX|HACK)\b/)
+})
+
+const roots = [
+  'ops',
+  'cpu',
+  'cuda',
+  'binding',
+  'lib',
+  'scripts',
+  'test',
+  'bench',
+  'examples',
+  'docs',
+]
+const everything = [
+  ...[...roots, '.ci'].flatMap((folder) => files(folder, /./)),
+  ...readdirSync(root).filter((name) => statSync(join(root, name)).isFile()),
+]
+const names = new Set(everything.map((path) => basename(path)))
+
+/** The comments of a source; the whole of a document. */
+function prose(path: string): string {
+  const text = read(path)
+  if (path.endsWith('.md')) return text
+  const comment = /\.(py|txt|gyp)$|^\.ci\/run$/.test(path)
+    ? /#.*$|"""[\s\S]*?"""/gm
+    : /\/\*[\s\S]*?\*\/|(?<!:)\/\/.*$/gm
+  return [...text.matchAll(comment)].map(([found]) => found).join('\n')
+}
+
+/** The files and folders that a text names, by path or by name alone, and that do not exist. */
+function missing(text: string): string[] {
+  const wildcard = String.raw`\*+|<\w+>|\$\([^)]*\)`
+  const path = new RegExp(
+    String.raw`(?<![\w./-])(?:${roots.join('|')})/(?:[\w/-]|\.(?=[\w*<{])|\{[\w,.-]+\}|${wildcard})*`,
+    'g',
+  )
+  const absent = (name: string): boolean => {
+    const pattern = name
+      .replaceAll('.', '\\.')
+      .replaceAll(new RegExp(wildcard, 'g'), '[^/]*')
+      .replaceAll(/\{([^}]*)\}/g, (_, list: string) => `(${list.replaceAll(',', '|')})`)
+    const exact = new RegExp(`^${pattern}(/|$)`)
+    return !everything.some((existing) => exact.test(existing))
+  }
+  const alone = /(?<![\w./*>-])[\w-]+\.(?:h|cpp|cc|cu|cuh|def|ts|mjs)\b/g
+  return [
+    ...[...text.matchAll(path)].map(([name]) => name.replace(/\/$/, '')).filter(absent),
+    ...[...text.matchAll(alone)].map(([name]) => name).filter((name) => !names.has(name)),
+  ]
+}
+
+test('every file that a comment or a document names exists', () => {
+  const wrong = ['cuda/nothing.cpp', 'ops/<op>/nothing.h', 'docs/{a,b}.md', 'nothing.h']
+  const right = [
+    'ops/ops.def',
+    'ops/<family>.h',
+    'docs/{rewards,serving}.md',
+    'cpu/simd/',
+    'rows.h',
+  ]
+  expect(missing([...right, ...wrong].join(', '))).toEqual(wrong)
+  const texts = everything.filter((path) =>
+    /\.(h|cpp|cc|cu|cuh|def|ts|mjs|py|md|txt|gyp)$|^\.ci\/run$/.test(path),
+  )
+  for (const path of texts) expect(missing(prose(path)), path).toEqual([])
+})
+
+test('every link of a document leads to a file', () => {
+  for (const path of everything.filter((name) => name.endsWith('.md')))
+    for (const [, link] of read(path).matchAll(/\]\(([^):#\s]+)(?:#[^)]*)?\)/g))
+      expect(existsSync(join(root, dirname(path), link!)), `${path}: ${link}`).toBe(true)
 })
