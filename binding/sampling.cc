@@ -11,7 +11,7 @@ Napi::Value sample(Call& call) {
   a.seed = call.integer("seed", 0, (int64_t{1} << 53) - 1);
   const int64_t rows = a.logits.shape[0], vocabulary = a.logits.shape[1];
   call.check(rows == 0 || vocabulary > 0, Code::shape,
-             "logits must have at least one column, got " + to_string(a.logits.shape));
+             "logits must have a vocabulary of at least 1, got " + to_string(a.logits.shape));
   call.check(rows <= INT32_MAX && vocabulary <= INT32_MAX, Code::shape,
              "logits must have fewer than 2^31 rows and columns, got " + to_string(a.logits.shape));
   a.out = call.result(DType::i32, {rows});

@@ -247,12 +247,11 @@ __global__ void __launch_bounds__(kBlock) finish_kernel(Loss a) {
     const Sequence& sequence = a.of[a.runs[i].sequence];
     if (sequence.kept == 0) continue;
     for (int k = 0; k < kLossSums; ++k)
-      sums[k] += a.parts[i].sums[k] *
-                 loss_sum_weight(k, sequence.policy_weight, sequence.term_weight);
+      sums[k] +=
+          a.parts[i].sums[k] * loss_sum_weight(k, sequence.policy_weight, sequence.term_weight);
   }
   for (int k = 0; k < kLossSums; ++k) sums[k] = block_sum(sums[k], shared);
-  if (threadIdx.x == 0)
-    write_loss(sums, *a.totals, a.kl_coef, a.entropy_coef, a.loss, a.metrics);
+  if (threadIdx.x == 0) write_loss(sums, *a.totals, a.kl_coef, a.entropy_coef, a.loss, a.metrics);
 }
 
 float bound(double given) { return given > 0 ? static_cast<float>(given) : INFINITY; }

@@ -240,7 +240,7 @@ onEveryBackend('cropResample', (b) => {
     region({ box: [0, 0, 2 ** 21, 4] }, /too large/)
     region({ height: 0 }, /regions\[1\]\.height must be an integer from 1/)
     region({ width: 2 ** 40 }, /width/)
-    region({ width: 2 ** 20, height: 2 ** 20 }, /more than 268435456 pixels/)
+    region({ width: 2 ** 20, height: 2 ** 20 }, /at most 268435456 pixels/)
     region({ height: '4' }, /height must be a number/)
     refused({ filter: 'nearest' }, /filter must be/)
     refused({ regions: {} }, /regions must be an array/)
