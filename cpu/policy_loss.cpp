@@ -124,7 +124,8 @@ void policy_loss(const PolicyLossArgs& a, Device& device) {
         sums[k] +=
             loss_sum_weight(k, sequence.policy_weight, sequence.term_weight) * parts[i].sums[k];
     }
-    write_loss(sums, tokens, a.kl_coef, a.entropy_coef, a.loss.as<float>(), a.metrics.as<float>());
+    loss_metrics(sums, tokens, a.kl_coef, a.entropy_coef, a.metrics.as<float>());
+    a.loss.as<float>()[0] = a.metrics.as<float>()[0];
   });
 }
 

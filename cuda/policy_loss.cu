@@ -12,8 +12,10 @@ namespace {
 constexpr int kBlock = 256, kWarps = kBlock / 32;
 constexpr unsigned kFull = 0xffffffffu;
 
+enum Sum { kPolicy, kKl, kEntropy, kClipped, kClippedLower, kApproxKl, kRatio, kSums };
+
 struct Run {
-  double kept, log_ratio, sums[kLossSums];
+  double kept, log_ratio, sums[kSums];
 };
 struct Sequence {
   double kept, log_ratio, policy_weight, term_weight;
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(kBlock) run_kernel(Loss a) {
   const float policy_weight = static_cast<float>(sequence.policy_weight);
   const float kl_weight = static_cast<float>(a.kl_coef * sequence.term_weight);
   const float entropy_weight = static_cast<float>(-a.entropy_coef * sequence.term_weight);
-  double sums[kLossSums] = {};
+  double sums[kSums] = {};
   for (int64_t t = run.begin + threadIdx.x; t < run.begin + run.size; t += kBlock) {
     const int mark = a.mask ? a.mask[t] : 1;
     float slope = 0;
@@ -234,7 +236,7 @@ __global__ void __launch_bounds__(kBlock) run_kernel(Loss a) {
     a.d_log_probs[t] = slope;
     if (a.d_entropy) a.d_entropy[t] = mark ? entropy_weight : 0;
   }
-  for (int k = 0; k < kLossSums; ++k) {
+  for (int k = 0; k < kSums; ++k) {
     const double total = block_sum(sums[k], shared);
     if (threadIdx.x == 0) a.parts[blockIdx.x].sums[k] = total;
   }
@@ -242,17 +244,31 @@ __global__ void __launch_bounds__(kBlock) run_kernel(Loss a) {
 
 __global__ void __launch_bounds__(kBlock) finish_kernel(Loss a) {
   SMEM_ARRAY(double, shared, kWarps);
-  double sums[kLossSums] = {};
+  double sums[kSums] = {};
   for (int64_t i = threadIdx.x; i < a.count; i += kBlock) {
     const Sequence& sequence = a.of[a.runs[i].sequence];
     if (sequence.kept == 0) continue;
-    for (int k = 0; k < kLossSums; ++k)
-      sums[k] +=
-          a.parts[i].sums[k] * loss_sum_weight(k, sequence.policy_weight, sequence.term_weight);
+    for (int k = 0; k < kSums; ++k)
+      sums[k] += a.parts[i].sums[k] * (k == kPolicy    ? sequence.policy_weight
+                                       : k <= kEntropy ? sequence.term_weight
+                                                       : 1);
   }
-  for (int k = 0; k < kLossSums; ++k) sums[k] = block_sum(sums[k], shared);
-  if (threadIdx.x == 0) write_loss(sums, *a.totals, a.kl_coef, a.entropy_coef, a.loss, a.metrics);
+  const double tokens = *a.totals;
+  double total[kSums];
+  for (int k = 0; k < kSums; ++k) {
+    total[k] = block_sum(sums[k], shared);
+    if (k > kEntropy) total[k] = tokens > 0 ? total[k] / tokens : 0;
+  }
+  if (threadIdx.x != 0) return;
+  const double loss = total[kPolicy] + (a.kl_coef != 0 ? a.kl_coef * total[kKl] : 0) -
+                      (a.entropy_coef != 0 ? a.entropy_coef * total[kEntropy] : 0);
+  *a.loss = static_cast<float>(loss);
+  a.metrics[0] = static_cast<float>(loss);
+  for (int k = 0; k < kSums; ++k) a.metrics[1 + k] = static_cast<float>(total[k]);
+  a.metrics[1 + kSums] = static_cast<float>(floor(tokens / 65536));
+  a.metrics[2 + kSums] = static_cast<float>(tokens - floor(tokens / 65536) * 65536);
 }
+static_assert(3 + kSums == kLossMetrics);
 
 float bound(double given) { return given > 0 ? static_cast<float>(given) : INFINITY; }
 

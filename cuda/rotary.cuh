@@ -1,4 +1,4 @@
-// The rotation itself, for whoever turns rows on their way (cuda/rotary.cu, cuda/attention/).
+// The rotation itself, for kernels that rotate rows of their own (cuda/rotary.cu, cuda/attention).
 #pragma once
 #include "cuda/kernel.cuh"
 

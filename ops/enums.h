@@ -52,7 +52,17 @@ inline constexpr Named<Filter> kFilters[] = {{Filter::box, "box"},
                                              {Filter::bicubic, "bicubic"},
                                              {Filter::lanczos, "lanczos"}};
 
-// Not chosen by anyone: what the policy loss sums over kept tokens, in the order of its metrics.
-enum LossSum { kPolicy, kKl, kEntropy, kClipped, kClippedLower, kApproxKl, kRatio, kLossSums };
+// Not an option: the sums over a sequence's tokens that the loss and the metrics are made of, in
+// the metrics' order: policy loss, KL, entropy, [clipped], [dual-clipped], -d, r.
+enum LossSum : uint8_t {
+  kPolicySum,
+  kKlSum,
+  kEntropySum,
+  kClippedSum,
+  kDualClippedSum,
+  kApproxKlSum,
+  kRatioSum,
+  kLossSums
+};
 
 }  // namespace p2r

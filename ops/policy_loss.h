@@ -48,7 +48,7 @@
 
 namespace p2r {
 
-constexpr int kLossMetrics = kLossSums + 3;
+constexpr int kLossMetrics = 1 + kLossSums + 2;  // the loss, and the kept tokens as a pair
 
 struct PolicyLossArgs {
   In log_probs, old_log_probs, ref_log_probs, entropy, importance_weights, advantages, mask;
@@ -117,22 +117,21 @@ constexpr double loss_weight(Aggregation how, double kept, double tokens, double
   }
 }
 
-// The weight of a sequence's sum k in the batch's: that of its terms, 1 for what is averaged over
-// kept tokens.
-constexpr double loss_sum_weight(int k, double policy_weight, double term_weight) {
-  return k == kPolicy ? policy_weight : k <= kEntropy ? term_weight : 1;
+// What a sequence's sum weighs in the batch's. policy_weight, term_weight: its loss_weight in agg
+// and in agg'. The sums after the entropy become means over tokens in loss_metrics.
+constexpr double loss_sum_weight(int sum, double policy_weight, double term_weight) {
+  return sum == kPolicySum ? policy_weight : sum <= kEntropySum ? term_weight : 1;
 }
 
-// The loss and its metrics from the weighted sums of the batch.
-constexpr void write_loss(const double* sums, double tokens, double kl_coef, double entropy_coef,
-                          float* loss, float* metrics) {
-  const double value = sums[kPolicy] + (kl_coef != 0 ? kl_coef * sums[kKl] : 0) -
-                       (entropy_coef != 0 ? entropy_coef * sums[kEntropy] : 0);
-  *loss = metrics[0] = static_cast<float>(value);
+// metrics, of which the first is the loss, from the batch's weighted sums; tokens: N.
+constexpr void loss_metrics(const double* sums, double tokens, double kl_coef, double entropy_coef,
+                            float* metrics) {
+  metrics[0] = static_cast<float>(sums[kPolicySum] + (kl_coef != 0 ? kl_coef * sums[kKlSum] : 0) -
+                                  (entropy_coef != 0 ? entropy_coef * sums[kEntropySum] : 0));
   for (int k = 0; k < kLossSums; ++k)
-    metrics[1 + k] = static_cast<float>(k <= kEntropy ? sums[k]
-                                        : tokens > 0  ? sums[k] / tokens
-                                                      : 0);
+    metrics[1 + k] = static_cast<float>(k <= kEntropySum ? sums[k]
+                                        : tokens > 0     ? sums[k] / tokens
+                                                         : 0);
   const int64_t kept = static_cast<int64_t>(tokens);
   metrics[1 + kLossSums] = static_cast<float>(kept / 65536);
   metrics[2 + kLossSums] = static_cast<float>(kept % 65536);

@@ -15,7 +15,7 @@ constexpr int kPartial = 512;  // tokens whose terms are summed in f32
 // Sums over tokens: terms in f32 for kPartial tokens, then in f64; counts as integers.
 struct Totals {
   vf terms[kLossSums] = {};
-  vi clipped = {}, lower = {};
+  vi clipped = {}, dual_clipped = {};
 };
 
 // The negated advantage, and the dual clip's bound on the loss.
@@ -113,10 +113,10 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
     policy.value = clipped ? clipped_loss : unclipped;
     vi moves = sequence ? (run.sequence_inside ? keep : keep & 0) : d == step;
     if (!sequence) {
-      const vi lower = policy.value > advantage.max_loss;
-      policy.value = lower ? advantage.max_loss : policy.value;
-      count(keep & lower, total.lower);
-      moves &= ~lower;
+      const vi dual_clipped = policy.value > advantage.max_loss;
+      policy.value = dual_clipped ? advantage.max_loss : policy.value;
+      count(keep & dual_clipped, total.dual_clipped);
+      moves &= ~dual_clipped;
     }
     count(keep & clipped, total.clipped);
     policy.gradient = moves & ~clipped ? unclipped : none;
@@ -146,19 +146,19 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
     policy.value = wrong ? set1(NAN) : policy.value;
     gradient = wrong ? set1(NAN) : gradient;
   }
-  total.terms[kPolicy] += keep ? policy.value : none;
+  total.terms[kPolicySum] += keep ? policy.value : none;
 
   if (extras && run.kl != Kl::none) {
     const Term kl = kl_term(run, load_floats(run.ref_log_probs + i, n) - log_p);
-    total.terms[kKl] += keep ? kl.value : none;
+    total.terms[kKlSum] += keep ? kl.value : none;
     if (run.kl_weight != 0) gradient += kl.gradient * run.kl_weight;
   }
   if (extras && run.entropy) {
-    total.terms[kEntropy] += keep ? load_floats(run.entropy + i, n) : none;
+    total.terms[kEntropySum] += keep ? load_floats(run.entropy + i, n) : none;
     store_floats(run.d_entropy + i, keep ? set1(run.entropy_weight) : none, n);
   }
-  total.terms[kApproxKl] -= keep ? d : none;
-  total.terms[kRatio] += keep ? ratio : none;
+  total.terms[kApproxKlSum] -= keep ? d : none;
+  total.terms[kRatioSum] += keep ? ratio : none;
   store_floats(run.d_log_probs + i, keep ? gradient : none, n);
 }
 
@@ -167,27 +167,27 @@ void tokens_of(const PolicyRun* pointer, double* sums) {
   const PolicyRun run = *pointer;  // a copy, which stores to the results cannot alias
   const Advantage shared = advantage_of(run, set1(run.advantage));
   vd_half terms[kLossSums] = {};
-  vi clipped = {}, lower = {};
+  vi clipped = {}, dual_clipped = {};
   for (int64_t begin = 0; begin < run.n; begin += kPartial) {
     const int64_t end = run.n - begin < kPartial ? run.n : begin + kPartial;
     Totals total;
     int64_t i = begin;
     for (; i + W <= end; i += W) add_tokens<objective, extras>(run, shared, i, W, total);
     if (i < end) add_tokens<objective, extras>(run, shared, i, (int)(end - i), total);
-    for (int k : {kPolicy, kApproxKl, kRatio}) add_to(&terms[k], total.terms[k]);
-    if (extras && run.kl != Kl::none) add_to(&terms[kKl], total.terms[kKl]);
-    if (extras && run.entropy) add_to(&terms[kEntropy], total.terms[kEntropy]);
+    for (int k : {kPolicySum, kApproxKlSum, kRatioSum}) add_to(&terms[k], total.terms[k]);
+    if (extras && run.kl != Kl::none) add_to(&terms[kKlSum], total.terms[kKlSum]);
+    if (extras && run.entropy) add_to(&terms[kEntropySum], total.terms[kEntropySum]);
     clipped += total.clipped;
-    lower += total.lower;
+    dual_clipped += total.dual_clipped;
   }
-  for (int k : {kPolicy, kKl, kEntropy, kApproxKl, kRatio}) sums[k] = sum(terms[k]);
+  for (int k : {kPolicySum, kKlSum, kEntropySum, kApproxKlSum, kRatioSum}) sums[k] = sum(terms[k]);
   int32_t counts[2] = {};
   for (int lane = 0; lane < W; ++lane) {
     counts[0] += clipped[lane];
-    counts[1] += lower[lane];
+    counts[1] += dual_clipped[lane];
   }
-  sums[kClipped] = counts[0];
-  sums[kClippedLower] = counts[1];
+  sums[kClippedSum] = counts[0];
+  sums[kDualClippedSum] = counts[1];
 }
 
 template <Objective objective>
