@@ -60,14 +60,14 @@ struct View {
   char* element(int64_t i) const { return as<char>() + i * static_cast<int64_t>(size_of(dtype)); }
 };
 
-// How an operation uses a tensor. The types let one generic visitor find what a call reads and
-// writes: for devices and faults (binding/), and for the recorded cases of the kernel twin.
+// How an operation uses a tensor. The types let a generic visitor of Args::fields() find what a
+// call reads and writes (ops/recording.h).
 struct In : View {};
 struct Out : View {};
 struct InOut : View {};
 
-// Host data that gives a batch its structure: cuSeqlens, indices, groups, grids. Checked at the
-// call, so kernels trust it.
+// Host data that describes the structure of a batch: cuSeqlens, indices, groups, grids. Checked at
+// the call, so kernels rely on it.
 using Ints = std::vector<int64_t>;
 
 }  // namespace p2r
