@@ -10,8 +10,8 @@
 //   reinforce_pp_baseline   r - mean, then whitened likewise
 //
 // Whitening, N = Σ len over the batch: mean = Σ len a / (N + 1e-8), var = Σ len (a - mean)² /
-// (N + 1e-8) · N / (N - 1), (a - mean) / √(var + 1e-8); with fewer than two tokens every
-// advantage is 0. Longer sequences weigh more.
+// (N + 1e-8) · N / (N - 1), (a - mean) / √(var + 1e-8); with fewer than two tokens all
+// advantages are 0. Longer sequences weigh more.
 //
 // A group whose rewards are all equal (max == min) has a relative part of exactly 0. A group of
 // one: mean 0, std 1 (verl), or a relative part of 0 with singleton_zero (TRL).

@@ -2,10 +2,9 @@
 // filter); and the same laid out as the patches that a Qwen-VL vision tower takes.
 //
 // A region: image, x0, y0, x1, y1, height, width, overlay. The box is half open, in whole pixels,
-// not empty; what it has outside the image is black. The filter sees nothing
-// beyond the crop. Where overlay is 1 the boxes of ops/draw_boxes.h are drawn over the image as it
-// is read (line width and colours as there): the values are those of an annotated copy, without
-// making one.
+// not empty; what it has outside the image is black. The filter reads nothing beyond the crop.
+// Where overlay is 1 the boxes of ops/draw_boxes.h are drawn over the image as it is read (line
+// width and colours as there): the values are those of an annotated copy, without making one.
 //
 //   middle[y, x] = clamp8((2^21 + Σ_i wx[x, i] crop[y, fx[x] + i]) >> 22)      u8, every row needed
 //   result[y, x] = clamp8((2^21 + Σ_j wy[y, j] middle[fy[y] + j, x]) >> 22)    u8

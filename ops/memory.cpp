@@ -7,8 +7,8 @@
 namespace p2r {
 
 namespace {
-// Size classes, four per power of two: at most a fifth of a block is unused, and a loop whose
-// shapes vary a little reuses its blocks.
+// Size classes, four per power of two: rounding up leaves at most a fifth of a block unused, and a
+// loop whose shapes vary a little reuses its blocks.
 size_t size_class(size_t bytes) {
   constexpr size_t kSmallest = 512;
   if (bytes <= kSmallest) return kSmallest;

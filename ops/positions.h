@@ -1,7 +1,6 @@
-// Learned position embeddings of the Qwen3-VL vision tower: a square table of S x S rows,
-// resized to each grid of patches (t, h, w) by bilinear interpolation with aligned corners
-// (fast_pos_embed_ interpolate in Hugging Face transformers). A patch in row r and column c of its
-// grid has
+// Learned position embeddings of the Qwen3-VL vision tower: a square table of S x S rows, resized
+// to each grid of patches (t, h, w) by bilinear interpolation with aligned corners
+// (fast_pos_embed_interpolate in Hugging Face transformers). A patch in row r and column c has
 //
 //   y = r (S - 1) / (h - 1),  x = c (S - 1) / (w - 1)          0 on an axis of one patch
 //   out[token] = Σ over the four corners of (y, x) of weight · table[corner]
