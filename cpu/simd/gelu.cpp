@@ -25,7 +25,7 @@ inline vf at_most(vf x, float high) { return x > high ? set1(high) : x; }
 inline vf exponential(vf x) {
   constexpr float kShift = 12582912.0f;  // 1.5 · 2^23: adding it rounds to a whole number
   const vf y = at_least(x, -88.0f);
-  const vf shifted = y * 1.44269504088896f + kShift;
+  const vf shifted = y * kLog2e + kShift;
   const vf n = shifted - kShift;
   const vf r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
   vf p = set1(1.0f / 720);
