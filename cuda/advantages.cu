@@ -1,7 +1,7 @@
 // Group advantages. The host sorts the batch by group; a warp owns a group and takes two passes
 // over its rewards in f64, lanes in strides, joined by a fixed tree. Whitening is one block over
 // the batch. All of it is small: what matters is that it is exact and never leaves the device.
-#include "cuda/kernel.cuh"
+#include "cuda/launch.cuh"
 #include "ops/advantages.h"
 
 namespace p2r::cuda {

@@ -1,5 +1,5 @@
 // Casts: one grid-stride loop over the elements, through f32 except between the integer types.
-#include "cuda/kernel.cuh"
+#include "cuda/launch.cuh"
 #include "ops/cast.h"
 
 namespace p2r::cuda {

@@ -1,5 +1,5 @@
 // GELU: one grid-stride loop, one element a thread and step; bound by memory.
-#include "cuda/kernel.cuh"
+#include "cuda/launch.cuh"
 #include "ops/gelu.h"
 
 namespace p2r::cuda {

@@ -1,7 +1,7 @@
 // Layer normalisation. Forward and dX: a warp owns a row and reads it from memory once; the later
 // passes find it in the first-level cache. dWeight and dBias: a block owns 32 columns of one slice
 // of rows (ops/layer_norm.h); a second kernel adds the slices in order, in f64.
-#include "cuda/kernel.cuh"
+#include "cuda/launch.cuh"
 #include "ops/layer_norm.h"
 
 namespace p2r::cuda {

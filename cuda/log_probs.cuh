@@ -1,12 +1,10 @@
 // What log-probabilities of logits in memory (log_probs.cu) and of logits that are made on the way
 // (linear_log_probs.cu) share.
 #pragma once
-#include "cuda/kernel.cuh"
+#include "cuda/launch.cuh"
 #include "ops/log_probs.h"
 
 namespace p2r::cuda {
-
-constexpr float kLog2e = 1.4426950408889634f;
 
 // Over some columns of a row: the largest logit, Σ e^d and Σ e^d d, where d = (logit - maximum) /
 // temperature. Nothing summed yet has maximum -inf; its sum is 0, or NaN when NaN was met.

@@ -1,7 +1,7 @@
 // Clipping and AdamW. Clipping takes three steps: a block sums the squares of kNormBlock elements
 // in f64; one block adds those sums in a fixed order; every gradient is scaled by the factor it
 // left. Bound by memory, a launch a tensor.
-#include "cuda/kernel.cuh"
+#include "cuda/launch.cuh"
 #include "ops/optimizer.h"
 
 namespace p2r::cuda {

@@ -2,7 +2,7 @@
 // a run; one block adds them up by sequence (the gradient needs the divisors first); a block a run
 // computes terms and gradients in f32 and sums the terms in f64; one block adds the runs up in a
 // fixed order.
-#include "cuda/kernel.cuh"
+#include "cuda/launch.cuh"
 #include "ops/policy_loss.h"
 
 namespace p2r::cuda {

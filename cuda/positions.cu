@@ -1,6 +1,6 @@
 // Position embeddings: an entry of the result a thread and step. The table (5 MB in the 8B tower)
 // stays in L2, so what costs is writing the result once.
-#include "cuda/kernel.cuh"
+#include "cuda/launch.cuh"
 #include "ops/positions.h"
 
 namespace p2r::cuda {

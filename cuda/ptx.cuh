@@ -67,6 +67,9 @@ using TensorMap = simt::TensorMap;
 using TensorMap = CUtensorMap;
 #endif
 
+// exp(x) is ptx::ex2(x * kLog2e), log(x) is ptx::lg2(x) * kLn2.
+inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
 // Numbered as in wgmma's matrix descriptors.
 enum class Swizzle : uint8_t { none, b128, b64, b32 };
 enum class Element : uint8_t { u8, i32, f16, bf16, f32 };

@@ -1,6 +1,6 @@
 // The rotation itself, for kernels that rotate rows of their own (cuda/rotary.cu, cuda/attention).
 #pragma once
-#include "cuda/kernel.cuh"
+#include "cuda/launch.cuh"
 
 namespace p2r::cuda {
 

@@ -1,7 +1,7 @@
 // Rows: copies are grid-stride loops, one element or one aligned piece of a row a thread. Sums: a
 // block owns 32 columns of one segment; its 16 warps take the rows in turn and their sums are added
 // in order.
-#include "cuda/kernel.cuh"
+#include "cuda/launch.cuh"
 #include "ops/rows.h"
 
 namespace p2r::cuda {

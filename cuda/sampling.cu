@@ -1,7 +1,7 @@
 // One block a row. The largest logit first; then 256 equal parts of the row are summed, a warp to a
 // part, so that reads are coalesced; the first warp finds the part that holds the target and walks
 // through it 32 logits at a time. Sums are whole numbers (ops/philox.h), so their order is free.
-#include "cuda/kernel.cuh"
+#include "cuda/launch.cuh"
 #include "ops/philox.h"
 #include "ops/sampling.h"
 

@@ -1,6 +1,6 @@
 // Pixels of an image with strokes over it, for draw_boxes and crop_resample.
 #pragma once
-#include "cuda/kernel.cuh"
+#include "cuda/launch.cuh"
 #include "ops/draw_boxes.h"
 
 namespace p2r::cuda {

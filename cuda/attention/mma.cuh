@@ -19,8 +19,6 @@
 
 namespace p2r::cuda {
 
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
-
 // Rows of a tile: D entries, and zeros up to a multiple of 16, in chunks of 16 bytes, of which
 // ldmatrix reads one of each of 8 rows at a time. A chunk's place is swizzled by its row, so that
 // those lie in different banks: among the first kPlaces chunks, among the next, and so on.

@@ -36,8 +36,6 @@ void with_head_dim(int64_t d, F&& f) {
     f(std::integral_constant<int, 128>());
 }
 
-constexpr float kLog2E = 1.4426950408889634f;
-
 template <int D>
 struct Panels {
   static constexpr int width = D % 64 == 0 ? 64 : 32;

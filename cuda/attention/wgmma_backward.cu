@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
                        delta, tokens, static_cast<const T*>(nullptr), 0);
     } else {
       ptx::reg_alloc<R::registers>();
-      const float scale_log2 = scale * kLog2E;
+      const float scale_log2 = scale * kLog2e;
       const uint32_t own_k = ptx::smem_u32(memory) + group * 64 * Panels<D>::row_bytes;
       const uint32_t own_v = own_k + Tile::owned_bytes;
       uint32_t step = 0;
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
                        delta, tokens, static_cast<const T*>(nullptr), 0);
     } else {
       ptx::reg_alloc<R::registers>();
-      const float scale_log2 = scale * kLog2E;
+      const float scale_log2 = scale * kLog2e;
       const uint32_t own_q = ptx::smem_u32(memory) + group * 64 * Panels<D>::row_bytes;
       const uint32_t own_g = own_q + Tile::owned_bytes;
       uint32_t step = 0;
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
         for (int h = 0; h < 2; ++h) {
           const int row = work.first + threadIdx.x / 32 * 16 + lane / 4 + 8 * h;
           const int64_t at = work.head * tokens + work.begin + row;
-          shift[h] = row < work.length ? lse[at] * kLog2E : 0.0f;
+          shift[h] = row < work.length ? lse[at] * kLog2e : 0.0f;
           mean[h] = row < work.length ? delta[at] : 0.0f;
         }
 #pragma unroll

@@ -119,7 +119,7 @@ __device__ __forceinline__ void load_all(const WorkList& list, const Bars& bars,
         const int64_t first = work.head * tokens + work.begin;
         for (int i = lane; i < Rows; i += 32) {
           const bool inside = n * Rows + i < work.length;
-          scalars[stage].lse[i] = inside ? lse[first + n * Rows + i] * kLog2E : INFINITY;
+          scalars[stage].lse[i] = inside ? lse[first + n * Rows + i] * kLog2e : INFINITY;
           scalars[stage].delta[i] = inside ? delta[first + n * Rows + i] : 0.0f;
         }
         __syncwarp();

@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1) attention_one_pass
                        delta, tokens, k_rows, k_row);
     } else {
       ptx::reg_alloc<R::registers>();
-      const float scale_log2 = scale * kLog2E;
+      const float scale_log2 = scale * kLog2e;
       const uint32_t k = ptx::smem_u32(memory), own_k = k + group * 64 * Panels<D>::row_bytes;
       const uint32_t own_v = own_k + Tile::owned_bytes;
       // What this warpgroup makes of dQ: 64 queries of a step and Width columns.

@@ -2,7 +2,7 @@
 #pragma once
 #include <algorithm>
 
-#include "cuda/kernel.cuh"
+#include "cuda/launch.cuh"
 
 namespace p2r::cuda {
 

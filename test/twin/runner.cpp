@@ -4,7 +4,7 @@
 //          [--jobs N] [--kernels] CASE|FOLDER...
 //
 // Kernels are told as offsets from the symbol runner_origin.
-#include "cuda/kernel.cuh"
+#include "cuda/launch.cuh"
 #include "test/twin/replay.h"
 
 extern "C" void runner_origin() {}
