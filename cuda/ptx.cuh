@@ -1,19 +1,19 @@
 // Every PTX instruction, kernel launch and declaration of shared memory, and the only file that
-// knows which build it is in: nvcc's, or the twin's (P2R_TWIN), where g++ compiles the same kernels
-// and test/twin runs them on the CPU.
+// depends on the build: nvcc's, or the twin's (P2R_TWIN), where g++ compiles the same kernels and
+// test/twin runs them on the CPU.
 //
-// What kernels keep to, so that one source serves both:
+// Rules for kernels, so that one source serves both builds:
 //  - no PTX, no <<<>>>, no __shared__ and no #ifdef outside this file;
-//  - fast maths through ptx::ex2, lg2, rcp; never __expf and its like;
-//  - a wait is one call (mbar_wait, cp_async_wait, wgmma_wait): a hand-written polling loop would
-//    never let another thread of the twin run;
+//  - fast maths through ptx::ex2 and ptx::lg2; never __expf and its like;
+//  - a wait is one call (mbar_wait, cp_async_wait, wgmma_wait): a polling loop in a kernel would
+//    never yield to another thread of the twin;
 //  - registers are passed as arrays by reference and not copied while an instruction is in flight;
 //  - loops over register arrays are unrolled, so that they stay registers;
 //  - blocks are multiples of 32 threads, and warp operations name the lanes that take part.
 //
 // Instructions of sm_90 compile everywhere and trap below sm_90 (wgmma and setmaxnreg: outside
-// sm_90a), so a kernel needs no guard; choosing the kernel for the device is the launcher's work.
-// A large one leaves its body out of builds that can't run it: `if constexpr (ptx::on_sm90a)`.
+// sm_90a), so a kernel needs no guard; the launcher chooses the kernel for the device. A large
+// kernel leaves its body out of builds that cannot run it: `if constexpr (ptx::on_sm90a)`.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -34,7 +34,7 @@
   auto& name = *static_cast<T(*)[N]>(::simt::shared_array( \
       &name##_site, sizeof(T) * (N), alignof(T) < 16 ? 16 : alignof(T), {__FILE__, __LINE__}))
 #define P2R_PTX inline
-// The trailing parameters by which the twin learns the line of a call.
+// Trailing parameters that give the twin the source line of a call.
 #define P2R_HERE SIMT_HERE
 #define P2R_AND_HERE , SIMT_HERE
 
@@ -74,7 +74,7 @@ inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 enum class Swizzle : uint8_t { none, b128, b64, b32 };
 enum class Element : uint8_t { u8, i32, f16, bf16, f32 };
 
-// Runs a kernel on a stream. Shared memory beyond 48 KB is asked for here.
+// Launches a kernel on a stream, and opts in to dynamic shared memory above 48 KB.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream,
             A&&... args) {
@@ -98,7 +98,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream
 #endif
 }
 
-// Writes the map that tensor_map.cuh has checked; null, or why the driver refused.
+// Encodes a map whose arguments tensor_map.cuh has checked. Returns null, or the driver's error.
 inline const char* encode_tensor_map(TensorMap& map, Element element, Swizzle swizzle, int rank,
                                      void* base, const uint64_t* dims, const uint64_t* strides,
                                      const uint32_t* box) {
@@ -172,7 +172,7 @@ P2R_PTX void raise(int32_t* fault) {
 #endif
 }
 
-// What a kernel does where its body was left out.
+// In place of a kernel's body in builds that leave it out.
 P2R_PTX void trap() {
 #ifndef P2R_TWIN
   __trap();
@@ -215,16 +215,6 @@ P2R_PTX float lg2(float x) {
 #endif
 }
 
-P2R_PTX float rcp(float x) {
-#ifdef P2R_TWIN
-  return 1.0f / x;
-#else
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
-
 // Two values rounded to T in one register, the first in the low half.
 template <class T>
 P2R_PTX uint32_t pack2(float lo, float hi) {
@@ -240,21 +230,7 @@ P2R_PTX uint32_t pack2(float lo, float hi) {
   return bits;
 }
 
-template <class T>
-P2R_PTX float2 unpack2(uint32_t bits) {
-  static_assert(is_half<T>);
-  if constexpr (is_bf16<T>) {
-    __nv_bfloat162 pair;
-    memcpy(static_cast<void*>(&pair), &bits, 4);
-    return __bfloat1622float2(pair);
-  } else {
-    __half2 pair;
-    memcpy(static_cast<void*>(&pair), &bits, 4);
-    return __half22float2(pair);
-  }
-}
-
-// ---- named barriers: id 0 is __syncthreads'; threads counts whole warps ----
+// ---- named barriers: id 0 is __syncthreads'; `threads` is a multiple of 32 ----
 P2R_PTX void bar_sync(int id, int threads P2R_AND_HERE) {
 #ifdef P2R_TWIN
   simt::bar_sync(id, threads, at);
@@ -291,7 +267,7 @@ P2R_PTX void cp_async_commit() {
 #endif
 }
 
-// Returns when at most N of the committed groups are still under way.
+// Returns when at most N of the committed groups are still in flight.
 template <int N>
 P2R_PTX void cp_async_wait() {
 #ifdef P2R_TWIN
@@ -302,25 +278,7 @@ P2R_PTX void cp_async_wait() {
 }
 
 // ---- mma.sync ----
-// Lane l gives the address of row l % 8 of matrix l / 8. Transposed, each matrix arrives flipped.
-template <bool Transposed = false>
-P2R_PTX void ldmatrix_x1(uint32_t (&r)[1], uint32_t row P2R_AND_HERE) {
-#ifdef P2R_TWIN
-  simt::ldmatrix(r, 1, Transposed, row, at);
-#else
-  if constexpr (Transposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
-                 : "=r"(r[0])
-                 : "r"(row)
-                 : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
-                 : "=r"(r[0])
-                 : "r"(row)
-                 : "memory");
-#endif
-}
-
+// Lane l gives the address of row l % 8 of matrix l / 8. Transposed: each 8 x 8 matrix is.
 template <bool Transposed = false>
 P2R_PTX void ldmatrix_x2(uint32_t (&r)[2], uint32_t row P2R_AND_HERE) {
 #ifdef P2R_TWIN
@@ -382,9 +340,9 @@ P2R_PTX void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
 }
 
 // ---- mbarriers ----
-// A phase completes when all arrivals and all expected bytes have come. mbar_wait(bar, parity)
-// returns when the phase of that parity has completed: the first phase has parity 0, and waiting
-// for parity 1 on a fresh barrier returns at once.
+// A phase completes when all of its arrivals and all expected bytes have arrived. mbar_wait(bar,
+// parity) returns when the phase of that parity has completed: the first phase has parity 0, and
+// waiting for parity 1 on a fresh barrier returns at once.
 P2R_PTX void mbar_init(uint32_t bar, int arrivals P2R_AND_HERE) {
 #ifdef P2R_TWIN
   simt::mbar_init(bar, arrivals, at);
@@ -395,7 +353,7 @@ P2R_PTX void mbar_init(uint32_t bar, int arrivals P2R_AND_HERE) {
 #endif
 }
 
-// Makes fresh barriers visible to the TMA unit; the other threads still need a __syncthreads.
+// Makes initialised barriers visible to TMA; the other threads still need a __syncthreads.
 P2R_PTX void mbar_fence_init() {
 #ifdef P2R_TWIN
 #elif defined(P2R_SM90)
@@ -462,9 +420,6 @@ P2R_PTX void mbar_wait(uint32_t bar, int parity P2R_AND_HERE) {
 }
 
 // ---- TMA ----
-// A tile of the map's box from the given coordinates (innermost first) to or from shared memory.
-// Outside the tensor, loads give zeros and stores write nothing. The maps are __grid_constant__
-// kernel parameters. Coordinates are written in braces: tma_load(dst, map, bar, {x, y}).
 // Orders this thread's ordinary writes to shared memory before TMA stores and wgmma reads of them.
 P2R_PTX void fence_proxy_async() {
 #ifdef P2R_TWIN
@@ -476,58 +431,29 @@ P2R_PTX void fence_proxy_async() {
 #endif
 }
 
+// A tile of the map's box at the given coordinates (innermost first) to or from shared memory, of 2
+// or 3 dimensions. Outside the tensor, loads give zeros and stores write nothing. The maps are
+// __grid_constant__ kernel parameters. Coordinates are written in braces:
+// tma_load(dst, map, bar, {x, y}).
 template <int Rank>
 P2R_PTX void tma_load(uint32_t dst, const TensorMap& map, uint32_t bar,
                       const int (&c)[Rank] P2R_AND_HERE) {
 #ifdef P2R_TWIN
   simt::tma_load(dst, map, bar, c, Rank, at);
 #elif defined(P2R_SM90)
-  static_assert(Rank >= 1 && Rank <= 5);
-  if constexpr (Rank == 1)
-    asm volatile(
-        "cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%3}], [%2];" ::"r"(dst),
-        "l"(&map), "r"(bar), "r"(c[0])
-        : "memory");
-  else if constexpr (Rank == 2)
+  static_assert(Rank == 2 || Rank == 3);
+  if constexpr (Rank == 2)
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%3, %4}], [%2];" ::"r"(dst),
         "l"(&map), "r"(bar), "r"(c[0]), "r"(c[1])
         : "memory");
-  else if constexpr (Rank == 3)
+  else
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst),
         "l"(&map), "r"(bar), "r"(c[0]), "r"(c[1]), "r"(c[2])
         : "memory");
-  else if constexpr (Rank == 4)
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
-        "l"(&map), "r"(bar), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])
-        : "memory");
-  else
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(dst),
-        "l"(&map), "r"(bar), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4])
-        : "memory");
-#else
-  __trap();
-#endif
-}
-
-// Copies contiguous bytes, a multiple of 16.
-P2R_PTX void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar P2R_AND_HERE) {
-#ifdef P2R_TWIN
-  simt::bulk_load(dst, src, bytes, bar, at);
-#elif defined(P2R_SM90)
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(dst),
-      "l"(src), "r"(bytes), "r"(bar)
-      : "memory");
 #else
   __trap();
 #endif
@@ -538,36 +464,18 @@ P2R_PTX void tma_store(const TensorMap& map, uint32_t src, const int (&c)[Rank] 
 #ifdef P2R_TWIN
   simt::tma_store(map, src, c, Rank, false, at);
 #elif defined(P2R_SM90)
-  static_assert(Rank >= 1 && Rank <= 5);
-  if constexpr (Rank == 1)
-    asm volatile(
-        "cp.async.bulk.tensor.1d.global.shared::cta.tile.bulk_group "
-        "[%0, {%2}], [%1];" ::"l"(&map),
-        "r"(src), "r"(c[0])
-        : "memory");
-  else if constexpr (Rank == 2)
+  static_assert(Rank == 2 || Rank == 3);
+  if constexpr (Rank == 2)
     asm volatile(
         "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group "
         "[%0, {%2, %3}], [%1];" ::"l"(&map),
         "r"(src), "r"(c[0]), "r"(c[1])
         : "memory");
-  else if constexpr (Rank == 3)
+  else
     asm volatile(
         "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group "
         "[%0, {%2, %3, %4}], [%1];" ::"l"(&map),
         "r"(src), "r"(c[0]), "r"(c[1]), "r"(c[2])
-        : "memory");
-  else if constexpr (Rank == 4)
-    asm volatile(
-        "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group "
-        "[%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
-        "r"(src), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])
-        : "memory");
-  else
-    asm volatile(
-        "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group "
-        "[%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
-        "r"(src), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4])
         : "memory");
 #else
   __trap();
@@ -575,42 +483,24 @@ P2R_PTX void tma_store(const TensorMap& map, uint32_t src, const int (&c)[Rank] 
 }
 
 // Adds the tile to global memory. The order of additions is not fixed: not for results that must
-// repeat to the bit.
+// be deterministic.
 template <int Rank>
 P2R_PTX void tma_reduce_add(const TensorMap& map, uint32_t src, const int (&c)[Rank] P2R_AND_HERE) {
 #ifdef P2R_TWIN
   simt::tma_store(map, src, c, Rank, true, at);
 #elif defined(P2R_SM90)
-  static_assert(Rank >= 1 && Rank <= 5);
-  if constexpr (Rank == 1)
-    asm volatile(
-        "cp.reduce.async.bulk.tensor.1d.global.shared::cta.add.tile.bulk_group "
-        "[%0, {%2}], [%1];" ::"l"(&map),
-        "r"(src), "r"(c[0])
-        : "memory");
-  else if constexpr (Rank == 2)
+  static_assert(Rank == 2 || Rank == 3);
+  if constexpr (Rank == 2)
     asm volatile(
         "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group "
         "[%0, {%2, %3}], [%1];" ::"l"(&map),
         "r"(src), "r"(c[0]), "r"(c[1])
         : "memory");
-  else if constexpr (Rank == 3)
+  else
     asm volatile(
         "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group "
         "[%0, {%2, %3, %4}], [%1];" ::"l"(&map),
         "r"(src), "r"(c[0]), "r"(c[1]), "r"(c[2])
-        : "memory");
-  else if constexpr (Rank == 4)
-    asm volatile(
-        "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group "
-        "[%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
-        "r"(src), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])
-        : "memory");
-  else
-    asm volatile(
-        "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group "
-        "[%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
-        "r"(src), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4])
         : "memory");
 #else
   __trap();
@@ -642,7 +532,7 @@ P2R_PTX void tma_commit() {
 #endif
 }
 
-// At most N of this thread's store groups have still to be written to global memory.
+// Returns when all but N of this thread's committed store groups are written to global memory.
 template <int N>
 P2R_PTX void tma_wait() {
 #ifdef P2R_TWIN
@@ -654,7 +544,7 @@ P2R_PTX void tma_wait() {
 #endif
 }
 
-// At most N still read shared memory; the others' tiles may be overwritten.
+// Returns when all but N have read shared memory, so that their tiles may be overwritten.
 template <int N>
 P2R_PTX void tma_wait_read() {
 #ifdef P2R_TWIN
@@ -666,7 +556,7 @@ P2R_PTX void tma_wait_read() {
 #endif
 }
 
-// Of a map in global or parameter memory: saves the first TMA the fetch of its descriptor.
+// Prefetches the descriptor of a map in global or parameter memory.
 P2R_PTX void tma_prefetch(const TensorMap& map) {
 #ifdef P2R_TWIN
   (void)map;
@@ -682,13 +572,19 @@ P2R_PTX void tma_prefetch(const TensorMap& map) {
 // 8 (i / 4) + 2 (l % 4) + i % 2. A in registers is laid out as in mma_m16n8k16.
 //
 // Order of use: write registers; wgmma_keep them; wgmma_fence; wgmmas; wgmma_commit; wgmma_wait;
-// wgmma_keep. Between the fence and the wait the registers belong to the tensor core. Shared
-// memory written by threads needs fence_proxy_async by the writers first.
+// wgmma_keep. Between fence and wait the registers must not be accessed. Shared memory written by
+// threads needs fence_proxy_async by the writers first.
 
-// Describes an operand in shared memory. Rows of swizzled tiles are 128, 64 or 32 bytes; `stride`
-// is the distance of groups of 8 rows. `leading` counts only without swizzle (distance of 16-byte
-// columns) and for MN-major operands wider than a swizzle row (distance of such columns of tiles).
-// A K-major operand moves on by 16 elements of k by adding 32 bytes to the address.
+// The matrix descriptor of an operand in shared memory: mn (rows of A, columns of B) by k, K-major
+// (k is contiguous) or MN-major. Rows of a swizzled tile are 128, 64 or 32 bytes. The offsets, in
+// bytes, from one part of the operand to the next:
+//
+//                         leading (LBO)                                stride (SBO)
+//   no swizzle, either    next 8 of k                                  next 8 of mn
+//   swizzled, K-major     not read                                     next 8 of mn
+//   swizzled, MN-major    next swizzle row of mn: 64, 32 or 16 of it   next 8 of k
+//
+// A K-major operand advances by 16 of k, one instruction, by 32 bytes added to the address.
 P2R_PTX uint64_t matrix_desc(uint32_t address, uint32_t leading, uint32_t stride, Swizzle swizzle) {
   return uint64_t(address >> 4 & 0x3FFF) | uint64_t(leading >> 4 & 0x3FFF) << 16 |
          uint64_t(stride >> 4 & 0x3FFF) << 32 | uint64_t(swizzle) << 62;
@@ -714,7 +610,7 @@ P2R_PTX void wgmma_commit(P2R_HERE) {
 #endif
 }
 
-// Returns when at most N groups are still under way.
+// Returns when at most N groups are still in flight.
 template <int N>
 P2R_PTX void wgmma_wait(P2R_HERE) {
 #ifdef P2R_TWIN
@@ -726,8 +622,8 @@ P2R_PTX void wgmma_wait(P2R_HERE) {
 #endif
 }
 
-// Keeps the compiler from moving uses of these registers across: before wgmma_fence, after
-// wgmma_wait.
+// A compiler barrier for these registers, before wgmma_fence and after wgmma_wait: their uses are
+// not moved across it.
 template <class R, int Count>
 P2R_PTX void wgmma_keep(R (&r)[Count]) {
 #ifdef P2R_TWIN
@@ -743,7 +639,7 @@ P2R_PTX void wgmma_keep(R (&r)[Count]) {
 #endif
 }
 
-// Moves registers between warpgroups of a block: all warps of the warpgroup call it.
+// setmaxnreg, raises the registers of each thread of a warpgroup; all of its warps call it.
 template <int Count>
 P2R_PTX void reg_alloc() {
 #ifdef P2R_TWIN
@@ -772,8 +668,8 @@ P2R_PTX void reg_dealloc() {
 namespace detail {
 
 // An asm statement needs its register list as a literal, so each N has one: P2R_D<count> names the
-// registers in the text, P2R_O<count> passes them. After the <count> accumulators come the other
-// operands, whose numbers the table below gives.
+// registers in the text, P2R_O<count> passes them. The other operands follow the <count>
+// accumulators; the table below gives their numbers.
 // clang-format off
 #define P2R_D4 "%0, %1, %2, %3"
 #define P2R_D8 P2R_D4 ", %4, %5, %6, %7"
@@ -933,7 +829,7 @@ P2R_PTX void wgmma_ss(float (&d)[N / 2], uint64_t a_desc, uint64_t b_desc,
 #endif
 }
 
-// A from registers. Its arrays must stay as they are until the wait.
+// A from registers, which must not be written before the wait.
 template <class T, int N, bool BMnMajor = false>
 P2R_PTX void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b_desc,
                       bool accumulate P2R_AND_HERE) {

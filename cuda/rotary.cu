@@ -1,5 +1,6 @@
-// Rotary embedding: one entry a thread and step, both bound by memory. The partner of an entry is
-// half a row away, in the same cache lines.
+// Rotary embedding and its tables: one entry a thread and step of a grid-stride loop; both are
+// bound by memory. The entry that is rotated with another is half a row away, in the same cache
+// lines.
 #include "cuda/rotary.cuh"
 #include "ops/grid.h"
 #include "ops/rotary.h"

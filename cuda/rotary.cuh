@@ -4,7 +4,8 @@
 
 namespace p2r::cuda {
 
-// Entry c of a turned row; x(i) gives the row's entries, cos and sin are its rows of the tables.
+// Entry c of a rotated row, or with `inverse` of one rotated back; x(i) gives the row's entries,
+// cos and sin are its rows of the tables.
 template <class Row>
 __device__ __forceinline__ float rotate_half(const Row& x, const float* cos, const float* sin,
                                              int c, int half, bool inverse) {
@@ -14,7 +15,7 @@ __device__ __forceinline__ float rotate_half(const Row& x, const float* cos, con
   return c < half ? cos[c] * x(c) - sin[c] * x(c + half) : cos[c] * x(c) + sin[c] * x(c - half);
 }
 
-// Turns x [tokens, heads, d] into out; their tokens lie x_row and out_row elements apart.
+// Rotates x [tokens, heads, d] into out; x_row and out_row are the elements from token to token.
 template <class T>
 void rotate_rows(const T* x, int64_t x_row, const float* cos, const float* sin, T* out,
                  int64_t out_row, int64_t tokens, int64_t heads, int64_t d, bool inverse,

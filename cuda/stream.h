@@ -1,4 +1,4 @@
-// The CUDA device as its launchers and its runtime (device.cpp) both see it.
+// What launchers use of the CUDA device, implemented by device.cpp.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -6,7 +6,6 @@
 
 namespace p2r::cuda {
 
-// Of the device that an operation was called on.
 cudaStream_t stream_of(Device& device);
 int multiprocessors(Device& device);
 

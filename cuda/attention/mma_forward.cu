@@ -1,16 +1,16 @@
-// Attention on the tensor cores of sm_80 and later, forward, and the mass of each key.
+// Attention, forward, "mma": on the tensor cores of sm_80 and later (mma.cuh).
 //
-// Forward: a block owns some queries of one sequence and head, and each warp some of those with
-// their running maximum, sum and output. K and V come in tiles of 64 keys, in turn, through a ring
-// of three tiles that cp.async fills: while one is multiplied, the next has come and the one after
-// is under way, at the price of one barrier a tile. P goes from the accumulators of Q K^T straight
-// into the product with V. Of global memory a block reads Q once and its sequence's K and V, which
-// other blocks of the head read at the same time and the L2 cache therefore holds, and writes out
-// once.
+// A block owns some queries of one sequence and head, and each warp some of those with their
+// running maximum, sum and output. K and V are loaded alternately in tiles of 64 keys, through a
+// ring of three stages that cp.async fills: while one is multiplied, the next is complete and the
+// one after is in flight, at the price of one barrier a tile. P is packed from the accumulators of
+// Q K^T straight into the A operand of the product with V. A block reads Q from global memory once,
+// and its sequence's K and V, which other blocks of the head read at the same time and are
+// therefore L2 hits, and writes out once.
 //
 // The exponential is 2^x with scale and log2(e) in one multiply-add; the maximum is taken before
-// it, of the products times the scale's sign. Weights are rounded to the type for the product with
-// V, but not for their sum.
+// it, of the products times the scale's sign. P is rounded to the type for the product with V, but
+// not for its row sums.
 //
 // Why these tiles: large ones have 128 queries and 4 warps of 32, which is what registers hold (at
 // D = 128, 128 of output and 64 of logits a thread), and 80 KB of shared memory at most, so that
@@ -23,91 +23,81 @@ namespace p2r::cuda {
 
 namespace {
 
-constexpr int kRing = 3, kMassRing = 2;
-
-constexpr MmaTile forward_tile(bool large) {
-  return large ? MmaTile{.m = 2, .warps = 4, .step = 64, .blocks = 2}
-               : MmaTile{.m = 1, .warps = 4, .step = 64, .blocks = 3};
-}
-
-template <int D>
-constexpr size_t forward_smem(const MmaTile& tile, int ring) {
-  return static_cast<size_t>(tile.rows() + ring * tile.step) * TileRow<D>::kBytes;
-}
+constexpr int kStages = 3;
 
 template <class T, int D, bool Large>
-__global__ void __launch_bounds__(forward_tile(Large).threads(), forward_tile(Large).blocks)
+__global__ void __launch_bounds__(single_tile(Large).threads(), single_tile(Large).blocks)
     attention_mma_kernel(AttentionProblem<T> a, AttentionGrid grid, T* out, float* lse) {
-  constexpr MmaTile kTile = forward_tile(Large);
+  constexpr MmaTile kTile = single_tile(Large);
   constexpr int M = kTile.m, N = kTile.step / 8, kThreads = kTile.threads();
   constexpr int kStepBytes = kTile.step * TileRow<D>::kBytes;
-  constexpr bool kHoldsQ = D <= 80;  // in registers, where there is room
+  constexpr bool kQInRegisters = D <= 80;  // if enough are left
   SMEM_DYN(memory);
   const uint32_t q_tile = ptx::smem_u32(memory);
   const uint32_t ring = q_tile + kTile.rows() * TileRow<D>::kBytes;
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * M;
-  const uint32_t q_lane = left_lane<D>(q_tile + row * TileRow<D>::kBytes);
-  const AttentionShare own = share_of(a, grid);
+  const uint32_t q_lane = ldmatrix_a_lane<D>(q_tile + row * TileRow<D>::kBytes);
+  const BlockTile own = block_tile(a, grid);
   const int length = own.tile.length;
   const T* k = a.k + own.tile.begin * a.qk_row + own.column;
   const T* v = a.v + own.tile.begin * a.v_row + own.column;
 
-  // Item 2 n of the ring is keys n, item 2 n + 1 their values.
+  // Item 2 n of the ring is the n-th tile of K, item 2 n + 1 that of V.
   const int items = static_cast<int>(2 * ceil_div(length, kTile.step));
-  const auto issue = [&](int item, int slot) {
+  const auto issue = [&](int item, int stage) {
     if (item < items) {
       const int key = item / 2 * kTile.step;
       const bool is_v = item % 2;
       const int64_t stride = is_v ? a.v_row : a.qk_row;
-      copy_tile<kTile.step, D, kThreads>(ring + slot * kStepBytes, (is_v ? v : k) + key * stride,
+      copy_tile<kTile.step, D, kThreads>(ring + stage * kStepBytes, (is_v ? v : k) + key * stride,
                                          stride, length - key, a.d);
     }
     ptx::cp_async_commit();
   };
-  // Waits for the item in `slot`, and has the one that takes its predecessor's place started.
-  const auto next = [&](int item, int slot) {
-    ptx::cp_async_wait<kRing - 2>();
+  // Waits for the item in `stage`, and starts loading the one that replaces its predecessor.
+  const auto wait_and_prefetch = [&](int item, int stage) {
+    ptx::cp_async_wait<kStages - 2>();
     __syncthreads();
-    issue(item + kRing - 1, slot == 0 ? kRing - 1 : slot - 1);
-    return ring + slot * kStepBytes;
+    issue(item + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
+    return ring + stage * kStepBytes;
   };
 
   copy_tile<kTile.rows(), D, kThreads>(q_tile, a.q + own.token * a.qk_row + own.column, a.qk_row,
                                        own.rows, a.d);
 #pragma unroll
-  for (int i = 0; i < kRing - 1; ++i) issue(i, i);
+  for (int i = 0; i < kStages - 1; ++i) issue(i, i);
 
-  // Of a thread's rows, lane / 4 and lane / 4 + 8 of each 16: the maximum and sum so far.
-  float o[M][D / 8][4] = {}, top[M][2], sum[M][2];
+  // The running maximum and sum of a thread's rows, lane / 4 and lane / 4 + 8 of each 16.
+  float o[M][D / 8][4] = {}, row_max[M][2], row_sum[M][2];
 #pragma unroll
   for (int i = 0; i < M; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      top[i][h] = -INFINITY;
-      sum[i][h] = 0;
+      row_max[i][h] = -INFINITY;
+      row_sum[i][h] = 0;
     }
   const float scale = fabsf(a.scale) * kLog2e;
-  uint32_t held[kHoldsQ ? M : 1][kHoldsQ ? TileRow<D>::kSteps : 1][4];
-  int slot = 0;
+  uint32_t q_fragments[kQInRegisters ? M : 1][kQInRegisters ? TileRow<D>::kSteps : 1][4];
+  int stage = 0;
   for (int item = 0; item < items; item += 2) {
-    const uint32_t k_tile = next(item, slot);
-    slot = slot == kRing - 1 ? 0 : slot + 1;
-    if constexpr (kHoldsQ) {
+    const uint32_t k_tile = wait_and_prefetch(item, stage);
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+    if constexpr (kQInRegisters) {
       if (item == 0) {
 #pragma unroll
         for (int i = 0; i < M; ++i)
 #pragma unroll
           for (int step = 0; step < TileRow<D>::kSteps; ++step)
-            ptx::ldmatrix_x4(held[i][step], TileRow<D>::move(q_lane, i * 16, 2 * step));
+            ptx::ldmatrix_x4(q_fragments[i][step], TileRow<D>::advance(q_lane, i * 16, 2 * step));
       }
     }
     float s[M][N][4];
-    multiply_rows<T, D>(s, k_tile, 0, [&](uint32_t(&x)[4], int i, int step) {
-      if constexpr (kHoldsQ) {
+    gemm_nt<T, D>(s, k_tile, 0, [&](uint32_t(&x)[4], int i, int step) {
+      if constexpr (kQInRegisters) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) x[e] = held[i][step][e];
+        for (int e = 0; e < 4; ++e) x[e] = q_fragments[i][step][e];
       } else {
-        ptx::ldmatrix_x4(x, TileRow<D>::move(q_lane, i * 16, 2 * step));
+        ptx::ldmatrix_x4(x, TileRow<D>::advance(q_lane, i * 16, 2 * step));
       }
     });
 
@@ -119,8 +109,8 @@ __global__ void __launch_bounds__(forward_tile(Large).threads(), forward_tile(La
 #pragma unroll
           for (int e = 0; e < 4; ++e) s[i][j][e] = -s[i][j][e];
     }
-    // Keys that there are, counted from this thread's first column.
-    const int left = length - item / 2 * kTile.step - lane % 4 * 2;
+    // Keys within the sequence, counted from this thread's first column.
+    const int valid = length - item / 2 * kTile.step - lane % 4 * 2;
     const bool ragged = length - item / 2 * kTile.step < kTile.step;
     if (ragged) {
 #pragma unroll
@@ -129,34 +119,36 @@ __global__ void __launch_bounds__(forward_tile(Large).threads(), forward_tile(La
         for (int j = 0; j < N; ++j)
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            if (j * 8 + e % 2 >= left) s[i][j][e] = -INFINITY;
+            if (j * 8 + e % 2 >= valid) s[i][j][e] = -INFINITY;
     }
 #pragma unroll
     for (int i = 0; i < M; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float most = s[i][0][2 * h];
+        float new_max = s[i][0][2 * h];
 #pragma unroll
-        for (int j = 0; j < N; ++j) most = fmaxf(most, fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
-        most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 2));
-        most = fmaxf(top[i][h], most * scale);
-        // Where every logit so far is -inf, all weights are 0, not exp(-inf + inf).
-        const float shift = most == -INFINITY ? 0.0f : most;
-        const float decay = ptx::ex2(top[i][h] - shift);
-        top[i][h] = most;
-        sum[i][h] *= decay;
+        for (int j = 0; j < N; ++j)
+          new_max = fmaxf(new_max, fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
+        new_max = fmaxf(new_max, __shfl_xor_sync(0xFFFFFFFFu, new_max, 1));
+        new_max = fmaxf(new_max, __shfl_xor_sync(0xFFFFFFFFu, new_max, 2));
+        new_max = fmaxf(row_max[i][h], new_max * scale);
+        // If every logit so far is -inf, all probabilities are 0, not exp(-inf + inf).
+        const float max_finite = new_max == -INFINITY ? 0.0f : new_max;
+        const float rescale = ptx::ex2(row_max[i][h] - max_finite);
+        row_max[i][h] = new_max;
+        row_sum[i][h] *= rescale;
 #pragma unroll
         for (int j = 0; j < D / 8; ++j) {
-          o[i][j][2 * h] *= decay;
-          o[i][j][2 * h + 1] *= decay;
+          o[i][j][2 * h] *= rescale;
+          o[i][j][2 * h + 1] *= rescale;
         }
 #pragma unroll
         for (int j = 0; j < N; ++j)
 #pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) s[i][j][e] = ptx::ex2(s[i][j][e] * scale - shift);
+          for (int e = 2 * h; e < 2 * h + 2; ++e)
+            s[i][j][e] = ptx::ex2(s[i][j][e] * scale - max_finite);
       }
-    // Again, for a scale of 0: 0 * -inf is NaN.
+    // Masked again for a scale of 0: 0 * -inf is NaN.
     if (ragged) {
 #pragma unroll
       for (int i = 0; i < M; ++i)
@@ -164,38 +156,38 @@ __global__ void __launch_bounds__(forward_tile(Large).threads(), forward_tile(La
         for (int j = 0; j < N; ++j)
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            if (j * 8 + e % 2 >= left) s[i][j][e] = 0;
+            if (j * 8 + e % 2 >= valid) s[i][j][e] = 0;
     }
 #pragma unroll
     for (int i = 0; i < M; ++i)
 #pragma unroll
       for (int j = 0; j < N; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sum[i][e / 2] += s[i][j][e];
+        for (int e = 0; e < 4; ++e) row_sum[i][e / 2] += s[i][j][e];
     uint32_t p[M][N / 2][4];
-    as_operand<T>(p, s);
-    const uint32_t v_tile = next(item + 1, slot);
-    slot = slot == kRing - 1 ? 0 : slot + 1;
-    multiply_add<T, D>(o, p, v_tile, 0);
+    pack_operand<T>(p, s);
+    const uint32_t v_tile = wait_and_prefetch(item + 1, stage);
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+    gemm_nn<T, D>(o, p, v_tile, 0);
   }
 
-  ptx::cp_async_wait<0>();  // only empty groups are left
-  // A warp's rows of out take the place of its rows of Q, which no other warp reads.
+  ptx::cp_async_wait<0>();  // only empty groups are pending
+  // A warp's rows of out overwrite its rows of Q, which no other warp reads.
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < M; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float total = sum[i][h];
+      float total = row_sum[i][h];
       total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
       total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
       const int r = row + i * 16 + h * 8 + lane / 4;
       if (lane % 4 == 0 && r < own.rows)
-        lse[own.head * a.tokens + own.token + r] = top[i][h] * kLn2 + ptx::lg2(total) * kLn2;
+        lse[own.head * a.tokens + own.token + r] = row_max[i][h] * kLn2 + ptx::lg2(total) * kLn2;
       const float inverse = 1.0f / total;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j)
-        *reinterpret_cast<uint32_t*>(memory + TileRow<D>::at(r, j) + lane % 4 * 4) =
+        *reinterpret_cast<uint32_t*>(memory + TileRow<D>::offset(r, j) + lane % 4 * 4) =
             ptx::pack2<T>(o[i][j][2 * h] * inverse, o[i][j][2 * h + 1] * inverse);
     }
   __syncwarp();
@@ -205,102 +197,8 @@ __global__ void __launch_bounds__(forward_tile(Large).threads(), forward_tile(La
     const int r = row + i / (D / 8), c = i % (D / 8);
     if (r < own.rows && c * 8 < a.d)
       *reinterpret_cast<uint4*>(out + (own.token + r) * out_row + own.column + c * 8) =
-          *reinterpret_cast<const uint4*>(memory + TileRow<D>::at(r, c));
+          *reinterpret_cast<const uint4*>(memory + TileRow<D>::offset(r, c));
   }
-}
-
-// Keys are rows here, as in the backward (cuda/attention/mma_backward.cu): S^T = K Q^T, whose rows
-// the block's threads add up. Fragments of K stay in registers up to D = 80. The exponent is taken
-// before its factor of log2(e): large logits and an lse times that would leave less of it.
-template <class T, int D, bool Large>
-__global__ void __launch_bounds__(forward_tile(Large).threads(), forward_tile(Large).blocks)
-    attention_mass_mma_kernel(AttentionProblem<T> a, AttentionGrid grid, const float* lse,
-                              float* mass) {
-  constexpr MmaTile kTile = forward_tile(Large);
-  constexpr int M = kTile.m, N = kTile.step / 8, kThreads = kTile.threads();
-  constexpr int kStepBytes = kTile.step * TileRow<D>::kBytes;
-  constexpr bool kHoldsK = D <= 80;
-  SMEM_DYN(memory);
-  SMEM_ARRAY(float, shifts, 2 * kTile.step);
-  const uint32_t k_tile = ptx::smem_u32(memory);
-  const uint32_t ring = k_tile + kTile.rows() * TileRow<D>::kBytes;
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * M;
-  const uint32_t k_lane = left_lane<D>(k_tile + row * TileRow<D>::kBytes);
-  const AttentionShare own = share_of(a, grid);
-  const int length = own.tile.length;
-  const T* q = a.q + own.tile.begin * a.qk_row + own.column;
-  const float* lse_head = lse + own.head * a.tokens + own.tile.begin;
-  const auto issue = [&](int query, int place) {
-    copy_tile<kTile.step, D, kThreads>(ring + place * kStepBytes, q + query * a.qk_row, a.qk_row,
-                                       length - query, a.d);
-    ptx::cp_async_commit();
-  };
-  // A query past the end has lse inf, and so weighs nothing.
-  const auto shift_of = [&](int query) {
-    const bool inside = threadIdx.x < kTile.step && static_cast<int>(threadIdx.x) < length - query;
-    return inside ? lse_head[query + threadIdx.x] : INFINITY;
-  };
-  const auto put = [&](float shift, int place) {
-    if (threadIdx.x < kTile.step) shifts[place * kTile.step + threadIdx.x] = shift;
-  };
-
-  copy_tile<kTile.rows(), D, kThreads>(k_tile, a.k + own.token * a.qk_row + own.column, a.qk_row,
-                                       own.rows, a.d);
-  issue(0, 0);
-  put(shift_of(0), 0);
-  uint32_t held[kHoldsK ? M : 1][kHoldsK ? TileRow<D>::kSteps : 1][4];
-  float sum[M][2] = {};
-  int place = 0;
-  for (int query = 0; query < length; query += kTile.step) {
-    ptx::cp_async_wait<0>();
-    __syncthreads();  // the tile is there, and the other place is done with
-    const bool more = length - query > kTile.step;
-    float next = 0;
-    if (more) {
-      issue(query + kTile.step, place ^ 1);
-      next = shift_of(query + kTile.step);
-    }
-    if constexpr (kHoldsK) {
-      if (query == 0) {
-#pragma unroll
-        for (int i = 0; i < M; ++i)
-#pragma unroll
-          for (int step = 0; step < TileRow<D>::kSteps; ++step)
-            ptx::ldmatrix_x4(held[i][step], TileRow<D>::move(k_lane, i * 16, 2 * step));
-      }
-    }
-    float s[M][N][4];
-    multiply_rows<T, D>(s, ring + place * kStepBytes, 0, [&](uint32_t(&x)[4], int i, int step) {
-      if constexpr (kHoldsK) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[e] = held[i][step][e];
-      } else {
-        ptx::ldmatrix_x4(x, TileRow<D>::move(k_lane, i * 16, 2 * step));
-      }
-    });
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const float2 shift =
-          *reinterpret_cast<const float2*>(shifts + place * kTile.step + j * 8 + lane % 4 * 2);
-#pragma unroll
-      for (int i = 0; i < M; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          sum[i][e / 2] += ptx::ex2((s[i][j][e] * a.scale - (e % 2 ? shift.y : shift.x)) * kLog2e);
-    }
-    if (more) put(next, place ^ 1);
-    place ^= 1;
-  }
-#pragma unroll
-  for (int i = 0; i < M; ++i)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float total = sum[i][h];
-      total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
-      total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
-      const int r = row + i * 16 + h * 8 + lane / 4;
-      if (lane % 4 == 0 && r < own.rows) mass[own.head * a.tokens + own.token + r] = total;
-    }
 }
 
 }  // namespace
@@ -312,23 +210,9 @@ void mma_attention(const AttentionArgs& a, Device& device) {
     const AttentionOnDevice<T> call(in, a.cos, a.sin, a.scale, device);
     with_mma_tiles(in.head_dim, a.cu_seqlens, [&](auto dim, auto large) {
       constexpr int D = decltype(dim)::value;
-      constexpr MmaTile kTile = forward_tile(decltype(large)::value);
+      constexpr MmaTile kTile = single_tile(decltype(large)::value);
       run_mma(call, attention_mma_kernel<T, D, decltype(large)::value>, a.cu_seqlens, kTile,
-              forward_smem<D>(kTile, kRing), a.out.as<T>(), a.lse.as<float>());
-    });
-  });
-}
-
-void mma_attention_mass(const AttentionMassArgs& a, Device& device) {
-  const AttentionLayout in = attention_layout(a.q, a.k, View(), a.qkv);
-  with_half_type(in.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    const AttentionOnDevice<T> call(in, a.cos, a.sin, a.scale, device);
-    with_mma_tiles(in.head_dim, a.cu_seqlens, [&](auto dim, auto large) {
-      constexpr int D = decltype(dim)::value;
-      constexpr MmaTile kTile = forward_tile(decltype(large)::value);
-      run_mma(call, attention_mass_mma_kernel<T, D, decltype(large)::value>, a.cu_seqlens, kTile,
-              forward_smem<D>(kTile, kMassRing), a.lse.as<const float>(), a.mass.as<float>());
+              single_tile_smem<D>(kTile, kStages), a.out.as<T>(), a.lse.as<float>());
     });
   });
 }

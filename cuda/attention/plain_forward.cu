@@ -1,11 +1,8 @@
-// Attention, forward, and the mass of each key.
-//
-// Forward: a block owns 64 queries of one sequence and head and walks over the keys, 64 at a time,
-// with K and then V in the same shared memory. Each row's running maximum and sum are kept by the
-// 16 threads that share the row; rows of P pass through shared memory to the product with V. Mass:
-// a block owns 64 keys and walks over the queries.
-#include "cuda/attention/attention.cuh"
-#include "ops/kernel_choice.h"
+// Attention, forward, "plain" (plain.cuh): a block owns 64 queries of one sequence and head and
+// loops over the keys, 64 at a time, with K and then V in the same shared memory. Each row's
+// running maximum and sum are kept by the 16 threads that share the row; P passes through shared
+// memory to the product with V.
+#include "cuda/attention/plain.cuh"
 
 namespace p2r::cuda {
 
@@ -15,7 +12,7 @@ constexpr int kTile = 64, kRows = kTile / kSide;
 
 template <class T, int Dim>
 __global__ void __launch_bounds__(kThreads)
-    attention_kernel(AttentionProblem<T> a, T* out, float* lse) {
+    attention_plain_kernel(AttentionProblem<T> a, T* out, float* lse) {
   SMEM_DYN(memory);
   float* q = reinterpret_cast<float*>(memory);
   float* kv = q + kTile * (Dim + kPad);
@@ -28,117 +25,71 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t column = static_cast<int64_t>(head) * a.d;
     const T* k_head = a.k + tile.begin * a.qk_row + column;
     const T* v_head = a.v + tile.begin * a.v_row + column;
-    __syncthreads();  // the last head's q is done with
+    __syncthreads();  // the previous head's q is no longer read
     load_tile<kTile, Dim>(q, a.q + tile.begin * a.qk_row + column, a.qk_row, tile.first,
                           tile.length, a.d);
-    float o[kRows][Dim / kSide] = {}, top[kRows], sum[kRows];
+    float o[kRows][Dim / kSide] = {}, row_max[kRows], row_sum[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      top[i] = -INFINITY;
-      sum[i] = 0;
+      row_max[i] = -INFINITY;
+      row_sum[i] = 0;
     }
 
     for (int key = 0; key < tile.length; key += kTile) {
       load_tile<kTile, Dim>(kv, k_head, a.qk_row, key, tile.length, a.d);
       __syncthreads();
       float s[kRows][kRows];
-      dot_rows<Dim>(s, q, kv, a.d);
+      gemm_nt<Dim>(s, q, kv, a.d);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        float most = top[i];
+        float new_max = row_max[i];
 #pragma unroll
         for (int j = 0; j < kRows; ++j) {
           s[i][j] *= a.scale;
-          if (key + x + j * kSide < tile.length) most = fmaxf(most, s[i][j]);
+          if (key + x + j * kSide < tile.length) new_max = fmaxf(new_max, s[i][j]);
         }
 #pragma unroll
         for (int step = kSide / 2; step > 0; step /= 2)
-          most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, step));
-        // Where every logit so far is -inf, all weights are 0, not exp(-inf + inf).
-        const float shift = most == -INFINITY ? 0.0f : most;
-        const float decay = expf(top[i] - shift);
-        top[i] = most;
+          new_max = fmaxf(new_max, __shfl_xor_sync(0xFFFFFFFFu, new_max, step));
+        // If every logit so far is -inf, all probabilities are 0, not exp(-inf + inf).
+        const float max_finite = new_max == -INFINITY ? 0.0f : new_max;
+        const float rescale = expf(row_max[i] - max_finite);
+        row_max[i] = new_max;
         float total = 0;
 #pragma unroll
         for (int j = 0; j < kRows; ++j) {
           const int at = x + j * kSide;
-          const float weight = key + at < tile.length ? expf(s[i][j] - shift) : 0.0f;
-          p[(y * kRows + i) * (kTile + kPad) + at] = weight;
-          total += weight;
+          const float prob = key + at < tile.length ? expf(s[i][j] - max_finite) : 0.0f;
+          p[(y * kRows + i) * (kTile + kPad) + at] = prob;
+          total += prob;
         }
-        sum[i] = sum[i] * decay + total;
+        row_sum[i] = row_sum[i] * rescale + total;
 #pragma unroll
-        for (int j = 0; j < Dim / kSide; ++j) o[i][j] *= decay;
+        for (int j = 0; j < Dim / kSide; ++j) o[i][j] *= rescale;
       }
-      __syncthreads();  // P is there, and K is done with
+      __syncthreads();  // P is complete, and K is no longer read
       load_tile<kTile, Dim>(kv, v_head, a.v_row, key, tile.length, a.d);
       __syncthreads();
-      const int left = tile.length - key;
-      add_weighted<kTile, Dim>(o, p, kv, left < kTile ? left : kTile);
+      const int keys = tile.length - key;
+      gemm_nn<kTile, Dim>(o, p, kv, keys < kTile ? keys : kTile);
       __syncthreads();
     }
 
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      float total = sum[i];
+      float total = row_sum[i];
 #pragma unroll
       for (int step = kSide / 2; step > 0; step /= 2)
         total += __shfl_xor_sync(0xFFFFFFFFu, total, step);
       const int row = tile.first + y * kRows + i;
       if (row >= tile.length) continue;
       const int64_t token = static_cast<int64_t>(tile.begin) + row;
-      if (x == 0) lse[head * a.tokens + token] = top[i] + logf(total);
+      if (x == 0) lse[head * a.tokens + token] = row_max[i] + logf(total);
 #pragma unroll
       for (int j = 0; j < Dim / kSide; ++j) {
         const int c = x + j * kSide;
         if (c < a.d) out[token * out_row + column + c] = from_float<T>(o[i][j] / total);
       }
-    }
-  }
-}
-
-template <int Dim>
-__global__ void __launch_bounds__(kThreads)
-    attention_mass_kernel(AttentionProblem<float> a, const float* lse, float* mass) {
-  SMEM_DYN(memory);
-  float* k = reinterpret_cast<float*>(memory);
-  float* q = k + kTile * (Dim + kPad);
-  float* partial = q;  // [kSide][kTile], at the end
-  const int y = threadIdx.x / kSide, x = threadIdx.x % kSide;
-  const AttentionTile tile = a.tiles[blockIdx.x];
-
-  for (int head = blockIdx.y; head < a.heads; head += gridDim.y) {
-    const int64_t column = static_cast<int64_t>(head) * a.d;
-    const float* lse_head = lse + head * a.tokens + tile.begin;
-    __syncthreads();
-    load_tile<kTile, Dim>(k, a.k + tile.begin * a.qk_row + column, a.qk_row, tile.first,
-                          tile.length, a.d);
-    float total[kRows] = {};
-    for (int query = 0; query < tile.length; query += kTile) {
-      load_tile<kTile, Dim>(q, a.q + tile.begin * a.qk_row + column, a.qk_row, query, tile.length,
-                            a.d);
-      __syncthreads();
-      float s[kRows][kRows];
-      dot_rows<Dim>(s, q, k, a.d);
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int row = query + y * kRows + i;
-        if (row < tile.length) {
-          const float shift = lse_head[row];
-#pragma unroll
-          for (int j = 0; j < kRows; ++j) total[j] += expf(s[i][j] * a.scale - shift);
-        }
-      }
-      __syncthreads();
-    }
-#pragma unroll
-    for (int j = 0; j < kRows; ++j) partial[y * kTile + x + j * kSide] = total[j];
-    __syncthreads();
-    const int key = tile.first + static_cast<int>(threadIdx.x);
-    if (threadIdx.x < kTile && key < tile.length) {
-      float all = 0;
-      for (int i = 0; i < kSide; ++i) all += partial[i * kTile + threadIdx.x];
-      mass[head * a.tokens + tile.begin + key] = all;
     }
   }
 }
@@ -149,56 +100,13 @@ void plain_attention(const AttentionArgs& a, Device& device) {
   const AttentionLayout in = attention_layout(a.q, a.k, a.v, a.qkv);
   with_float_type(in.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    AttentionOnDevice<T> call(in, a.cos, a.sin, a.scale, device);
-    with_head_dim(in.head_dim, [&](auto dim) {
+    const AttentionOnDevice<T> call(in, a.cos, a.sin, a.scale, device);
+    with_tile_width(in.head_dim, [&](auto dim) {
       constexpr int Dim = decltype(dim)::value;
-      call.run(attention_kernel<T, Dim>, a.cu_seqlens, kTile,
-               2 * tile_bytes(kTile, Dim) + tile_bytes(kTile, kTile), a.out.as<T>(),
-               a.lse.as<float>());
+      run_plain(call, attention_plain_kernel<T, Dim>, a.cu_seqlens, kTile,
+                2 * tile_bytes(kTile, Dim) + tile_bytes(kTile, kTile), a.out.as<T>(),
+                a.lse.as<float>());
     });
-  });
-}
-
-namespace {
-
-struct Named {
-  const char* name;
-  void (*forward)(const AttentionArgs&, Device&);
-  void (*backward)(const AttentionBackwardArgs&, Device&);
-};
-
-// What stands behind the names in ops/kernel_choice.cpp.
-constexpr Named kNamed[] = {
-    {"wgmma", wgmma_attention, wgmma_attention_backward},
-    {"mma", mma_attention, mma_attention_backward},
-    {"plain", plain_attention, plain_attention_backward},
-};
-
-const Named& named(int64_t kernel, Device& device) {
-  const std::string name = kernel_choices("attention", device.info()).at(kernel).name;
-  for (const Named& n : kNamed)
-    if (name == n.name) return n;
-  throw Error(Code::value, "there is no kernel '" + name + "'");
-}
-
-}  // namespace
-
-void attention(const AttentionArgs& a, Device& device) {
-  named(a.kernel, device).forward(a, device);
-}
-
-void attention_backward(const AttentionBackwardArgs& a, Device& device) {
-  named(a.kernel, device).backward(a, device);
-}
-
-void attention_mass(const AttentionMassArgs& a, Device& device) {
-  const AttentionLayout in = attention_layout(a.q, a.k, View(), a.qkv);
-  if (in.dtype != DType::f32) return mma_attention_mass(a, device);
-  AttentionOnDevice<float> call(in, a.cos, a.sin, a.scale, device);
-  with_head_dim(in.head_dim, [&](auto dim) {
-    constexpr int Dim = decltype(dim)::value;
-    call.run(attention_mass_kernel<Dim>, a.cu_seqlens, kTile, 2 * tile_bytes(kTile, Dim),
-             a.lse.as<const float>(), a.mass.as<float>());
   });
 }
 

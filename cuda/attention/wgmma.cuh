@@ -1,12 +1,12 @@
-// What Hopper's attention kernels share: how a head's rows lie in shared memory, the products of
-// such tiles by wgmma, the queue of work, and the mbarriers between one warp that loads and the
-// warpgroups that multiply.
+// What the "wgmma" attention kernels share (Hopper, sm_90a, f16 and bf16): the layout of a head's
+// rows in shared memory, the products of such tiles, the list of tiles that blocks take work from,
+// and the mbarriers between one producer warp, which loads by TMA, and the consumer warpgroups.
 //
-// Rows lie in panels: all rows' first `width` columns, then all rows' next, each panel
-// [rows][width] under the swizzle as wide as its rows, which is how TMA writes boxes and how wgmma
-// reads operands of either major. 64 and 128 columns are whole panels of 64. For 72 and 80 the
+// Tiles are stored in panels: all rows' first `width` columns, then all rows' next, each panel
+// [rows][width] under the swizzle as wide as its rows, which is the layout of a TMA box and that of
+// a wgmma operand of either major. 64 and 128 columns are whole panels of 64. For 72 and 80 the
 // panels are 32 wide: a product over d then stops at 80 and one into d columns takes exactly 72 or
-// 80, from one descriptor. Columns of the last panel beyond D are zeros, since TMA fills what lies
+// 80, from one descriptor. Columns of the last panel beyond D are zeros, since TMA fills what is
 // outside the tensor.
 #pragma once
 #include <algorithm>
@@ -14,26 +14,19 @@
 #include "cuda/attention/attention.cuh"
 #include "cuda/tensor_map.cuh"
 
-namespace p2r::cuda::attention_sm90 {
+namespace p2r::cuda::attention_wgmma {
 
-// Whether TMA can read these inputs, and the masks of these kernels hold: masked products are
-// infinite, and times a scale of 0 that is not -inf.
+// TMA needs 16-byte-aligned bases. scale == 0 is excluded: masking writes ±inf before scaling, and
+// inf * 0 is NaN.
 inline bool can_run(const AttentionLayout& in, double scale) {
   const auto aligned = [](const char* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   return aligned(in.q) && aligned(in.k) && aligned(in.v) && static_cast<float>(scale) != 0;
 }
 
-// Calls f with the head dimension as a constant.
+// Calls f with the head dimension, one of those that the kernels are for, as a constant.
 template <class F>
-void with_head_dim(int64_t d, F&& f) {
-  if (d == 64)
-    f(std::integral_constant<int, 64>());
-  else if (d == 72)
-    f(std::integral_constant<int, 72>());
-  else if (d == 80)
-    f(std::integral_constant<int, 80>());
-  else
-    f(std::integral_constant<int, 128>());
+void with_wgmma_head_dim(int64_t d, F&& f) {
+  with_head_dim<64, 72, 80, 128>(d, f);
 }
 
 template <int D>
@@ -46,7 +39,8 @@ struct Panels {
   static constexpr int bytes(int rows) { return count * rows * row_bytes; }
 };
 
-// Of one head's rows, as [token][head][column] with `row` elements from token to token.
+// The map of [token][head][column], with `row` elements from token to token, by boxes of Rows
+// tokens of one head.
 template <class T, int D, int Rows>
 TensorMap attention_map(const T* x, int64_t row, int64_t tokens, int64_t heads) {
   return make_tensor_map<T, 3>(
@@ -64,8 +58,8 @@ __device__ __forceinline__ void load_rows(uint32_t tile, const TensorMap& map, u
                   {p * Panels<D>::width, head, token});
 }
 
-// Zeros rows first.. of a tile: what TMA read there belongs to the next sequence, whose NaN would
-// pass through weights of 0. A whole warp calls it.
+// Zeros rows first.. of a tile: TMA loaded them from the next sequence, and a NaN there times a
+// probability of 0 is NaN. A whole warp calls it.
 template <int D, int Rows>
 __device__ __forceinline__ void clear_rows(unsigned char* tile, int first) {
   constexpr int chunks = Panels<D>::row_bytes / 16;
@@ -78,9 +72,9 @@ __device__ __forceinline__ void clear_rows(unsigned char* tile, int first) {
   __syncwarp();
 }
 
-// s = A B^T over d, for 64 rows of a tile of ARows (from row_bytes * row) and N of B's BRows.
+// s = A B^T over d, both in shared memory: 64 rows of a tile of ARows, and N of a tile of BRows.
 template <class T, int D, int ARows, int N, int BRows = N>
-__device__ __forceinline__ void multiply_rows(float (&s)[N / 2], uint32_t a, uint32_t b) {
+__device__ __forceinline__ void gemm_ss(float (&s)[N / 2], uint32_t a, uint32_t b) {
   using P = Panels<D>;
 #pragma unroll
   for (int k = 0; k < P::steps; ++k) {
@@ -93,64 +87,65 @@ __device__ __forceinline__ void multiply_rows(float (&s)[N / 2], uint32_t a, uin
   }
 }
 
-// acc += W X for 64 rows of K weights in registers and the K rows of X.
+// acc += A X, for 64 rows of A [64][K] in registers and a tile X of K rows.
 template <class T, int D, int K>
-__device__ __forceinline__ void add_rows(float (&acc)[D / 2], const uint32_t (&w)[K / 16][4],
-                                         uint32_t x) {
+__device__ __forceinline__ void gemm_rs(float (&acc)[D / 2], const uint32_t (&a)[K / 16][4],
+                                        uint32_t x) {
   using P = Panels<D>;
 #pragma unroll
   for (int k = 0; k < K / 16; ++k)
     ptx::wgmma_rs<T, D, true>(
-        acc, w[k],
+        acc, a[k],
         ptx::matrix_desc(x + 2 * k * P::group_bytes, K * P::row_bytes, P::group_bytes, P::swizzle),
         true);
 }
 
 // An accumulator as the A operand of the next product, rounded to T.
 template <class T, int N>
-__device__ __forceinline__ void pack_weights(uint32_t (&w)[N / 16][4], const float (&s)[N / 2]) {
+__device__ __forceinline__ void pack_operand(uint32_t (&a)[N / 16][4], const float (&s)[N / 2]) {
 #pragma unroll
   for (int k = 0; k < N / 16; ++k)
 #pragma unroll
-    for (int r = 0; r < 4; ++r) w[k][r] = ptx::pack2<T>(s[8 * k + 2 * r], s[8 * k + 2 * r + 1]);
+    for (int r = 0; r < 4; ++r) a[k][r] = ptx::pack2<T>(s[8 * k + 2 * r], s[8 * k + 2 * r + 1]);
 }
 
 template <int N>
-__device__ __forceinline__ void keep_weights(uint32_t (&w)[N / 16][4]) {
+__device__ __forceinline__ void keep_operand(uint32_t (&a)[N / 16][4]) {
 #pragma unroll
-  for (int k = 0; k < N / 16; ++k) ptx::wgmma_keep(w[k]);
+  for (int k = 0; k < N / 16; ++k) ptx::wgmma_keep(a[k]);
 }
 
-// ---- roles ----
-// Warpgroups 0.. multiply, the last one's first warp loads.
+// ---- warp specialisation ----
+// Warpgroups 0 to Groups - 1 are consumers; the first warp of the last warpgroup is the producer.
 template <int Groups>
 struct Roles {
   static constexpr int threads = (Groups + 1) * 128;
-  // setmaxnreg: what the register file holds, moved from the loading warpgroup to the others.
-  static constexpr int loader_registers = Groups == 2 ? 40 : 32;
-  static constexpr int registers = Groups == 2 ? 232 : 160;
+  // By setmaxnreg, which moves registers from the producer's warpgroup to the others.
+  static constexpr int producer_registers = Groups == 2 ? 40 : 32;
+  static constexpr int consumer_registers = Groups == 2 ? 232 : 160;
 };
 
-// One arrival of a warp, after all of its lanes are done.
+// One arrival for the whole warp.
 __device__ __forceinline__ void arrive_warp(uint32_t bar) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) ptx::mbar_arrive(bar);
 }
 
-// Keeps the lanes together: one left behind here while another goes on to what completes the next
-// phase would wait for the phase after that.
+// Keeps the lanes together: if one lane went on and its arrival completed the next phase, a lane
+// that still polls would miss this phase and wait for the one after.
 __device__ __forceinline__ void wait_warp(uint32_t bar, int parity) {
   ptx::mbar_wait(bar, parity);
   __syncwarp();
 }
 
-// The barriers of a ring of Stages tiles that are filled and emptied in turn; `step` counts them
-// over a block's whole life.
+// The full and empty barriers of a ring of Stages stages. `step` counts the stages filled over a
+// block's lifetime.
 template <int Stages>
 struct Ring {
   uint32_t full, empty;
   static constexpr int bytes = 16 * Stages;
-  __device__ __forceinline__ explicit Ring(uint32_t bars) : full(bars), empty(bars + 8 * Stages) {}
+  __device__ __forceinline__ explicit Ring(uint32_t barriers)
+      : full(barriers), empty(barriers + 8 * Stages) {}
   __device__ __forceinline__ static int stage(uint32_t step) {
     return static_cast<int>(step % Stages);
   }
@@ -166,37 +161,35 @@ struct Ring {
   __device__ __forceinline__ void wait_empty(uint32_t step) const {
     wait_warp(empty_bar(step), static_cast<int>(step / Stages % 2 ^ 1));
   }
-  // Before the block's first barrier, by one thread.
-  __device__ __forceinline__ void init(int readers) const {
+  // By one thread, before the block synchronises. `consumers` warps release a stage.
+  __device__ __forceinline__ void init(int consumers) const {
     for (int i = 0; i < Stages; ++i) {
       ptx::mbar_init(full + 8 * i, 1);
-      ptx::mbar_init(empty + 8 * i, readers);
+      ptx::mbar_init(empty + 8 * i, consumers);
     }
   }
 };
 
-// ---- work ----
-// A block takes tiles off the list until it is empty; what it computes does not depend on who took
-// what. All tiles of a head come before those of the next, so that the head's rows stay in L2;
-// within a head those of the longest sequences come first.
+// ---- tile scheduling ----
+// Persistent blocks take tiles off a list until it is empty; results do not depend on which block
+// takes which. All tiles of a head come before those of the next, so that the head's rows stay in
+// L2; within a head those of the longest sequences come first.
 struct WorkList {
   const AttentionTile* tiles;
-  // Of tiles, each of which is there for every head. 2^32 of them would be half a terabyte of
-  // queries.
-  uint32_t count;
+  uint32_t count;  // of tiles; each is processed for every head
   int heads;
-  uint32_t* taken;
+  uint32_t* next;  // index of tile and head. 2^32 of them would be half a terabyte of queries.
 };
 
 struct Work {
-  int begin, length, first;  // the sequence and the tile's first token of it
-  int head;                  // below 0: there is no more
+  int begin, length, first;  // the sequence, and the tile's first token of it
+  int head;                  // below 0: the list is empty
 };
 
-// The next work, for all lanes of the warp that asks.
+// Takes the next tile; the same for all lanes of the calling warp.
 __device__ __forceinline__ Work next_work(const WorkList& list) {
   uint32_t item = 0;
-  if (threadIdx.x % 32 == 0) item = atomicAdd(list.taken, 1u);
+  if (threadIdx.x % 32 == 0) item = atomicAdd(list.next, 1u);
   item = __shfl_sync(0xFFFFFFFFu, item, 0);
   const int head = static_cast<int>(item / list.count);
   if (head >= list.heads) return {0, 0, 0, -1};
@@ -204,45 +197,32 @@ __device__ __forceinline__ Work next_work(const WorkList& list) {
   return {t.begin, t.length, t.first, head};
 }
 
-// The list on the device, for tiles of `step` tokens.
+// The list in device memory, for tiles of `step` tokens.
 class WorkOnDevice {
  public:
   WorkOnDevice(const Ints& cu_seqlens, int step, int64_t heads, Device& device)
-      : memory_(device, fill(cu_seqlens, step)) {
-    list_.taken = memory_.as<uint32_t>();
-    list_.tiles = reinterpret_cast<const AttentionTile*>(memory_.as<char>() + kCounter);
-    list_.count = static_cast<uint32_t>(tiles_.size());
-    list_.heads = static_cast<int>(heads);
-    restart(device);
-    device.upload(memory_.as<char>() + kCounter, tiles_.data(), tiles_.size() * sizeof tiles_[0]);
-  }
+      : WorkOnDevice(attention_tiles(cu_seqlens, step), heads, device) {}
   const WorkList& list() const { return list_; }
   // For a second kernel over the same tiles.
-  void restart(Device& device) const { device.zero(memory_.as<void>(), kCounter); }
+  void restart(Device& device) const { device.zero(list_.next, sizeof *list_.next); }
   unsigned blocks(Device& device) const {
     return static_cast<unsigned>(
         std::min<int64_t>(int64_t{list_.count} * list_.heads, multiprocessors(device)));
   }
 
  private:
-  static constexpr size_t kCounter = 16;
-
-  size_t fill(const Ints& cu_seqlens, int step) {
-    std::vector<AttentionTile> sequences;
-    for (size_t s = 1; s < cu_seqlens.size(); ++s)
-      sequences.push_back({static_cast<int32_t>(cu_seqlens[s - 1]),
-                           static_cast<int32_t>(cu_seqlens[s] - cu_seqlens[s - 1]), 0});
-    std::stable_sort(sequences.begin(), sequences.end(),
-                     [](const auto& a, const auto& b) { return a.length > b.length; });
-    for (const AttentionTile& s : sequences)
-      for (int64_t first = 0; first < s.length; first += step)
-        tiles_.push_back({s.begin, s.length, static_cast<int32_t>(first)});
-    return kCounter + tiles_.size() * sizeof(AttentionTile);
+  WorkOnDevice(const std::vector<AttentionTile>& tiles, int64_t heads, Device& device)
+      : counter_(device, sizeof(uint32_t)), tiles_(device, tiles.size() * sizeof tiles[0]) {
+    list_.tiles = tiles_.as<const AttentionTile>();
+    list_.count = static_cast<uint32_t>(tiles.size());
+    list_.heads = static_cast<int>(heads);
+    list_.next = counter_.as<uint32_t>();
+    restart(device);
+    device.upload(tiles_.as<void>(), tiles.data(), tiles.size() * sizeof tiles[0]);
   }
 
-  std::vector<AttentionTile> tiles_;
-  Scratch memory_;
+  Scratch counter_, tiles_;
   WorkList list_{};
 };
 
-}  // namespace p2r::cuda::attention_sm90
+}  // namespace p2r::cuda::attention_wgmma

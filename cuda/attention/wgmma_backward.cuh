@@ -1,9 +1,9 @@
-// What Hopper's kernels of attention's backward share: the tiles that a block owns and those that
-// come to it in steps, the squares of a step, and the stores of sums.
+// What the "wgmma" kernels of attention's backward share: the tiles that a block owns and those
+// that it loads in steps, P and dS of a step, and the stores of gradients.
 #pragma once
 #include "cuda/attention/wgmma.cuh"
 
-namespace p2r::cuda::attention_sm90 {
+namespace p2r::cuda::attention_wgmma {
 
 constexpr int kGroups = 2, kOwned = 64 * kGroups, kStages = 2;
 
@@ -13,25 +13,26 @@ struct Tiles {
   static constexpr size_t shared = 2 * owned_bytes + 2 * kStages * bytes;
 };
 
-// The last two are the one pass's.
-struct Bars {
-  uint32_t own_full, own_empty, landed, squares_full, squares_empty;
+// owned: the block's own tiles. ragged_full: a step's tiles are loaded, but their rows beyond the
+// sequence are not zeroed yet. ds: dS of both warpgroups in shared memory, of the one pass only.
+struct Barriers {
+  uint32_t owned_full, owned_empty, ragged_full, ds_full, ds_empty;
   Ring<kStages> ring;
-  __device__ __forceinline__ explicit Bars(uint32_t at)
-      : own_full(at),
-        own_empty(at + 8),
-        landed(at + 16),
-        squares_full(at + 24),
-        squares_empty(at + 32),
+  __device__ __forceinline__ explicit Barriers(uint32_t at)
+      : owned_full(at),
+        owned_empty(at + 8),
+        ragged_full(at + 16),
+        ds_full(at + 24),
+        ds_empty(at + 32),
         ring(at + 40) {}
   static constexpr int count = 5 + 2 * kStages;
   __device__ __forceinline__ void init() const {
     if (threadIdx.x == 0) {
-      ptx::mbar_init(own_full, 1);
-      ptx::mbar_init(own_empty, 4 * kGroups);
-      ptx::mbar_init(landed, 1);
-      ptx::mbar_init(squares_full, 4 * kGroups);
-      ptx::mbar_init(squares_empty, 4 * kGroups);
+      ptx::mbar_init(owned_full, 1);
+      ptx::mbar_init(owned_empty, 4 * kGroups);
+      ptx::mbar_init(ragged_full, 1);
+      ptx::mbar_init(ds_full, 4 * kGroups);
+      ptx::mbar_init(ds_empty, 4 * kGroups);
       ring.init(4 * kGroups);
       ptx::mbar_fence_init();
     }
@@ -39,14 +40,14 @@ struct Bars {
   }
 };
 
-// lse in powers of 2 and delta of the queries of a step.
+// log2(e) lse and delta of the queries of a step.
 template <int Rows>
-struct Scalars {
+struct RowStatistics {
   float lse[Rows], delta[Rows];
 };
 
-// Rows of a head to an owned tile: `inside` of them, zeros below, where TMA would read the rows of
-// the next sequence. A whole warp calls it.
+// Copies `inside` rows of a head to an owned tile and zeros the others, into which TMA would load
+// rows of the next sequence. A whole warp calls it.
 template <int D, class T>
 __device__ __forceinline__ void copy_rows(uint32_t tile, const T* x, int64_t row, int inside) {
   using P = Panels<D>;
@@ -56,9 +57,9 @@ __device__ __forceinline__ void copy_rows(uint32_t tile, const T* x, int64_t row
     const int chunk = i % chunks, r = i / chunks % kOwned, panel = i / (chunks * kOwned);
     const int column = panel * P::width + chunk * 8,
               swizzled = chunk ^ r * P::row_bytes / 128 % chunks;
-    const bool there = r < inside && column < D;
+    const bool in_bounds = r < inside && column < D;
     ptx::cp_async16(tile + (panel * kOwned + r) * P::row_bytes + swizzled * 16,
-                    there ? x + r * row + column : x, there);
+                    in_bounds ? x + r * row + column : x, in_bounds);
   }
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
@@ -66,154 +67,159 @@ __device__ __forceinline__ void copy_rows(uint32_t tile, const T* x, int64_t row
   __syncwarp();
 }
 
-// The loading warp's work: the tensors a and b of the owned rows, then x and y step by step, with
-// the scalars of the queries where it is queries that come in steps. Where `cut` is given, it is
-// where a lies, of which nothing beyond the sequence is to be read.
+// The producer warp: the tensors a and b of the owned rows, then x and y step by step, with the
+// statistics of the queries where it is queries that are loaded in steps (else null). a_rows, if
+// not null, is a in global memory: of its last tile only the rows within the sequence are then
+// read.
 template <int D, int Rows, class T>
-__device__ __forceinline__ void load_all(const WorkList& list, const Bars& bars,
-                                         unsigned char* memory, Work* shared_work,
-                                         const TensorMap& a, const TensorMap& b, const TensorMap& x,
-                                         const TensorMap& y, Scalars<Rows>* scalars,
-                                         const float* lse, const float* delta, int64_t tokens,
-                                         const T* cut, int64_t cut_row) {
+__device__ __forceinline__ void load_tiles(const WorkList& list, const Barriers& barriers,
+                                           unsigned char* memory, Work* shared_work,
+                                           const TensorMap& a, const TensorMap& b,
+                                           const TensorMap& x, const TensorMap& y,
+                                           RowStatistics<Rows>* statistics, const float* lse,
+                                           const float* delta, int64_t tokens, const T* a_rows,
+                                           int64_t a_row) {
   using Tile = Tiles<D, Rows>;
   const int lane = threadIdx.x % 32;
-  const uint32_t owned = ptx::smem_u32(memory), steps_at = 2 * Tile::owned_bytes;
+  const uint32_t owned = ptx::smem_u32(memory), steps_offset = 2 * Tile::owned_bytes;
   uint32_t step = 0;
   int cleared = 0;
   for (int item = 0;; ++item) {
     const Work work = next_work(list);
-    wait_warp(bars.own_empty, item % 2 ^ 1);
+    wait_warp(barriers.owned_empty, item % 2 ^ 1);
     if (work.head < 0) {
       if (lane == 0) {
         *shared_work = work;
-        ptx::mbar_arrive(bars.own_full);
+        ptx::mbar_arrive(barriers.owned_full);
       }
       break;
     }
     const int token = work.begin + work.first;
-    const bool whole = !cut || work.first + kOwned <= work.length;
+    const bool full_tile = !a_rows || work.first + kOwned <= work.length;
     if (lane == 0) {
       *shared_work = work;
-      ptx::mbar_expect_tx(bars.own_full, whole ? 2 * Tile::owned_bytes : Tile::owned_bytes);
-      if (whole) load_rows<D, kOwned>(owned, a, bars.own_full, work.head, token);
-      load_rows<D, kOwned>(owned + Tile::owned_bytes, b, bars.own_full, work.head, token);
+      ptx::mbar_expect_tx(barriers.owned_full,
+                          full_tile ? 2 * Tile::owned_bytes : Tile::owned_bytes);
+      if (full_tile) load_rows<D, kOwned>(owned, a, barriers.owned_full, work.head, token);
+      load_rows<D, kOwned>(owned + Tile::owned_bytes, b, barriers.owned_full, work.head, token);
     }
-    if (!whole)
-      copy_rows<D>(owned, cut + token * cut_row + int64_t{work.head} * D, cut_row,
+    if (!full_tile)
+      copy_rows<D>(owned, a_rows + token * a_row + int64_t{work.head} * D, a_row,
                    work.length - work.first);
-    if (lane == 0) ptx::mbar_arrive(bars.own_full);
-    const int steps = (work.length + Rows - 1) / Rows, left = work.length % Rows;
+    if (lane == 0) ptx::mbar_arrive(barriers.owned_full);
+    const int steps = (work.length + Rows - 1) / Rows, valid = work.length % Rows;
     const auto clear = [&](uint32_t at) {
-      ptx::mbar_wait(bars.landed, cleared++ % 2);
-      unsigned char* tile = memory + steps_at + 2 * bars.ring.stage(at) * Tile::bytes;
-      clear_rows<D, Rows>(tile, left);
-      clear_rows<D, Rows>(tile + Tile::bytes, left);
-      if (lane == 0) ptx::mbar_arrive(bars.ring.full_bar(at));
+      ptx::mbar_wait(barriers.ragged_full, cleared++ % 2);
+      unsigned char* tile = memory + steps_offset + 2 * barriers.ring.stage(at) * Tile::bytes;
+      clear_rows<D, Rows>(tile, valid);
+      clear_rows<D, Rows>(tile + Tile::bytes, valid);
+      if (lane == 0) ptx::mbar_arrive(barriers.ring.full_bar(at));
     };
     for (int n = steps - 1; n >= 0; --n, ++step) {
-      const int stage = bars.ring.stage(step);
-      bars.ring.wait_empty(step);
-      if (scalars) {
-        // Beyond the end exp(0 - inf) is a weight of 0.
+      const int stage = barriers.ring.stage(step);
+      barriers.ring.wait_empty(step);
+      if (statistics) {
+        // Beyond the end P = exp(0 - inf) = 0.
         const int64_t first = work.head * tokens + work.begin;
         for (int i = lane; i < Rows; i += 32) {
           const bool inside = n * Rows + i < work.length;
-          scalars[stage].lse[i] = inside ? lse[first + n * Rows + i] * kLog2e : INFINITY;
-          scalars[stage].delta[i] = inside ? delta[first + n * Rows + i] : 0.0f;
+          statistics[stage].lse[i] = inside ? lse[first + n * Rows + i] * kLog2e : INFINITY;
+          statistics[stage].delta[i] = inside ? delta[first + n * Rows + i] : 0.0f;
         }
         __syncwarp();
       }
       if (lane == 0) {
-        const uint32_t bar = left && n == steps - 1 ? bars.landed : bars.ring.full_bar(step);
-        const uint32_t tile = owned + steps_at + 2 * stage * Tile::bytes;
+        const uint32_t full =
+            valid && n == steps - 1 ? barriers.ragged_full : barriers.ring.full_bar(step);
+        const uint32_t tile = owned + steps_offset + 2 * stage * Tile::bytes;
         const int token = work.begin + n * Rows;
-        ptx::mbar_arrive_expect_tx(bar, 2 * Tile::bytes);
-        load_rows<D, Rows>(tile, x, bar, work.head, token);
-        load_rows<D, Rows>(tile + Tile::bytes, y, bar, work.head, token);
+        ptx::mbar_arrive_expect_tx(full, 2 * Tile::bytes);
+        load_rows<D, Rows>(tile, x, full, work.head, token);
+        load_rows<D, Rows>(tile + Tile::bytes, y, full, work.head, token);
       }
-      // The ragged rows are on their way for a while; the next step's went first.
-      if (left && n == steps - 2) clear(step - 1);
+      // Not before the next step's are issued: the ragged tiles are still in flight.
+      if (valid && n == steps - 2) clear(step - 1);
     }
-    if (left && steps == 1) clear(step - 1);
+    if (valid && steps == 1) clear(step - 1);
   }
 }
 
-// s = A X^T and ds = B Y^T for 64 rows of the owned tiles A and B and Part rows of a step's N; s is
-// there, ds to be waited for.
-template <class T, int D, int N, int Part>
-__device__ __forceinline__ void start_squares(float (&s)[Part / 2], float (&ds)[Part / 2],
-                                              uint32_t a, uint32_t x, uint32_t b, uint32_t y) {
+// s = A X^T and dp = B Y^T for 64 rows of the owned tiles A and B and Chunk rows of a step's N. s
+// is complete on return, dp still in flight.
+template <class T, int D, int N, int Chunk>
+__device__ __forceinline__ void issue_scores(float (&s)[Chunk / 2], float (&dp)[Chunk / 2],
+                                             uint32_t a, uint32_t x, uint32_t b, uint32_t y) {
   ptx::wgmma_keep(s);
-  ptx::wgmma_keep(ds);
+  ptx::wgmma_keep(dp);
   ptx::wgmma_fence();
-  multiply_rows<T, D, kOwned, Part, N>(s, a, x);
+  gemm_ss<T, D, kOwned, Chunk, N>(s, a, x);
   ptx::wgmma_commit();
-  multiply_rows<T, D, kOwned, Part, N>(ds, b, y);
+  gemm_ss<T, D, kOwned, Chunk, N>(dp, b, y);
   ptx::wgmma_commit();
   ptx::wgmma_wait<1>();
   ptx::wgmma_keep(s);
 }
 
-// P^T in p and dS^T in w, both rounded to T, for 64 owned keys and a step of N queries, of which
-// Part at a time.
-template <class T, int D, int N, int Part>
-__device__ __forceinline__ void weigh_queries(uint32_t (&p)[N / 16][4], uint32_t (&w)[N / 16][4],
-                                              float (&s)[Part / 2], float (&ds)[Part / 2],
-                                              uint32_t k, uint32_t q, uint32_t v, uint32_t g,
-                                              const Scalars<N>& at, float scale_log2) {
+// P^T and dS^T, both rounded to T, for 64 owned keys and a step of N queries, of which Chunk at a
+// time; s and dp are its accumulators.
+template <class T, int D, int N, int Chunk>
+__device__ __forceinline__ void recompute_p_ds(uint32_t (&p)[N / 16][4], uint32_t (&ds)[N / 16][4],
+                                               float (&s)[Chunk / 2], float (&dp)[Chunk / 2],
+                                               uint32_t k, uint32_t q, uint32_t v, uint32_t dout,
+                                               const RowStatistics<N>& statistics,
+                                               float scale_log2) {
 #pragma unroll
-  for (int first = 0; first < N; first += Part) {
+  for (int first = 0; first < N; first += Chunk) {
     const int row = first * Panels<D>::row_bytes;
-    const float* lse = at.lse + first + 2 * (threadIdx.x % 4);
-    const float* delta = at.delta + first + 2 * (threadIdx.x % 4);
-    start_squares<T, D, N, Part>(s, ds, k, q + row, v, g + row);
+    const float* lse = statistics.lse + first + 2 * (threadIdx.x % 4);
+    const float* delta = statistics.delta + first + 2 * (threadIdx.x % 4);
+    issue_scores<T, D, N, Chunk>(s, dp, k, q + row, v, dout + row);
 #pragma unroll
-    for (int t = 0; t < Part / 8; ++t) {
-      const float2 shift = *reinterpret_cast<const float2*>(lse + 8 * t);
+    for (int t = 0; t < Chunk / 8; ++t) {
+      const float2 lse_pair = *reinterpret_cast<const float2*>(lse + 8 * t);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float* x = s + 4 * t + 2 * h;
-        x[0] = ptx::ex2(x[0] * scale_log2 - shift.x);
-        x[1] = ptx::ex2(x[1] * scale_log2 - shift.y);
+        x[0] = ptx::ex2(x[0] * scale_log2 - lse_pair.x);
+        x[1] = ptx::ex2(x[1] * scale_log2 - lse_pair.y);
         p[first / 16 + t / 2][t % 2 * 2 + h] = ptx::pack2<T>(x[0], x[1]);
       }
     }
     ptx::wgmma_wait<0>();
-    ptx::wgmma_keep(ds);
+    ptx::wgmma_keep(dp);
 #pragma unroll
-    for (int t = 0; t < Part / 8; ++t) {
-      const float2 mean = *reinterpret_cast<const float2*>(delta + 8 * t);
+    for (int t = 0; t < Chunk / 8; ++t) {
+      const float2 delta_pair = *reinterpret_cast<const float2*>(delta + 8 * t);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float *x = s + 4 * t + 2 * h, *d_p = ds + 4 * t + 2 * h;
-        w[first / 16 + t / 2][t % 2 * 2 + h] =
-            ptx::pack2<T>(x[0] * (d_p[0] - mean.x), x[1] * (d_p[1] - mean.y));
+        const float *x = s + 4 * t + 2 * h, *dx = dp + 4 * t + 2 * h;
+        ds[first / 16 + t / 2][t % 2 * 2 + h] =
+            ptx::pack2<T>(x[0] * (dx[0] - delta_pair.x), x[1] * (dx[1] - delta_pair.y));
       }
     }
   }
 }
 
-// Entry D / 2 columns away from acc[i], of the same row: in this thread or, where D / 2 is not a
-// multiple of 8, two lanes on.
+// The entry that rotary pairs with acc[i], of the same row and D / 2 columns away: in this thread
+// or, where D / 2 is not a multiple of 8, two lanes away.
 template <int D>
-__device__ __forceinline__ float across(const float (&acc)[D / 2], int i) {
+__device__ __forceinline__ float rotary_partner(const float (&acc)[D / 2], int i) {
   if constexpr (D % 16 == 0) return acc[i < D / 4 ? i + D / 4 : i - D / 4];
   constexpr int middle = D / 16;  // the tile of 8 columns that holds both halves' columns
   const int tile = i / 4;
-  // Where lanes 0 and 1 of four find it, and lanes 2 and 3; the giver is of the other pair.
+  // The partner's tile for lanes 0 and 1 of four, and for lanes 2 and 3; the other pair sends it.
   const int low = tile <= middle ? tile + middle : tile - middle - 1;
   const int high = tile < middle ? tile + middle + 1 : tile - middle;
-  const float give = threadIdx.x % 4 >= 2 ? acc[4 * low + i % 4] : acc[4 * high + i % 4];
-  return __shfl_xor_sync(0xFFFFFFFFu, give, 2);
+  const float sent = threadIdx.x % 4 >= 2 ? acc[4 * low + i % 4] : acc[4 * high + i % 4];
+  return __shfl_xor_sync(0xFFFFFFFFu, sent, 2);
 }
 
-// Stores a warp's 16 rows times `factor`, those within the sequence, turned back if there are
-// tables.
+// Stores a warp's 16 rows of a gradient times `factor`, those within the sequence, rotated back if
+// there are tables.
 template <class T, int D>
-__device__ __forceinline__ void store_sums(float (&acc)[D / 2], float factor, const Work& work,
-                                           T* to, int64_t to_row, const float* cos,
-                                           const float* sin) {
+__device__ __forceinline__ void store_gradient(float (&acc)[D / 2], float factor, const Work& work,
+                                               T* to, int64_t to_row, const float* cos,
+                                               const float* sin) {
   const int lane = threadIdx.x % 32, column = 2 * (lane % 4);
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) acc[i] *= factor;
@@ -231,10 +237,10 @@ __device__ __forceinline__ void store_sums(float (&acc)[D / 2], float factor, co
         const int i = 4 * t + 2 * h + e, c = 8 * t + column + e;
         pair[e] = acc[i];
         if (cos) {
-          const float far = across<D>(acc, i);
-          const bool left = c < D / 2;
-          const float s = sin[token * D + (left ? c + D / 2 : c - D / 2)];
-          pair[e] = cos[token * D + c] * acc[i] + (left ? s * far : -s * far);
+          const float partner = rotary_partner<D>(acc, i);
+          const bool first_half = c < D / 2;
+          const float s = sin[token * D + (first_half ? c + D / 2 : c - D / 2)];
+          pair[e] = cos[token * D + c] * acc[i] + (first_half ? s * partner : -s * partner);
         }
       }
       if (inside) *reinterpret_cast<uint32_t*>(x + 8 * t) = ptx::pack2<T>(pair[0], pair[1]);
@@ -242,12 +248,12 @@ __device__ __forceinline__ void store_sums(float (&acc)[D / 2], float factor, co
   }
 }
 
-// One call on the device: delta is made, q and k are turned if there are tables (into `room`, if it
-// is given), and the owned tiles are listed.
+// One call on the device: computes delta, rotates q and k if there are tables (into those of
+// `rotated_into`, if given), and lists the owned tiles.
 template <class T>
 struct BackwardOnDevice {
   const AttentionLayout in, grad;
-  const AttentionOnDevice<T> turned;
+  const AttentionOnDevice<T> rotated;
   const AttentionProblem<T>& p;
   const Scratch delta_memory;
   const WorkOnDevice work;
@@ -257,11 +263,11 @@ struct BackwardOnDevice {
   float* delta;
 
   BackwardOnDevice(const AttentionBackwardArgs& a, Device& device,
-                   const AttentionLayout* room = nullptr)
+                   const AttentionLayout* rotated_into = nullptr)
       : in(attention_layout(a.q, a.k, a.v, a.qkv)),
         grad(attention_layout(a.d_q, a.d_k, a.d_v, a.d_qkv)),
-        turned(in, a.cos, a.sin, a.scale, device, room),
-        p(turned.problem()),
+        rotated(in, a.cos, a.sin, a.scale, device, rotated_into),
+        p(rotated.problem()),
         delta_memory(device, in.tokens * in.heads * sizeof(float)),
         work(a.cu_seqlens, kOwned, in.heads, device),
         d_out(a.d_out.as<const T>()),
@@ -273,18 +279,17 @@ struct BackwardOnDevice {
     attention_delta(d_out, a.out.as<const T>(), delta, in, device);
   }
 
-  // Of boxes of Rows tokens.
   template <int D, int Rows>
   TensorMap map(const T* x, int64_t row) const {
     return attention_map<T, D, Rows>(x, row, in.tokens, in.heads);
   }
   template <int D, int Rows>
-  TensorMap d_out_map() const {
+  TensorMap dout_map() const {
     return map<D, Rows>(d_out, in.heads * in.head_dim);
   }
 };
 
-// With a workspace (cuda/attention/wgmma_one_pass.cu); the inputs are such that TMA can read them.
+// With a workspace (cuda/attention/wgmma_one_pass.cu), for inputs that TMA can read.
 void one_pass_backward(const AttentionBackwardArgs& a, Device& device);
 
-}  // namespace p2r::cuda::attention_sm90
+}  // namespace p2r::cuda::attention_wgmma

@@ -1,37 +1,39 @@
-// Attention, backward, on Hopper (sm_90a), without `deterministic`: one pass that adds up dQ in a
-// workspace.
+// Attention, backward, "wgmma", without `deterministic`: on Hopper (sm_90a), in one pass that
+// accumulates dQ in a workspace.
 //
 // As in the pass that owns keys (cuda/attention/wgmma_backward.cu), a block owns 128 keys of one
-// sequence and head, has K and V in shared memory, sums dK and dV in registers, and walks over the
+// sequence and head, has K and V in shared memory, sums dK and dV in registers, and loops over the
 // queries:
 //
 //   S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dK += dS^T Q    dQ = dS K
 //
 // which are 5 products where the two passes have 7, and half of their exponentials. The last needs
-// every key's dS, so the two warpgroups put theirs into shared memory, as the registers hold it:
-// transposed, which wgmma reads as well. Each then makes 64 queries' dQ, or where 128 columns leave
-// registers for steps of 64 queries only, half of the columns of all of them. That costs one
-// rendezvous a step: dV is multiplied while the other's dS is waited for, and dK while dQ leaves.
+// every key's dS, so the two warpgroups store theirs to shared memory in the layout of the
+// accumulator, transposed, which wgmma reads as an MN-major operand. Each warpgroup then computes
+// the dQ of 64 queries or, where 128 columns leave registers for steps of 64 queries only, half of
+// the columns of all of them. That costs one synchronisation of both a step: dV is in flight while
+// the other's dS is waited for, and dK while dQ is stored.
 //
-// dQ leaves through shared memory, where a warp puts its 16 rows and one lane has the copy engine
-// add them, f32, to the workspace: one contiguous piece, cut at the sequence's end, so that a
-// neighbour's rows are never touched. The order of these additions is the one thing that is not
-// fixed. A last kernel scales the sums, turns them back and rounds them.
+// dQ is stored through shared memory, where a warp writes its 16 rows and one lane has them added,
+// f32, to the workspace by a bulk reduce: one contiguous piece, cut at the sequence's end, so that
+// another sequence's rows are never touched. The order of these additions is the one thing that is
+// not deterministic. A last kernel scales the sums, rotates them back and rounds them.
 //
 // Keys of the last tile beyond the sequence: their rows of dS are set to 0, and so are their rows
-// of K, which belong to the next sequence and may be NaN.
+// of K, which would belong to the next sequence and may be NaN.
 //
-// Memory: the workspace has 4 T H D bytes. Turned q and k take none: they lie in d_qkv, where dQ is
-// written only after the pass, and dK by the one block that reads these keys, when it has.
+// Memory: the workspace has 4 T H D bytes. Rotated q and k take none: they are stored in d_qkv,
+// where dQ is written only after the pass, and dK by the one block that reads these keys, after it
+// has.
 //
 // Prediction (no GPU has run this yet; H200, TFLOP/s of the 10 T^2 D H that a backward counts, at
 // 8k tokens and more). A step of 128 keys by 128 queries (by 64 at 128 columns), in clocks of the
-// tensor cores / of shared memory at 128 bytes each, of which what leaves with dQ is a sixth:
+// tensor cores / of shared memory at 128 bytes each, of which storing dQ is a sixth:
 //
 //   D 64: 2560 / 2820    72: 3010 / 3300    80: 3200 / 3780    128: 2560 / 2940
 //
 // To the larger come 1024 clocks of exponentials (512 at 128), half of them beside products, and
-// what kernels of this kind lose at their rendezvous, in all some 2700 (2000 at 128). At 1.75 GHz
+// what kernels of this kind lose by synchronising, in all some 2700 (2000 at 128). At 1.75 GHz
 // that makes 440 at 64, 460 at 72 and 80 and 490 at 128; 400, 410 and 440 if the additions in L2
 // take a tenth. The two passes, by the same count, have 3600 to 4500 clocks of the tensor cores a
 // step and twice the exponentials: this is 1.2 to 1.25 times as fast.
@@ -39,77 +41,76 @@
 
 namespace p2r::cuda {
 
-using namespace attention_sm90;
+using namespace attention_wgmma;
 
 namespace {
 
-// A step's queries, and how many columns of dQ a warpgroup makes for 64 of them.
+// A step's queries, for how many of them S and dP are computed at once, and how many columns of dQ
+// a warpgroup computes for 64 of them.
 template <int D>
 struct OnePass {
-  static constexpr int queries = D == 128 ? 64 : 128, at_once = D >= 80 ? 64 : 128;
+  static constexpr int queries = D == 128 ? 64 : 128, queries_at_once = D >= 80 ? 64 : 128;
   static constexpr int width = D == 128 ? 64 : D, parts = D / width;
-  static constexpr int square_bytes = kOwned * queries * 2, sum_bytes = 64 * width * 4;
-  static constexpr int squares_at = Tiles<D, queries>::shared;
-  static constexpr int sums_at = squares_at + square_bytes;
-  static constexpr size_t shared = sums_at + kGroups * sum_bytes;
+  static constexpr int ds_bytes = kOwned * queries * 2, dq_bytes = 64 * width * 4;
+  static constexpr int ds_offset = Tiles<D, queries>::shared;
+  static constexpr int dq_offset = ds_offset + ds_bytes;
+  static constexpr size_t shared = dq_offset + kGroups * dq_bytes;
 };
 
-// The workspace is [head][part][token][width]. Rows of shared memory that begin at few different
-// banks would be written slowly, so the groups of 8 columns of a row are permuted, here and there.
+// The workspace is [head][part][token][width]. Its rows are staged in shared memory, where they
+// would begin at few different banks: the groups of 8 columns of a row are swizzled, in both.
 template <int Width>
-__device__ __forceinline__ int group_place(int group, int token) {
+__device__ __forceinline__ int swizzled_group(int group, int token) {
   if constexpr (Width % 32 == 0) return group / 4 * 4 + (group % 4 ^ (token & 3));
   if constexpr (Width % 32 == 16) return group / 2 * 2 + (group % 2 ^ (token >> 1 & 1));
   return group;
 }
 
-// Zeros the rows of packed weights from `inside` on, of a warpgroup's 64.
+// Zeros the rows of packed dS^T from `inside` on, of a warpgroup's 64.
 template <int N>
-__device__ __forceinline__ void drop_rows(uint32_t (&w)[N / 16][4], int inside) {
+__device__ __forceinline__ void zero_rows(uint32_t (&ds)[N / 16][4], int inside) {
   const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
   for (int h = 0; h < 2; ++h)
     if (row + 8 * h >= inside) {
 #pragma unroll
-      for (int k = 0; k < N / 16; ++k) w[k][h] = w[k][h + 2] = 0;
+      for (int k = 0; k < N / 16; ++k) ds[k][h] = ds[k][h + 2] = 0;
     }
 }
 
-// Puts packed rows of dS^T into shared memory: panels of 64 queries under the swizzle of 128 bytes.
+// Stores packed rows of dS^T to shared memory: panels of 64 queries under the 128-byte swizzle.
 template <int N>
-__device__ __forceinline__ void put_squares(unsigned char* squares,
-                                            const uint32_t (&w)[N / 16][4]) {
+__device__ __forceinline__ void store_ds(unsigned char* ds_tile, const uint32_t (&ds)[N / 16][4]) {
   const int lane = threadIdx.x % 32;
-  unsigned char* row = squares + (threadIdx.x / 32 * 16 + lane / 4) * 128 + 4 * (lane % 4);
+  unsigned char* row = ds_tile + (threadIdx.x / 32 * 16 + lane / 4) * 128 + 4 * (lane % 4);
 #pragma unroll
   for (int k = 0; k < N / 16; ++k)
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int chunk = 2 * (k % 4) + r / 2;
       *reinterpret_cast<uint32_t*>(row + k / 4 * kOwned * 128 + r % 2 * 8 * 128 +
-                                   (chunk ^ lane / 4) * 16) = w[k][r];
+                                   (chunk ^ lane / 4) * 16) = ds[k][r];
     }
 }
 
-// dq = dS K for the 64 queries of a panel of dS^T and Width columns of the owned keys.
+// dq = dS K for the 64 queries of a panel of dS^T and Width columns of the owned K, both MN-major.
 template <class T, int D, int Width>
-__device__ __forceinline__ void multiply_keys(float (&dq)[Width / 2], uint32_t squares,
-                                              uint32_t keys) {
+__device__ __forceinline__ void gemm_dq(float (&dq)[Width / 2], uint32_t ds_tile, uint32_t keys) {
   using P = Panels<D>;
 #pragma unroll
   for (int k = 0; k < kOwned / 16; ++k)
     ptx::wgmma_ss<T, Width, true, true>(
-        dq, ptx::matrix_desc(squares + 2 * k * 1024, 0, 1024, Swizzle::b128),
+        dq, ptx::matrix_desc(ds_tile + 2 * k * 1024, 0, 1024, Swizzle::b128),
         ptx::matrix_desc(keys + 2 * k * P::group_bytes, kOwned * P::row_bytes, P::group_bytes,
                          P::swizzle),
         k > 0);
 }
 
-// Adds a warp's 16 rows to the workspace, those within the sequence; `row` is the first one's place
-// in the sequence and `sums` in the workspace.
+// Adds a warp's 16 rows of dQ, those within the sequence, to the workspace at dq_accum; `row` is
+// the first one's index in the sequence.
 template <int Width>
-__device__ __forceinline__ void add_sums(float* staged, const float (&dq)[Width / 2], float* sums,
-                                         int row, const Work& work) {
+__device__ __forceinline__ void reduce_dq(float* staged, const float (&dq)[Width / 2],
+                                          float* dq_accum, int row, const Work& work) {
   const int lane = threadIdx.x % 32;
   if (lane == 0) ptx::tma_wait_read<0>();
   __syncwarp();
@@ -119,106 +120,111 @@ __device__ __forceinline__ void add_sums(float* staged, const float (&dq)[Width 
     const int token = work.begin + row + lane / 4;
 #pragma unroll
     for (int t = 0; t < Width / 8; ++t)
-      *reinterpret_cast<float2*>(to + 8 * group_place<Width>(t, token)) =
+      *reinterpret_cast<float2*>(to + 8 * swizzled_group<Width>(t, token)) =
           make_float2(dq[4 * t + 2 * h], dq[4 * t + 2 * h + 1]);
   }
   ptx::fence_proxy_async();
   __syncwarp();
   const int rows = work.length - row < 16 ? work.length - row : 16;
   if (lane == 0 && rows > 0) {
-    ptx::bulk_reduce_add(sums, ptx::smem_u32(staged), rows * Width * 4);
+    ptx::bulk_reduce_add(dq_accum, ptx::smem_u32(staged), rows * Width * 4);
     ptx::tma_commit();
   }
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(Roles<kGroups>::threads, 1) attention_one_pass_sm90_kernel(
-    const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-    const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap g_map, WorkList list,
-    const T* k_rows, int64_t k_row, const float* lse, const float* delta, T* d_k, T* d_v,
-    int64_t d_row, float* sums, const float* cos, const float* sin, int64_t tokens, float scale) {
+__global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
+    attention_one_pass_wgmma_kernel(const __grid_constant__ TensorMap k_map,
+                                    const __grid_constant__ TensorMap v_map,
+                                    const __grid_constant__ TensorMap q_map,
+                                    const __grid_constant__ TensorMap dout_map, WorkList list,
+                                    const T* k_rows, int64_t k_row, const float* lse,
+                                    const float* delta, T* d_k, T* d_v, int64_t d_row,
+                                    float* dq_accum, const float* cos, const float* sin,
+                                    int64_t tokens, float scale) {
   if constexpr (ptx::on_sm90a) {
     using Pass = OnePass<D>;
-    constexpr int N = Pass::queries, Part = Pass::at_once, Width = Pass::width;
+    constexpr int N = Pass::queries, Chunk = Pass::queries_at_once, Width = Pass::width;
     using Tile = Tiles<D, N>;
     using R = Roles<kGroups>;
     SMEM_DYN(memory);
-    SMEM_ARRAY(uint64_t, bar_words, Bars::count);
+    SMEM_ARRAY(uint64_t, barrier_storage, Barriers::count);
     SMEM_ARRAY(Work, shared_work, 1);
-    SMEM_ARRAY(Scalars<N>, scalars, kStages);
-    const Bars bars(ptx::smem_u32(bar_words));
-    bars.init();
+    SMEM_ARRAY(RowStatistics<N>, statistics, kStages);
+    const Barriers barriers(ptx::smem_u32(barrier_storage));
+    barriers.init();
 
     const int warp = threadIdx.x / 32, group = threadIdx.x / 128, lane = threadIdx.x % 32;
     if (group == kGroups) {
-      ptx::reg_dealloc<R::loader_registers>();
+      ptx::reg_dealloc<R::producer_registers>();
       if (warp == 4 * kGroups)
-        load_all<D, N>(list, bars, memory, shared_work, k_map, v_map, q_map, g_map, scalars, lse,
-                       delta, tokens, k_rows, k_row);
+        load_tiles<D, N>(list, barriers, memory, shared_work, k_map, v_map, q_map, dout_map,
+                         statistics, lse, delta, tokens, k_rows, k_row);
     } else {
-      ptx::reg_alloc<R::registers>();
+      ptx::reg_alloc<R::consumer_registers>();
       const float scale_log2 = scale * kLog2e;
       const uint32_t k = ptx::smem_u32(memory), own_k = k + group * 64 * Panels<D>::row_bytes;
       const uint32_t own_v = own_k + Tile::owned_bytes;
-      // What this warpgroup makes of dQ: 64 queries of a step and Width columns.
+      // This warpgroup's part of dQ: 64 queries of a step and Width columns.
       const int part = Pass::parts == 1 ? 0 : group, queries = Pass::parts == 1 ? group * 64 : 0;
-      const uint32_t squares = k + Pass::squares_at + queries / 64 * kOwned * 128;
+      const uint32_t ds_tile = k + Pass::ds_offset + queries / 64 * kOwned * 128;
       const uint32_t keys = k + part * kOwned * Panels<D>::row_bytes;
-      float* staged = reinterpret_cast<float*>(memory + Pass::sums_at) + warp * 16 * Width;
+      float* staged = reinterpret_cast<float*>(memory + Pass::dq_offset) + warp * 16 * Width;
       uint32_t step = 0;
       for (int item = 0;; ++item) {
-        ptx::mbar_wait(bars.own_full, item % 2);
+        ptx::mbar_wait(barriers.owned_full, item % 2);
         const Work work = shared_work[0];
         if (work.head < 0) break;
         const uint32_t end = step + (work.length + N - 1) / N;
-        float dk[D / 2], dv[D / 2], dq[Width / 2], s[Part / 2], ds[Part / 2];
-        uint32_t p[N / 16][4], w[N / 16][4];
+        float dk[D / 2], dv[D / 2], dq[Width / 2], s[Chunk / 2], dp[Chunk / 2];
+        uint32_t p[N / 16][4], ds[N / 16][4];
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
 
         for (; step != end; ++step) {
-          const int stage = bars.ring.stage(step);
+          const int stage = barriers.ring.stage(step);
           const uint32_t q = k + 2 * Tile::owned_bytes + 2 * stage * Tile::bytes;
-          const uint32_t g = q + Tile::bytes;
-          bars.ring.wait_full(step);
-          weigh_queries<T, D, N, Part>(p, w, s, ds, own_k, q, own_v, g, scalars[stage], scale_log2);
+          const uint32_t dout = q + Tile::bytes;
+          barriers.ring.wait_full(step);
+          recompute_p_ds<T, D, N, Chunk>(p, ds, s, dp, own_k, q, own_v, dout, statistics[stage],
+                                         scale_log2);
           if (const int inside = work.length - work.first - group * 64; inside < 64)
-            drop_rows<N>(w, inside);
+            zero_rows<N>(ds, inside);
           ptx::wgmma_keep(dv);
-          keep_weights<N>(p);
+          keep_operand<N>(p);
           ptx::wgmma_fence();
-          add_rows<T, D, N>(dv, p, g);
+          gemm_rs<T, D, N>(dv, p, dout);
           ptx::wgmma_commit();
 
-          ptx::mbar_wait(bars.squares_empty, step % 2 ^ 1);
-          put_squares<N>(memory + Pass::squares_at, w);
+          ptx::mbar_wait(barriers.ds_empty, step % 2 ^ 1);
+          store_ds<N>(memory + Pass::ds_offset, ds);
           ptx::fence_proxy_async();
-          arrive_warp(bars.squares_full);
-          ptx::mbar_wait(bars.squares_full, step % 2);
+          arrive_warp(barriers.ds_full);
+          ptx::mbar_wait(barriers.ds_full, step % 2);
           ptx::wgmma_keep(dq);
           ptx::wgmma_keep(dk);
-          keep_weights<N>(w);
+          keep_operand<N>(ds);
           ptx::wgmma_fence();
-          multiply_keys<T, D, Width>(dq, squares, keys);
+          gemm_dq<T, D, Width>(dq, ds_tile, keys);
           ptx::wgmma_commit();
-          add_rows<T, D, N>(dk, w, q);
+          gemm_rs<T, D, N>(dk, ds, q);
           ptx::wgmma_commit();
           ptx::wgmma_wait<1>();
           ptx::wgmma_keep(dv);
           ptx::wgmma_keep(dq);
-          arrive_warp(bars.squares_empty);
+          arrive_warp(barriers.ds_empty);
           // The first step is the sequence's last.
           const int row = static_cast<int>(end - 1 - step) * N + queries + warp % 4 * 16;
           const int64_t plane = int64_t{work.head} * Pass::parts + part;
-          add_sums<Width>(staged, dq, sums + (plane * tokens + work.begin + row) * Width, row,
-                          work);
+          reduce_dq<Width>(staged, dq, dq_accum + (plane * tokens + work.begin + row) * Width, row,
+                           work);
           ptx::wgmma_wait<0>();
           ptx::wgmma_keep(dk);
-          arrive_warp(bars.ring.empty_bar(step));
+          arrive_warp(barriers.ring.empty_bar(step));
         }
-        arrive_warp(bars.own_empty);
-        store_sums<T, D>(dv, 1.0f, work, d_v, d_row, nullptr, nullptr);
-        store_sums<T, D>(dk, scale, work, d_k, d_row, cos, sin);
+        arrive_warp(barriers.owned_empty);
+        store_gradient<T, D>(dv, 1.0f, work, d_v, d_row, nullptr, nullptr);
+        store_gradient<T, D>(dk, scale, work, d_k, d_row, cos, sin);
       }
       if (lane == 0) ptx::tma_wait_read<0>();
     }
@@ -227,11 +233,13 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1) attention_one_pass
   }
 }
 
-// dQ from its sums: a thread takes four columns and the four that are turned with them.
 constexpr int kBlock = 256;
+
+// Scales the accumulated dQ, rotates it back and rounds it. A thread takes four columns and the
+// four that rotary pairs with them.
 template <class T, int D>
 __global__ void __launch_bounds__(kBlock)
-    attention_d_q_of_sums_kernel(const float* sums, T* d_q, int64_t d_row, const float* cos,
+    attention_d_q_convert_kernel(const float* dq_accum, T* d_q, int64_t d_row, const float* cos,
                                  const float* sin, int64_t tokens, int heads, float scale) {
   constexpr int Width = OnePass<D>::width, parts = OnePass<D>::parts, threads = D / 8;
   const int64_t n = tokens * heads * threads;
@@ -246,8 +254,8 @@ __global__ void __launch_bounds__(kBlock)
       const int c = first + half * (D / 2), inside = c % Width;
       const int64_t plane = int64_t{head} * parts + c / Width;
       const float4 four = *reinterpret_cast<const float4*>(
-          sums + (plane * tokens + token) * Width +
-          8 * group_place<Width>(inside / 8, static_cast<int>(token)) + inside % 8);
+          dq_accum + (plane * tokens + token) * Width +
+          8 * swizzled_group<Width>(inside / 8, static_cast<int>(token)) + inside % 8);
       x[half][0] = four.x * scale;
       x[half][1] = four.y * scale;
       x[half][2] = four.z * scale;
@@ -258,8 +266,8 @@ __global__ void __launch_bounds__(kBlock)
       float y[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float left = x[0][e], right = x[1][e];
-        const auto entry = [=](int c) { return c < D / 2 ? left : right; };
+        const float x0 = x[0][e], x1 = x[1][e];
+        const auto entry = [=](int c) { return c < D / 2 ? x0 : x1; };
         y[e] = cos ? rotate_half(entry, cos + token * D, sin + token * D,
                                  first + e + half * (D / 2), D / 2, true)
                    : x[half][e];
@@ -272,26 +280,26 @@ __global__ void __launch_bounds__(kBlock)
 
 }  // namespace
 
-void attention_sm90::one_pass_backward(const AttentionBackwardArgs& a, Device& device) {
-  const AttentionLayout room = attention_layout(a.d_q, a.d_k, a.d_v, a.d_qkv);
+void attention_wgmma::one_pass_backward(const AttentionBackwardArgs& a, Device& device) {
+  const AttentionLayout grad = attention_layout(a.d_q, a.d_k, a.d_v, a.d_qkv);
   const AttentionLayout in = attention_layout(a.q, a.k, a.v, a.qkv);
   const int64_t bytes = attention_workspace(in, static_cast<bool>(a.cos), a.deterministic);
   const Scratch memory = device.scratch(bytes);
-  float* sums = memory.as<float>();
-  device.zero(sums, bytes);
+  float* dq_accum = memory.as<float>();
+  device.zero(dq_accum, bytes);
   with_half_type(in.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    const BackwardOnDevice<T> b(a, device, &room);
+    const BackwardOnDevice<T> b(a, device, &grad);
     const AttentionProblem<T>& p = b.p;
-    attention_sm90::with_head_dim(in.head_dim, [&](auto dim) {
+    with_wgmma_head_dim(in.head_dim, [&](auto dim) {
       constexpr int D = decltype(dim)::value, N = OnePass<D>::queries;
-      launch(attention_one_pass_sm90_kernel<T, D>, b.work.blocks(device), Roles<kGroups>::threads,
+      launch(attention_one_pass_wgmma_kernel<T, D>, b.work.blocks(device), Roles<kGroups>::threads,
              OnePass<D>::shared, stream_of(device), b.template map<D, kOwned>(p.k, p.qk_row),
              b.template map<D, kOwned>(p.v, p.v_row), b.template map<D, N>(p.q, p.qk_row),
-             b.template d_out_map<D, N>(), b.work.list(), p.k, p.qk_row, b.lse, b.delta, b.d_k,
-             b.d_v, b.grad.row, sums, p.cos, p.sin, in.tokens, p.scale);
-      launch(attention_d_q_of_sums_kernel<T, D>, blocks_for(in.tokens * in.heads * (D / 8), kBlock),
-             kBlock, 0, stream_of(device), static_cast<const float*>(sums), b.d_q, b.grad.row,
+             b.template dout_map<D, N>(), b.work.list(), p.k, p.qk_row, b.lse, b.delta, b.d_k,
+             b.d_v, b.grad.row, dq_accum, p.cos, p.sin, in.tokens, p.scale);
+      launch(attention_d_q_convert_kernel<T, D>, blocks_for(in.tokens * in.heads * (D / 8), kBlock),
+             kBlock, 0, stream_of(device), static_cast<const float*>(dq_accum), b.d_q, b.grad.row,
              p.cos, p.sin, in.tokens, static_cast<int>(in.heads), p.scale);
     });
   });

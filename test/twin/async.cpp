@@ -227,23 +227,17 @@ void land_load(BulkLoad& load) {
   Block& b = *block;
   watch::As tma(b.tma_identity);
   watch::acquire(&load.issued);
-  unsigned char* target = b.arena + load.dst;
-  if (load.linear) {
-    watch::reads(load.linear, load.bytes);
-    memcpy(target, load.linear, load.bytes);
-  } else {
-    std::vector<unsigned char> tile(load.bytes, 0);
-    each_row(load.map, load.coord,
-             [&](uint32_t offset, size_t inside, unsigned char* address, size_t before) {
-               if (!inside) return;
-               if (watch::forbidden(address, inside)) fail("TMA load: out of bounds", load.at);
-               watch::reads(address, inside);
-               memcpy(&tile[offset + before], address, inside);
-             });
-    for (uint32_t i = 0; i < load.bytes; i += granule)
-      memcpy(b.arena + swizzled(load.dst + i, load.map.swizzle), &tile[i], granule);
-  }
-  watch::writes(target, load.bytes);
+  std::vector<unsigned char> tile(load.bytes, 0);
+  each_row(load.map, load.coord,
+           [&](uint32_t offset, size_t inside, unsigned char* address, size_t before) {
+             if (!inside) return;
+             if (watch::forbidden(address, inside)) fail("TMA load: out of bounds", load.at);
+             watch::reads(address, inside);
+             memcpy(&tile[offset + before], address, inside);
+           });
+  for (uint32_t i = 0; i < load.bytes; i += granule)
+    memcpy(b.arena + swizzled(load.dst + i, load.map.swizzle), &tile[i], granule);
+  watch::writes(b.arena + load.dst, load.bytes);
   async_wrote(load.dst, load.bytes);
   complete_bytes(load.bar, load.bytes);
 }
@@ -259,23 +253,6 @@ void tma_load(uint32_t dst, const TensorMap& map, uint32_t bar, const int* coord
   load->dst = dst;
   load->bar = bar;
   load->bytes = uint32_t(tile_bytes(map));
-  load->linear = nullptr;
-  load->at = at;
-  issue_load(std::move(load));
-}
-
-void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar, Where at) {
-  Quiet quiet;
-  check_mbarrier(bar, at);
-  if (dst % 16 || bytes % 16 || !bytes || reinterpret_cast<uintptr_t>(src) % 16)
-    fail("bulk load: address or size is not a multiple of 16", at);
-  shared_check(dst, bytes, "bulk load", at);
-  if (watch::forbidden(src, bytes)) fail("bulk load: global source is out of bounds", at);
-  auto load = std::make_unique<BulkLoad>();
-  load->dst = dst;
-  load->bar = bar;
-  load->bytes = bytes;
-  load->linear = static_cast<const unsigned char*>(src);
   load->at = at;
   issue_load(std::move(load));
 }

@@ -59,7 +59,6 @@ struct BulkLoad {
   TensorMap map;
   int coord[5];
   uint32_t dst, bar, bytes;
-  const unsigned char* linear;  // null: a tile of map
   Where at;
   Tag issued;
 };

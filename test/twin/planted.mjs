@@ -1,6 +1,6 @@
-// Bugs planted in copies of the library's kernels. Each must be noticed by the twin of the variant
-// named, over the recorded cases of its operations: in one of the three schedules at least. The
-// text to replace stands once in the file.
+// Bugs planted in copies of the library's kernels. The twin of the named variant must detect each,
+// over the recorded cases of its operations and in at least one of the three schedules. `search`
+// occurs exactly once in the file.
 export const planted = [
   {
     bug: 'linear: the next tiles overwrite those that slower warps still multiply',
@@ -12,7 +12,7 @@ export const planted = [
     variant: 'plain',
   },
   {
-    bug: 'linear on Hopper: a stage is handed back while it is multiplied',
+    bug: 'linear on Hopper: a stage is released while it is multiplied',
     file: 'cuda/gemm/wgmma.cuh',
     compile: 'cuda/gemm/gemm.cu',
     search: 'ptx::wgmma_wait<1>();',
@@ -21,7 +21,7 @@ export const planted = [
     variant: 'plain',
   },
   {
-    bug: 'linear on Ampere: the copies are waited for a step too late',
+    bug: 'linear on Ampere: the wait for the copies is one step late',
     file: 'cuda/gemm/mma.cuh',
     compile: 'cuda/gemm/gemm.cu',
     search: 'ptx::cp_async_wait<kStages - 2>();',
@@ -63,7 +63,7 @@ export const planted = [
     variant: 'plain',
   },
   {
-    bug: 'logProbs: what lies past the end of a row counts as a logit of 0',
+    bug: 'logProbs: entries past the end of a row count as logits of 0',
     file: 'cuda/log_probs.cu',
     search: 'x[i] = i < n ? to_float(p[i]) : pad;',
     replace: 'x[i] = i < n ? to_float(p[i]) : 0.0f;',
@@ -71,25 +71,25 @@ export const planted = [
     variant: 'plain',
   },
   {
-    bug: 'attention: a tile is multiplied before it has come',
+    bug: 'attention: a tile is multiplied before it is loaded',
     file: 'cuda/attention/mma_forward.cu',
-    search: 'ptx::cp_async_wait<kRing - 2>();',
-    replace: 'ptx::cp_async_wait<kRing - 1>();',
+    search: 'ptx::cp_async_wait<kStages - 2>();',
+    replace: 'ptx::cp_async_wait<kStages - 1>();',
     cases: /^attention/,
     variant: 'plain',
   },
   {
-    bug: 'attention: keys past the end weigh something where the scale is 0',
+    bug: 'attention: keys past the end have a probability above 0 where the scale is 0',
     file: 'cuda/attention/mma_forward.cu',
-    search: 'if (j * 8 + e % 2 >= left) s[i][j][e] = 0;',
+    search: 'if (j * 8 + e % 2 >= valid) s[i][j][e] = 0;',
     replace: ';',
     cases: /^attention/,
     variant: 'plain',
   },
   {
-    bug: 'attentionBackward: gradients take the place of K and V that slower warps still multiply',
+    bug: 'attentionBackward: gradients overwrite K and V that slower warps still multiply',
     file: 'cuda/attention/mma_backward.cu',
-    search: '  __syncthreads();  // K and V are done with; gradients take their place\n',
+    search: '  __syncthreads();  // K and V are no longer read; gradients overwrite them\n',
     replace: '',
     cases: /^attention-backward/,
     variant: 'plain',
@@ -121,15 +121,15 @@ export const planted = [
     variant: 'tsan',
   },
   {
-    bug: 'attention: no barrier between the weights and their use',
+    bug: 'attention: no barrier between the stores of P and its use',
     file: 'cuda/attention/plain_forward.cu',
-    search: '      __syncthreads();  // P is there, and K is done with\n',
+    search: '      __syncthreads();  // P is complete, and K is no longer read\n',
     replace: '',
     cases: /^attention/,
     variant: 'tsan',
   },
   {
-    bug: 'attention on Hopper: values beyond the sequence are left as they were read',
+    bug: 'attention on Hopper: rows of V beyond the sequence are not zeroed',
     file: 'cuda/attention/wgmma.cuh',
     compile: 'cuda/attention/wgmma_forward.cu',
     search: 'for (int i = threadIdx.x % 32; i < n; i += 32) panel[i] = make_uint4(0, 0, 0, 0);',
@@ -138,10 +138,10 @@ export const planted = [
     variant: 'plain',
   },
   {
-    bug: 'attention on Hopper: keys beyond the sequence count',
+    bug: 'attention on Hopper: one key beyond the sequence is not masked',
     file: 'cuda/attention/wgmma_forward.cu',
-    search: '+ i % 2 >= left) s[i] = softmax.least;',
-    replace: '+ i % 2 > left) s[i] = softmax.least;',
+    search: '+ i % 2 >= valid) s[i] = softmax.masked;',
+    replace: '+ i % 2 > valid) s[i] = softmax.masked;',
     cases: /^attention/,
     variant: 'plain',
   },
@@ -164,7 +164,7 @@ export const planted = [
   {
     bug: 'attentionBackward on Hopper, one pass: dS is overwritten while the other group multiplies',
     file: 'cuda/attention/wgmma_one_pass.cu',
-    search: '        ptx::mbar_wait(bars.squares_empty, step % 2 ^ 1);\n',
+    search: '        ptx::mbar_wait(barriers.ds_empty, step % 2 ^ 1);\n',
     replace: '',
     cases: /^attention-backward/,
     variant: 'plain',

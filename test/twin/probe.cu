@@ -31,15 +31,12 @@ __global__ void arithmetic(uint32_t* out) {
   const int t = threadIdx.x;
   uint32_t* o = out + t * 16;
   o[0] = __float_as_uint(ptx::ex2(float(t % 16 - 8)));
-  o[1] = __float_as_uint(ptx::rcp(float(1 << t % 12)));
-  o[2] = __float_as_uint(ptx::lg2(1.f));
-  o[3] = ptx::pack2<bf16>(float(t), float(-t));
-  o[4] = ptx::pack2<__half>(float(t), float(-t));
-  o[5] = __float_as_uint(ptx::unpack2<bf16>(o[3]).y);
-  o[6] = __float_as_uint(ptx::unpack2<__half>(o[4]).x);
-  o[7] = __umulhi(t * 0x9E3779B9u, 0x85EBCA6Bu) ^ __brev(t) ^ __byte_perm(t * 77777u, ~t, 0x3715);
-  o[8] = __dp4a(t * 0x01020304, 0x7F80FF01, t) + __funnelshift_l(t, t * 0x9E3779B9u, t);
-  o[9] = uint32_t(__float2int_rn(t * 0.5f - 20.f));
+  o[1] = __float_as_uint(ptx::lg2(1.f));
+  o[2] = ptx::pack2<bf16>(float(t), float(-t));
+  o[3] = ptx::pack2<__half>(float(t), float(-t));
+  o[4] = __umulhi(t * 0x9E3779B9u, 0x85EBCA6Bu) ^ __brev(t) ^ __byte_perm(t * 77777u, ~t, 0x3715);
+  o[5] = __dp4a(t * 0x01020304, 0x7F80FF01, t) + __funnelshift_l(t, t * 0x9E3779B9u, t);
+  o[6] = uint32_t(__float2int_rn(t * 0.5f - 20.f));
 }
 
 __global__ void named_barriers(uint32_t* out) {
@@ -64,14 +61,12 @@ __global__ void load_matrix(const bf16* x, uint32_t* out) {
   ptx::cp_async_wait<0>();
   __syncthreads();
   const uint32_t row = s + (t / 32) * 1024 + lane * 16;
-  uint32_t r1[1], r2[2], r4[4];
-  ptx::ldmatrix_x1<Transposed>(r1, row);
+  uint32_t r2[2], r4[4];
   ptx::ldmatrix_x2<Transposed>(r2, row);
   ptx::ldmatrix_x4<Transposed>(r4, row);
   uint32_t* o = out + t * 16;
-  o[0] = r1[0];
-  for (int i = 0; i < 2; ++i) o[1 + i] = r2[i];
-  for (int i = 0; i < 4; ++i) o[3 + i] = r4[i];
+  for (int i = 0; i < 2; ++i) o[i] = r2[i];
+  for (int i = 0; i < 4; ++i) o[2 + i] = r4[i];
 }
 
 template <class T>
@@ -109,21 +104,6 @@ __global__ void tma_in(const __grid_constant__ TensorMap map, int bytes, uint32_
   __syncthreads();
   ptx::mbar_wait(b, 0);
   for (int i = threadIdx.x; i < bytes / 4; i += 128) out[i] = reinterpret_cast<uint32_t*>(s)[i];
-}
-
-__global__ void bulk_in(const bf16* x, uint32_t* out) {
-  SMEM_DYN(s);
-  SMEM_ARRAY(uint64_t, bar, 1);
-  const uint32_t b = ptx::smem_u32(bar);
-  if (threadIdx.x == 0) {
-    ptx::mbar_init(b, 1);
-    ptx::mbar_fence_init();
-    ptx::mbar_arrive_expect_tx(b, 2048);
-    ptx::bulk_load(ptx::smem_u32(s), x, 2048, b);
-  }
-  __syncthreads();
-  ptx::mbar_wait(b, 0);
-  for (int i = threadIdx.x; i < 512; i += 128) out[i] = reinterpret_cast<uint32_t*>(s)[i];
 }
 
 template <int Rank, bool Add>
@@ -238,7 +218,7 @@ TensorMap map_of(T* base, uint32_t inner, Swizzle mode) {
 
 template <size_t Rank>
 void run_tma(const char* name, uint32_t inner, Swizzle mode) {
-  const int bytes = int(inner) * 2 * (Rank == 1 ? 1 : Rank == 2 ? 8 : 1 << (Rank - 1));
+  const int bytes = int(inner) * 2 * (Rank == 2 ? 8 : 4);
   run((std::string("tma_load ") + name).c_str(), tma_in<Rank>, 128,
       map_of<bf16, Rank>(input->get(), inner, mode), bytes, output->get());
 }
@@ -247,7 +227,7 @@ template <size_t Rank>
 void run_tma_out(const char* name) {
   auto* base = reinterpret_cast<float*>(output->get());
   const auto map = map_of<float, Rank>(base, 16, Swizzle::none);
-  const int elements = 16 * (Rank == 1 ? 1 : Rank == 2 ? 8 : 1 << (Rank - 1));
+  const int elements = 16 * (Rank == 2 ? 8 : 4);
   run((std::string("tma_store ") + name).c_str(), tma_out<Rank, false>, 128, map, elements);
   run((std::string("tma_reduce_add ") + name).c_str(), tma_out<Rank, true>, 128, map, elements);
 }
@@ -282,20 +262,13 @@ int main() try {
   run("ldmatrix.trans", load_matrix<true>, 128, x.get(), to);
   run("mma bf16", mma<bf16>, 32, to);
   run("mma f16", mma<__half>, 32, to);
-  run_tma<1>("1d", 64, Swizzle::none);
   run_tma<2>("2d", 64, Swizzle::none);
   run_tma<3>("3d", 64, Swizzle::none);
-  run_tma<4>("4d", 32, Swizzle::none);
-  run_tma<5>("5d", 16, Swizzle::none);
   run_tma<2>("2d 32B", 16, Swizzle::b32);
   run_tma<2>("2d 64B", 32, Swizzle::b64);
   run_tma<2>("2d 128B", 64, Swizzle::b128);
-  run("bulk_load", bulk_in, 128, x.get(), to);
-  run_tma_out<1>("1d");
   run_tma_out<2>("2d");
   run_tma_out<3>("3d");
-  run_tma_out<4>("4d");
-  run_tma_out<5>("5d");
   run("bulk_reduce_add", bulk_out, 128, reinterpret_cast<float*>(to));
   run_wgmma<8>();
   run_wgmma<16>();

@@ -157,7 +157,6 @@ static_assert(sizeof(TensorMap) == 128);
 void tma_load(uint32_t dst, const TensorMap& map, uint32_t bar, const int* coord, int rank,
               Where at);
 void tma_store(const TensorMap& map, uint32_t src, const int* coord, int rank, bool add, Where at);
-void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar, Where at);
 void bulk_reduce_add(float* dst, uint32_t src, uint32_t bytes, Where at);
 void tma_commit();
 void tma_wait(int groups_left, bool only_read);

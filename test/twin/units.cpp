@@ -355,8 +355,8 @@ __global__ void intrinsics(int* o) {
   good =
       good && atomicOr(&u, 4u) == 3 && atomicAnd(&u, 6u) == 7 && atomicInc(&u, 6u) == 6 && u == 0;
   good = good && atomicCAS(&u, 0u, 9u) == 0 && u == 9;
-  const float2 pair = ptx::unpack2<__half>(ptx::pack2<__half>(1.5f, -2.f));
-  o[0] = good && pair.x == 1.5f && pair.y == -2.f && ptx::ex2(3.f) == 8.f;
+  // 1.5 is 0x3E00 in f16, -2 is 0xC000.
+  o[0] = good && ptx::pack2<__half>(1.5f, -2.f) == 0xC0003E00u && ptx::ex2(3.f) == 8.f;
 }
 
 }  // namespace
@@ -414,11 +414,8 @@ int main() {
     make_tensor_map<bf16, 2>(reinterpret_cast<bf16*>(out), {64, 8}, {128}, {32, 8}, Swizzle::b128);
     return true;
   });
-  expect("TMA 1-D", ok, tma_matches<1, Swizzle::none, 64>);
   expect("TMA 2-D", ok, tma_matches<2, Swizzle::none, 24>);
   expect("TMA 3-D", ok, tma_matches<3, Swizzle::none, 16>);
-  expect("TMA 4-D", ok, tma_matches<4, Swizzle::none, 8>);
-  expect("TMA 5-D", ok, tma_matches<5, Swizzle::none, 8>);
   expect("TMA 32-byte swizzle", ok, tma_matches<2, Swizzle::b32, 16>);
   expect("TMA 64-byte swizzle", ok, tma_matches<2, Swizzle::b64, 32>);
   expect("TMA 128-byte swizzle", ok, tma_matches<2, Swizzle::b128, 64>);
