@@ -3,8 +3,8 @@
 //
 //   node scripts/twin.mjs plain|asan|tsan [--quick]
 //
-// --quick leaves out the units and mutants and runs one schedule over the smallest of the cases
-// that together launch every kernel.
+// --quick skips units and mutants and runs one schedule over the smallest cases that together launch
+// every kernel.
 import { execFile, spawnSync } from 'node:child_process'
 import {
   existsSync,
@@ -56,7 +56,7 @@ function step(command, args) {
   return { ok: status === 0, output: stdout, errors: stderr }
 }
 
-/** Builds a variant; throws with the compiler's words. */
+/** Builds a variant; throws with the compiler's output. */
 export function buildTwin(variant, targets = ['units', 'mutants', 'probe', 'runner']) {
   const folder = folderOf(variant)
   const configure = step('cmake', [
@@ -81,13 +81,13 @@ const schedules = [
 ]
 const options = ([order, async], seed) => ['--order', order, '--async', async, '--seed', `${seed}`]
 
-// ---- Which kernels there are, and which the cases launch ----
+// ---- The kernels, and which of them the cases launch ----
 
-/** The names that cuda/ declares __global__. */
+/** The names of cuda/'s __global__ functions. */
 function kernelNames() {
   const folder = join(root, 'cuda')
   const names = new Set()
-  for (const file of readdirSync(folder))
+  for (const file of readdirSync(folder, { recursive: true }))
     if (/\.cuh?$/.test(file)) {
       const declared = readFileSync(join(folder, file), 'utf8').matchAll(
         /__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\(/g,
@@ -117,7 +117,7 @@ export function kernelsIn(file) {
   return kernels
 }
 
-// The path and, if there are any, the template arguments behind it.
+// The qualified name with its template arguments.
 function withoutParameters(symbol, path) {
   let depth = 0
   let end = path.length
@@ -129,7 +129,7 @@ function withoutParameters(symbol, path) {
   return symbol.slice(0, end)
 }
 
-/** The cases, smallest first, with the kernels that each launched, from what `--kernels` printed. */
+/** The cases, smallest first, with the kernels that each launched, from a runner's `--kernels` output. */
 function launchesIn(output) {
   return [...output.matchAll(/^case (\S+)(.*)$/gm)]
     .map(([, path, kernels]) => ({
@@ -140,7 +140,7 @@ function launchesIn(output) {
     .sort((a, b) => a.bytes - b.bytes || (a.path < b.path ? -1 : 1))
 }
 
-/** What the plain twin prints of all cases; its kernels are offsets in its runner. */
+/** The plain runner's `--kernels` output for all cases; kernels are offsets in the runner. */
 const launches = () =>
   step(join(folderOf('plain'), 'runner'), ['--jobs', jobs, '--kernels', cases]).output
 
@@ -159,8 +159,8 @@ export function kernelsNotLaunched() {
 }
 
 /**
- * Of the cases of which a runner printed what they launch, the smallest that together launch every kernel and
- * call every operation.
+ * The smallest cases that together launch every kernel and call every operation, from a runner's `--kernels`
+ * output.
  */
 export function covering(output) {
   const covered = new Set()
@@ -176,12 +176,12 @@ export function covering(output) {
 
 // ---- Bugs planted in the library's kernels ----
 
-// Compiles the changed file as the build compiles the original, and links it before the library, so
-// that its kernels are the ones taken.
+// Compiles the changed file with the original's command, and links it before the library, so that the
+// linker takes its kernels.
 async function buildPlanted(variant, index) {
   const { file, compile = file, search, replace } = planted[index]
   const folder = join(folderOf(variant), 'planted', String(index))
-  // What an older bug's files left there would be found before the library's own.
+  // Files of an earlier bug would be included instead of the library's own.
   rmSync(folder, { recursive: true, force: true })
   for (const path of new Set([file, compile].map(dirname)))
     mkdirSync(join(folder, path), { recursive: true })
@@ -223,7 +223,7 @@ async function buildPlanted(variant, index) {
   return runner
 }
 
-// Beside other work of this process, since bugs are compiled one by one.
+// Asynchronous, since bugs are compiled one by one beside other work of this process.
 function compiled(compiler, args) {
   return new Promise((resolve, reject) => {
     execFile(compiler, args, { cwd: root, maxBuffer: 1 << 28 }, (error, _, errors) => {
@@ -251,7 +251,7 @@ async function tryPlanted(variant, index) {
 
 // ---- All runs ----
 
-/** The runs of a variant: a title, and a function that gives { ok, output }, those of planted bugs later. */
+/** The runs of a variant: a title, and a function that returns { ok, output }, a promise for planted bugs. */
 export function twinRuns(variant, { quick = false, seed = Date.now() % 1_000_000 } = {}) {
   const program = (name, ...args) => {
     const { ok, output, errors } = step(join(folderOf(variant), name), args)
@@ -320,7 +320,7 @@ if (process.argv[1] === fileURLToPath(import.meta.url)) {
   )
   const start = performance.now()
   buildTwin(variant, quick ? ['probe', 'runner'] : undefined)
-  // Which cases launch which kernel is asked of the plain build.
+  // The plain build's runner tells which cases launch which kernel.
   if (quick) buildTwin('plain', ['runner'])
   console.log(`built (${((performance.now() - start) / 1000).toFixed(1)} s)`)
   const runs = twinRuns(variant, { quick })

@@ -1,5 +1,5 @@
-// Copies that run beside the threads: cp.async, TMA tiles in both directions, plain bulk loads.
-// Each lands as early or as late as the schedule says; until then its target holds poison.
+// Asynchronous copies: cp.async, TMA loads and stores of tiles, bulk reduction. Each takes effect
+// as early or as late as the schedule says; until then its target holds poison.
 #include "test/twin/block.h"
 
 namespace simt {
@@ -103,7 +103,7 @@ void check_tile(const TensorMap& m, uint32_t shared, int rank, const char* what,
 }
 
 // Visits the rows of a tile: f(offset in the tile, bytes inside, address inside, bytes before).
-// A row is cut to the tensor; a row outside it has no bytes inside.
+// A row is clipped to the tensor; a row outside it has no bytes inside.
 template <class F>
 void each_row(const TensorMap& m, const int* coord, F f) {
   const size_t element = element_bytes(m.element), row_bytes = m.box[0] * element;
@@ -134,7 +134,7 @@ void each_row(const TensorMap& m, const int* coord, F f) {
 
 void issue_load(std::unique_ptr<BulkLoad> load) {
   Block& b = *block;
-  // A target that is read before its barrier says so must not look right by luck.
+  // Reading the target before its barrier completes must not give the right values by luck.
   if (b.opt.poison) {
     memset(b.arena + load->dst, 0xFF, load->bytes);
     async_wrote(load->dst, load->bytes);
@@ -172,7 +172,7 @@ void add_element(Element e, unsigned char* to, const unsigned char* from) {
   }
 }
 
-// The two halves of a store: taking the tile out of shared memory, and writing it to the tensor.
+// The two steps of a store: reading the tile from shared memory, and writing it to the tensor.
 void read_tile(BulkStore& s) {
   if (s.read) return;
   s.read = true;
@@ -297,7 +297,7 @@ void tma_wait(int groups_left, bool only_read) {
   watch::acquire(&current->warp->async_done);
 }
 
-// A thread may exit before its stores have reached global memory, not before they have left
+// A thread may exit before its stores are written to global memory, but not before they have read
 // shared memory.
 void finish_stores(Fiber& f) {
   if (!f.stores_open.empty())

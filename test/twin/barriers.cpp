@@ -1,11 +1,11 @@
-// Everything threads wait for each other at: block barriers, warp collectives, mbarriers.
+// Synchronisation between threads: block barriers, warp collectives, mbarriers.
 #include "test/twin/block.h"
 
 namespace simt {
 namespace {
 
-// Hands the warp's async-proxy knowledge on with the lane's own, so that a fence made before a
-// barrier counts for whoever issues after it.
+// Releases what the warp's async proxy has observed along with what the lane has, so that a proxy
+// fence before a barrier covers the thread that issues after it.
 void release_async(Warp& w, const Tag* tag) {
 #if SIMT_TSAN
   watch::As async(w.async_identity);
@@ -102,7 +102,7 @@ int sync_threads_reduce(int predicate, Reduce how, Where at) {
   return barrier.result_count > 0;
 }
 
-// An exited thread no longer counts for __syncthreads, and can no longer answer a warp.
+// An exited thread no longer counts for __syncthreads, and cannot take part in a warp collective.
 void thread_exits(Fiber& f) {
   Block& b = *block;
   if (!f.copies_open.empty() || !f.copy_groups.empty())
@@ -197,9 +197,8 @@ void warp_sync(uint32_t mask, Where at) {
   watch::acquire(&w.sync_tag[parity]);
 }
 
-// The device answers with whatever lanes happen to be converged. This answers with the lanes that
-// are waiting at the same line once no other thread of the block can run: a legal answer, and no
-// larger than it has to be.
+// The device returns whichever lanes happen to be converged. This returns the lanes that wait at
+// the same line once no other thread of the block can run: a legal result, and the smallest.
 uint32_t active_mask(Where at) {
   Quiet quiet;
   Fiber& f = self();
@@ -333,7 +332,7 @@ uint32_t match_all(uint32_t mask, uint64_t value, int* all_equal, Where at) {
 // ---- mbarriers ----
 namespace {
 
-// Written into a barrier's own eight bytes, to notice when they are used for something else.
+// Written to a barrier's own eight bytes, to detect that they are overwritten.
 uint64_t cookie(uint32_t bar) { return 0x6D62617272696572ull ^ (uint64_t(bar) << 40); }
 
 MBarrier& find_mbarrier(uint32_t bar, Where at) {

@@ -30,7 +30,7 @@ struct Context {
   void* fake_stack = nullptr;  // ASan's
   void* identity = nullptr;    // TSan's
 };
-void adopt_os_thread(Context& c);  // describes the stack we are on, to switch back to
+void adopt_os_thread(Context& c);  // describes the current stack, to switch back to
 void give_stack(Context& c, size_t bytes);
 void return_stack(Context& c);
 void prepare(Context& c, void (*entry)());
@@ -94,7 +94,7 @@ enum class Op : uint8_t {
 };
 const char* name_of(Op op);
 
-// Lanes of one mask that meet at one operation; the last to come computes for all.
+// Lanes of one mask that wait at one operation; the last to arrive computes for all.
 struct Rendezvous {
   uint32_t mask = 0, arrived = 0;
   Op op{};
@@ -105,11 +105,11 @@ struct Rendezvous {
 using Exchange = void (*)(void** arguments, uint32_t mask);
 void collective(Op op, uint32_t mask, void* argument, Exchange exchange, Where at);
 
-// Registers that wgmma works on, followed to catch use without a fence or while it is in flight.
+// Registers of a wgmma, tracked to detect use without a fence or while it is in flight.
 struct Registers {
   uint32_t* lane[32];
   int words;
-  std::vector<uint32_t> expected;  // what the arrays hold if no one touched them
+  std::vector<uint32_t> expected;  // what the arrays hold unless written
   std::vector<float> value;        // accumulators only: the results so far
   uint64_t fence_epoch = 0;
   int in_flight = 0;
@@ -140,7 +140,7 @@ struct Warp {
   std::vector<std::unique_ptr<Registers>> registers;
   WgmmaGroup wgmma_open;
   std::deque<WgmmaGroup> wgmma_groups;
-  uint64_t wgmma_history = 0;  // the four warps of a warpgroup must agree on it
+  uint64_t wgmma_history = 0;  // must be equal in the four warps of a warpgroup
   uint64_t fence_epoch = 0;
   bool fenced = false;
 
@@ -174,7 +174,7 @@ struct MBarrier {
 constexpr size_t arena_bytes = 320 * 1024;
 constexpr uint32_t dynamic_base = 1024;  // so that 0 is no shared address
 constexpr uint32_t red_zone = 256;
-constexpr uint32_t granule = 16;  // the unit in which proxy visibility is followed
+constexpr uint32_t granule = 16;  // the unit in which proxy visibility is tracked
 
 struct Block {
   Context scheduler;
@@ -188,7 +188,7 @@ struct Block {
   std::deque<std::unique_ptr<BulkLoad>> loads;
 
   unsigned char* arena = nullptr;
-  unsigned char* seen = nullptr;  // the arena as the async proxy last knew it
+  unsigned char* seen = nullptr;  // the arena as last visible to the async proxy
   std::vector<uint32_t> seen_at;  // per granule: proxy fences issued by then
   uint32_t proxy_fences = 0;
   size_t top = 0, high = 0;
@@ -211,7 +211,7 @@ struct Block {
     rng ^= rng << 17;
     return rng;
   }
-  // Whether an asynchronous piece of work takes effect the moment it is issued.
+  // Whether an asynchronous operation takes effect as soon as it is issued.
   bool at_once() {
     return opt.async == Async::Early || (opt.async == Async::Random && random() % 2);
   }

@@ -1,5 +1,5 @@
-// The few functions of the CUDA runtime that host launchers call. There is one device, its memory
-// is the host's, and everything is done by the time a call returns.
+// The functions of the CUDA runtime that launchers call. There is one device, its memory is the
+// host's, and every call is complete when it returns.
 #include <cuda_runtime_api.h>
 
 #include <cstdlib>

@@ -1,12 +1,12 @@
 // Runs recorded cases (replay.h) on the first GPU, outside Node, so that compute-sanitizer sees
-// kernels and nothing else. Kernels are told as numbers in the order of their first launch.
+// kernels and nothing else. Kernels are identified by numbers in the order of their first launch.
 #include <cuda_runtime.h>
 
 #include "test/twin/replay.h"
 
 namespace {
 
-// Launches pass by here on their way to the runtime (the linker's --wrap), to be noted.
+// Launches are intercepted by the linker's --wrap and recorded.
 std::map<cudaKernel_t, long long> numbers;
 std::vector<long long> seen;
 
@@ -30,8 +30,8 @@ void check(cudaError_t e) {
   if (e != cudaSuccess) throw Error(Code::cuda, cudaGetErrorString(e));
 }
 
-// Tensors are allocations of their own of exactly their size, so that memcheck sees each byte too
-// many; the pool would round them up.
+// Each tensor is an allocation of exactly its size, so that memcheck detects an access one byte
+// past its end; the pool would round it up.
 class GpuStage final : public replay::Stage {
  public:
   explicit GpuStage(Device& device) : device_(device) {}

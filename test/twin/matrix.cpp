@@ -27,7 +27,7 @@ struct MmaCall {
 
 }  // namespace
 
-// The row is read in the lane's own fiber, so that the sanitizers see who read what.
+// The row is read in the lane's own fiber, so that the sanitizers attribute the access to it.
 void ldmatrix(uint32_t* regs, int count, bool transposed, uint32_t row_address, Where at) {
   Quiet quiet;
   LdmatrixCall call{regs, count, transposed, {}};
@@ -85,8 +85,8 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool bf16, Whe
 }
 
 // ---- wgmma ----
-// Each warp computes its own 16 rows when it gets there, with no rendezvous of the four warps:
-// less synchronising than the hardware, so a missing barrier shows.
+// Each warp computes its own 16 rows when it reaches the instruction, without waiting for the other
+// three: less synchronised than the hardware, so a missing barrier shows.
 namespace {
 
 struct Operand {
@@ -182,7 +182,7 @@ Registers& use_registers(Warp& w, uint32_t* const* lanes, int words, const char*
   if (!w.fenced)
     fail(std::string("wgmma: no wgmma.fence before the first use of these ") + what + " registers",
          at);
-  // Arrays of a scope that has ended may come back under another shape.
+  // The memory of arrays whose scope has ended may be reused for arrays of another size.
   for (auto& known : w.registers)
     if (!known->in_flight && known->lane[0] == lanes[0]) {
       std::swap(known, w.registers.back());

@@ -1,6 +1,6 @@
-// The specimens, right and with planted bugs: the right ones must pass under every schedule, and
-// for each bug some schedule must notice. Bugs that only TSan can see are tried in its build alone.
-// Usage: mutants [-v]      (-v lists the schedules that noticed)
+// The specimens, correct and with planted bugs: the correct ones must pass under every schedule,
+// and each bug must be detected under at least one. Bugs that only TSan detects run in its build
+// alone. Usage: mutants [-v]      (-v lists the schedules that detected the bug)
 //        mutants --bench   times an attention kernel instead
 #include <algorithm>
 #include <chrono>
@@ -76,7 +76,7 @@ bool run_attention(int heads, int nq, int nk) {
         for (int d = 0; d < D; ++d)
           want[size_t(d)] +=
               weight[size_t(j)] / total * double(__bfloat162float(v[size_t((h * nk + j) * D + d)]));
-      // Weights and the result are rounded to bf16: 2^-9 each, of values below 2.
+      // P and the result are rounded to bf16: 2^-9 each, of values below 2.
       for (int d = 0; d < D; ++d)
         if (!near(want[size_t(d)], __bfloat162float(o[size_t((h * nq + i) * D + d)]), 0x1p-8,
                   0x1p-8))

@@ -1,7 +1,7 @@
-// One call of every primitive of cuda/ptx.cuh on integer data that is exact in any rounding, and a
-// hash of what came out. Built by the twin it prints the golden list; built by nvcc
-// (build/Release/device_probe) and run on a device it must print the same.
-// A differing line is an error in that primitive's PTX, or in the twin.
+// Calls every primitive of cuda/ptx.cuh on integer data, exact in any rounding, and prints a hash
+// of its results. The twin's build prints probe.golden; nvcc's (build/Release/device_probe) has to
+// print the same on a device. A line that differs is an error in that primitive's PTX, or in the
+// twin.
 #include <cstdio>
 #include <vector>
 
@@ -140,7 +140,7 @@ __global__ void bulk_out(float* to) {
   }
 }
 
-// Tiles of integers straight in shared memory; only that both builds read them alike matters.
+// Operands are linear arrays of integers: what counts is that both builds read the same elements.
 template <class T, int N, bool FromRegisters, bool AMajor, bool BMajor, Swizzle Mode>
 __global__ void __launch_bounds__(128) wgmma(uint32_t* out) {
   SMEM_DYN(bytes);

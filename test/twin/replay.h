@@ -1,11 +1,11 @@
-// Recorded cases (ops/recording.h) on a device: each call is rebuilt, run, and compared with what
-// the CPU backend gave. What the programs that do so share: runner.cpp, on the kernel twin, and
+// Replays recorded cases (ops/recording.h) on a device: rebuilds each call, runs it, and compares
+// it with the CPU backend's result. Shared by runner.cpp, on the kernel twin, and
 // device_runner.cpp, on a GPU.
 //
 //   <program> [--jobs N] [--kernels] [options of the place] CASE|FOLDER...
 //
-// --jobs N shares the cases among N processes. --kernels prints for each case the kernels that it
-// launched, as numbers that the place gives them.
+// --jobs N divides the cases among N processes. --kernels prints for each case the kernels that it
+// launched, as numbers assigned by the place.
 #pragma once
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -46,7 +46,7 @@ class Place {
   virtual ~Place() = default;
   // On the chip with the most kernels.
   virtual std::unique_ptr<Stage> open() = 0;
-  // For a call that asked the stage which chip it has, another one; or nothing.
+  // Another chip, for a call that queried the stage's chip; or null.
   virtual std::unique_ptr<Stage> open_another(Stage&) { return nullptr; }
   // The kernels launched since it was last called.
   virtual std::vector<long long> launched() = 0;
@@ -131,8 +131,8 @@ std::string run_once(Case& c, Function<Args> function, int64_t kernel, Stage& st
   return "";
 }
 
-// An operation with a choice of kernels is run by each that takes the case, whichever was recorded;
-// one that chooses by the chip itself, on another one too.
+// An operation with a choice of kernels runs with each that accepts the case, whichever was
+// recorded; one that chooses by the chip runs on another chip too.
 template <class Args>
 std::string run(Case& c, Function<Args> function, [[maybe_unused]] const char* family,
                 Place& place) {
@@ -168,8 +168,8 @@ inline std::string run_case(const std::string& path, Place& place) {
   return "there is no operation " + name;
 }
 
-// One process's share of the cases; in memory that all of them see, so that the parent knows what a
-// process that died was at.
+// The results of one process; in shared memory, so that the parent knows which case a process that
+// died was running.
 struct Share {
   int passed, failed;
   char at[1024];
@@ -186,7 +186,7 @@ inline void run_share(const std::vector<std::string>& paths, size_t first, size_
     } catch (const std::exception& e) {
       why = e.what();
     }
-    // One write a line, as the processes share the output.
+    // One write per line, since the processes share the output.
     std::string line;
     if (kernels) {
       line = "case " + paths[i];

@@ -3,7 +3,7 @@
 //   runner [--order fifo|reverse|lifo|random|warp] [--async early|late|random] [--seed N]
 //          [--jobs N] [--kernels] CASE|FOLDER...
 //
-// Kernels are told as offsets from the symbol runner_origin.
+// Kernels are identified by offsets from the symbol runner_origin.
 #include "cuda/launch.cuh"
 #include "test/twin/replay.h"
 
@@ -22,11 +22,11 @@ int multiprocessors(Device&) { return 2; }  // few, so that persistent kernels t
 
 namespace {
 
-// Hopper has every kernel that a caller can choose; those that it shares with other chips run there
-// too.
+// Hopper runs every kernel that a caller can choose, those of older chips included.
 constexpr const char *kHopper = "9.0", *kAnother = "8.0";
 
-// Host memory of exactly the size asked for, so that AddressSanitizer sees each byte too many.
+// Host memory of exactly the requested size, so that AddressSanitizer detects accesses past its
+// end.
 class TwinDevice final : public Device, public replay::Stage {
  public:
   explicit TwinDevice(const char* capability) {

@@ -1,6 +1,6 @@
-// What the runtime tells the sanitizers. Every function here is empty in the plain build.
-// TSan: each fiber, and each hardware unit that touches memory on its own (TMA, a warp's tensor
-// core), is a "thread" to it; the runtime's own accesses are hidden and the emulated ones named.
+// The runtime's annotations for the sanitizers. Every function here is empty in the plain build.
+// TSan: each fiber, and each hardware unit that accesses memory asynchronously (TMA, a warp's
+// tensor core), is a thread; the runtime's own accesses are hidden and the emulated ones reported.
 #pragma once
 #include <cstddef>
 
@@ -28,7 +28,7 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 
 namespace simt::watch {
 
-// An address that happens-before edges hang on.
+// The address of a happens-before edge.
 using Tag = char;
 
 #if SIMT_TSAN
@@ -71,14 +71,14 @@ inline void reads(const void*, size_t) {}
 inline void writes(const void*, size_t) {}
 #endif
 
-// The runtime's own mallocs and copies are not the program's accesses.
+// Hides the runtime's own accesses, which are not the program's.
 struct Quiet {
   Quiet() { hide(); }
   ~Quiet() { show(); }
   Quiet(const Quiet&) = delete;
 };
 
-// Speaks as another identity until the end of the scope.
+// Attributes accesses to another identity until the end of the scope.
 class As {
  public:
   explicit As(void* id) : before_(own_identity()) {

@@ -1,5 +1,5 @@
-// A block's shared memory: one arena, poisoned, with red zones between arrays; and the record of
-// which bytes the async proxy (TMA stores, wgmma operands) is entitled to see.
+// A block's shared memory: one arena, poisoned, with red zones between arrays; and which bytes are
+// visible to the async proxy (TMA stores, wgmma operands).
 #include "test/twin/block.h"
 
 namespace simt {
@@ -11,7 +11,7 @@ void reset_shared(size_t dynamic_bytes) {
     b.seen = static_cast<unsigned char*>(aligned_alloc(4096, arena_bytes));
   }
   watch::allow(b.arena, arena_bytes);
-  // Only what an earlier block can have dirtied has to be filled again.
+  // Only what an earlier block can have written is poisoned again.
   const size_t used = b.top ? std::min(arena_bytes, b.top + red_zone) : arena_bytes;
   if (b.opt.poison) memset(b.arena, 0xFF, used);
   memcpy(b.seen, b.arena, used);
@@ -67,9 +67,9 @@ void async_wrote(uint32_t address, size_t bytes) {
     b.seen_at[g] = b.proxy_fences;
 }
 
-// Plain mode's half of the proxy check: bytes that changed since the async proxy last knew them,
-// with no fence.proxy.async by anyone in between, cannot be visible to it. (TSan's half asks that
-// the fence was the writer's own, or came after the writer was waited for.)
+// The plain build's part of the proxy check: bytes that changed since they were last visible to the
+// async proxy, with no fence.proxy.async by any thread in between, are not visible to it. (In the
+// TSan build the fence has to be the writer's own, or to follow a synchronisation with the writer.)
 void async_reads(uint32_t address, size_t bytes, const char* by, Where at) {
   Block& b = *block;
   for (uint32_t g = address / granule; g <= (address + bytes - 1) / granule; ++g) {

@@ -1,5 +1,5 @@
-// The block scheduler: starts a fiber for every thread, picks who runs next, tells deadlocks from
-// waits, and winds everything up when a kernel breaks a rule.
+// The block scheduler: starts a fiber for every thread, picks which runs next, detects deadlocks,
+// and unwinds all threads when a kernel breaks a rule.
 #include "test/twin/simt.h"
 
 #include <atomic>
@@ -201,7 +201,7 @@ void resume(Fiber& f) {
   current = nullptr;
 }
 
-// Lets some copy in flight land. Late takes the newest first, the order least like the program's.
+// Completes one load in flight: under Late the newest, the order least like the program's.
 void land_some_load() {
   Block& b = *block;
   const size_t i = b.opt.async == Async::Random ? b.random() % b.loads.size() : b.loads.size() - 1;

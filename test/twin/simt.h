@@ -1,6 +1,6 @@
 // Runs CUDA C++ kernels on the CPU: every CUDA thread is a fiber, a block is a scheduler of fibers.
-// This header stands where nvcc's built-in knowledge stands: keywords, built-in variables, and the
-// operations that cuda/ptx.cuh maps its instructions to. Only the twin's build sees it.
+// This header provides what nvcc has built in: keywords, built-in variables, and the operations
+// that implement cuda/ptx.cuh's instructions. Only the twin's build includes it.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -39,7 +39,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)
-// Shared memory has to come from the block's arena, where it is poisoned, bounded and per block.
+// Shared memory is allocated in the block's arena, where it is poisoned and bounds-checked.
 #define __shared__ TWIN_ERROR_declare_shared_memory_with_SMEM_DYN_or_SMEM_ARRAY
 
 namespace simt {
@@ -51,21 +51,21 @@ struct Where {
 };
 #define SIMT_HERE ::simt::Where at = {__builtin_FILE(), __builtin_LINE()}
 
-// A kernel broke a rule of the machine: misuse, deadlock, out of bounds.
+// A kernel broke a rule of the hardware: misuse, deadlock, out of bounds.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Who runs next among the threads that can. WarpPrio lets one warp run far ahead of the others.
+// Which of the runnable threads runs next. WarpPrio lets one warp run far ahead of the others.
 enum class Order { Fifo, Reverse, Lifo, Random, WarpPrio };
-// When work that is asynchronous on the device takes effect, within what is legal.
+// When asynchronous operations take effect, within what is legal.
 enum class Async { Early, Late, Random };
 
 struct Options {
   Order order = Order::Fifo;
   Async async = Async::Late;
   uint64_t seed = 1;
-  bool poison = true;  // shared memory, targets of copies under way and busy accumulators hold NaN
+  bool poison = true;      // shared memory, targets of copies and accumulators in flight hold NaN
   unsigned threads = 1;    // OS threads that the blocks of a launch are spread over
   size_t stack_bytes = 0;  // 0: 64 KB, and 256 KB under a sanitizer
   size_t shared_limit = 227 * 1024;
@@ -143,7 +143,7 @@ enum class Swizzle : uint8_t { none, b128, b64, b32 };  // numbered as in wgmma'
 enum class Element : uint8_t { u8, i32, f16, bf16, f32 };
 size_t element_bytes(Element e);
 
-// Stands where the driver's CUtensorMap stands, at its size and alignment.
+// In place of the driver's CUtensorMap, with its size and alignment.
 struct alignas(64) TensorMap {
   void* base;
   uint64_t dim[5], stride[5];  // strides in bytes; stride[0] is the element

@@ -1,5 +1,5 @@
-// The runtime's own tests: what CUDA allows must pass under every schedule, what it forbids must be
-// named.
+// Tests of the runtime: what CUDA allows must pass under every schedule, what it forbids must be
+// reported.
 #include <cmath>
 
 #include "cuda/tensor_map.cuh"
@@ -21,8 +21,8 @@ void report(bool good, const char* name, const std::string& detail) {
   if (!good) printf("FAIL %s: %s\n", name, detail.c_str());
 }
 
-// `want` null: the work has to be right under every schedule; else each schedule's complaint has to
-// hold that text.
+// `want` null: the work has to succeed under every schedule; else each schedule's error has to
+// contain that text.
 void expect(const char* name, const char* want, bool (*work)()) {
   std::string problem;
   for (const auto& schedule : harness::all_schedules()) {
@@ -254,7 +254,7 @@ __global__ void mma_layout(int* errors) {
 }
 
 // ---- wgmma against a plain loop ----
-// Puts element (mn, k) of an operand where a tile of the given swizzle and major-ness keeps it:
+// Stores element (mn, k) of an operand at its place in a tile of the given swizzle and major:
 // K-major rows of `span` elements; MN-major columns of tiles [k 16][span], 16 * span * 2 bytes
 // each.
 template <class T>

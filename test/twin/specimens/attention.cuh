@@ -1,6 +1,6 @@
-// A small flash attention in the manner of sm_80. A block owns 64 queries, a warp 16 of them; keys
-// and values come in tiles of 64, double-buffered by cp.async, 16-byte chunks swizzled by row.
-// Layout [batch * heads][tokens][D].
+// A small flash attention in the style of sm_80. A block owns 64 queries, a warp 16 of them; K and
+// V are loaded in tiles of 64, double-buffered by cp.async, 16-byte chunks swizzled by row. Layout
+// [batch * heads][tokens][D].
 #pragma once
 #include "cuda/ptx.cuh"
 
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(128)
   for (int t = 0; t < tiles; ++t) {
     const uint32_t kt = sk + (t & 1) * tile_bytes, vt = sv + (t & 1) * tile_bytes;
     const uint32_t next = ((t + 1) & 1) * tile_bytes;
-    // This tile's keys are here; its values may still be on their way.
+    // This tile of K is complete; that of V may still be in flight.
     ptx::cp_async_wait<Bug == attention_bug::waits_too_little ? 2 : 1>();
     if (Bug != attention_bug::no_first_barrier) __syncthreads();
     if (t == 0) {

@@ -1,4 +1,4 @@
-// C[M][N] = A[M][K] B in the manner of sm_90: a producer warp fills a ring of TMA stages, a
+// C[M][N] = A[M][K] B in the style of sm_90: a producer warp fills a ring of TMA stages, a
 // warpgroup multiplies by wgmma. B is [N][K], or [K][N] (NMajor).
 #pragma once
 #include "cuda/tensor_map.cuh"

@@ -1,4 +1,4 @@
-// Count, sum and largest value by group: lanes of one group find each other by match_any, their
+// Count, sum and largest value by group: match_any finds the lanes of one group, their
 // leader updates the block's table in shared memory, the table is added to the global one.
 #pragma once
 #include "cuda/ptx.cuh"
