@@ -21,8 +21,8 @@
 // Prediction (no GPU has run this yet; H200, TFLOP/s of the 10 T^2 D H that a backward counts, at
 // 8k tokens and more): products at 60 % of their peak would make 989 * 0.6 * 5 / 7 = 420, but S and
 // dP read both operands from shared memory, for 128 rows a step at 96 bytes a clock of the 128 that
-// there are and for 64 at all 128. So 300 at 64, 72 and 80 columns, where the exponentials also
-// come twice, and 360 at 128.
+// there are and for 64 at all 128. So 300 at 64, 72 and 80 columns, where the exponentials are
+// also computed twice, and 360 at 128.
 #include "cuda/attention/wgmma_backward.cuh"
 
 namespace p2r::cuda {

@@ -32,7 +32,7 @@
 //
 //   D 64: 2560 / 2820    72: 3010 / 3300    80: 3200 / 3780    128: 2560 / 2940
 //
-// To the larger come 1024 clocks of exponentials (512 at 128), half of them beside products, and
+// Add to the larger 1024 clocks of exponentials (512 at 128), half of them overlapped, and
 // what kernels of this kind lose by synchronising, in all some 2700 (2000 at 128). At 1.75 GHz
 // that makes 440 at 64, 460 at 72 and 80 and 490 at 128; 400, 410 and 440 if the additions in L2
 // take a tenth. The two passes, by the same count, have 3600 to 4500 clocks of the tensor cores a

@@ -370,7 +370,7 @@ int main() {
   expect("barrier count not whole warps", "multiple of 32", [] { return run(count_odd, 64, out); });
   expect("barrier id", "not in 0..15", [] { return run(barrier_id, 64, out); });
   expect("__syncthreads on two lines", "divergent", [] { return run(two_lines, 64, out); });
-  expect("a warp never comes", "DEADLOCK", [] { return run(one_missing, 64, out); });
+  expect("a warp never arrives", "DEADLOCK", [] { return run(one_missing, 64, out); });
   expect("__syncthreads_count, _and, _or", ok,
          [] { return run(reductions, 64, out) && out[0] == 22110 && out[63] == 22110; });
   expect("disjoint masks", ok,
