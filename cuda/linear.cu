@@ -1,5 +1,5 @@
-// The linear layer: three matrix products (cuda/gemm/gemm.cuh) and the column sums that are the
-// gradient of the bias (linear.cuh).
+// The linear layer: three GEMMs (cuda/gemm/gemm.cuh), and column sums (cuda/linear.cuh) for the
+// gradient of the bias.
 #include "cuda/linear.cuh"
 #include "ops/linear.h"
 
@@ -7,7 +7,7 @@ namespace p2r::cuda {
 
 namespace {
 
-// The leading axes taken together.
+// The leading axes flattened.
 int64_t rows_of(const View& v) {
   int64_t rows = 1;
   for (int i = 0; i + 1 < v.shape.rank; ++i) rows *= v.shape[i];
@@ -20,7 +20,7 @@ void linear(const LinearArgs& a, Device& device) {
   const int64_t features = a.weight.shape[0], channels = a.weight.shape[1];
   with_float_type(a.x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    gemm<Along::k, Along::k>(device, Gemm<T, T, T>{.m = rows_of(a.x),
+    gemm<Major::k, Major::k>(device, Gemm<T, T, T>{.m = rows_of(a.x),
                                                    .n = features,
                                                    .k = channels,
                                                    .a = {a.x.as<const T>(), channels},
@@ -38,14 +38,14 @@ void linear_backward(const LinearBackwardArgs& a, Device& device) {
   with_float_type(a.x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const T* d_out = a.d_out.as<const T>();
-    gemm<Along::k, Along::mn>(device, Gemm<T, T, T>{.m = rows,
+    gemm<Major::k, Major::mn>(device, Gemm<T, T, T>{.m = rows,
                                                     .n = channels,
                                                     .k = features,
                                                     .a = {d_out, features},
                                                     .b = {a.weight.as<const T>(), channels},
                                                     .c = a.d_x.as<T>(),
                                                     .c_row_stride = channels});
-    gemm<Along::mn, Along::mn>(device, Gemm<T, T, float>{.m = features,
+    gemm<Major::mn, Major::mn>(device, Gemm<T, T, float>{.m = features,
                                                          .n = channels,
                                                          .k = rows,
                                                          .a = {d_out, features},

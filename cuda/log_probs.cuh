@@ -1,51 +1,55 @@
-// What log-probabilities of logits in memory (log_probs.cu) and of logits that are made on the way
-// (linear_log_probs.cu) share.
+// What log-probabilities of logits in memory (log_probs.cu) and of the logits of a linear head
+// (linear_log_probs.cu) share: the online softmax, and the kernels that finish a row.
 #pragma once
 #include "cuda/launch.cuh"
 #include "ops/log_probs.h"
 
 namespace p2r::cuda {
 
-// Over some columns of a row: the largest logit, Σ e^d and Σ e^d d, where d = (logit - maximum) /
-// temperature. Nothing summed yet has maximum -inf; its sum is 0, or NaN when NaN was met.
-struct Sums {
-  float maximum, sum, moment;
+// The online softmax over some columns of a row: the largest logit, Σ e^d and Σ e^d d, where
+// d = (logit - max) / temperature. Over no columns, or none above -inf, max is -inf and the sum 0,
+// or NaN if one was NaN.
+struct SoftmaxPartial {
+  float max, sum, moment;
 };
 
-__device__ __forceinline__ void lower_to(Sums& a, float top, float inverse) {
-  if (a.maximum == -INFINITY) return;
-  const float shift = (a.maximum - top) * inverse;
+// Makes the sums relative to `max`, at least p.max, which the caller then stores there.
+__device__ __forceinline__ void rescale(SoftmaxPartial& p, float max, float inv_temperature) {
+  if (p.max == -INFINITY) return;
+  const float shift = (p.max - max) * inv_temperature;
   const float scale = ptx::ex2(shift * kLog2e);
-  a.moment = scale == 0 ? 0 * a.moment : scale * (a.moment + shift * a.sum);
-  a.sum *= scale;
+  p.moment = scale == 0 ? 0 * p.moment : scale * (p.moment + shift * p.sum);
+  p.sum *= scale;
 }
 
-__device__ __forceinline__ Sums merged(Sums a, Sums b, float inverse) {
-  const float top = fmaxf(a.maximum, b.maximum);
-  lower_to(a, top, inverse);
-  lower_to(b, top, inverse);
-  return {top, a.sum + b.sum, a.moment + b.moment};
+__device__ __forceinline__ SoftmaxPartial merged(SoftmaxPartial a, SoftmaxPartial b,
+                                                 float inv_temperature) {
+  const float max = fmaxf(a.max, b.max);
+  rescale(a, max, inv_temperature);
+  rescale(b, max, inv_temperature);
+  return {max, a.sum + b.sum, a.moment + b.moment};
 }
 
-// With the lanes whose number differs in a bit below `width`.
-__device__ __forceinline__ void merge_lanes(Sums& own, int width, float inverse) {
+// Merges the partials of `width` adjacent lanes, a power of two, into each of them.
+__device__ __forceinline__ void merge_lanes(SoftmaxPartial& p, int width, float inv_temperature) {
   for (int step = width / 2; step > 0; step /= 2) {
-    Sums other;
-    other.maximum = __shfl_xor_sync(0xffffffffu, own.maximum, step);
-    other.sum = __shfl_xor_sync(0xffffffffu, own.sum, step);
-    other.moment = __shfl_xor_sync(0xffffffffu, own.moment, step);
-    own = merged(own, other, inverse);
+    SoftmaxPartial other;
+    other.max = __shfl_xor_sync(0xffffffffu, p.max, step);
+    other.sum = __shfl_xor_sync(0xffffffffu, p.sum, step);
+    other.moment = __shfl_xor_sync(0xffffffffu, p.moment, step);
+    p = merged(p, other, inv_temperature);
   }
 }
 
-// The results of rows from the sums of their spans, [rows, spans], and the targets' logits, [rows].
-void finish_log_probs(const TokenLogProbsArgs& a, int64_t columns, const Sums* sums, int64_t spans,
-                      const float* target_logits, Device& device);
+// The results of rows from the partials of their spans (ranges of columns), [rows, spans] and in
+// order, and the targets' logits, [rows].
+void finish_log_probs(const TokenLogProbsArgs& a, int64_t columns, const SoftmaxPartial* partials,
+                      int64_t spans, const float* target_logits, Device& device);
 
-// token_log_probs_backward of f32 logits, whose gradient comes out times *scale, in T, in rows that
-// lie `stride` behind each other.
+// token_log_probs_backward of f32 logits; stores *scale times the gradient as T, in rows `stride`
+// elements apart.
 template <class T>
-void scaled_slopes(const TokenLogProbsBackwardArgs& a, const float* scale, T* d_logits,
-                   int64_t stride, Device& device);
+void scaled_logit_gradient(const TokenLogProbsBackwardArgs& a, const float* scale, T* d_logits,
+                           int64_t stride, Device& device);
 
 }  // namespace p2r::cuda

@@ -1,13 +1,13 @@
-// C = A B in f32 arithmetic, for float types and strides of any kind and on any chip.
+// C = A B on CUDA cores in f32 arithmetic, for any float types and strides and on any chip.
 //
-// A block of 256 threads owns a tile of 128 x 64 of C, a thread 8 x 4 of it in registers. Along k,
-// 16 at a time, the block brings A's and B's part into shared memory as f32, laid out k by k so
-// that a thread reads its 8 and 4 factors as vectors, while the next part is on its way to
-// registers. Threads walk along whichever axis of A and B is contiguous, so every transpose is read
-// coalesced.
+// A block of 256 threads computes a tile of 128 x 64 of C, a thread 8 x 4 of it in registers. k is
+// taken 16 at a time: the block stores A's and B's next part as f32 in shared memory, [k][mn],
+// so that a thread reads its 8 and 4 factors as vectors, and loads the part after that
+// into registers meanwhile. Threads load along whichever axis of an operand is contiguous, so all
+// layouts are read coalesced.
 //
-// When C has few tiles and k is long, as for the gradient of a weight, blockIdx.z cuts k into
-// slices with a partial C each, which a second kernel adds up in order. The number of slices
+// When C has few tiles and k is long, as for the gradient of a weight, split-K: blockIdx.z takes a
+// part of k and writes a partial C, and a second kernel adds these in order. The number of splits
 // follows from the shape alone, so results are the same on every chip.
 #pragma once
 #include "cuda/gemm/operands.cuh"
@@ -17,84 +17,86 @@ namespace p2r::cuda {
 namespace gemm_plain {
 
 constexpr int kM = 128, kN = 64, kK = 16, kThreads = 256;
-constexpr int kRows = 8, kColumns = 4;               // of a thread
-constexpr int kStrideA = kM + 4, kStrideB = kN + 4;  // keeps vectors aligned, spreads the banks
+constexpr int kRows = 8, kColumns = 4;  // of a thread
+// Padded: vectors stay aligned, and stores along k conflict in fewer banks.
+constexpr int kStrideA = kM + 4, kStrideB = kN + 4;
 constexpr int kLoadsA = kM * kK / kThreads, kLoadsB = kN * kK / kThreads;
 
-// Which elements of a part of `lanes` (rows of A, columns of B) x kK a thread carries: the
-// first, and the steps to the next; neighbouring threads lie along the contiguous axis.
-template <int lanes>
-struct Share {
-  int lane, k, lane_step, k_step;
-  __device__ __forceinline__ explicit Share(bool along_k) {
+// Which elements of a part of `extent` (rows of A, columns of B) x kK a thread loads: the first,
+// and the steps to the next. Adjacent threads load adjacent elements of the contiguous axis.
+template <int extent>
+struct ThreadMap {
+  int mn, k, mn_step, k_step;
+  __device__ __forceinline__ explicit ThreadMap(bool k_major) {
     const int t = static_cast<int>(threadIdx.x);
-    lane = along_k ? t / kK : t % lanes;
-    k = along_k ? t % kK : t / lanes;
-    lane_step = along_k ? kThreads / kK : 0;
-    k_step = along_k ? 0 : kThreads / lanes;
+    mn = k_major ? t / kK : t % extent;
+    k = k_major ? t % kK : t / extent;
+    mn_step = k_major ? kThreads / kK : 0;
+    k_step = k_major ? 0 : kThreads / extent;
   }
 };
 
-template <int lanes, int loads, class T>
-__device__ __forceinline__ void fetch(float (&values)[loads], const Share<lanes>& s, const T* x,
-                                      int64_t lane_stride, int64_t k_stride, int lanes_left,
-                                      int k_left) {
-  const T* from = x + s.lane * lane_stride + s.k * k_stride;
-  const int64_t step = s.lane_step * lane_stride + s.k_step * k_stride;
+template <int extent, int loads, class T>
+__device__ __forceinline__ void load_global(float (&values)[loads], const ThreadMap<extent>& s,
+                                            const T* x, int64_t mn_stride, int64_t k_stride,
+                                            int mn_left, int k_left) {
+  const T* from = x + s.mn * mn_stride + s.k * k_stride;
+  const int64_t step = s.mn_step * mn_stride + s.k_step * k_stride;
 #pragma unroll
   for (int r = 0; r < loads; ++r)
-    values[r] = s.lane + r * s.lane_step < lanes_left && s.k + r * s.k_step < k_left
+    values[r] = s.mn + r * s.mn_step < mn_left && s.k + r * s.k_step < k_left
                     ? to_float(from[r * step])
                     : 0.0f;
 }
 
-template <int lanes, int stride, int loads>
-__device__ __forceinline__ void put(float* tile, const float (&values)[loads],
-                                    const Share<lanes>& s) {
+template <int extent, int stride, int loads>
+__device__ __forceinline__ void store_shared(float* tile, const float (&values)[loads],
+                                             const ThreadMap<extent>& s) {
 #pragma unroll
   for (int r = 0; r < loads; ++r)
-    tile[(s.k + r * s.k_step) * stride + s.lane + r * s.lane_step] = values[r];
+    tile[(s.k + r * s.k_step) * stride + s.mn + r * s.mn_step] = values[r];
 }
 
-// From one row or column of an operand to the next, in elements.
+// Elements from one row or column of an operand to the next.
 struct Strides {
   int64_t row, column;
 };
 
-// With `partial`, slice blockIdx.z of k goes to partial[blockIdx.z] of m x n.
+// With `partials`, split blockIdx.z of k is stored to partials[blockIdx.z], [m, n].
 template <class A, class B, class C>
 __global__ void __launch_bounds__(kThreads, 2)
-    gemm_kernel(Gemm<A, B, C> g, Strides a_by, Strides b_by, int64_t slice_k, float* partial) {
+    gemm_plain_kernel(Gemm<A, B, C> g, Strides a_strides, Strides b_strides, int64_t k_per_split,
+                      float* partials) {
   SMEM_ARRAY(float4, a_vectors, kK * kStrideA / 4);
   SMEM_ARRAY(float4, b_vectors, kK * kStrideB / 4);
   float* a_tile = reinterpret_cast<float*>(&a_vectors[0]);
   float* b_tile = reinterpret_cast<float*>(&b_vectors[0]);
-  const int64_t across = ceil_div(g.n, kN);
-  const int64_t i0 = blockIdx.x / across * kM, j0 = blockIdx.x % across * kN;
-  const int64_t k_begin = blockIdx.z * slice_k;
-  const int64_t k_end = k_begin + slice_k < g.k ? k_begin + slice_k : g.k;
+  const int64_t tile_columns = ceil_div(g.n, kN);
+  const int64_t i0 = blockIdx.x / tile_columns * kM, j0 = blockIdx.x % tile_columns * kN;
+  const int64_t k_begin = blockIdx.z * k_per_split;
+  const int64_t k_end = k_begin + k_per_split < g.k ? k_begin + k_per_split : g.k;
   const int row = static_cast<int>(threadIdx.x) / (kN / kColumns) * kRows;
   const int column = static_cast<int>(threadIdx.x) % (kN / kColumns) * kColumns;
 
   float sum[kRows][kColumns] = {};
-  float a_next[kLoadsA], b_next[kLoadsB];
-  const Share<kM> a_share(a_by.column == 1);
-  const Share<kN> b_share(b_by.row == 1);
-  const auto left = [](int64_t n, int most) { return n < most ? static_cast<int>(n) : most; };
+  float a_regs[kLoadsA], b_regs[kLoadsB];
+  const ThreadMap<kM> a_map(a_strides.column == 1);
+  const ThreadMap<kN> b_map(b_strides.row == 1);
+  const auto left = [](int64_t n, int limit) { return n < limit ? static_cast<int>(n) : limit; };
   const int rows_left = left(g.m - i0, kM), columns_left = left(g.n - j0, kN);
-  const auto fetch_both = [&](int64_t k0) {
+  const auto load_both = [&](int64_t k0) {
     const int k_left = left(k_end - k0, kK);
-    fetch(a_next, a_share, g.a.data + i0 * a_by.row + k0 * a_by.column, a_by.row, a_by.column,
-          rows_left, k_left);
-    fetch(b_next, b_share, g.b.data + k0 * b_by.row + j0 * b_by.column, b_by.column, b_by.row,
-          columns_left, k_left);
+    load_global(a_regs, a_map, g.a.data + i0 * a_strides.row + k0 * a_strides.column, a_strides.row,
+                a_strides.column, rows_left, k_left);
+    load_global(b_regs, b_map, g.b.data + k0 * b_strides.row + j0 * b_strides.column,
+                b_strides.column, b_strides.row, columns_left, k_left);
   };
-  fetch_both(k_begin);
+  load_both(k_begin);
   for (int64_t k0 = k_begin; k0 < k_end; k0 += kK) {
-    put<kM, kStrideA>(a_tile, a_next, a_share);
-    put<kN, kStrideB>(b_tile, b_next, b_share);
+    store_shared<kM, kStrideA>(a_tile, a_regs, a_map);
+    store_shared<kN, kStrideB>(b_tile, b_regs, b_map);
     __syncthreads();
-    if (k0 + kK < k_end) fetch_both(k0 + kK);
+    if (k0 + kK < k_end) load_both(k0 + kK);
 #pragma unroll 4
     for (int k = 0; k < kK; ++k) {
       const float4 low = a_vectors[(k * kStrideA + row) / 4];
@@ -117,8 +119,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int64_t i = i0 + row + r, j = j0 + column + c;
       if (i >= g.m || j >= g.n) continue;
       float v = sum[r][c];
-      if (partial) {
-        partial[(blockIdx.z * g.m + i) * g.n + j] = v;
+      if (partials) {
+        partials[(blockIdx.z * g.m + i) * g.n + j] = v;
         continue;
       }
       C* to = g.c + i * g.c_row_stride + j;
@@ -130,21 +132,22 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class A, class B, class C>
-void run(Device& device, const Gemm<A, B, C>& g, Along a, Along b) {
-  constexpr int64_t kWantedBlocks = 256, kLeastSlice = 256, kMostSlices = 64;
+void run(Device& device, const Gemm<A, B, C>& g, Major a, Major b) {
+  constexpr int64_t kTargetBlocks = 256, kMinSplitK = 256, kMaxSplits = 64;
   const int64_t tiles = ceil_div(g.m, kM) * ceil_div(g.n, kN);
-  const int64_t wanted = std::min({ceil_div(kWantedBlocks, tiles), g.k / kLeastSlice, kMostSlices});
-  const int64_t slices = g.whole_k ? 1 : std::max<int64_t>(1, wanted);
-  const int64_t slice_k = ceil_div(ceil_div(g.k, slices), kK) * kK;
-  const Scratch scratch = device.scratch(slices > 1 ? slices * g.m * g.n * sizeof(float) : 0);
-  float* partial = scratch.as<float>();
-  const Strides a_by = a == Along::k ? Strides{g.a.stride, 1} : Strides{1, g.a.stride};
-  const Strides b_by = b == Along::k ? Strides{1, g.b.stride} : Strides{g.b.stride, 1};
-  launch(gemm_kernel<A, B, C>, dim3(static_cast<unsigned>(tiles), 1, static_cast<unsigned>(slices)),
-         kThreads, 0, stream_of(device), g, a_by, b_by, slice_k, partial);
-  if (partial)
-    gemm_detail::finish(partial, slices, g.m, g.n, g.c, g.c_row_stride, g.accumulate, g.bias,
-                        g.scale, stream_of(device));
+  const int64_t target = std::min({ceil_div(kTargetBlocks, tiles), g.k / kMinSplitK, kMaxSplits});
+  const int64_t splits = g.split_k ? std::max<int64_t>(1, target) : 1;
+  const int64_t k_per_split = round_up(ceil_div(g.k, splits), kK);
+  const Scratch scratch = device.scratch(splits > 1 ? splits * g.m * g.n * sizeof(float) : 0);
+  float* partials = scratch.as<float>();
+  const Strides a_strides = a == Major::k ? Strides{g.a.stride, 1} : Strides{1, g.a.stride};
+  const Strides b_strides = b == Major::k ? Strides{1, g.b.stride} : Strides{g.b.stride, 1};
+  launch(gemm_plain_kernel<A, B, C>,
+         dim3(static_cast<unsigned>(tiles), 1, static_cast<unsigned>(splits)), kThreads, 0,
+         stream_of(device), g, a_strides, b_strides, k_per_split, partials);
+  if (partials)
+    gemm_detail::reduce_splits(partials, splits, g.m, g.n, g.c, g.c_row_stride, g.accumulate,
+                               g.bias, g.scale, stream_of(device));
 }
 
 }  // namespace gemm_plain

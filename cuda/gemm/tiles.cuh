@@ -1,118 +1,119 @@
-// What the products on tensor cores share (cuda/gemm/wgmma.cuh, cuda/gemm/mma.cuh): the order in
-// which tiles of C are worked on, and what becomes of a finished tile.
+// What the GEMMs on tensor cores (cuda/gemm/wgmma.cuh, cuda/gemm/mma.cuh) share: the tile scheduler
+// of their persistent blocks, and the epilogue that stores C.
 //
 // An epilogue is a struct of
 //
-//   State                        what a thread keeps over the tiles of one item, for two rows
+//   State                    what a thread carries from tile to tile of a work unit, for two rows
 //   begin(state)
-//   tile(state, sums, place)     a finished tile's sums; it may change them
-//   end(state, place)            after the last tile of the item
+//   tile(state, acc, at)     the accumulators of a finished tile, which it may overwrite
+//   end(state, at)           after the last tile of the unit
 //
-// and sees a warp's 16 rows of a tile as the tensor core leaves them: entry i of a lane lies at row
-// place.row + 8 (i / 2 % 2), column place.column + 8 (i / 4) + i % 2. Rows and columns past the
-// end of C come along, with sums that mean nothing.
+// and sees 16 rows of a tile per warp, in the layout of the tensor core's accumulators: entry i of
+// a lane is row at.row + 8 (i / 2 % 2), column at.column + 8 (i / 4) + i % 2. Entries outside C are
+// unspecified, and the epilogue skips them.
 #pragma once
 #include "cuda/gemm/operands.cuh"
 
 namespace p2r::cuda::gemm_tiles {
 
-struct Place {
-  int64_t row, column;  // of the lane's first entry
-  int64_t span, slice;
+struct FragmentCoord {
+  int64_t row, column;  // of the lane's first accumulator
+  int64_t span, split;
 };
 
-// An item is what a block does at a time: tiles first_tile .. last_tile of one row of tiles, over
-// steps first_step .. last_step of k.
-struct Item {
-  int64_t row, first_tile, last_tile, first_step, last_step, span, slice;
+// One iteration of a block: tiles [first_tile, last_tile) of one row of tiles, each over steps
+// [first_step, last_step) of k.
+struct WorkUnit {
+  int64_t row, first_tile, last_tile, first_step, last_step, span, split;
 };
 
-// C has `rows` x `columns` tiles and its sums `steps` steps of k. Rows of tiles are cut into spans,
-// of a tile each unless an epilogue keeps a state, k into slices, as evenly as can be.
+// C has `rows` x `columns` tiles, each summed over `steps` steps of k. A row of tiles is cut into
+// spans, ranges of adjacent tiles that one block takes in order: of one tile, unless the epilogue
+// carries a state across tiles. k is cut into splits (split-K). Both as evenly as possible.
 //
-// Blocks that run at the same time take neighbouring items. They go down a panel of kPanel tiles,
-// then to the next span, so that a panel of A stays in L2 while B passes by it once: for 16 tiles
-// of 128 rows and 2560 channels of 16 bits that is 10 MB of 50.
-struct Work {
-  int64_t rows, columns, steps, spans, slices;
+// Rasterization: blocks that run at the same time take consecutive units, which go down a panel of
+// kPanel rows of tiles and then on to the next span, so that A's panel stays in L2 while B is read
+// once. 16 tiles of 128 rows and 2560 channels of 16 bits are 10 MB of an H100's 50.
+struct TileScheduler {
+  int64_t rows, columns, steps, spans, splits;
   static constexpr int64_t kPanel = 16;
 
-  __host__ __device__ int64_t items() const { return rows * spans * slices; }
+  __host__ __device__ int64_t units() const { return rows * spans * splits; }
 
-  __device__ Item operator[](int64_t index) const {
-    const int64_t slice = index / (rows * spans), in_slice = index % (rows * spans);
-    const int64_t panel = in_slice / (kPanel * spans), in_panel = in_slice % (kPanel * spans);
+  __device__ WorkUnit operator[](int64_t index) const {
+    const int64_t split = index / (rows * spans), in_split = index % (rows * spans);
+    const int64_t panel = in_split / (kPanel * spans), in_panel = in_split % (kPanel * spans);
     const int64_t left = rows - panel * kPanel, height = left < kPanel ? left : kPanel;
     const int64_t span = in_panel / height;
     return {panel * kPanel + in_panel % height,
             span * columns / spans,
             (span + 1) * columns / spans,
-            slice * steps / slices,
-            (slice + 1) * steps / slices,
+            split * steps / splits,
+            (split + 1) * steps / splits,
             span,
-            slice};
+            split};
   }
 };
 
-// C (+)= scale * sums + bias. Slice s of k has its C slice_stride * s behind c.
+// C (+)= scale * acc + bias. Split s of k stores to c + s * split_stride.
 template <class C>
-struct Store {
+struct StoreEpilogue {
   C* c;
-  int64_t m, n, row_stride, slice_stride;
+  int64_t m, n, row_stride, split_stride;
   bool accumulate;
   Bias bias;
   const float* scale;
 
   struct State {};
   __device__ __forceinline__ void begin(State&) const {}
-  __device__ __forceinline__ void end(State&, const Place&) const {}
+  __device__ __forceinline__ void end(State&, const FragmentCoord&) const {}
 
   template <int count>
-  __device__ __forceinline__ void tile(State&, float (&sums)[count], const Place& at) const {
-    // Two columns side by side are stored as one word; loads go out eight at a time.
+  __device__ __forceinline__ void tile(State&, float (&acc)[count], const FragmentCoord& at) const {
+    // Two adjacent columns are stored as one word; loads are issued in batches of eight.
     constexpr int kBatch = 8;
     static_assert(count % (4 * kBatch) == 0);
-    C* from = c + at.slice * slice_stride;
-    const bool paired =
-        row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(from) % (2 * sizeof(C)) == 0;
-    const int64_t past = n - at.column;
-    const int left = past < 2 * count ? static_cast<int>(past) : 2 * count;
-    const float by = scale ? *scale : 1.0f;
+    C* base = c + at.split * split_stride;
+    const bool vectorized =
+        row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(base) % (2 * sizeof(C)) == 0;
+    const int64_t remaining = n - at.column;
+    const int left = remaining < 2 * count ? static_cast<int>(remaining) : 2 * count;
+    const float alpha = scale ? *scale : 1.0f;
 #pragma unroll
     for (int first = 0; first < count / 4; first += kBatch) {
-      float add[kBatch][2] = {};
+      float bias_pairs[kBatch][2] = {};
       if (bias.data)
 #pragma unroll
         for (int g = 0; g < kBatch; ++g) {
           const int j = 8 * (first + g);
-          if (j < left) add[g][0] = bias[at.column + j];
-          if (j + 1 < left) add[g][1] = bias[at.column + j + 1];
+          if (j < left) bias_pairs[g][0] = bias[at.column + j];
+          if (j + 1 < left) bias_pairs[g][1] = bias[at.column + j + 1];
         }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int64_t row = at.row + 8 * half;
         if (row >= m) continue;
-        C* to = from + row * row_stride + at.column + 8 * first;
-        float before[kBatch][2] = {};
+        C* to = base + row * row_stride + at.column + 8 * first;
+        float c_pairs[kBatch][2] = {};
         if (accumulate)
 #pragma unroll
           for (int g = 0; g < kBatch; ++g)
-            load_pair(to + 8 * g, left - 8 * (first + g), paired, before[g]);
+            load_pair(to + 8 * g, left - 8 * (first + g), vectorized, c_pairs[g]);
 #pragma unroll
         for (int g = 0; g < kBatch; ++g) {
           const int i = 4 * (first + g) + 2 * half;
-          store_pair(to + 8 * g, left - 8 * (first + g), paired,
-                     sums[i] * by + add[g][0] + before[g][0],
-                     sums[i + 1] * by + add[g][1] + before[g][1]);
+          store_pair(to + 8 * g, left - 8 * (first + g), vectorized,
+                     acc[i] * alpha + bias_pairs[g][0] + c_pairs[g][0],
+                     acc[i + 1] * alpha + bias_pairs[g][1] + c_pairs[g][1]);
         }
       }
     }
   }
 
-  static __device__ __forceinline__ void load_pair(const C* from, int left, bool paired,
+  static __device__ __forceinline__ void load_pair(const C* from, int left, bool vectorized,
                                                    float (&v)[2]) {
     if constexpr (std::is_same_v<C, float>) {
-      if (paired && left >= 2) {
+      if (vectorized && left >= 2) {
         const float2 pair = *reinterpret_cast<const float2*>(from);
         v[0] = pair.x;
         v[1] = pair.y;
@@ -123,9 +124,9 @@ struct Store {
     if (left >= 2) v[1] = to_float(from[1]);
   }
 
-  static __device__ __forceinline__ void store_pair(C* to, int left, bool paired, float x,
+  static __device__ __forceinline__ void store_pair(C* to, int left, bool vectorized, float x,
                                                     float y) {
-    if (paired && left >= 2) {
+    if (vectorized && left >= 2) {
       if constexpr (std::is_same_v<C, float>)
         *reinterpret_cast<float2*>(to) = make_float2(x, y);
       else
