@@ -1,29 +1,28 @@
-// Crop, overlay, resample and patch layout: two kernels over all regions of a call.
+// Crop, overlay, resample and patch layout, in two kernels over all regions of a call, each a
+// separable pass in integers.
 //
-//   rows_kernel     image -> quads: along x, only rows that the next pass needs. A block makes
-//   kTile
-//                   outputs of four rows. It brings the pixels under them into shared memory, chunk
-//                   by chunk, as planes of signed bytes (pixel - 128, the overlay laid over them),
-//                   so that four taps of a channel are one word; a thread adds one output and
-//                   channel of the four rows and stores their bytes as one word, a quad. Some 33 MB
-//                   in scratch for an 8K image, which the L2 holds.
-//   columns_kernel  quads -> result: along y, four rows a word, one pixel a thread; then the bytes
-//   as
-//                   they are, or through the table into the patch layout.
+//   rows_kernel     image -> quads, horizontally, only the rows that the second pass needs. A block
+//                   makes kTile outputs of four rows. It loads the pixels under them into shared
+//                   memory, chunk by chunk, as planes of signed bytes (pixel - 128, with the
+//                   overlay drawn), so that four taps of a channel are one word; a thread computes
+//                   one output of one channel for the four rows and stores these as one word, a
+//                   quad. Quads are some 25 MB of scratch for 8K to a width of 1920, and stay in
+//                   L2.
+//   columns_kernel  quads -> result, vertically, four rows a word, one pixel a thread; then the
+//                   bytes as they are, or through the table of normalised values into patches.
 //
-// A weight is cut into three signed bytes, k = k2 2^16 + k1 2^8 + k0, so that __dp4a multiplies
+// A weight is split into three signed bytes, k = k2 2^16 + k1 2^8 + k0, so that __dp4a multiplies
 // four pixels at once; the three sums are shifted and added at the end, modulo 2^32, which is exact
-// because the total fits. Pixels are taken as pixel - 128 to be signed; what that takes away, 128 Σ
-// k, is part of the rounding term that comes with each output. An axis that is copied has one tap
-// of 1.
+// because the total fits. Pixels are taken as pixel - 128 to be signed; the rounding term of each
+// output adds the missing 128 Σ k back. An axis of unchanged size has one tap of weight 1.
 //
 // Prediction for an H200, nothing of it measured: 8K to 1920 x 1056 as bf16, some 90 µs.
-// Bytes: 99.5 MB of image and 24 MB of result from and to memory, 26 µs at 4.8 TB/s; 25 MB of quads
-// written and some 150 MB read, in the L2. Along x 8.3 M pixels of three channels in five words,
-// 373 M __dp4a at 64 a clock and SM (132 SMs, 1.75 GHz): 25 µs; along y 6.1 M values in six words,
-// 7 µs. Bringing 33 M pixels (7 % twice, at the tiles' edges) to shared memory byte by byte costs
-// most: some 40 instructions a pixel are 45 µs at four warps' a clock, in part hidden behind the
-// rest.
+// Bytes: 99.5 MB of image read and 24 MB of result written, 26 µs at 4.8 TB/s; 25 MB of quads
+// written and some 150 MB read, in L2. Horizontally 8.3 M pixels of three channels in five words,
+// 373 M __dp4a at 64 a clock and SM (132 SMs, 1.75 GHz): 25 µs; vertically 6.1 M values in six
+// words, 7 µs. Loading 33 M pixels (7 % twice, at the tiles' edges) into shared memory byte by byte
+// costs most: some 40 instructions a pixel are 45 µs at four warps' a clock, in part overlapped
+// with the rest.
 #include <algorithm>
 #include <cstring>
 
@@ -35,24 +34,27 @@ namespace p2r::cuda {
 
 namespace {
 
-constexpr int kTile = 64, kRowsBlock = 3 * kTile, kChunk = 128;  // outputs; threads; words of a row
+constexpr int kTile = 64;  // outputs of a row and channel that a block of rows_kernel makes
+constexpr int kRowsBlock = 3 * kTile;  // its threads
+constexpr int kChunk = 128;            // words of a row and channel in shared memory at a time
 constexpr int kBlock = 256;
 
-// Output o starts at word start[o] and takes `steps` of them; word i has its parts at
-// words[(i 3 + part) out + o].
-struct Pass {
+// The weights of one axis, four taps a word. Output o reads `steps` words of pixels from word
+// start[o] on; byte k of word i's four weights is words[(3 i + k) out + o], for `out` outputs.
+// round is the rounding term.
+struct AxisWeights {
   const int32_t *start, *words, *round;
   int32_t steps;
 };
 
-struct Task {
+struct RegionTask {
   const uint8_t* image;
   int64_t image_height, image_width;
   int64_t x0, y0;
   int64_t crop_height, crop_width;
   int64_t height, width;  // of the result
-  Pass x, y;
-  uint32_t* quads;  // [four rows][channel][width], from four rows `first` on
+  AxisWeights x, y;
+  uint32_t* quads;  // [quad of rows - first][channel][width]
   int64_t first;
   const Stroke* strokes;
   int32_t stroke_count;
@@ -64,8 +66,8 @@ struct Layout {
   int64_t patch, temporal, merge;
 };
 
-// The region that a block works for: the last that starts at or before it.
-__device__ int task_of(const int64_t* starts, int tasks, int64_t block) {
+// The region that a block belongs to: the last that starts at or before it.
+__device__ int region_of(const int64_t* starts, int tasks, int64_t block) {
   int low = 0, high = tasks;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -77,13 +79,13 @@ __device__ int task_of(const int64_t* starts, int tasks, int64_t block) {
   return low;
 }
 
-// A sum in three parts.
-struct Sum {
+// Σ weight * pixel, a part for each byte of the weights.
+struct FixedPointSum {
   int32_t part[3] = {0, 0, 0};
   __device__ __forceinline__ void add(uint32_t pixels, const int32_t word[3]) {
     for (int k = 0; k < 3; ++k) part[k] = __dp4a(static_cast<int32_t>(pixels), word[k], part[k]);
   }
-  __device__ __forceinline__ uint32_t byte(int32_t round) const {
+  __device__ __forceinline__ uint32_t to_byte(int32_t round) const {
     const uint32_t total = static_cast<uint32_t>(round) + static_cast<uint32_t>(part[0]) +
                            (static_cast<uint32_t>(part[1]) << 8) +
                            (static_cast<uint32_t>(part[2]) << 16);
@@ -93,38 +95,40 @@ struct Sum {
 };
 
 __global__ void __launch_bounds__(kRowsBlock)
-    rows_kernel(const Task* tasks, const int64_t* starts, int count) {
-  SMEM_ARRAY(int32_t, strokes, 2);
+    rows_kernel(const RegionTask* tasks, const int64_t* starts, int count) {
+  SMEM_ARRAY(int32_t, stroke_range, 2);
   SMEM_ARRAY(uint32_t, planes, 4 * 3 * kChunk);  // [row][channel][word]
-  const int index = task_of(starts, count, blockIdx.x);
-  const Task& t = tasks[index];
-  const int64_t tiles = (t.width + kTile - 1) / kTile, block = int64_t{blockIdx.x} - starts[index];
+  const int index = region_of(starts, count, blockIdx.x);
+  const RegionTask& t = tasks[index];
+  const int64_t tiles = ceil_div(t.width, kTile), block = int64_t{blockIdx.x} - starts[index];
   const int64_t quad = block / tiles, tile = block % tiles * kTile;
   const int64_t top = (t.first + quad) * 4;  // rows of the crop
-  strokes_in_rows(t.strokes, t.stroke_count, top + t.y0, top + 4 + t.y0, strokes);
+  strokes_in_rows(t.strokes, t.stroke_count, top + t.y0, top + 4 + t.y0, stroke_range);
 
   const int c = threadIdx.x / kTile;
   const int64_t x = tile + threadIdx.x % kTile,
                 last = (tile + kTile < t.width ? tile + kTile : t.width) - 1;
-  const int64_t mine = x <= last ? x : last;
-  const int32_t start = t.x.start[mine];
+  const int64_t clamped_x = x <= last ? x : last;
+  const int32_t start = t.x.start[clamped_x];
   const int32_t end_word = t.x.start[last] + t.x.steps;
-  Sum sums[4];
+  FixedPointSum sums[4];
   for (int32_t chunk = t.x.start[tile]; chunk < end_word; chunk += kChunk) {
     const int32_t words = end_word - chunk < kChunk ? end_word - chunk : kChunk;
     __syncthreads();
     uint8_t* bytes = reinterpret_cast<uint8_t*>(planes);
     for (int row = 0; row < 4; ++row) {
       const int64_t sy = t.y0 + top + row;
-      const bool inside = sy >= 0 && sy < t.image_height && top + row < t.crop_height;
+      const bool row_inside = sy >= 0 && sy < t.image_height && top + row < t.crop_height;
       for (int i = threadIdx.x; i < words * 4; i += kRowsBlock) {
         const int64_t cx = int64_t{chunk} * 4 + i, sx = t.x0 + cx;
-        const bool is = inside && sx >= 0 && sx < t.image_width && cx < t.crop_width;
-        const uint8_t* rgb = is ? stroked(t.image + (sy * t.image_width + sx) * 3, t.strokes,
-                                          strokes[0], strokes[1], sy, sx)
-                                : nullptr;
+        const bool inside = row_inside && sx >= 0 && sx < t.image_width && cx < t.crop_width;
+        const uint8_t* rgb = inside
+                                 ? pixel_color(t.image + (sy * t.image_width + sx) * 3, t.strokes,
+                                               stroke_range[0], stroke_range[1], sy, sx)
+                                 : nullptr;
         for (int k = 0; k < 3; ++k)
-          bytes[(row * 3 + k) * kChunk * 4 + i] = static_cast<uint8_t>((is ? rgb[k] : 0) ^ 0x80);
+          bytes[(row * 3 + k) * kChunk * 4 + i] =
+              static_cast<uint8_t>((inside ? rgb[k] : 0) ^ 0x80);
       }
     }
     __syncthreads();
@@ -133,30 +137,30 @@ __global__ void __launch_bounds__(kRowsBlock)
     for (int32_t w = from; w < to; ++w) {
       int32_t word[3];
       for (int k = 0; k < 3; ++k)
-        word[k] = t.x.words[(int64_t{w - start} * 3 + k) * t.width + mine];
+        word[k] = t.x.words[(int64_t{w - start} * 3 + k) * t.width + clamped_x];
       for (int row = 0; row < 4; ++row)
         sums[row].add(planes[(row * 3 + c) * kChunk + w - chunk], word);
     }
   }
   if (x > last) return;
   uint32_t out = 0;
-  for (int row = 0; row < 4; ++row) out |= sums[row].byte(t.x.round[x]) << (8 * row);
+  for (int row = 0; row < 4; ++row) out |= sums[row].to_byte(t.x.round[x]) << (8 * row);
   t.quads[(quad * 3 + c) * t.width + x] = out ^ 0x80808080u;
 }
 
-// T: uint8_t for images, uint32_t or uint16_t for the bits of normalised values.
+// T: uint8_t for images; uint32_t or uint16_t, the bits of normalised values, for patches.
 template <class T>
 __global__ void __launch_bounds__(kBlock)
-    columns_kernel(const Task* tasks, const int64_t* starts, int count, const T* table, T* out,
-                   Layout layout) {
-  const int index = task_of(starts, count, blockIdx.x);
-  const Task& t = tasks[index];
+    columns_kernel(const RegionTask* tasks, const int64_t* starts, int count, const T* table,
+                   T* out, Layout layout) {
+  const int index = region_of(starts, count, blockIdx.x);
+  const RegionTask& t = tasks[index];
   const int64_t p = (int64_t{blockIdx.x} - starts[index]) * kBlock + threadIdx.x;
   const int64_t y = p / t.width, x = p % t.width;
   if (y >= t.height) return;
   const int32_t start = t.y.start[y], round = t.y.round[y];
   const uint32_t* quads = t.quads + (start - t.first) * 3 * t.width + x;
-  Sum sums[3];
+  FixedPointSum sums[3];
   for (int32_t i = 0; i < t.y.steps; ++i, quads += 3 * t.width) {
     int32_t word[3];
     for (int k = 0; k < 3; ++k) word[k] = t.y.words[(int64_t{i} * 3 + k) * t.height + y];
@@ -164,7 +168,8 @@ __global__ void __launch_bounds__(kBlock)
   }
 
   if constexpr (sizeof(T) == 1) {
-    for (int c = 0; c < 3; ++c) t.image_out[p * 3 + c] = static_cast<uint8_t>(sums[c].byte(round));
+    for (int c = 0; c < 3; ++c)
+      t.image_out[p * 3 + c] = static_cast<uint8_t>(sums[c].to_byte(round));
   } else {
     const int64_t patch = layout.patch, merge = layout.merge, plane = patch * patch;
     const int64_t py = y / patch, px = x / patch, columns = t.width / patch;
@@ -172,18 +177,18 @@ __global__ void __launch_bounds__(kBlock)
                         (py % merge) * merge + px % merge;
     T* to = out + t.out + row * 3 * layout.temporal * plane + (y % patch) * patch + x % patch;
     for (int c = 0; c < 3; ++c) {
-      const T value = table[c * 256 + sums[c].byte(round)];
+      const T value = table[c * 256 + sums[c].to_byte(round)];
       for (int64_t k = 0; k < layout.temporal; ++k) to[(c * layout.temporal + k) * plane] = value;
     }
   }
 }
 
-// An axis as Pass has it, on the host.
-struct Words {
+// Makes AxisWeights' arrays on the host.
+struct PackedWeights {
   std::vector<int32_t> start, words, round;
   int32_t steps = 1;
 
-  explicit Words(const Axis& axis) {
+  explicit PackedWeights(const Axis& axis) {
     auto first = [&](int64_t o) { return axis.copy ? o : axis.first[o]; };
     auto weight = [&](int64_t o, int64_t tap) -> int32_t {
       if (axis.copy) return tap == 0 ? 1 << kWeightBits : 0;
@@ -201,9 +206,9 @@ struct Words {
           int32_t rest = weight(o, i * 4 + lane - first(o) % 4);
           sum += static_cast<uint32_t>(rest);
           for (uint32_t& part : parts) {
-            const int8_t byte = static_cast<int8_t>(rest);
-            part |= uint32_t{static_cast<uint8_t>(byte)} << (8 * lane);
-            rest = (rest - byte) >> 8;
+            const int8_t digit = static_cast<int8_t>(rest);
+            part |= uint32_t{static_cast<uint8_t>(digit)} << (8 * lane);
+            rest = (rest - digit) >> 8;
           }
         }
         for (int k = 0; k < 3; ++k)
@@ -214,12 +219,12 @@ struct Words {
   }
 };
 
-// Host data on its way to one block of device memory.
-class Parcel {
+// Host arrays packed for one upload: an array has the same offset here and in the device's block.
+class UploadBuffer {
  public:
   template <class T>
   size_t add(const std::vector<T>& values) {
-    const size_t at = (bytes_.size() + 15) / 16 * 16;
+    const size_t at = round_up(static_cast<int64_t>(bytes_.size()), 16);
     bytes_.resize(at + values.size() * sizeof(T));
     if (!values.empty()) std::memcpy(&bytes_[at], values.data(), values.size() * sizeof(T));
     return at;
@@ -236,38 +241,39 @@ class Parcel {
 };
 
 template <class T>
-void run(const std::vector<In>& images, const ResamplePlan& plan, const std::vector<Out>* image_out,
-         T* out, const std::vector<char>& table, Layout layout, Device& device) {
+void resample(const std::vector<In>& images, const ResamplePlan& plan,
+              const std::vector<Out>* image_out, T* out, const std::vector<char>& table,
+              Layout layout, Device& device) {
   const int count = static_cast<int>(plan.regions.size());
   if (!count) return;
 
-  Parcel parcel;
-  struct Place {
+  UploadBuffer uploads;
+  struct Offsets {
     size_t start, words, round;
     int32_t steps;
   };
-  std::map<const Axis*, Place> axes;
+  std::map<const Axis*, Offsets> axes;
   for (const auto& [key, axis] : plan.axes) {
-    const Words words(axis);
-    axes[&axis] = {parcel.add(words.start), parcel.add(words.words), parcel.add(words.round),
+    const PackedWeights words(axis);
+    axes[&axis] = {uploads.add(words.start), uploads.add(words.words), uploads.add(words.round),
                    words.steps};
   }
   std::vector<size_t> strokes;
-  for (const auto& list : plan.strokes) strokes.push_back(parcel.add(list));
-  const size_t table_at = parcel.add(table);
+  for (const auto& list : plan.strokes) strokes.push_back(uploads.add(list));
+  const size_t table_at = uploads.add(table);
 
-  std::vector<Task> tasks(count);
+  std::vector<RegionTask> tasks(count);
   std::vector<int64_t> row_starts(count), column_starts(count), quads_at(count);
   int64_t row_blocks = 0, column_blocks = 0, words = 0, elements = 0;
   for (int i = 0; i < count; ++i) {
     const RegionPlan& r = plan.regions[i];
-    Task& t = tasks[i];
+    RegionTask& t = tasks[i];
     row_starts[i] = row_blocks;
     column_starts[i] = column_blocks;
     quads_at[i] = words;
     t.out = elements;
     t.first = (r.y->copy ? 0 : r.y->first.front()) / 4;
-    // Every output takes `steps` words, also where the last of them lie behind the crop.
+    // Every output reads `steps` words, even if the last of them are outside the crop.
     const int64_t last = (r.y->copy ? r.height - 1 : r.y->first.back()) / 4;
     const int64_t rows = last + axes.at(r.y).steps - t.first;
     row_blocks += rows * ceil_div(r.width, kTile);
@@ -275,19 +281,19 @@ void run(const std::vector<In>& images, const ResamplePlan& plan, const std::vec
     column_blocks += ceil_div(r.height * r.width, kBlock);
     elements += r.height * r.width * 3 * layout.temporal;
   }
-  const size_t rows_at = parcel.add(row_starts), columns_at = parcel.add(column_starts);
-  const size_t tasks_at = parcel.add(tasks);
+  const size_t rows_at = uploads.add(row_starts), columns_at = uploads.add(column_starts);
+  const size_t tasks_at = uploads.add(tasks);
 
-  Scratch scratch = device.scratch(parcel.size()), quads = device.scratch(words * 4);
+  Scratch scratch = device.scratch(uploads.size()), quads = device.scratch(words * 4);
   char* base = scratch.as<char>();
   auto at = [&](size_t offset) { return reinterpret_cast<const int32_t*>(base + offset); };
-  auto pass = [&](const Axis* axis) -> Pass {
-    const Place& p = axes.at(axis);
+  auto axis_weights = [&](const Axis* axis) -> AxisWeights {
+    const Offsets& p = axes.at(axis);
     return {at(p.start), at(p.words), at(p.round), p.steps};
   };
   for (int i = 0; i < count; ++i) {
     const RegionPlan& r = plan.regions[i];
-    Task& t = tasks[i];
+    RegionTask& t = tasks[i];
     t.image = images[r.image].as<const uint8_t>();
     t.image_height = images[r.image].shape[0];
     t.image_width = images[r.image].shape[1];
@@ -297,17 +303,17 @@ void run(const std::vector<In>& images, const ResamplePlan& plan, const std::vec
     t.crop_width = r.crop_width();
     t.height = r.height;
     t.width = r.width;
-    t.x = pass(r.x);
-    t.y = pass(r.y);
+    t.x = axis_weights(r.x);
+    t.y = axis_weights(r.y);
     t.quads = quads.as<uint32_t>() + quads_at[i];
     t.strokes = reinterpret_cast<const Stroke*>(base + strokes[r.image]);
     t.stroke_count = r.overlay ? static_cast<int32_t>(plan.strokes[r.image].size()) : 0;
     t.image_out = image_out ? (*image_out)[i].template as<uint8_t>() : nullptr;
   }
-  parcel.set(tasks_at, tasks);
-  device.upload(base, parcel.data(), parcel.size());
+  uploads.set(tasks_at, tasks);
+  device.upload(base, uploads.data(), uploads.size());
 
-  const Task* on_device = reinterpret_cast<const Task*>(base + tasks_at);
+  const RegionTask* on_device = reinterpret_cast<const RegionTask*>(base + tasks_at);
   launch(rows_kernel, static_cast<unsigned>(row_blocks), kRowsBlock, 0, stream_of(device),
          on_device, reinterpret_cast<const int64_t*>(base + rows_at), count);
   launch(columns_kernel<T>, static_cast<unsigned>(column_blocks), kBlock, 0, stream_of(device),
@@ -319,7 +325,7 @@ void run(const std::vector<In>& images, const ResamplePlan& plan, const std::vec
 
 void crop_resample(const CropResampleArgs& a, Device& device) {
   const ResamplePlan plan(a.images, a.regions, a.filter, a.boxes, a.colors, a.line_width);
-  run(a.images, plan, &a.out, static_cast<uint8_t*>(nullptr), {}, {1, 1, 1}, device);
+  resample(a.images, plan, &a.out, static_cast<uint8_t*>(nullptr), {}, {1, 1, 1}, device);
 }
 
 void pixel_values(const PixelValuesArgs& a, Device& device) {
@@ -327,9 +333,9 @@ void pixel_values(const PixelValuesArgs& a, Device& device) {
   const std::vector<char> table = pixel_table(a.mean, a.std, a.out.dtype);
   const Layout layout = {a.patch, a.temporal, a.merge};
   if (a.out.dtype == DType::f32)
-    run(a.images, plan, nullptr, a.out.as<uint32_t>(), table, layout, device);
+    resample(a.images, plan, nullptr, a.out.as<uint32_t>(), table, layout, device);
   else
-    run(a.images, plan, nullptr, a.out.as<uint16_t>(), table, layout, device);
+    resample(a.images, plan, nullptr, a.out.as<uint16_t>(), table, layout, device);
 }
 
 }  // namespace p2r::cuda

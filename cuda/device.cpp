@@ -1,5 +1,6 @@
-// The CUDA device: one stream, stream-ordered memory, pinned staging for transfers, and a thread
-// that waits for events on behalf of promises.
+// The CUDA device: one stream; memory from cudaMalloc, which the caching allocator of ops/memory.h
+// reuses in stream order; pinned staging buffers for transfers; and a thread, the waiter, that
+// waits for events and calls completions.
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
@@ -20,12 +21,13 @@ void check(cudaError_t e, const char* what) {
   if (e != cudaSuccess) throw Error(Code::cuda, std::string(what) + ": " + cudaGetErrorString(e));
 }
 
-// Pinned host memory that a transfer has passed through, to be used again once its event is over.
+// A pinned staging buffer of transfers, free for the next once `done` has passed and it is not
+// held.
 struct Staging {
   void* data = nullptr;
   size_t capacity = 0;
   cudaEvent_t done = nullptr;
-  // The waiter has yet to copy it out.
+  // By a download that the waiter still has to copy out.
   std::shared_ptr<std::atomic<bool>> held = std::make_shared<std::atomic<bool>>(false);
 };
 
@@ -117,13 +119,13 @@ class CudaDevice final : public Device {
 
   void download(void* destination, const void* source, size_t bytes) override {
     if (!bytes) return;
-    // The destination is JavaScript's and pageable, so the copy would wait for the stream here;
-    // it passes through pinned memory and is completed by the waiter instead.
+    // The destination is JavaScript's and pageable, for which cudaMemcpyAsync would block here
+    // until the stream gets there. So it copies to pinned memory, and the waiter from there.
     Staging& s = stage(bytes);
     check(cudaMemcpyAsync(s.data, source, bytes, cudaMemcpyDeviceToHost, stream()), "copy to host");
     check(cudaEventRecord(s.done, stream_), "cudaEventRecord");
-    // Not by a host function of the stream: streams share the thread that runs those, and one of
-    // another device may be waiting there for this very copy.
+    // Not a host function of the stream: all streams share the thread that runs those, and another
+    // device's may be waiting there for this copy.
     *s.held = true;
     notify([destination, data = s.data, bytes, held = s.held](const std::string& error) {
       if (error.empty()) std::memcpy(destination, data, bytes);

@@ -1,5 +1,5 @@
-// Boxes on an image: one pixel a thread, copied or coloured by the last stroke over it. Bound by
-// memory.
+// Boxes on an image: a thread copies one pixel, or stores the colour of the last stroke over it.
+// Memory-bound.
 #include "cuda/strokes.cuh"
 #include "ops/draw_boxes.h"
 
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kBlock = 256;
 
-// Block b takes the pixels b * kBlock .. of the image.
+// A block takes kBlock consecutive pixels.
 __global__ void __launch_bounds__(kBlock)
     draw_boxes_kernel(const uint8_t* image, uint8_t* out, int64_t pixels, int64_t width,
                       const Stroke* strokes, int32_t count) {
@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(kBlock)
   strokes_in_rows(strokes, count, begin / width, (begin + kBlock - 1) / width + 1, range);
   const int64_t p = begin + threadIdx.x;
   if (p >= pixels) return;
-  const uint8_t* color = stroked(image + p * 3, strokes, range[0], range[1], p / width, p % width);
+  const uint8_t* color =
+      pixel_color(image + p * 3, strokes, range[0], range[1], p / width, p % width);
   for (int c = 0; c < 3; ++c) out[p * 3 + c] = color[c];
 }
 

@@ -1,4 +1,4 @@
-// GELU: one grid-stride loop, one element a thread and step; bound by memory.
+// GELU: one grid-stride loop over the elements; memory-bound.
 #include "cuda/launch.cuh"
 #include "ops/gelu.h"
 
@@ -14,8 +14,8 @@ template <class T>
 __global__ void __launch_bounds__(kBlock) gelu_kernel(const T* x, T* out, int64_t n, bool tanh) {
   for (int64_t i = blockIdx.x * int64_t{kBlock} + threadIdx.x; i < n;
        i += int64_t{gridDim.x} * kBlock) {
-    const float given = to_float(x[i]);
-    const float v = given < -1e4f ? -1e4f : given;  // so that -infinity gives -0, its limit
+    const float raw = to_float(x[i]);
+    const float v = raw < -1e4f ? -1e4f : raw;  // so that -infinity gives -0, its limit
     const float cdf = tanh ? 0.5f * (1 + tanhf(kSqrt2OverPi * (v + kCubic * v * v * v)))
                            : 0.5f * (1 + erff(v * kRsqrt2));
     out[i] = from_float<T>(v * cdf);
@@ -27,17 +27,18 @@ __global__ void __launch_bounds__(kBlock)
     gelu_backward_kernel(const T* d_out, const T* x, T* d_x, int64_t n, bool tanh) {
   for (int64_t i = blockIdx.x * int64_t{kBlock} + threadIdx.x; i < n;
        i += int64_t{gridDim.x} * kBlock) {
-    const float given = to_float(x[i]);
-    // The slope is 0 or 1 out there; infinity itself would make infinity times 0.
-    const float v = given < -100.0f ? -100.0f : given > 100.0f ? 100.0f : given;
-    float slope;
+    const float raw = to_float(x[i]);
+    // Beyond these bounds the derivative is 0 or 1; x = inf would give inf * 0 = NaN.
+    const float v = raw < -100.0f ? -100.0f : raw > 100.0f ? 100.0f : raw;
+    float derivative;
     if (tanh) {
       const float t = tanhf(kSqrt2OverPi * (v + kCubic * v * v * v));
-      slope = 0.5f * (1 + t) + 0.5f * v * (1 - t * t) * kSqrt2OverPi * (1 + 3 * kCubic * v * v);
+      derivative =
+          0.5f * (1 + t) + 0.5f * v * (1 - t * t) * kSqrt2OverPi * (1 + 3 * kCubic * v * v);
     } else {
-      slope = 0.5f * (1 + erff(v * kRsqrt2)) + v * kRsqrt2Pi * expf(-0.5f * v * v);
+      derivative = 0.5f * (1 + erff(v * kRsqrt2)) + v * kRsqrt2Pi * expf(-0.5f * v * v);
     }
-    d_x[i] = from_float<T>(to_float(d_out[i]) * slope);
+    d_x[i] = from_float<T>(to_float(d_out[i]) * derivative);
   }
 }
 

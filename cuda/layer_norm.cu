@@ -1,7 +1,7 @@
-// Layer normalisation. Forward and dX: a warp owns a row and reads it from memory once; the later
-// passes find it in the first-level cache. dWeight and dBias: a block owns 32 columns of one slice
-// of rows (ops/layer_norm.h); a second kernel adds the slices in order, in f64.
-#include "cuda/launch.cuh"
+// Layer normalisation. Forward and dX: a warp takes a row and reads it from memory once; the later
+// passes over it hit L1. dWeight and dBias: a block sums 32 columns over one slice of the rows
+// (ops/layer_norm.h); a second kernel adds the slices in order, in f64.
+#include "cuda/reduce.cuh"
 #include "ops/layer_norm.h"
 
 namespace p2r::cuda {
@@ -10,34 +10,27 @@ namespace {
 
 constexpr int kBlock = 256, kRows = kBlock / 32;
 
-// Every lane gets the same sum, in the same order of additions.
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int lanes = 16; lanes; lanes >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
-  return v;
-}
-
 template <class T, class B>
 __global__ void __launch_bounds__(kBlock)
     layer_norm_kernel(const T* x, const T* weight, const B* bias, T* out, float* stats,
                       int64_t rows, int64_t c, float eps) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const float share = c ? 1.0f / static_cast<float>(c) : 0.0f;
+  const float inv_c = c ? 1.0f / static_cast<float>(c) : 0.0f;
   for (int64_t r = int64_t{blockIdx.x} * kRows + threadIdx.x / 32; r < rows;
        r += int64_t{gridDim.x} * kRows) {
     const T* in = x + r * c;
     float sum = 0;
     for (int64_t i = lane; i < c; i += 32) sum += to_float(in[i]);
-    const float guess = warp_sum(sum) * share;
-    float first = 0, second = 0;
+    const float estimate = warp_sum(sum) * inv_c;
+    float sum_d = 0, sum_d_squared = 0;
     for (int64_t i = lane; i < c; i += 32) {
-      const float d = to_float(in[i]) - guess;
-      first += d;
-      second += d * d;
+      const float d = to_float(in[i]) - estimate;
+      sum_d += d;
+      sum_d_squared += d * d;
     }
-    const float correction = warp_sum(first) * share;
-    const float mean = guess + correction;
-    const float variance = warp_sum(second) * share - correction * correction;
+    const float correction = warp_sum(sum_d) * inv_c;
+    const float mean = estimate + correction;
+    const float variance = warp_sum(sum_d_squared) * inv_c - correction * correction;
     const float rstd = 1.0f / sqrtf((variance < 0 ? 0.0f : variance) + eps);
     for (int64_t i = lane; i < c; i += 32)
       out[r * c + i] =
@@ -54,31 +47,32 @@ __global__ void __launch_bounds__(kBlock)
     layer_norm_d_x_kernel(const T* d_out, const T* x, const T* weight, const float* stats, T* d_x,
                           int64_t rows, int64_t c) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const float share = 1.0f / static_cast<float>(c);
+  const float inv_c = 1.0f / static_cast<float>(c);
   for (int64_t r = int64_t{blockIdx.x} * kRows + threadIdx.x / 32; r < rows;
        r += int64_t{gridDim.x} * kRows) {
     const T* in = x + r * c;
     const T* d = d_out + r * c;
     const float mean = stats[2 * r], rstd = stats[2 * r + 1];
-    float sum = 0, along = 0;
+    float sum_dnorm = 0, sum_dnorm_norm = 0;
     for (int64_t i = lane; i < c; i += 32) {
-      const float g = to_float(d[i]) * to_float(weight[i]);
-      sum += g;
-      along += g * ((to_float(in[i]) - mean) * rstd);
+      const float dnorm = to_float(d[i]) * to_float(weight[i]);
+      sum_dnorm += dnorm;
+      sum_dnorm_norm += dnorm * ((to_float(in[i]) - mean) * rstd);
     }
-    const float level = warp_sum(sum) * share, tilt = warp_sum(along) * share;
+    const float dnorm_mean = warp_sum(sum_dnorm) * inv_c,
+                dnorm_norm_mean = warp_sum(sum_dnorm_norm) * inv_c;
     for (int64_t i = lane; i < c; i += 32) {
-      const float hat = (to_float(in[i]) - mean) * rstd;
-      d_x[r * c + i] =
-          from_float<T>(rstd * (to_float(d[i]) * to_float(weight[i]) - level - hat * tilt));
+      const float norm = (to_float(in[i]) - mean) * rstd;
+      d_x[r * c + i] = from_float<T>(
+          rstd * (to_float(d[i]) * to_float(weight[i]) - dnorm_mean - norm * dnorm_norm_mean));
     }
   }
 }
 
-// partial: [slices, 2, c]. Blocks (columns / 32, slices) of 32 x 8 threads.
+// partials: [slices, 2, c]. Blocks (columns / 32, slices) of 32 x 8 threads.
 template <class T>
 __global__ void __launch_bounds__(kBlock)
-    layer_norm_slices_kernel(const T* d_out, const T* x, const float* stats, float* partial,
+    layer_norm_slices_kernel(const T* d_out, const T* x, const float* stats, float* partials,
                              int64_t rows, int64_t c, int64_t slice) {
   SMEM_ARRAY(float, sums, 2 * kBlock);
   const int lane = static_cast<int>(threadIdx.x) % 32, group = static_cast<int>(threadIdx.x) / 32;
@@ -98,17 +92,17 @@ __global__ void __launch_bounds__(kBlock)
   if (group < 2 && column < c) {
     float sum = 0;
     for (int i = 0; i < kRows; ++i) sum += sums[group * kBlock + i * 32 + lane];
-    partial[(int64_t{blockIdx.y} * 2 + group) * c + column] = sum;
+    partials[(int64_t{blockIdx.y} * 2 + group) * c + column] = sum;
   }
 }
 
 __global__ void __launch_bounds__(kBlock)
-    layer_norm_columns_kernel(const float* partial, float* d_weight, float* d_bias, int64_t slices,
+    layer_norm_columns_kernel(const float* partials, float* d_weight, float* d_bias, int64_t slices,
                               int64_t c) {
   const int64_t i = int64_t{blockIdx.x} * kBlock + threadIdx.x;
   if (i >= 2 * c) return;
   double sum = 0;
-  for (int64_t s = 0; s < slices; ++s) sum += static_cast<double>(partial[s * 2 * c + i]);
+  for (int64_t s = 0; s < slices; ++s) sum += static_cast<double>(partials[s * 2 * c + i]);
   (i < c ? d_weight[i] : d_bias[i - c]) = static_cast<float>(sum);
 }
 
@@ -138,7 +132,7 @@ void layer_norm_backward(const LayerNormBackwardArgs& a, Device& device) {
   if (!c) return;
   const int64_t slice = layer_norm_slice(rows), slices = ceil_div(rows, slice);
   const Scratch scratch = device.scratch(static_cast<size_t>(slices * 2 * c) * sizeof(float));
-  float* partial = scratch.as<float>();
+  float* partials = scratch.as<float>();
   const cudaStream_t stream = stream_of(device);
   if (rows)
     with_float_type(a.x.dtype, [&](auto* t) {
@@ -146,18 +140,18 @@ void layer_norm_backward(const LayerNormBackwardArgs& a, Device& device) {
       launch(layer_norm_d_x_kernel<T>, blocks_for(rows, kRows), kBlock, 0, stream,
              a.d_out.as<const T>(), a.x.as<const T>(), a.weight.as<const T>(),
              a.stats.as<const float>(), a.d_x.as<T>(), rows, c);
-      // Slices in y, at most 65 535 a launch.
-      constexpr int64_t kSlices = 65535;
-      for (int64_t s = 0; s < slices; s += kSlices) {
-        const int64_t n = slices - s < kSlices ? slices - s : kSlices, first = s * slice;
+      // Slices are blockIdx.y, at most 65 535 a launch.
+      constexpr int64_t kMaxSlices = 65535;
+      for (int64_t s = 0; s < slices; s += kMaxSlices) {
+        const int64_t n = slices - s < kMaxSlices ? slices - s : kMaxSlices, first = s * slice;
         launch(layer_norm_slices_kernel<T>,
                dim3(static_cast<unsigned>(ceil_div(c, 32)), static_cast<unsigned>(n)), kBlock, 0,
                stream, a.d_out.as<const T>() + first * c, a.x.as<const T>() + first * c,
-               a.stats.as<const float>() + 2 * first, partial + s * 2 * c, rows - first, c, slice);
+               a.stats.as<const float>() + 2 * first, partials + s * 2 * c, rows - first, c, slice);
       }
     });
   launch(layer_norm_columns_kernel, static_cast<unsigned>(ceil_div(2 * c, kBlock)), kBlock, 0,
-         stream, partial, a.d_weight.as<float>(), a.d_bias.as<float>(), slices, c);
+         stream, partials, a.d_weight.as<float>(), a.d_bias.as<float>(), slices, c);
 }
 
 }  // namespace p2r::cuda

@@ -17,6 +17,7 @@
 #include "cuda/gemm/gemm.cuh"
 #include "cuda/linear.cuh"
 #include "cuda/log_probs.cuh"
+#include "cuda/workspace.h"
 #include "ops/linear_log_probs.h"
 
 namespace p2r::cuda {
@@ -369,20 +370,6 @@ class ChunkedHead {
   int64_t first_ = 0, chunk_ = 0;
 };
 
-// What the policy loss keeps of each token. Room for one at least: a null tensor would be an absent
-// one.
-struct TokenBuffers {
-  TokenBuffers(Workspace& workspace, int64_t rows, bool with_entropy) {
-    const int64_t tokens = std::max<int64_t>(rows, 1);
-    stats = workspace.take<float>(2 * tokens);
-    d_log_probs = workspace.take<float>(tokens);
-    if (!with_entropy) return;
-    entropy = workspace.take<float>(tokens);
-    d_entropy = workspace.take<float>(tokens);
-  }
-  float *stats, *d_log_probs, *entropy = nullptr, *d_entropy = nullptr;
-};
-
 // The gradients of weight and bias where there are no rows: 0, unless they are added to given ones.
 template <class Args>
 void zero_gradients(const Args& a, Device& device) {
@@ -426,23 +413,20 @@ void linear_log_probs_backward(const LinearLogProbsBackwardArgs& a, Device& devi
 void linear_policy_loss(const LinearPolicyLossArgs& a, Device& device) {
   const int64_t rows = a.hidden.shape[0];
   const bool with_entropy = a.loss.entropy_coef != 0;
-  Workspace size(nullptr);
-  TokenBuffers(size, rows, with_entropy);
-  const Scratch scratch = device.scratch(size.bytes());
-  Workspace workspace(scratch.as<char>());
-  const TokenBuffers buffers(workspace, rows, with_entropy);
-  const Out stats = f32_tensor<Out>(buffers.stats, {rows, 2});
-  Out entropy;
-
+  Out stats, entropy;
   PolicyLossArgs loss = a.loss;
+  const ScratchWorkspace scratch(device, [&](Workspace& workspace) {
+    // Room for one token at least: a null tensor would be an absent one.
+    const int64_t tokens = std::max<int64_t>(rows, 1);
+    stats = f32_tensor<Out>(workspace.take<float>(2 * tokens), {rows, 2});
+    loss.d_log_probs = f32_tensor<Out>(workspace.take<float>(tokens), {rows});
+    if (!with_entropy) return;
+    entropy = f32_tensor<Out>(workspace.take<float>(tokens), {rows});
+    loss.d_entropy = f32_tensor<Out>(workspace.take<float>(tokens), {rows});
+  });
   loss.fault = a.fault;
   loss.log_probs = view_as<In>(a.log_probs);
-  loss.d_log_probs = f32_tensor<Out>(buffers.d_log_probs, {rows});
-  if (with_entropy) {
-    entropy = f32_tensor<Out>(buffers.entropy, {rows});
-    loss.entropy = view_as<In>(entropy);
-    loss.d_entropy = f32_tensor<Out>(buffers.d_entropy, {rows});
-  }
+  loss.entropy = view_as<In>(entropy);
   if (!rows) {
     policy_loss(loss, device);
     return zero_gradients(a, device);

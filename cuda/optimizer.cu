@@ -1,7 +1,8 @@
-// Clipping and AdamW. Clipping takes three steps: a block sums the squares of kNormBlock elements
-// in f64; one block adds those sums in a fixed order; every gradient is scaled by the factor it
-// left. Bound by memory, a launch a tensor.
+// Gradient clipping and AdamW. Clipping takes three steps: a block sums the squares of kNormBlock
+// elements in f64; one block adds those sums in a fixed order and stores the factor; every gradient
+// is scaled by it. Memory-bound, one launch a tensor.
 #include "cuda/launch.cuh"
+#include "cuda/workspace.h"
 #include "ops/optimizer.h"
 
 namespace p2r::cuda {
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int kBlock = 256;
 
-// The sum over the block, in a fixed order, for thread 0.
+// The sum over the block by a tree in shared memory, for every thread.
 __device__ __forceinline__ double block_sum(double v, double (&shared)[kBlock]) {
   shared[threadIdx.x] = v;
   __syncthreads();
@@ -82,9 +83,12 @@ void step(const View& p, const View& g, const View& moments, const AdamStep& k, 
 void clip_grad_norm(const ClipGradNormArgs& a, Device& device) {
   int64_t blocks = 0;
   for (const View& g : a.grads) blocks += ceil_div(g.size(), kNormBlock);
-  const Scratch scratch = device.scratch(static_cast<size_t>(blocks + 1) * sizeof(double));
-  double* sums = scratch.as<double>();
-  float* factor = reinterpret_cast<float*>(sums + blocks);
+  double* sums = nullptr;
+  float* factor = nullptr;
+  const ScratchWorkspace scratch(device, [&](Workspace& workspace) {
+    sums = workspace.take<double>(blocks);
+    factor = workspace.take<float>(1);
+  });
   const cudaStream_t stream = stream_of(device);
   int64_t first = 0;
   for (const View& g : a.grads) {

@@ -1,8 +1,9 @@
-// The policy loss in four launches, all deterministic: runs of kLossRun tokens are counted, a block
-// a run; one block adds them up by sequence (the gradient needs the divisors first); a block a run
-// computes terms and gradients in f32 and sums the terms in f64; one block adds the runs up in a
-// fixed order.
-#include "cuda/launch.cuh"
+// The policy loss in four launches, all deterministic. A block a run of kLossRun tokens counts the
+// kept ones; one block adds these by sequence and computes the weights, which the gradient needs; a
+// block a run computes terms and gradients in f32 and sums the terms in f64; one block adds the
+// runs in a fixed order.
+#include "cuda/reduce.cuh"
+#include "cuda/workspace.h"
 #include "ops/policy_loss.h"
 
 namespace p2r::cuda {
@@ -10,12 +11,10 @@ namespace p2r::cuda {
 namespace {
 
 constexpr int kBlock = 256, kWarps = kBlock / 32;
-constexpr unsigned kFull = 0xffffffffu;
 
-enum Sum { kPolicy, kKl, kEntropy, kClipped, kClippedLower, kApproxKl, kRatio, kSums };
-
-struct Run {
-  double kept, log_ratio, sums[kSums];
+struct RunSums {
+  double kept, log_ratio;  // log_ratio: Σ (logp - old) over kept tokens, for gspo
+  double sums[kLossSums];
 };
 struct Sequence {
   double kept, log_ratio, policy_weight, term_weight;
@@ -28,89 +27,78 @@ struct Loss {
   Kl kl;
   Aggregation aggregation, term_aggregation;
   bool count_empty, per_token;
-  float low, high, dual_clip, tau_positive, tau_negative, kl_clamp;  // inf: no bound
+  float ratio_low, ratio_high, dual_clip, tau_positive, tau_negative, kl_clamp;  // inf: no bound
   double kl_coef, entropy_coef, loss_scale, normalizer;
   const LossRun* runs;
   const int64_t* starts;
-  int64_t count, sequences;
-  Run* parts;
-  Sequence* of;
-  double* totals;  // kept tokens
+  int64_t run_count, sequences;
+  RunSums* run_sums;
+  Sequence* per_sequence;
+  double* kept_tokens;  // of the batch
   float *loss, *d_log_probs, *d_entropy, *metrics;
   int32_t* fault;
 };
 
-// The sum over the block, for every thread; `shared` holds kWarps values.
-__device__ double block_sum(double x, double* shared) {
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFull, x, step);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-  __syncthreads();
-  double total = 0;
-  for (int i = 0; i < kWarps; ++i) total += shared[i];
-  return total;
-}
-
-__global__ void __launch_bounds__(kBlock) count_kernel(Loss a) {
+__global__ void __launch_bounds__(kBlock) count_kept_kernel(Loss a) {
   SMEM_ARRAY(double, shared, kWarps);
   const LossRun run = a.runs[blockIdx.x];
   const bool ratios = a.objective == Objective::gspo && a.old_log_probs;
   double kept = 0, log_ratio = 0;
   for (int64_t t = run.begin + threadIdx.x; t < run.begin + run.size; t += kBlock) {
-    const int mark = a.mask ? a.mask[t] : 1;
-    if (mark > 1) ptx::raise(a.fault);
-    if (!mark) continue;
+    const int mask = a.mask ? a.mask[t] : 1;
+    if (mask > 1) ptx::raise(a.fault);
+    if (!mask) continue;
     kept += 1;
     if (ratios)
       log_ratio += static_cast<double>(a.log_probs[t]) - static_cast<double>(a.old_log_probs[t]);
   }
-  kept = block_sum(kept, shared);
-  log_ratio = block_sum(log_ratio, shared);
+  kept = block_sum<kWarps>(kept, shared);
+  log_ratio = block_sum<kWarps>(log_ratio, shared);
   if (threadIdx.x == 0) {
-    a.parts[blockIdx.x].kept = kept;
-    a.parts[blockIdx.x].log_ratio = log_ratio;
+    a.run_sums[blockIdx.x].kept = kept;
+    a.run_sums[blockIdx.x].log_ratio = log_ratio;
   }
 }
 
-__global__ void __launch_bounds__(kBlock) weigh_kernel(Loss a) {
+__global__ void __launch_bounds__(kBlock) sequence_weights_kernel(Loss a) {
   SMEM_ARRAY(double, shared, kWarps);
   double tokens = 0, rows = 0;
   for (int64_t s = threadIdx.x; s < a.sequences; s += kBlock) {
     double kept = 0, log_ratio = 0;
     for (int64_t i = a.starts[s]; i < a.starts[s + 1]; ++i) {
-      kept += a.parts[i].kept;
-      log_ratio += a.parts[i].log_ratio;
+      kept += a.run_sums[i].kept;
+      log_ratio += a.run_sums[i].log_ratio;
     }
-    a.of[s].kept = kept;
-    a.of[s].log_ratio = log_ratio;
+    a.per_sequence[s].kept = kept;
+    a.per_sequence[s].log_ratio = log_ratio;
     tokens += kept;
     rows += a.count_empty || kept > 0;
   }
-  tokens = block_sum(tokens, shared);
-  rows = block_sum(rows, shared);
-  const auto weight = [&](Aggregation how, double kept) {
-    const bool given = a.normalizer > 0 && (how == Aggregation::token_mean) ==
+  tokens = block_sum<kWarps>(tokens, shared);
+  rows = block_sum<kWarps>(rows, shared);
+  const auto weight = [&](Aggregation aggregation, double kept) {
+    const bool given = a.normalizer > 0 && (aggregation == Aggregation::token_mean) ==
                                                (a.aggregation == Aggregation::token_mean);
-    return loss_weight(how, kept, given ? a.normalizer : tokens, given ? a.normalizer : rows,
-                       a.loss_scale);
+    return loss_weight(aggregation, kept, given ? a.normalizer : tokens,
+                       given ? a.normalizer : rows, a.loss_scale);
   };
   for (int64_t s = threadIdx.x; s < a.sequences; s += kBlock) {
-    a.of[s].policy_weight = weight(a.aggregation, a.of[s].kept);
-    a.of[s].term_weight = weight(a.term_aggregation, a.of[s].kept);
+    a.per_sequence[s].policy_weight = weight(a.aggregation, a.per_sequence[s].kept);
+    a.per_sequence[s].term_weight = weight(a.term_aggregation, a.per_sequence[s].kept);
   }
-  if (threadIdx.x == 0) *a.totals = tokens;
+  if (threadIdx.x == 0) *a.kept_tokens = tokens;
 }
 
 struct Term {
-  float value, slope;
+  float value, gradient;
 };
 
 __device__ __forceinline__ float clamped(float x, float low, float high) {
-  return x > high ? high : x < low ? low : x;  // NaN stays
+  return x > high ? high : x < low ? low : x;  // NaN stays NaN
 }
 
-// e^x - x - 1, by its series near 0, where the difference would cancel.
-__device__ float above_tangent(float x) {
+// e^x - 1 - x, by its series for |x| < 1, where the difference would cancel.
+__device__ float expm1_minus_x(float x) {
   if (!(x > -1 && x < 1)) return expf(x) - x - 1;
   float p = 1.0f / 6227020800.0f;
   p = fmaf(p, x, 1.0f / 479001600);
@@ -138,7 +126,7 @@ __device__ Term kl_term(const Loss& a, float x) {
     default: {
       const bool bounded = a.kl_clamp < INFINITY;
       const float at = bounded ? clamped(x, -20, 20) : x;
-      const float value = above_tangent(at);
+      const float value = expm1_minus_x(at);
       if (bounded && (value > a.kl_clamp || x > 20 || x < -20))
         return {value > a.kl_clamp ? a.kl_clamp : value, 0};
       return {value, -(value + at)};
@@ -148,54 +136,54 @@ __device__ Term kl_term(const Loss& a, float x) {
 
 struct PolicyTerm {
   Term term;
-  bool clipped, lower;
+  bool clipped, dual_clipped;
 };
 
 __device__ PolicyTerm policy_term(const Loss& a, float advantage, float log_prob, float ratio,
-                                  bool inside) {
+                                  bool in_range) {
   PolicyTerm out = {{0, 0}, false, false};
   switch (a.objective) {
     case Objective::ppo:
     case Objective::gspo: {
-      const float free = -advantage * ratio;
-      const float bounded = -advantage * clamped(ratio, a.low, a.high);
-      out.clipped = bounded > free;
-      out.term.value = out.clipped ? bounded : free;
+      const float unclipped = -advantage * ratio;
+      const float bounded = -advantage * clamped(ratio, a.ratio_low, a.ratio_high);
+      out.clipped = bounded > unclipped;
+      out.term.value = out.clipped ? bounded : unclipped;
       if (a.objective == Objective::ppo && a.dual_clip < INFINITY && advantage < 0) {
-        const float most = -advantage * a.dual_clip;
-        out.lower = out.term.value > most;
-        if (out.lower) out.term.value = most;
+        const float limit = -advantage * a.dual_clip;
+        out.dual_clipped = out.term.value > limit;
+        if (out.dual_clipped) out.term.value = limit;
       }
-      out.term.slope = inside && !out.clipped && !out.lower ? free : 0;
+      out.term.gradient = in_range && !out.clipped && !out.dual_clipped ? unclipped : 0;
       break;
     }
     case Objective::cispo: {
-      const float held = clamped(ratio, a.low, a.high);
-      out.clipped = held != ratio;
-      out.term.slope = -advantage * held;
-      out.term.value = out.term.slope * log_prob;
+      const float clipped_ratio = clamped(ratio, a.ratio_low, a.ratio_high);
+      out.clipped = clipped_ratio != ratio;
+      out.term.gradient = -advantage * clipped_ratio;
+      out.term.value = out.term.gradient * log_prob;
       break;
     }
     case Objective::sapo: {
       const float tau = advantage > 0 ? a.tau_positive : a.tau_negative;
       const float gate = 1 / (1 + expf(-tau * (ratio - 1)));
-      const float away = 1 / (1 + expf(tau * (ratio - 1)));
+      const float one_minus_gate = 1 / (1 + expf(tau * (ratio - 1)));
       out.term.value = -advantage * gate * 4 / tau;
-      out.term.slope = inside ? -advantage * 4 * gate * away * ratio : 0;
+      out.term.gradient = in_range ? -advantage * 4 * gate * one_minus_gate * ratio : 0;
       break;
     }
     default:
-      out.term.slope = -advantage;
-      out.term.value = out.term.slope * log_prob;
+      out.term.gradient = -advantage;
+      out.term.value = out.term.gradient * log_prob;
   }
   return out;
 }
 
-__global__ void __launch_bounds__(kBlock) run_kernel(Loss a) {
+__global__ void __launch_bounds__(kBlock) loss_terms_kernel(Loss a) {
   SMEM_ARRAY(double, shared, kWarps);
   const LossRun run = a.runs[blockIdx.x];
-  const Sequence sequence = a.of[run.sequence];
-  const bool whole = a.objective == Objective::gspo;
+  const Sequence sequence = a.per_sequence[run.sequence];
+  const bool by_sequence = a.objective == Objective::gspo;
   const double mean = sequence.kept > 0 ? sequence.log_ratio / sequence.kept : 0;
   const float sequence_ratio = static_cast<float>(exp(mean > 10    ? 10.0
                                                       : mean < -20 ? -20.0
@@ -203,74 +191,63 @@ __global__ void __launch_bounds__(kBlock) run_kernel(Loss a) {
   const float policy_weight = static_cast<float>(sequence.policy_weight);
   const float kl_weight = static_cast<float>(a.kl_coef * sequence.term_weight);
   const float entropy_weight = static_cast<float>(-a.entropy_coef * sequence.term_weight);
-  double sums[kSums] = {};
+  double sums[kLossSums] = {};
   for (int64_t t = run.begin + threadIdx.x; t < run.begin + run.size; t += kBlock) {
-    const int mark = a.mask ? a.mask[t] : 1;
-    float slope = 0;
-    if (mark) {
+    const int mask = a.mask ? a.mask[t] : 1;
+    float gradient = 0;
+    if (mask) {
       const float log_prob = a.log_probs[t];
       const float advantage = a.advantages[a.per_token ? t : run.sequence];
-      const float step = a.old_log_probs ? log_prob - a.old_log_probs[t] : 0;
-      const float d = clamped(step, -20, 20);
-      const bool inside = whole ? mean >= -20 && mean <= 10 : step >= -20 && step <= 20;
-      const float ratio = whole ? sequence_ratio : a.old_log_probs ? expf(d) : 1;
-      PolicyTerm policy = policy_term(a, advantage, log_prob, ratio, inside);
+      const float log_ratio = a.old_log_probs ? log_prob - a.old_log_probs[t] : 0;
+      const float d = clamped(log_ratio, -20, 20);
+      const bool in_range =
+          by_sequence ? mean >= -20 && mean <= 10 : log_ratio >= -20 && log_ratio <= 20;
+      const float ratio = by_sequence ? sequence_ratio : a.old_log_probs ? expf(d) : 1;
+      PolicyTerm policy = policy_term(a, advantage, log_prob, ratio, in_range);
       if (a.importance) {
         policy.term.value *= a.importance[t];
-        policy.term.slope *= a.importance[t];
+        policy.term.gradient *= a.importance[t];
       }
-      slope = policy.term.slope * policy_weight;
+      gradient = policy.term.gradient * policy_weight;
       if (a.kl != Kl::none) {
         const Term kl = kl_term(a, a.ref_log_probs[t] - log_prob);
-        sums[kKl] += kl.value;
-        if (kl_weight != 0) slope += kl.slope * kl_weight;
+        sums[kKlSum] += kl.value;
+        if (kl_weight != 0) gradient += kl.gradient * kl_weight;
       }
-      if (mark > 1) policy.term.value = slope = NAN;
-      sums[kPolicy] += policy.term.value;
-      if (a.entropy) sums[kEntropy] += a.entropy[t];
-      sums[kClipped] += policy.clipped;
-      sums[kClippedLower] += policy.lower;
-      sums[kApproxKl] -= d;
-      sums[kRatio] += ratio;
+      if (mask > 1) policy.term.value = gradient = NAN;
+      sums[kPolicySum] += policy.term.value;
+      if (a.entropy) sums[kEntropySum] += a.entropy[t];
+      sums[kClippedSum] += policy.clipped;
+      sums[kDualClippedSum] += policy.dual_clipped;
+      sums[kApproxKlSum] -= d;
+      sums[kRatioSum] += ratio;
     }
-    a.d_log_probs[t] = slope;
-    if (a.d_entropy) a.d_entropy[t] = mark ? entropy_weight : 0;
+    a.d_log_probs[t] = gradient;
+    if (a.d_entropy) a.d_entropy[t] = mask ? entropy_weight : 0;
   }
-  for (int k = 0; k < kSums; ++k) {
-    const double total = block_sum(sums[k], shared);
-    if (threadIdx.x == 0) a.parts[blockIdx.x].sums[k] = total;
+  for (int k = 0; k < kLossSums; ++k) {
+    const double total = block_sum<kWarps>(sums[k], shared);
+    if (threadIdx.x == 0) a.run_sums[blockIdx.x].sums[k] = total;
   }
 }
 
-__global__ void __launch_bounds__(kBlock) finish_kernel(Loss a) {
+__global__ void __launch_bounds__(kBlock) reduce_loss_kernel(Loss a) {
   SMEM_ARRAY(double, shared, kWarps);
-  double sums[kSums] = {};
-  for (int64_t i = threadIdx.x; i < a.count; i += kBlock) {
-    const Sequence& sequence = a.of[a.runs[i].sequence];
+  double sums[kLossSums] = {};
+  for (int64_t i = threadIdx.x; i < a.run_count; i += kBlock) {
+    const Sequence& sequence = a.per_sequence[a.runs[i].sequence];
     if (sequence.kept == 0) continue;
-    for (int k = 0; k < kSums; ++k)
-      sums[k] += a.parts[i].sums[k] * (k == kPolicy    ? sequence.policy_weight
-                                       : k <= kEntropy ? sequence.term_weight
-                                                       : 1);
+    for (int k = 0; k < kLossSums; ++k)
+      sums[k] +=
+          a.run_sums[i].sums[k] * loss_sum_weight(k, sequence.policy_weight, sequence.term_weight);
   }
-  const double tokens = *a.totals;
-  double total[kSums];
-  for (int k = 0; k < kSums; ++k) {
-    total[k] = block_sum(sums[k], shared);
-    if (k > kEntropy) total[k] = tokens > 0 ? total[k] / tokens : 0;
-  }
+  for (int k = 0; k < kLossSums; ++k) sums[k] = block_sum<kWarps>(sums[k], shared);
   if (threadIdx.x != 0) return;
-  const double loss = total[kPolicy] + (a.kl_coef != 0 ? a.kl_coef * total[kKl] : 0) -
-                      (a.entropy_coef != 0 ? a.entropy_coef * total[kEntropy] : 0);
-  *a.loss = static_cast<float>(loss);
-  a.metrics[0] = static_cast<float>(loss);
-  for (int k = 0; k < kSums; ++k) a.metrics[1 + k] = static_cast<float>(total[k]);
-  a.metrics[1 + kSums] = static_cast<float>(floor(tokens / 65536));
-  a.metrics[2 + kSums] = static_cast<float>(tokens - floor(tokens / 65536) * 65536);
+  loss_metrics(sums, *a.kept_tokens, a.kl_coef, a.entropy_coef, a.metrics);
+  *a.loss = a.metrics[0];
 }
-static_assert(3 + kSums == kLossMetrics);
 
-float bound(double given) { return given > 0 ? static_cast<float>(given) : INFINITY; }
+float bound_or_inf(double given) { return given > 0 ? static_cast<float>(given) : INFINITY; }
 
 }  // namespace
 
@@ -290,17 +267,17 @@ void policy_loss(const PolicyLossArgs& a, Device& device) {
   p.term_aggregation = a.term_aggregation;
   p.count_empty = a.count_empty;
   p.per_token = a.per_token;
-  p.low = static_cast<float>(1 - a.clip_low);
-  p.high = static_cast<float>(1 + a.clip_high);
-  p.dual_clip = bound(a.dual_clip);
+  p.ratio_low = static_cast<float>(1 - a.clip_low);
+  p.ratio_high = static_cast<float>(1 + a.clip_high);
+  p.dual_clip = bound_or_inf(a.dual_clip);
   p.tau_positive = static_cast<float>(a.tau_positive);
   p.tau_negative = static_cast<float>(a.tau_negative);
-  p.kl_clamp = bound(a.kl_clamp);
+  p.kl_clamp = bound_or_inf(a.kl_clamp);
   p.kl_coef = a.kl_coef;
   p.entropy_coef = a.entropy_coef;
   p.loss_scale = a.loss_scale;
   p.normalizer = a.normalizer;
-  p.count = static_cast<int64_t>(table.runs.size());
+  p.run_count = static_cast<int64_t>(table.runs.size());
   p.sequences = static_cast<int64_t>(table.starts.size()) - 1;
   p.loss = a.loss.as<float>();
   p.d_log_probs = a.d_log_probs.as<float>();
@@ -308,25 +285,20 @@ void policy_loss(const PolicyLossArgs& a, Device& device) {
   p.metrics = a.metrics.as<float>();
   p.fault = a.fault;
 
-  const size_t run_bytes = table.runs.size() * sizeof(LossRun);
-  const size_t start_bytes = table.starts.size() * sizeof(int64_t);
-  Scratch tables = device.scratch(run_bytes + start_bytes);
-  Scratch parts = device.scratch(p.count * sizeof(Run));
-  Scratch of = device.scratch(p.sequences * sizeof(Sequence) + sizeof(double));
-  p.runs = tables.as<const LossRun>();
-  p.starts = reinterpret_cast<const int64_t*>(tables.as<char>() + run_bytes);
-  p.parts = parts.as<Run>();
-  p.totals = of.as<double>();
-  p.of = reinterpret_cast<Sequence*>(p.totals + 1);
-  if (run_bytes) device.upload(tables.as<char>(), table.runs.data(), run_bytes);
-  device.upload(tables.as<char>() + run_bytes, table.starts.data(), start_bytes);
+  const ScratchWorkspace scratch(device, [&](Workspace& workspace) {
+    p.runs = upload(device, workspace, table.runs);
+    p.starts = upload(device, workspace, table.starts);
+    p.run_sums = workspace.take<RunSums>(p.run_count);
+    p.per_sequence = workspace.take<Sequence>(p.sequences);
+    p.kept_tokens = workspace.take<double>(1);
+  });
 
   cudaStream_t stream = stream_of(device);
-  const unsigned runs = static_cast<unsigned>(p.count);
-  if (runs) launch(count_kernel, runs, kBlock, 0, stream, p);
-  launch(weigh_kernel, 1u, kBlock, 0, stream, p);
-  if (runs) launch(run_kernel, runs, kBlock, 0, stream, p);
-  launch(finish_kernel, 1u, kBlock, 0, stream, p);
+  const unsigned runs = static_cast<unsigned>(p.run_count);
+  if (runs) launch(count_kept_kernel, runs, kBlock, 0, stream, p);
+  launch(sequence_weights_kernel, 1u, kBlock, 0, stream, p);
+  if (runs) launch(loss_terms_kernel, runs, kBlock, 0, stream, p);
+  launch(reduce_loss_kernel, 1u, kBlock, 0, stream, p);
 }
 
 }  // namespace p2r::cuda

@@ -1,6 +1,7 @@
-// Position embeddings: an entry of the result a thread and step. The table (5 MB in the 8B tower)
-// stays in L2, so what costs is writing the result once.
+// Position embeddings: a grid-stride loop over the elements of the result. The table (5 MB in the
+// 8B tower) stays in L2, so the cost is one write of the result.
 #include "cuda/launch.cuh"
+#include "cuda/workspace.h"
 #include "ops/positions.h"
 
 namespace p2r::cuda {
@@ -38,19 +39,18 @@ void vision_positions(const VisionPositionsArgs& a, Device& device) {
   if (!tokens || !c) return;
   const std::vector<PatchGrid> grids = patch_grids(a.grid_thw);
   const AxisSamples axes = axis_samples(grids, a.side);
-  const size_t grid_bytes = grids.size() * sizeof grids[0];
-  const size_t sample_bytes = axes.samples.size() * sizeof axes.samples[0];
-  const size_t start_bytes = axes.starts.size() * sizeof axes.starts[0];
-  const Scratch grid_room = device.scratch(grid_bytes), sample_room = device.scratch(sample_bytes),
-                start_room = device.scratch(start_bytes);
-  device.upload(grid_room.as<void>(), grids.data(), grid_bytes);
-  device.upload(sample_room.as<void>(), axes.samples.data(), sample_bytes);
-  device.upload(start_room.as<void>(), axes.starts.data(), start_bytes);
+  const PatchGrid* device_grids = nullptr;
+  const AxisSample* samples = nullptr;
+  const AxisStart* starts = nullptr;
+  const ScratchWorkspace scratch(device, [&](Workspace& workspace) {
+    device_grids = upload(device, workspace, grids);
+    samples = upload(device, workspace, axes.samples);
+    starts = upload(device, workspace, axes.starts);
+  });
   with_float_type(a.table.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     launch(vision_positions_kernel<T>, blocks_for(tokens * c, kBlock), kBlock, 0, stream_of(device),
-           a.table.as<const T>(), grid_room.as<const PatchGrid>(), static_cast<int>(grids.size()),
-           sample_room.as<const AxisSample>(), start_room.as<const AxisStart>(),
+           a.table.as<const T>(), device_grids, static_cast<int>(grids.size()), samples, starts,
            static_cast<int>(a.side), static_cast<int>(a.merge), a.out.as<T>(), tokens, c);
   });
 }

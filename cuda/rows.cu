@@ -1,7 +1,8 @@
-// Rows: copies are grid-stride loops, one element or one aligned piece of a row a thread. Sums: a
-// block owns 32 columns of one segment; its 16 warps take the rows in turn and their sums are added
-// in order.
+// Rows. Copies are grid-stride loops, one element or one aligned word of a row a thread. Sums: a
+// block takes 32 columns of one segment; its 16 warps take the rows in turn and their sums are
+// added in order.
 #include "cuda/launch.cuh"
+#include "cuda/workspace.h"
 #include "ops/rows.h"
 
 namespace p2r::cuda {
@@ -19,15 +20,15 @@ __global__ void __launch_bounds__(kBlock)
     out[i] = from_float<T>(to_float(x[i]) + to_float(y[i % period]));
 }
 
-template <class Piece>
+template <class Word>
 __global__ void __launch_bounds__(kBlock)
-    gather_kernel(const Piece* x, const int64_t* index, Piece* out, int64_t n, int64_t pieces) {
-  for (int64_t i = int64_t{blockIdx.x} * kBlock + threadIdx.x; i < n * pieces;
+    gather_kernel(const Word* x, const int64_t* index, Word* out, int64_t n, int64_t words) {
+  for (int64_t i = int64_t{blockIdx.x} * kBlock + threadIdx.x; i < n * words;
        i += int64_t{gridDim.x} * kBlock)
-    out[i] = x[index[i / pieces] * pieces + i % pieces];
+    out[i] = x[index[i / words] * words + i % words];
 }
 
-// out[s] = the sum of rows offsets[s] .. offsets[s + 1] - 1 (through list unless it is null),
+// out[s] = the sum of rows offsets[s] .. offsets[s + 1] - 1 (of list[those] unless list is null),
 // divided by their number for a mean.
 template <class T>
 __global__ void __launch_bounds__(kSumBlock)
@@ -68,7 +69,8 @@ __global__ void __launch_bounds__(kBlock)
   for (int64_t i = int64_t{blockIdx.x} * kBlock + threadIdx.x; i < n;
        i += int64_t{gridDim.x} * kBlock) {
     const int64_t token = i / c;
-    // The last sequence that starts at or before the token: empty ones before it are passed over.
+    // Binary search for the last sequence that starts at or before the token, which skips empty
+    // ones.
     int64_t low = 0, high = sequences;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
@@ -79,28 +81,22 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-size_t bytes_of(const Ints& values) { return values.size() * sizeof(int64_t); }
-
-const int64_t* to_device(Device& device, const Ints& values, const Scratch& room) {
-  if (!values.empty()) device.upload(room.as<void>(), values.data(), bytes_of(values));
-  return room.as<const int64_t>();
-}
-
-template <class Piece>
+template <class Word>
 void gather(const GatherRowsArgs& a, const int64_t* index, int64_t bytes, Device& device) {
-  const int64_t n = a.out.shape[0], pieces = bytes / static_cast<int64_t>(sizeof(Piece));
-  launch(gather_kernel<Piece>, blocks_for(n * pieces, kBlock), kBlock, 0, stream_of(device),
-         a.x.as<const Piece>(), index, a.out.as<Piece>(), n, pieces);
+  const int64_t n = a.out.shape[0], words = bytes / static_cast<int64_t>(sizeof(Word));
+  launch(gather_kernel<Word>, blocks_for(n * words, kBlock), kBlock, 0, stream_of(device),
+         a.x.as<const Word>(), index, a.out.as<Word>(), n, words);
 }
 
 void sum_segments(const View& x, const Ints& offsets, const Ints& list, bool mean, const View& out,
                   Device& device) {
   const int64_t c = row_size(out.shape), blocks = ceil_div(c, 32), tasks = out.shape[0] * blocks;
   if (!tasks) return;
-  const Scratch bounds_room = device.scratch(bytes_of(offsets));
-  const Scratch rows_room = device.scratch(bytes_of(list));
-  const int64_t* bounds = to_device(device, offsets, bounds_room);
-  const int64_t* rows = to_device(device, list, rows_room);
+  const int64_t *bounds = nullptr, *rows = nullptr;
+  const ScratchWorkspace scratch(device, [&](Workspace& workspace) {
+    bounds = upload(device, workspace, offsets);
+    rows = list.empty() ? nullptr : upload(device, workspace, list);
+  });
   with_float_type(x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     launch(sum_segments_kernel<T>, blocks_for(tasks, 1), kSumBlock, 0, stream_of(device),
@@ -123,17 +119,18 @@ void add(const AddArgs& a, Device& device) {
 void gather_rows(const GatherRowsArgs& a, Device& device) {
   const int64_t bytes = row_size(a.out.shape) * static_cast<int64_t>(size_of(a.x.dtype));
   if (!bytes || a.index.empty()) return;
-  const Scratch room = device.scratch(bytes_of(a.index));
-  const int64_t* index = to_device(device, a.index, room);
-  // The largest piece that divides a row and the address of the first, which a slice may have
-  // moved.
-  const uint64_t fit = static_cast<uint64_t>(bytes) | reinterpret_cast<uintptr_t>(a.x.data) |
-                       reinterpret_cast<uintptr_t>(a.out.data);
-  if (fit % 16 == 0)
+  const int64_t* index = nullptr;
+  const ScratchWorkspace scratch(
+      device, [&](Workspace& workspace) { index = upload(device, workspace, a.index); });
+  // The largest word that divides a row and to which the tensors are aligned, which may be views
+  // into larger ones.
+  const uint64_t alignment = static_cast<uint64_t>(bytes) | reinterpret_cast<uintptr_t>(a.x.data) |
+                             reinterpret_cast<uintptr_t>(a.out.data);
+  if (alignment % 16 == 0)
     gather<uint4>(a, index, bytes, device);
-  else if (fit % 4 == 0)
+  else if (alignment % 4 == 0)
     gather<uint32_t>(a, index, bytes, device);
-  else if (fit % 2 == 0)
+  else if (alignment % 2 == 0)
     gather<uint16_t>(a, index, bytes, device);
   else
     gather<uint8_t>(a, index, bytes, device);
@@ -152,8 +149,9 @@ void mean_pool(const MeanPoolArgs& a, Device& device) {
 void mean_pool_backward(const MeanPoolBackwardArgs& a, Device& device) {
   const int64_t n = a.d_x.size();
   if (!n) return;
-  const Scratch room = device.scratch(bytes_of(a.cu_seqlens));
-  const int64_t* bounds = to_device(device, a.cu_seqlens, room);
+  const int64_t* bounds = nullptr;
+  const ScratchWorkspace scratch(
+      device, [&](Workspace& workspace) { bounds = upload(device, workspace, a.cu_seqlens); });
   with_float_type(a.d_x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     launch(mean_pool_backward_kernel<T>, blocks_for(n, kBlock), kBlock, 0, stream_of(device),

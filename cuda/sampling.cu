@@ -1,7 +1,8 @@
-// One block a row. The largest logit first; then 256 equal parts of the row are summed, a warp to a
-// part, so that reads are coalesced; the first warp finds the part that holds the target and walks
-// through it 32 logits at a time. Sums are whole numbers (ops/philox.h), so their order is free.
-#include "cuda/launch.cuh"
+// Sampling by inversion of the cumulative distribution, one block a row. First the largest logit;
+// then the weights of 256 equal parts of the row are summed, a part by one warp, so that loads are
+// coalesced; the first warp finds the part that holds the drawn point and scans it 32 logits at a
+// time. Weights are integers (ops/philox.h), so sums are exact in any order.
+#include "cuda/reduce.cuh"
 #include "ops/philox.h"
 #include "ops/sampling.h"
 
@@ -10,14 +11,14 @@ namespace p2r::cuda {
 namespace {
 
 constexpr int kBlock = 256, kWarps = kBlock / 32;
-constexpr uint32_t kAll = 0xFFFFFFFFu;
+constexpr uint32_t kFull = 0xFFFFFFFFu;
 
-// The larger logit, the earlier of two equal ones.
-__device__ __forceinline__ void take_larger(float& best, int64_t& where, float other,
-                                            int64_t other_where) {
-  if (other > best || (other == best && other_where < where)) {
+// The larger logit; of two equal ones the first.
+__device__ __forceinline__ void keep_larger(float& best, int64_t& index, float other,
+                                            int64_t other_index) {
+  if (other > best || (other == best && other_index < index)) {
     best = other;
-    where = other_where;
+    index = other_index;
   }
 }
 
@@ -26,31 +27,31 @@ __global__ void __launch_bounds__(kBlock)
     sample_kernel(const T* logits, int32_t* out, int64_t v, float rate, uint64_t seed, int bits,
                   int32_t* fault) {
   SMEM_ARRAY(float, warp_best, kWarps);
-  SMEM_ARRAY(int64_t, warp_where, kWarps);
+  SMEM_ARRAY(int64_t, warp_index, kWarps);
   SMEM_ARRAY(uint64_t, sums, kBlock);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t row = blockIdx.x;
   const T* x = logits + row * v;
 
   float best = -INFINITY;
-  int64_t where = INT64_MAX;
-  bool bad = false;
+  int64_t index = INT64_MAX;
+  bool invalid = false;
   for (int64_t i = threadIdx.x; i < v; i += kBlock) {
     const float value = to_float(x[i]);
-    bad |= !(value < INFINITY);
-    take_larger(best, where, value, i);
+    invalid |= !(value < INFINITY);
+    keep_larger(best, index, value, i);
   }
 #pragma unroll
   for (int lanes = 16; lanes; lanes >>= 1)
-    take_larger(best, where, __shfl_xor_sync(kAll, best, lanes),
-                __shfl_xor_sync(kAll, where, lanes));
+    keep_larger(best, index, __shfl_xor_sync(kFull, best, lanes),
+                __shfl_xor_sync(kFull, index, lanes));
   if (lane == 0) {
     warp_best[warp] = best;
-    warp_where[warp] = where;
+    warp_index[warp] = index;
   }
-  bad = __syncthreads_or(bad);
-  for (int i = 0; i < kWarps; ++i) take_larger(best, where, warp_best[i], warp_where[i]);
-  if (bad || best == -INFINITY) {
+  invalid = __syncthreads_or(invalid);
+  for (int i = 0; i < kWarps; ++i) keep_larger(best, index, warp_best[i], warp_index[i]);
+  if (invalid || best == -INFINITY) {
     if (threadIdx.x == 0) {
       ptx::raise(fault);
       out[row] = -1;
@@ -58,18 +59,17 @@ __global__ void __launch_bounds__(kBlock)
     return;
   }
   if (rate == 0) {  // temperature 0
-    if (threadIdx.x == 0) out[row] = static_cast<int32_t>(where);
+    if (threadIdx.x == 0) out[row] = static_cast<int32_t>(index);
     return;
   }
 
-  const int64_t part = (v + kBlock - 1) / kBlock;
+  const int64_t part = ceil_div(v, kBlock);
   for (int p = warp; p < kBlock; p += kWarps) {
     const int64_t last = (p + 1) * part < v ? (p + 1) * part : v;
     uint64_t sum = 0;
     for (int64_t i = p * part + lane; i < last; i += 32)
       sum += weight(best - to_float(x[i]), rate, bits);
-#pragma unroll
-    for (int lanes = 16; lanes; lanes >>= 1) sum += __shfl_xor_sync(kAll, sum, lanes);
+    sum = warp_sum(sum);
     if (lane == 0) sums[p] = sum;
   }
   __syncthreads();
@@ -82,18 +82,18 @@ __global__ void __launch_bounds__(kBlock)
   while (rest >= sums[p]) rest -= sums[p++];
   for (int64_t first = p * part;; first += 32) {
     const int64_t i = first + lane;
-    uint64_t below = i < v ? weight(best - to_float(x[i]), rate, bits) : 0;
+    uint64_t cumulative = i < v ? weight(best - to_float(x[i]), rate, bits) : 0;
 #pragma unroll
     for (int lanes = 1; lanes < 32; lanes <<= 1) {
-      const uint64_t other = __shfl_up_sync(kAll, below, static_cast<unsigned>(lanes));
-      if (lane >= lanes) below += other;
+      const uint64_t other = __shfl_up_sync(kFull, cumulative, static_cast<unsigned>(lanes));
+      if (lane >= lanes) cumulative += other;
     }
-    const uint32_t over = __ballot_sync(kAll, rest < below);
-    if (over) {
-      if (lane == 0) out[row] = static_cast<int32_t>(first + __ffs(static_cast<int>(over)) - 1);
+    const uint32_t reached = __ballot_sync(kFull, rest < cumulative);
+    if (reached) {
+      if (lane == 0) out[row] = static_cast<int32_t>(first + __ffs(static_cast<int>(reached)) - 1);
       return;
     }
-    rest -= __shfl_sync(kAll, below, 31);
+    rest -= __shfl_sync(kFull, cumulative, 31);
   }
 }
 

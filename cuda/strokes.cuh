@@ -1,12 +1,14 @@
-// Pixels of an image with strokes over it, for draw_boxes and crop_resample.
+// Pixels of an image under an overlay of strokes (filled rectangles), for draw_boxes and
+// crop_resample.
 #pragma once
 #include "cuda/launch.cuh"
 #include "ops/draw_boxes.h"
 
 namespace p2r::cuda {
 
-// Which strokes [range[0], range[1]) of a list meet the rows [top, bottom); one call by the whole
-// block. Most blocks meet none, and then a pixel costs one read.
+// Stores to range, in shared memory, the first stroke that intersects the rows [top, bottom) and
+// the last + 1; called by the whole block. Most blocks intersect none, and then a pixel costs one
+// read.
 __device__ inline void strokes_in_rows(const Stroke* strokes, int32_t count, int64_t top,
                                        int64_t bottom, int32_t* range) {
   if (threadIdx.x == 0) {
@@ -22,9 +24,9 @@ __device__ inline void strokes_in_rows(const Stroke* strokes, int32_t count, int
   __syncthreads();
 }
 
-// The colour that lies over a pixel: the image's own or that of the last stroke upon it.
-__device__ inline const uint8_t* stroked(const uint8_t* own, const Stroke* strokes, int32_t begin,
-                                         int32_t end, int64_t y, int64_t x) {
+// The colour of a pixel: of the last stroke in [begin, end) that covers it, or the image's own.
+__device__ inline const uint8_t* pixel_color(const uint8_t* own, const Stroke* strokes,
+                                             int32_t begin, int32_t end, int64_t y, int64_t x) {
   for (int32_t i = end - 1; i >= begin; --i) {
     const Stroke& s = strokes[i];
     if (y >= s.y0 && y < s.y1 && x >= s.x0 && x < s.x1) return s.color;

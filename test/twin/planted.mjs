@@ -57,8 +57,8 @@ export const planted = [
   {
     bug: 'sample: the mask of a vote leaves out half of the warp',
     file: 'cuda/sampling.cu',
-    search: '__ballot_sync(kAll, rest < below)',
-    replace: '__ballot_sync(0xFFFFu, rest < below)',
+    search: '__ballot_sync(kFull, rest < cumulative)',
+    replace: '__ballot_sync(0xFFFFu, rest < cumulative)',
     cases: /^sample/,
     variant: 'plain',
   },
