@@ -30,7 +30,7 @@ namespace {
 
 constexpr int kBlock = 256;
 
-// The gradients of rows' results.
+// The gradients with respect to each row's log-probability and entropy.
 struct RowGradients {
   const int32_t* targets;
   const float *d_log_probs, *d_entropy;  // d_entropy may be null

@@ -41,10 +41,10 @@ __global__ void __launch_bounds__(kSumBlock)
     const int64_t first = offsets[s], last = offsets[s + 1];
     float total = 0, run = 0;
     if (column < c) {
-      int64_t taken = 0;
+      int64_t added = 0;
       for (int64_t k = first + group; k < last; k += kSumRows) {
         run += to_float(x[(list ? list[k] : k) * c + column]);
-        if (++taken % kSumRun == 0) {
+        if (++added % kSumRun == 0) {
           total += run;
           run = 0;
         }

@@ -1,8 +1,8 @@
 // C = A B on CUDA cores in f32 arithmetic, for any float types and strides and on any chip.
 //
 // A block of 256 threads computes a tile of 128 x 64 of C, a thread 8 x 4 of it in registers. k is
-// taken 16 at a time: the block stores A's and B's next part as f32 in shared memory, [k][mn],
-// so that a thread reads its 8 and 4 factors as vectors, and loads the part after that
+// taken 16 at a time: the block stores A's and B's next part as f32 in shared memory, [k][mn], so
+// that a thread reads its 8 and 4 factors as vectors, and loads the part after that
 // into registers meanwhile. Threads load along whichever axis of an operand is contiguous, so all
 // layouts are read coalesced.
 //
