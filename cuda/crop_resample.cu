@@ -195,7 +195,7 @@ struct PackedWeights {
       return tap >= 0 && tap < axis.taps ? axis.weights[o * axis.stride + tap] : 0;
     };
     for (int64_t o = 0; o < axis.out; ++o)
-      steps = std::max(steps, static_cast<int32_t>((first(o) % 4 + axis.taps + 3) / 4));
+      steps = std::max(steps, static_cast<int32_t>(ceil_div(first(o) % 4 + axis.taps, 4)));
     words.resize(axis.out * steps * 3);
     for (int64_t o = 0; o < axis.out; ++o) {
       start.push_back(static_cast<int32_t>(first(o) / 4));

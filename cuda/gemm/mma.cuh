@@ -52,8 +52,7 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const Operand<T>& x, in
 // mn + 8 .. mn + 15.
 template <Major major, bool a_operand>
 __device__ __forceinline__ void load_fragment(uint32_t (&r)[4], uint32_t tile, int mn, int k) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, low = lane / 8 % 2 * 8,
-            high = lane / 16 * 8;
+  const int lane = static_cast<int>(threadIdx.x) % 32, low = lane / 8 % 2 * 8, high = lane / 16 * 8;
   if constexpr (major == Major::k)
     ptx::ldmatrix_x4(r, swizzled<major>(tile, mn + lane % 8 + (a_operand ? low : high),
                                         k + (a_operand ? high : low)));
