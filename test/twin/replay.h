@@ -143,7 +143,7 @@ std::string run(Case& c, Function<Args> function, [[maybe_unused]] const char* f
     const View& x = args.qkv ? args.qkv : args.q;
     const std::vector<KernelChoice> choices = kernel_choices(family, stage->device().info());
     for (size_t i = 0; i < choices.size(); ++i) {
-      if (!choices[i].takes(x.dtype, x.shape[-1])) continue;
+      if (!choices[i].supports(x.dtype, x.shape[-1])) continue;
       if (std::string d = run_once(c, function, static_cast<int64_t>(i), *stage); !d.empty())
         return std::string("kernel ") + choices[i].name + ": " + d;
       stage = place.open();
