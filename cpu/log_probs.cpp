@@ -7,6 +7,7 @@
 
 #include "cpu/device.h"
 #include "ops/half.h"
+#include "ops/integer.h"
 
 namespace p2r::cpu {
 
@@ -15,21 +16,19 @@ namespace {
 constexpr int64_t kSlice = 8192;
 constexpr int64_t kRowGrain = 64;
 
-int64_t slices_of(int64_t columns) { return (columns + kSlice - 1) / kSlice; }
+int64_t slices_of(int64_t columns) { return ceil_div(columns, kSlice); }
 
-// Chunks large enough to be worth handing out, small enough to share a few rows.
+// Tasks large enough to be worth their scheduling, small enough to spread a few rows over threads.
 int64_t grain_for(int64_t items, int threads) {
   return std::clamp<int64_t>(items / (int64_t{8} * threads), 1, 16);
 }
 
-const char* at(const View& v, int64_t i) { return v.as<char>() + i * int64_t(size_of(v.dtype)); }
-
-float element(const View& v, int64_t i) {
+float value_at(const View& v, int64_t i) {
   if (v.dtype == DType::f32) return v.as<float>()[i];
   const uint16_t h = v.as<uint16_t>()[i];
   return v.dtype == DType::f16 ? f32_of_f16(h) : f32_of_bf16(h);
 }
-void set_element(const View& v, int64_t i, float x) {
+void set_value(const View& v, int64_t i, float x) {
   if (v.dtype == DType::f32)
     v.as<float>()[i] = x;
   else
@@ -51,7 +50,7 @@ void queue_slices(const Job& job, float* partials, CpuDevice& cpu) {
                for (int64_t i = begin; i < end; ++i) {
                  const int64_t row = i / slices, first = i % slices * kSlice;
                  if (job.targets.as<int32_t>()[row] == kSkippedTarget) continue;
-                 simd.softmax_sums(job.logits.dtype, at(job.logits, row * columns + first),
+                 simd.softmax_sums(job.logits.dtype, job.logits.element(row * columns + first),
                                    std::min(kSlice, columns - first), inverse, job.moment,
                                    partials + 3 * i);
                }
@@ -78,7 +77,7 @@ void token_log_probs(const TokenLogProbsArgs& a, Device& device) {
           r = kNoLogProb;
           *a.fault = 1;
         } else {
-          r = row_log_prob(row, element(a.logits, i * columns + target), inverse);
+          r = row_log_prob(row, value_at(a.logits, i * columns + target), inverse);
         }
       }
       a.log_probs.as<float>()[i] = r.log_prob;
@@ -107,7 +106,7 @@ void token_log_probs_shard(const TokenLogProbsShardArgs& a, Device& device) {
         row = merge_slices(partials + 3 * i * slices, slices, inverse);
         target_logit = static_cast<float>(local < 0 || local >= columns
                                               ? -kInfinity
-                                              : element(a.logits, i * columns + local) * inverse);
+                                              : value_at(a.logits, i * columns + local) * inverse);
       }
       float stats[2];
       write_stats(row, inverse, stats);
@@ -167,13 +166,13 @@ void token_log_probs_backward(const TokenLogProbsBackwardArgs& a, Device& device
                  const int64_t row = i / slices, first = i % slices * kSlice;
                  const int64_t size = std::min(kSlice, columns - first),
                                offset = row * columns + first;
-                 char* out = const_cast<char*>(at(a.d_logits, offset));
+                 char* out = a.d_logits.element(offset);
                  const int32_t target = a.targets.as<int32_t>()[row];
                  const double g = a.d_log_probs.as<float>()[row] * inverse;
                  const double h = a.d_entropy ? a.d_entropy.as<float>()[row] * inverse : 0;
                  const int64_t label = target - a.vocab_offset;
                  if (target != kSkippedTarget && (target < 0 || (!a.shard && label >= columns))) {
-                   for (int64_t j = 0; j < size; ++j) set_element(a.d_logits, offset + j, kNan);
+                   for (int64_t j = 0; j < size; ++j) set_value(a.d_logits, offset + j, kNan);
                    *a.fault = 1;
                    continue;
                  }
@@ -184,9 +183,9 @@ void token_log_probs_backward(const TokenLogProbsBackwardArgs& a, Device& device
                  const LogitGradient dz(inverse, a.stats.as<float>() + 2 * row, g, h,
                                         h != 0 ? a.entropy.as<float>()[row] : 0);
                  const bool here = label >= first && label < first + size;
-                 const double x = here ? element(a.logits, row * columns + label) : 0;
-                 simd.logit_gradient(a.logits.dtype, at(a.logits, offset), out, size, &dz.row);
-                 if (here) set_element(a.d_logits, row * columns + label, dz.at_target(x));
+                 const double x = here ? value_at(a.logits, row * columns + label) : 0;
+                 simd.logit_gradient(a.logits.dtype, a.logits.element(offset), out, size, &dz.row);
+                 if (here) set_value(a.d_logits, row * columns + label, dz.at_target(x));
                }
              });
 }

@@ -1,5 +1,5 @@
-// The arithmetic of one row of logits, whether the row lies in memory (log_probs.cpp) or is made
-// block by block (linear_log_probs.cpp).
+// The arithmetic of one row of logits, shared by logits in memory (cpu/log_probs.cpp) and logits
+// that are computed block by block (cpu/linear_log_probs/).
 #pragma once
 #include <cmath>
 #include <limits>
@@ -20,12 +20,13 @@ struct Sums {
 // Adds a part whose maximum and sums are given; log-ratios are (difference of maxima) * inverse.
 inline void merge(Sums& into, const Sums& part, double inverse) {
   if (part.sum == 0) return;
-  const double top = part.maximum > into.maximum ? part.maximum : into.maximum;
+  const double maximum = part.maximum > into.maximum ? part.maximum : into.maximum;
   const auto scaled = [&](const Sums& s) {
-    const double shift = (s.maximum - top) * inverse, scale = std::exp(shift);
-    // A part so far below that it vanishes has a shift that may be infinite; NaN does not vanish.
-    return scale == 0 ? Sums{top, 0 * s.sum, 0 * s.moment}
-                      : Sums{top, scale * s.sum, scale * (s.moment + shift * s.sum)};
+    const double shift = (s.maximum - maximum) * inverse, scale = std::exp(shift);
+    // The shift may be infinite where exp(shift) is 0, and 0 * inf is NaN; a NaN of the part
+    // remains.
+    return scale == 0 ? Sums{maximum, 0 * s.sum, 0 * s.moment}
+                      : Sums{maximum, scale * s.sum, scale * (s.moment + shift * s.sum)};
   };
   const Sums b = scaled(part);
   if (into.sum == 0) {
@@ -33,7 +34,7 @@ inline void merge(Sums& into, const Sums& part, double inverse) {
     return;
   }
   const Sums a = scaled(into);
-  into = {top, a.sum + b.sum, a.moment + b.moment};
+  into = {maximum, a.sum + b.sum, a.moment + b.moment};
 }
 
 inline Sums merge_slices(const float* partials, int64_t slices, double inverse) {
@@ -51,7 +52,7 @@ inline void write_stats(const Sums& row, double inverse, float* stats) {
   stats[1] = static_cast<float>(std::log(row.sum) + residue);
 }
 
-// The results of a row; of a skipped one, as they stand here.
+// The results of a row; the defaults are those of a skipped one.
 struct RowLogProb {
   float log_prob = 0, entropy = 0, stats[2] = {0, 0};
 };

@@ -2,14 +2,14 @@
 //
 // A block of logits is read twice, the second time from the first-level cache: once for its
 // maximum, once for its sums, so that the running sums are rescaled once a block and not once a
-// vector. While a block is summed, the next one is fetched.
+// vector. While a block is summed, the next one is prefetched.
 //
-// A core reads the 64 bytes of a vector of f32 in about 2 ns (30 GB/s), and so has to be done with
-// its 16 exponentials in less. With vexp a vector took 2.7 ns from the first-level cache, forward
-// and backward, and two cores were no nearer to memory's rate than one; with exp2_factors and its
-// second factor inside the sum's multiply-add it takes 1.4 (Zen 5), and memory binds. The backward
-// pass can not be spared its reading: what the forward pass read last is in the third-level cache,
-// but going back through it from the end was slower than reading on in order.
+// A core reads the 64 bytes of a vector of f32 in about 2 ns (30 GB/s), so its 16 exponentials must
+// take less. With vexp a vector took 2.7 ns from the first-level cache, forward
+// and backward, and two cores were no nearer to memory's bandwidth than one; with exp2_factors and
+// its second factor inside the sum's multiply-add it takes 1.4 (Zen 5), and is memory-bound. The
+// backward pass has to read the logits again: the last of them are in the third-level cache, but
+// reading from the end backwards was slower than reading in order.
 #include <float.h>
 #include <math.h>
 
@@ -44,7 +44,7 @@ inline vf get_part(const typename E::Element* p, int64_t n, vf padding) {
   return lane < (int32_t)n ? x : padding;
 }
 
-// Σ 2^d and, where `moment`, Σ 2^d d, in four parts that keep the latencies apart.
+// Σ 2^d and, where `moment`, Σ 2^d d, in four accumulators that hide the latency.
 template <bool moment>
 struct Powers {
   vf s[4] = {}, t[4] = {};
@@ -85,7 +85,7 @@ void sums(const typename E::Element* z, int64_t n, float inverse, float* out) {
       }
       maximum = block_maximum;
     }
-    // A block of -inf alone adds nothing, whatever it is compared with; NaN shows in the sum.
+    // A block of -inf alone adds 0 with any reference; a NaN reaches the sum.
     const vf from = set1(maximum == -INFINITY ? 0 : maximum);
     Powers<moment> powers;
     const auto add = [&](int k, vf x) { powers.add(k, (x - from) * to_binary); };
@@ -123,7 +123,7 @@ void lane_sums(int64_t n, int64_t ld, int64_t lanes, float inverse, const float*
       for (int k = 0; k < 4; ++k) add(k, loadf(z + (j + k) * ld));
     for (; j < n; ++j) add(0, loadf(z + j * ld));
 
-    // What was summed so far moves to the new maximum; before there was any it is 0, and stays so.
+    // The sums so far are rescaled to the new maximum; initially they are 0, and stay 0.
     const vf shift = vmax(set1(-160.0f), (before - from) * to_binary);
     const Exp2 e = exp2_factors(shift, 1);
     const vf scale = e.scale * e.rest, sum = loadf(sums + ld);
