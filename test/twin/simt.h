@@ -129,7 +129,7 @@ uint32_t shared_address(const void* pointer, Where at);
 void* shared_pointer(uint32_t address);
 void shared_check(uint32_t address, size_t bytes, const char* what, Where at);
 
-// ---- copies that run beside the threads ----
+// ---- asynchronous copies ----
 void cp_async(uint32_t dst, const void* src, int bytes, int valid_bytes, Where at);
 void cp_async_commit();
 void cp_async_wait(int groups_left);
