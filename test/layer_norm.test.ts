@@ -38,17 +38,17 @@ function oracleBackward(d: Numbers, x: Numbers, w: Numbers, rows: number, c: num
   for (let r = 0; r < rows; r++) {
     const [mean, rstd] = [stats[2 * r]!, stats[2 * r + 1]!]
     const hat = (i: number) => (x[r * c + i]! - mean) * rstd
-    let level = 0
-    let tilt = 0
+    let meanOfGradient = 0
+    let meanOfProduct = 0
     for (let i = 0; i < c; i++) {
       const g = d[r * c + i]! * w[i]!
-      level += g / c
-      tilt += (g * hat(i)) / c
+      meanOfGradient += g / c
+      meanOfProduct += (g * hat(i)) / c
       dWeight[i]! += d[r * c + i]! * hat(i)
       dBias[i]! += d[r * c + i]!
     }
     for (let i = 0; i < c; i++)
-      dX[r * c + i] = rstd * (d[r * c + i]! * w[i]! - level - hat(i) * tilt)
+      dX[r * c + i] = rstd * (d[r * c + i]! * w[i]! - meanOfGradient - hat(i) * meanOfProduct)
   }
   return { dX, dWeight, dBias }
 }

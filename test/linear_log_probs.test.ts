@@ -336,8 +336,8 @@ onEveryBackend('linear_log_probs', (b) => {
           dLogProbs: two.dLogProbs,
           ...(entropy ? { entropy: one.entropy!, dEntropy: two.dEntropy! } : {}),
         })
-        const slopes = [two.dLogProbs, two.dEntropy].map((t) => t?.toFloat32())
-        const { terms } = oracle(h, ...(await Promise.all(slopes)))
+        const gradients = [two.dLogProbs, two.dEntropy].map((t) => t?.toFloat32())
+        const { terms } = oracle(h, ...(await Promise.all(gradients)))
         const rounded = onTensorCores(backward(dtype), dtype, terms)
         using all = recorded(b, `linear policy loss ${dtype} ${title}`, rounded, () =>
           linearPolicyLoss({ ...inputs, ...loss, ...options }),

@@ -45,7 +45,13 @@ function oracle(z: ArrayLike<number>, target: number, temperature: number): Row 
   return { logProb, maximum, logSum, entropy: logSum - moment / sum }
 }
 
-function slopes(z: ArrayLike<number>, target: number, temperature: number, g: number, h: number) {
+function logitGradient(
+  z: ArrayLike<number>,
+  target: number,
+  temperature: number,
+  g: number,
+  h: number,
+) {
   const { maximum, logSum, entropy } = oracle(z, target, temperature)
   return Float64Array.from(z, (x, j) => {
     const logP = x / temperature - maximum - logSum
@@ -138,7 +144,7 @@ onEveryBackend('log_probs', (b) => {
           }),
         )
         const expected = Array.from(targets, (t, i) => [
-          ...slopes(row(i), t, c.temperature, g[i]!, h[i]!),
+          ...logitGradient(row(i), t, c.temperature, g[i]!, h[i]!),
         ]).flat()
         expectClose(await d.toFloat32(), expected, bound)
       })
@@ -277,7 +283,7 @@ onEveryBackend('log_probs', (b) => {
           const expected = targets.flatMap((t, i) =>
             t === -100
               ? Array<number>(cuts[k + 1]! - cuts[k]!).fill(0)
-              : [...slopes(row(i), t, 0.9, g[i]!, h[i]!).subarray(cuts[k], cuts[k + 1])],
+              : [...logitGradient(row(i), t, 0.9, g[i]!, h[i]!).subarray(cuts[k], cuts[k + 1])],
           )
           expectClose(await d.toFloat32(), expected, fine)
         }
@@ -334,7 +340,9 @@ onEveryBackend('log_probs', (b) => {
         tokenLogProbsBackward({ ...a, stats: without.stats, dLogProbs: f32([1.5, -0.5]) }),
       )
       const row = (i: number) => z.subarray(i * c.columns, (i + 1) * c.columns)
-      const expected = [1.5, -0.5].flatMap((g, i) => [...slopes(row(i), targets[i]!, 0.7, g, 0)])
+      const expected = [1.5, -0.5].flatMap((g, i) => [
+        ...logitGradient(row(i), targets[i]!, 0.7, g, 0),
+      ])
       expectClose(await d.toFloat32(), expected, bound)
     }
   })
