@@ -74,7 +74,11 @@ inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 enum class Swizzle : uint8_t { none, b128, b64, b32 };
 enum class Element : uint8_t { u8, i32, f16, bf16, f32 };
 
-// Launches a kernel on a stream, and opts in to dynamic shared memory above 48 KB.
+// A launch may have 48 KB of shared memory, static and dynamic together, unless it opts in to more.
+// Static arrays are below 16 KB, so that no launch of less dynamic memory than this needs to.
+constexpr size_t kSharedWithoutOptIn = 32 * 1024;
+
+// Launches a kernel on a stream, and opts in where its dynamic shared memory may need it.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream,
             A&&... args) {
@@ -82,10 +86,10 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream
   (void)stream;
   if (const std::string problem = simt::launch_problem(grid, block, smem); !problem.empty())
     throw Error(Code::cuda, "kernel launch: " + problem);
-  simt::run_kernel(kernel, grid, block, smem, std::forward<A>(args)...);
+  simt::run_kernel(kernel, grid, block, smem, smem > kSharedWithoutOptIn, std::forward<A>(args)...);
 #else
   cudaError_t status = cudaSuccess;
-  if (smem > 48 * 1024)
+  if (smem > kSharedWithoutOptIn)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem));
   if (status == cudaSuccess) {
     // clang-format off
@@ -641,9 +645,10 @@ P2R_PTX void wgmma_keep(R (&r)[Count]) {
 
 // setmaxnreg, raises the registers of each thread of a warpgroup; all of its warps call it.
 template <int Count>
-P2R_PTX void reg_alloc() {
+P2R_PTX void reg_alloc(P2R_HERE) {
 #ifdef P2R_TWIN
   static_assert(Count >= 24 && Count <= 256 && Count % 8 == 0);
+  simt::set_max_registers(Count, true, at);
 #elif defined(P2R_SM90A)
   static_assert(Count >= 24 && Count <= 256 && Count % 8 == 0);
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
@@ -653,9 +658,10 @@ P2R_PTX void reg_alloc() {
 }
 
 template <int Count>
-P2R_PTX void reg_dealloc() {
+P2R_PTX void reg_dealloc(P2R_HERE) {
 #ifdef P2R_TWIN
   static_assert(Count >= 24 && Count <= 256 && Count % 8 == 0);
+  simt::set_max_registers(Count, false, at);
 #elif defined(P2R_SM90A)
   static_assert(Count >= 24 && Count <= 256 && Count % 8 == 0);
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));

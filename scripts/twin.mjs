@@ -204,7 +204,7 @@ async function buildPlanted(variant, index) {
   flags[flags.indexOf('-c') + 1] = join(folder, compile)
   const runner = join(folder, 'runner')
   const at = (name) => join(folderOf(variant), name)
-  const sanitizers = flags.filter((f) => f.startsWith('-fsanitize'))
+  const sanitizers = flags.filter((f) => /^-fsanitize=(address|thread)/.test(f))
   for (const args of [
     [`-I${folder}`, ...flags],
     [

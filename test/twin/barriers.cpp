@@ -143,6 +143,8 @@ const char* name_of(Op op) {
       return "wgmma.commit_group";
     case Op::wgmma_wait:
       return "wgmma.wait_group";
+    case Op::setmaxnreg:
+      return "setmaxnreg";
   }
   return "";
 }
@@ -329,6 +331,33 @@ uint32_t match_all(uint32_t mask, uint64_t value, int* all_equal, Where at) {
   return same == mask ? mask : 0;
 }
 
+// ---- setmaxnreg ----
+// The registers that a block was launched with are one pool: what a warp gives up, another takes,
+// or waits for.
+void set_max_registers(int count, bool increase, Where at) {
+  Quiet quiet;
+  if (leaving()) return;
+  Block& b = *block;
+  Warp& w = *current->warp;
+  if (increase ? count < w.registers_held : count > w.registers_held)
+    fail("setmaxnreg." + std::string(increase ? "inc" : "dec") + " to " + std::to_string(count) +
+             " of a warp that has " + std::to_string(w.registers_held),
+         at);
+  collective(Op::setmaxnreg, ~0u, nullptr, nullptr, at);
+  // The first lane to go on does it for the warp.
+  while (w.registers_held != count) {
+    const int wanted = count - w.registers_held;
+    if (wanted <= b.free_registers) {
+      b.free_registers -= wanted;
+      w.registers_held = count;
+      wake(b.wants_registers);
+    } else {
+      b.wants_registers.push_back(&self());
+      wait_for("setmaxnreg", count, at);
+    }
+  }
+}
+
 // ---- mbarriers ----
 namespace {
 
@@ -345,9 +374,21 @@ MBarrier& find_mbarrier(uint32_t bar, Where at) {
   return it->second;
 }
 
+// What an mbarrier can count, of arrivals and of bytes in either direction.
+constexpr int most_counted = (1 << 20) - 1;
+
+void add_bytes(uint32_t bar, MBarrier& m, long bytes, Where at) {
+  m.bytes_due += bytes;
+  if (m.bytes_due < -most_counted || m.bytes_due > most_counted)
+    fail("mbarrier at " + std::to_string(bar) + ": " + std::to_string(m.bytes_due) +
+             " bytes are more than it can count",
+         at);
+}
+
 void maybe_complete_phase(MBarrier& m) {
   if (m.pending != 0 || m.bytes_due != 0) return;
   m.phase ^= 1;
+  m.seen = false;
   m.pending = m.count;
   wake(m.waiting);
 }
@@ -359,7 +400,8 @@ void check_mbarrier(uint32_t bar, Where at) { find_mbarrier(bar, at); }
 void mbar_init(uint32_t bar, int count, Where at) {
   Quiet quiet;
   if (bar % 8) fail("mbarrier at " + std::to_string(bar) + " is not 8-byte aligned", at);
-  if (count < 1) fail("mbarrier with a count of " + std::to_string(count), at);
+  if (count < 1 || count > most_counted)
+    fail("mbarrier with a count of " + std::to_string(count), at);
   shared_check(bar, 8, "mbarrier.init", at);
   MBarrier m;
   m.count = m.pending = count;
@@ -372,7 +414,7 @@ void mbar_init(uint32_t bar, int count, Where at) {
 void mbar_expect(uint32_t bar, int bytes, Where at) {
   Quiet quiet;
   if (leaving()) return;
-  find_mbarrier(bar, at).bytes_due += bytes;
+  add_bytes(bar, find_mbarrier(bar, at), bytes, at);
 }
 
 void mbar_arrive(uint32_t bar, int expect_bytes, Where at) {
@@ -384,7 +426,11 @@ void mbar_arrive(uint32_t bar, int expect_bytes, Where at) {
   release_async(*current->warp, m.async(m.phase));
   if (m.pending <= 0)
     fail("mbarrier at " + std::to_string(bar) + ": more arrivals than its count in one phase", at);
-  m.bytes_due += expect_bytes;
+  if (!m.seen)
+    fail("mbarrier at " + std::to_string(bar) +
+             ": an arrival before any wait has seen the phase before complete",
+         at);
+  add_bytes(bar, m, expect_bytes, at);
   --m.pending;
   maybe_complete_phase(m);
 }
@@ -399,16 +445,18 @@ void mbar_wait(uint32_t bar, int parity, Where at) {
     m.waiting.push_back(&self());
     wait_for("mbarrier wait", int(bar), at);
   }
+  m.seen = true;
   watch::acquire(m.threads(unsigned(parity)));
   acquire_async(*current->warp, m.async(unsigned(parity)));
 }
 
 // Called under the TMA's identity.
 void complete_bytes(uint32_t bar, size_t bytes) {
-  MBarrier& m = find_mbarrier(bar, {"TMA", 0});
+  const Where tma{"TMA", 0};
+  MBarrier& m = find_mbarrier(bar, tma);
   watch::release(m.threads(m.phase));
   watch::release(m.async(m.phase));
-  m.bytes_due -= long(bytes);
+  add_bytes(bar, m, -long(bytes), tma);
   maybe_complete_phase(m);
 }
 

@@ -90,7 +90,8 @@ enum class Op : uint8_t {
   wgmma,
   wgmma_fence,
   wgmma_commit,
-  wgmma_wait
+  wgmma_wait,
+  setmaxnreg
 };
 const char* name_of(Op op);
 
@@ -143,6 +144,7 @@ struct Warp {
   uint64_t wgmma_history = 0;  // must be equal in the four warps of a warpgroup
   uint64_t fence_epoch = 0;
   bool fenced = false;
+  int registers_held = 0;  // by each thread, of the register file
 
   // TSan identities: what the async proxy of this warp may see, and which wgmmas have retired.
   void* async_identity = nullptr;
@@ -164,6 +166,7 @@ struct MBarrier {
   int count = 0, pending = 0;
   long bytes_due = 0;
   unsigned phase = 0;
+  bool seen = true;  // a wait has returned since the last phase completed
   std::vector<Fiber*> waiting;
   std::unique_ptr<Tag[]> tags = std::make_unique<Tag[]>(4);
   Tag* threads(unsigned parity) { return &tags[parity & 1]; }
@@ -192,6 +195,10 @@ struct Block {
   std::vector<uint32_t> seen_at;  // per granule: proxy fences issued by then
   uint32_t proxy_fences = 0;
   size_t top = 0, high = 0;
+  size_t dynamic_bytes = 0, static_bytes = 0;
+  bool shared_opt_in = false;
+  int free_registers = 0;  // of each thread of a warp, that warps have given up
+  std::vector<Fiber*> wants_registers;
   std::map<const void*, void*> arrays;
 
   const Options opt;
@@ -218,6 +225,7 @@ struct Block {
 };
 extern __thread Block* block;
 
+inline size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 inline Fiber& self() { return *static_cast<Fiber*>(current); }
 std::string text(Where at);
 void wake(std::vector<Fiber*>& sleepers);

@@ -101,10 +101,15 @@ struct Operand {
         swizzle(Swizzle(desc >> 62)),
         mn_major(mn) {}
 
+  // Elements across one row of the swizzle.
+  uint32_t span() const {
+    static const uint32_t spans[] = {8, 64, 32, 16};
+    return spans[size_t(swizzle)];
+  }
+
   // Address of the 16 bytes that begin at element (mn, k): eight along k, or along mn if mn_major.
   uint32_t chunk(int mn_index, int k_index) const {
-    static const uint32_t spans[] = {8, 64, 32, 16};  // elements across one swizzle row
-    const uint32_t span = spans[size_t(swizzle)], mn = uint32_t(mn_index), k = uint32_t(k_index);
+    const uint32_t span = this->span(), mn = uint32_t(mn_index), k = uint32_t(k_index);
     uint32_t address = start;
     if (!mn_major && swizzle == Swizzle::none)
       address += mn / 8 * stride + mn % 8 * 16 + k / 8 * leading;
@@ -127,6 +132,24 @@ struct Operand {
       for (int k = 0; k < 16; ++k)
         for (int r = 0; r < rows; r += 8) f(first + r, k, chunk(first + r, k));
     }
+  }
+
+  // With a base offset of 0, as matrix_desc makes it, a swizzle's pattern of 8 rows has to begin at
+  // a multiple of its size. A K-major operand may begin within the first of these rows.
+  void check_pattern(uint64_t desc, int rows, Where at) const {
+    constexpr uint64_t fields = 0xC00E3FFF3FFF3FFFull;
+    if (desc & ~fields) fail("wgmma: reserved bits of a descriptor are set", at);
+    if (desc >> 49 & 7) fail("wgmma: a descriptor has a base offset, which the twin has not", at);
+    if (swizzle == Swizzle::none) return;
+    const uint32_t row = span() * 2, pattern = 8 * row;
+    if (start % pattern >= (mn_major ? 1 : row))
+      fail("wgmma: an operand at " + std::to_string(start) + " begins within a pattern of " +
+               std::to_string(pattern) + " bytes",
+           at);
+    if (stride % pattern || (mn_major && rows > int(span()) && leading % pattern))
+      fail("wgmma: strides of " + std::to_string(stride) + " and " + std::to_string(leading) +
+               " bytes are no whole patterns of " + std::to_string(pattern),
+           at);
   }
 
   void check(int first, int rows, Where at) const {
@@ -270,6 +293,7 @@ void issue(void** all, uint32_t) {
     d_lanes[i] = reinterpret_cast<uint32_t*>(c.d);
     a_lanes[i] = const_cast<uint32_t*>(c.a);
   }
+  if (block->opt.on_wgmma) block->opt.on_wgmma(op, first.a != nullptr, w.id);
   mix(w.wgmma_history, op.b_desc);
   mix(w.wgmma_history, op.a_desc);
   mix(w.wgmma_history, uint64_t(op.n) * 8 + op.a_mn_major * 4 + op.b_mn_major * 2 + op.accumulate);
@@ -281,9 +305,13 @@ void issue(void** all, uint32_t) {
     remember(*a);
     ++a->in_flight;
   } else {
-    Operand(op.a_desc, op.a_mn_major).check(w.id % 4 * 16, 16, first.at);
+    const Operand in_memory(op.a_desc, op.a_mn_major);
+    in_memory.check_pattern(op.a_desc, 64, first.at);
+    in_memory.check(w.id % 4 * 16, 16, first.at);
   }
-  Operand(op.b_desc, op.b_mn_major).check(0, op.n, first.at);
+  const Operand b(op.b_desc, op.b_mn_major);
+  b.check_pattern(op.b_desc, op.n, first.at);
+  b.check(0, op.n, first.at);
   if (d.in_flight++ == 0) {
     d.value.resize(d.expected.size());
     for (int lane = 0; lane < 32; ++lane)

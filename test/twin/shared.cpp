@@ -21,9 +21,28 @@ void reset_shared(size_t dynamic_bytes) {
   watch::forbid(b.arena, arena_bytes);
   watch::allow(b.arena + dynamic_base, dynamic_bytes);
   b.top = dynamic_base + dynamic_bytes;
+  b.dynamic_bytes = dynamic_bytes;
+  b.static_bytes = 0;
   b.high = std::max(b.high, dynamic_bytes);
   b.arrays.clear();
 }
+
+namespace {
+
+// The dynamic memory of a block begins behind its static arrays, at a multiple of 1024.
+void check_shared_size(Where at) {
+  const Block& b = *block;
+  constexpr size_t without_opt_in = 48 * 1024;
+  const size_t padded = b.dynamic_bytes ? round_up(b.static_bytes, 1024) : b.static_bytes;
+  const size_t most = b.shared_opt_in ? b.opt.shared_limit : without_opt_in;
+  if (padded + b.dynamic_bytes > most || b.static_bytes > without_opt_in)
+    fail(std::to_string(padded) + " bytes of static and " + std::to_string(b.dynamic_bytes) +
+             " of dynamic shared memory, at most " + std::to_string(most) +
+             (b.shared_opt_in ? "" : " without the opt-in"),
+         at);
+}
+
+}  // namespace
 
 void* shared_dynamic() { return block->arena + dynamic_base; }
 
@@ -32,7 +51,9 @@ void* shared_array(const void* site, size_t bytes, size_t align, Where at) {
   Block& b = *block;
   void*& p = b.arrays[site];
   if (p) return p;
-  const size_t start = (b.top + red_zone + align - 1) / align * align;
+  b.static_bytes = round_up(b.static_bytes, align) + bytes;
+  check_shared_size(at);
+  const size_t start = round_up(b.top + red_zone, align);
   if (start + bytes + red_zone > arena_bytes) fail("shared memory is full", at);
   p = b.arena + start;
   b.top = start + bytes;

@@ -2,6 +2,7 @@
 // and unwinds all threads when a kernel breaks a rule.
 #include "test/twin/simt.h"
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <mutex>
@@ -131,6 +132,10 @@ void run_thread() {
   std::abort();
 }
 
+// As many as the register file has for a kernel that uses setmaxnreg, of which a multiprocessor
+// holds one block at a time.
+int registers_at_launch(int threads) { return std::min(65536 / threads, 255) / 8 * 8; }
+
 void start_block(dim3 grid, dim3 dim, uint3 index, size_t shared_bytes) {
   Block& b = *block;
   b.index = index;
@@ -144,6 +149,8 @@ void start_block(dim3 grid, dim3 dim, uint3 index, size_t shared_bytes) {
   b.mbarriers.clear();
   b.loads.clear();
   b.ready.clear();
+  b.free_registers = 0;
+  b.wants_registers.clear();
   for (Barrier& barrier : b.barriers) barrier = Barrier{};
   reset_shared(shared_bytes);
 
@@ -153,6 +160,7 @@ void start_block(dim3 grid, dim3 dim, uint3 index, size_t shared_bytes) {
   for (size_t w = 0; w < warps; ++w) {
     b.warps[w].id = int(w);
     b.warps[w].priority = b.random();
+    b.warps[w].registers_held = registers_at_launch(b.threads);
     b.warps[w].async_identity = b.identities[2 * w];
     b.warps[w].retired_identity = b.identities[2 * w + 1];
   }
@@ -221,6 +229,9 @@ void check_finished_block() {
     if (w.wgmma_history != leader.wgmma_history)
       throw Error("simt: " + block_name() + ": the warps of warpgroup " + std::to_string(w.id / 4) +
                   " issued different wgmmas");
+    if (w.registers_held != leader.registers_held)
+      throw Error("simt: " + block_name() + ": the warps of warpgroup " + std::to_string(w.id / 4) +
+                  " end with different setmaxnreg");
   }
 }
 
@@ -326,7 +337,8 @@ std::string launch_problem(dim3 grid, dim3 dim, size_t shared_bytes) {
   return "";
 }
 
-void run_grid(dim3 grid, dim3 dim, size_t shared_bytes, const std::function<void()>& body) {
+void run_grid(dim3 grid, dim3 dim, size_t shared_bytes, bool shared_opt_in,
+              const std::function<void()>& body) {
   const Options opt = options();
   if (std::string problem = launch_problem(grid, dim, shared_bytes); !problem.empty())
     throw Error("simt: " + problem);
@@ -339,6 +351,7 @@ void run_grid(dim3 grid, dim3 dim, size_t shared_bytes, const std::function<void
     Quiet quiet;
     Block own(opt);
     own.body = &body;
+    own.shared_opt_in = shared_opt_in;
     block = &own;
     try {
       for (uint64_t i; (i = next++) < total;) {

@@ -61,6 +61,12 @@ enum class Order { Fifo, Reverse, Lifo, Random, WarpPrio };
 // When asynchronous operations take effect, within what is legal.
 enum class Async { Early, Late, Random };
 
+struct Wgmma {
+  int n;
+  bool bf16, a_mn_major, b_mn_major, accumulate;
+  uint64_t a_desc, b_desc;
+};
+
 struct Options {
   Order order = Order::Fifo;
   Async async = Async::Late;
@@ -71,6 +77,8 @@ struct Options {
   size_t shared_limit = 227 * 1024;
   int multiprocessors = 4;  // what cudaDeviceGetAttribute reports
   int compute_capability = 90;
+  // Told of every wgmma that a warp issues; with several OS threads, by each of them.
+  std::function<void(const Wgmma& op, bool a_in_registers, int warp)> on_wgmma;
 };
 Options& options();
 
@@ -94,7 +102,9 @@ extern __thread Thread* current;
 
 // Empty when the device would accept this launch, else the reason why not.
 std::string launch_problem(dim3 grid, dim3 block, size_t shared_bytes);
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+// Without the opt-in, a block's static and dynamic shared memory together are at most 48 KB.
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool shared_opt_in,
+              const std::function<void()>& body);
 
 // ---- barriers and warp collectives ----
 enum class Reduce { count, all, any };
@@ -166,22 +176,20 @@ void fence_proxy_async();
 void ldmatrix(uint32_t* regs, int count, bool transposed, uint32_t row_address, Where at);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool bf16, Where at);
 
-struct Wgmma {
-  int n;
-  bool bf16, a_mn_major, b_mn_major, accumulate;
-  uint64_t a_desc, b_desc;
-};
 // a_regs null: A comes from shared memory by a_desc.
 void wgmma(float* d, const uint32_t* a_regs, const Wgmma& op, Where at);
 void wgmma_fence(Where at);
 void wgmma_commit(Where at);
 void wgmma_wait(int groups_left, Where at);
+// setmaxnreg, `increase` or not.
+void set_max_registers(int count, bool increase, Where at);
 
 template <class... P, class... A>
-void run_kernel(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A&&... args) {
+void run_kernel(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                bool shared_opt_in, A&&... args) {
   stats().kernels.insert(reinterpret_cast<const void*>(kernel));
   const std::tuple<std::decay_t<P>...> held(std::forward<A>(args)...);
-  run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, held); });
+  run_grid(grid, block, shared_bytes, shared_opt_in, [&] { std::apply(kernel, held); });
 }
 
 }  // namespace simt

@@ -142,6 +142,20 @@ __global__ void copy_and_fill(int* o) {
   const int* words = reinterpret_cast<int*>(s);
   o[8] = words[1] == 5 && words[5] == 0;
 }
+__global__ void copy_to_misaligned(int* o) {
+  SMEM_DYN(s);
+  ptx::cp_async16(ptx::smem_u32(s) + 8, o);
+}
+__global__ void load_vector(const char* from, int* o) {
+  o[0] = int(reinterpret_cast<const uint4*>(from)->x);
+}
+__global__ void store_vector(float* to) { *reinterpret_cast<float2*>(to) = make_float2(1, 2); }
+template <int Bytes>
+__global__ void static_array(int* o) {
+  SMEM_ARRAY(int, s, Bytes / 4);
+  s[threadIdx.x] = 1;
+  o[threadIdx.x] = s[threadIdx.x];
+}
 struct Guard {
   int* alive;
   explicit Guard(int* a) : alive(a) { atomicAdd(alive, 1); }
@@ -164,6 +178,39 @@ __global__ void mbar_too_many(int*) {
   ptx::mbar_init(b, 1);
   ptx::mbar_arrive_expect_tx(b, 16);
   ptx::mbar_arrive(b);
+}
+// Two phases of a barrier of one arrival, with a wait for the first or none.
+__global__ void mbar_two_phases(bool waits) {
+  SMEM_ARRAY(uint64_t, bar, 1);
+  const uint32_t b = ptx::smem_u32(bar);
+  ptx::mbar_init(b, 1);
+  ptx::mbar_arrive(b);
+  if (waits) ptx::mbar_wait(b, 0);
+  ptx::mbar_arrive(b);
+}
+__global__ void mbar_bytes(int expected) {
+  SMEM_ARRAY(uint64_t, bar, 1);
+  const uint32_t b = ptx::smem_u32(bar);
+  ptx::mbar_init(b, 1);
+  ptx::mbar_expect_tx(b, expected / 2);
+  ptx::mbar_expect_tx(b, expected - expected / 2);
+}
+__global__ void mbar_count(int arrivals) {
+  SMEM_ARRAY(uint64_t, bar, 1);
+  ptx::mbar_init(ptx::smem_u32(bar), arrivals);
+}
+
+// Of three warpgroups with 168 registers a thread, the last gives some to the others.
+template <int Given, int Taken>
+__global__ void move_registers(int* o) {
+  if (threadIdx.x >= 256)
+    ptx::reg_dealloc<Given>();
+  else
+    ptx::reg_alloc<Taken>();
+  o[threadIdx.x] = 1;
+}
+__global__ void registers_by_one_warp(int*) {
+  if (threadIdx.x < 32) ptx::reg_dealloc<40>();
 }
 
 template <int Rank>
@@ -340,6 +387,26 @@ __global__ void wgmma_misuse(int* o) {
   o[threadIdx.x] = int(d[0]);
 }
 
+// A product of zeros whose B begins `shift` bytes into the pattern, with this stride and these
+// further bits of the descriptor.
+template <bool BMnMajor>
+__global__ void wgmma_placed(int shift, int stride, uint64_t bits) {
+  SMEM_DYN(s);
+  for (int i = threadIdx.x; i < 2048; i += 128) reinterpret_cast<int*>(s)[i] = 0;
+  ptx::fence_proxy_async();
+  __syncthreads();
+  float d[8];
+  uint32_t a[4] = {};
+  ptx::wgmma_fence();
+  ptx::wgmma_rs<bf16, 16, BMnMajor>(
+      d, a,
+      ptx::matrix_desc(ptx::smem_u32(s) + uint32_t(shift), 0, uint32_t(stride), Swizzle::b128) |
+          bits,
+      false);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+}
+
 __global__ void intrinsics(int* o) {
   bool good = __popc(0xF0F0u) == 8 && __clz(1) == 31 && __ffs(8) == 4 && __brev(1u) == 0x80000000u;
   good = good && __umulhi(0x80000000u, 6u) == 3 && __dp4a(0x01020304, 0x01010101, 5) == 15;
@@ -392,6 +459,35 @@ int main() {
   expect("cp.async never waited for", "not waited for",
          [] { return run(copy_not_waited, 1, out); });
   expect("cp.async misaligned", "misaligned", [] { return run(copy_misaligned, 1, out); });
+  expect("cp.async to a misaligned place", "misaligned",
+         [] { return run(copy_to_misaligned, 1, out); });
+  expect("a load of 16 bytes from a multiple of 8", "not 16-byte aligned",
+         [] { return run(load_vector, 1, reinterpret_cast<const char*>(out + 2), out); });
+  expect("a load of 16 bytes from a multiple of 16", ok,
+         [] { return run(load_vector, 1, reinterpret_cast<const char*>(out + 4), out); });
+  expect("a store of 8 bytes to a multiple of 4", "not 8-byte aligned",
+         [] { return run(store_vector, 1, reinterpret_cast<float*>(out + 1)); });
+  expect("static and dynamic shared memory up to 48 KB", ok, [] {
+    launch(static_array<16 * 1024>, 1, 32, 32 * 1024, nullptr, out);
+    return out[31] == 1;
+  });
+  expect("static and dynamic shared memory above 48 KB, without the opt-in", "without the opt-in",
+         [] {
+           launch(static_array<16 * 1024 + 16>, 1, 32, 32 * 1024, nullptr, out);
+           return true;
+         });
+  expect("static and dynamic shared memory with the opt-in", ok, [] {
+    launch(static_array<16>, 1, 32, 226 * 1024, nullptr, out);
+    return out[31] == 1;
+  });
+  expect("static and dynamic shared memory above what a block may have", "at most 232448", [] {
+    launch(static_array<1040>, 1, 32, 226 * 1024, nullptr, out);
+    return true;
+  });
+  expect("static shared memory above 48 KB", "static", [] {
+    launch(static_array<48 * 1024 + 16>, 1, 32, 33 * 1024, nullptr, out);
+    return true;
+  });
   expect("cp.async copies and fills", ok, [] {
     out[1] = 5;
     return run(copy_and_fill, 1, out) && out[8] == 1;
@@ -408,6 +504,25 @@ int main() {
   expect("mbarrier not initialised", "never initialised",
          [] { return run(mbar_uninitialised, 1, out); });
   expect("mbarrier arrivals", "more arrivals", [] { return run(mbar_too_many, 1, out); });
+  expect("mbarrier phases with a wait between them", ok,
+         [] { return run(mbar_two_phases, 1, true); });
+  expect("mbarrier phases with no wait between them", "before any wait",
+         [] { return run(mbar_two_phases, 1, false); });
+  expect("mbarrier bytes up to 2^20 - 1", ok, [] { return run(mbar_bytes, 1, (1 << 20) - 1); });
+  expect("mbarrier bytes above 2^20 - 1", "more than it can count",
+         [] { return run(mbar_bytes, 1, 1 << 20); });
+  expect("mbarrier counts above 2^20 - 1", "with a count of",
+         [] { return run(mbar_count, 1, 1 << 20); });
+  expect("registers moved between warpgroups", ok,
+         [] { return run(move_registers<40, 232>, 384, out) && out[0] && out[383]; });
+  expect("more registers taken than given", "setmaxnreg 240",
+         [] { return run(move_registers<40, 240>, 384, out); });
+  expect("registers taken by setmaxnreg.dec", "of a warp that has 168",
+         [] { return run(move_registers<176, 232>, 384, out); });
+  expect("registers given by setmaxnreg.inc", "of a warp that has 168",
+         [] { return run(move_registers<40, 160>, 384, out); });
+  expect("setmaxnreg by one warp of four", "different setmaxnreg",
+         [] { return run(registers_by_one_warp, 128, out); });
   expect("launch that the device would refuse", "kernel launch: invalid",
          [] { return run(early_exit, 2048, out); });
   expect("tensor map that the driver would refuse", "tensor map: box rows of 64", [] {
@@ -442,6 +557,18 @@ int main() {
          [] { return run(wgmma_misuse<Misuse::a_changed>, 128, out); });
   expect("wgmma, no proxy fence", "no fence_proxy_async",
          [] { return run(wgmma_misuse<Misuse::no_proxy_fence>, 128, out); });
+  expect("wgmma of a K-major operand within the first row of a pattern", ok,
+         [] { return run(wgmma_placed<false>, 128, 32, 1024, uint64_t{0}); });
+  expect("wgmma of a K-major operand within a pattern", "begins within a pattern",
+         [] { return run(wgmma_placed<false>, 128, 128, 1024, uint64_t{0}); });
+  expect("wgmma of an MN-major operand within a pattern", "begins within a pattern",
+         [] { return run(wgmma_placed<true>, 128, 32, 1024, uint64_t{0}); });
+  expect("wgmma with a stride that is no whole patterns", "no whole patterns",
+         [] { return run(wgmma_placed<false>, 128, 0, 1152, uint64_t{0}); });
+  expect("wgmma with a base offset", "base offset",
+         [] { return run(wgmma_placed<false>, 128, 0, 1024, uint64_t{1} << 49); });
+  expect("wgmma with reserved bits", "reserved bits",
+         [] { return run(wgmma_placed<false>, 128, 0, 1024, uint64_t{1} << 14); });
   expect("intrinsics", ok, [] { return run(intrinsics, 1, out) && out[0] == 1; });
   expect("memset, memcpy", ok, [] {
     return cudaMemsetAsync(out, 0, 64, nullptr) == cudaSuccess &&
