@@ -104,6 +104,11 @@ inline int64_t attention_workspace(const AttentionLayout& in, bool rotary, bool 
                   deterministic ? 0 : 4 * entries);
 }
 
+// Bytes of a GPU's copy of an input that begins at no multiple of 16 bytes, as a view can; else 0.
+inline int64_t attention_alignment_copy(const View& x) {
+  return reinterpret_cast<uintptr_t>(x.data) % 16 ? static_cast<int64_t>(x.bytes()) : 0;
+}
+
 // Either d_qkv is given, or d_q, d_k and d_v, as in the input; none may overlap the inputs. Without
 // `deterministic` a kernel may add in an order that changes from run to run. Only CUDA's "wgmma"
 // does: it accumulates dQ in a workspace. The others ignore the flag.
@@ -120,13 +125,16 @@ struct AttentionBackwardArgs {
   }
   // S and dP in each of the two passes, and the three gradients.
   double work() const { return 7 * attention_product(qkv ? qkv : q, cu_seqlens); }
-  // An upper bound of a GPU's scratch memory: the workspace, delta, and the list of tiles of at
-  // least 32 tokens.
+  // An upper bound of a GPU's scratch memory: the workspace, delta, the list of tiles of at least
+  // 32 tokens, and copies of misaligned inputs.
   int64_t scratch() const {
     const AttentionLayout in = attention_layout(q, k, v, qkv);
     const int64_t tiles = in.tokens / 32 + static_cast<int64_t>(cu_seqlens.size());
     return attention_workspace(in, static_cast<bool>(cos), deterministic) +
-           4 * in.tokens * in.heads + 12 * tiles + 16;
+           4 * in.tokens * in.heads + 12 * tiles + 16 + attention_alignment_copy(q) +
+           attention_alignment_copy(k) + attention_alignment_copy(v) +
+           attention_alignment_copy(qkv) + attention_alignment_copy(d_out) +
+           attention_alignment_copy(out);
   }
 };
 

@@ -247,6 +247,51 @@ onEveryBackend('attention', (b) => {
         }
       })
 
+  // TMA, cp.async and vector loads want multiples of 16 bytes.
+  for (const d of [64, 72])
+    for (const dtype of floats)
+      test(`views that begin at any element, D ${d}, ${dtype}`, async () => {
+        const x = random({ d, heads: 2, lengths: [20, 45] }, dtype)
+        const expected = oracle(x, x.dOut)
+        const view = (values: Float32Array) =>
+          b.device
+            .tensor(Float32Array.of(0, ...values), [values.length + 1], dtype)
+            .slice(1)
+            .reshape([65, 2, d])
+        const given = { q: view(x.q), k: view(x.k), v: view(x.v), cuSeqlens: x.cu }
+        const dOut = view(x.dOut)
+        const packed = b.device
+          .tensor(Float32Array.of(0, ...pack(x.q, x.k, x.v, 2 * d)), [3 * x.q.length + 1], dtype)
+          .slice(1)
+          .reshape([65, 3, 2, d])
+        const inPacked = { qkv: packed, cuSeqlens: x.cu }
+        const name = `D ${d} ${dtype}`
+        const massBound = { absolute: 1e-5, relative: 1e-5 }
+        for (const kernel of kernelsFor(b, dtype, d)) {
+          for (const input of [given, inPacked]) {
+            const { out, lse } = recorded(b, `attention views ${name}`, forwardBound(dtype), () =>
+              attention({ ...input, kernel }),
+            )
+            expectClose(await out.toFloat32(), expected.out, forwardBound(dtype, kernel))
+            const mass = recorded(b, `attention mass views ${name}`, massBound, () =>
+              attentionMass({ ...input, lse }),
+            )
+            expectClose(await mass.read(), expected.mass, massBound)
+          }
+          const { out, lse } = attention({ ...given, kernel })
+          const outView = view(await out.toFloat32())
+          for (const deterministic of [true, false]) {
+            const back = recorded(b, `attention backward views ${name}`, backwardBound(dtype), () =>
+              attentionBackward({ ...given, dOut, out: outView, lse, kernel, deterministic }),
+            )
+            const bound = backwardBound(dtype, kernel)
+            expectClose(await back.dV.toFloat32(), expected.dv, bound)
+            expectClose(await back.dQ.toFloat32(), expected.dq, bound)
+            expectClose(await back.dK.toFloat32(), expected.dk, bound)
+          }
+        }
+      })
+
   // The first is short to the CPU's forward, for its K and V stay in the cache; the others are not.
   for (const [d, tokens, dtype] of [
     [16, 2400, 'f32'],

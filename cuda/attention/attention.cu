@@ -26,17 +26,38 @@ const NamedKernel& kernel_of(int64_t kernel, Device& device) {
   throw Error(Code::value, "there is no kernel '" + name + "'");
 }
 
+// Kernels and TMA read 16 bytes at a time. During the lifetime of this, a view that begins between
+// multiples of 16 is replaced by a copy.
+class Aligned {
+ public:
+  Aligned(In& x, Device& device) : copy_(device, attention_alignment_copy(x)) {
+    if (!copy_.as<void>()) return;
+    device.copy(copy_.as<void>(), x.data, x.bytes());
+    x.data = copy_.as<void>();
+  }
+
+ private:
+  Scratch copy_;
+};
+
 }  // namespace
 
-void attention(const AttentionArgs& a, Device& device) {
+void attention(const AttentionArgs& args, Device& device) {
+  AttentionArgs a = args;
+  const Aligned q(a.q, device), k(a.k, device), v(a.v, device), qkv(a.qkv, device);
   kernel_of(a.kernel, device).forward(a, device);
 }
 
-void attention_backward(const AttentionBackwardArgs& a, Device& device) {
+void attention_backward(const AttentionBackwardArgs& args, Device& device) {
+  AttentionBackwardArgs a = args;
+  const Aligned q(a.q, device), k(a.k, device), v(a.v, device), qkv(a.qkv, device);
+  const Aligned d_out(a.d_out, device), out(a.out, device);
   kernel_of(a.kernel, device).backward(a, device);
 }
 
-void attention_mass(const AttentionMassArgs& a, Device& device) {
+void attention_mass(const AttentionMassArgs& args, Device& device) {
+  AttentionMassArgs a = args;
+  const Aligned q(a.q, device), k(a.k, device), qkv(a.qkv, device);
   const bool is_f32 = attention_layout(a.q, a.k, View(), a.qkv).dtype == DType::f32;
   (is_f32 ? plain_attention_mass : mma_attention_mass)(a, device);
 }

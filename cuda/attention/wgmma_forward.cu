@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(Roles<Forward<D>::groups>::threads, 1)
 
 void wgmma_attention(const AttentionArgs& a, Device& device) {
   const AttentionLayout in = attention_layout(a.q, a.k, a.v, a.qkv);
-  if (!can_run(in, a.scale)) return plain_attention(a, device);
+  if (!can_run(a.scale)) return plain_attention(a, device);
   with_half_type(in.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const AttentionOnDevice<T> call(in, a.cos, a.sin, a.scale, device);
