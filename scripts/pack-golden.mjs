@@ -9,6 +9,8 @@
 // changes:
 //
 //   node scripts/pack-golden.mjs ../shared/golden
+//
+// Notes (*.md) are left out.
 import { mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join, relative, sep } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -28,7 +30,7 @@ function* filesIn(folder) {
   for (const entry of readdirSync(folder, { withFileTypes: true })) {
     const path = join(folder, entry.name)
     if (entry.isDirectory()) yield* filesIn(path)
-    else yield path
+    else if (!path.endsWith('.md')) yield path
   }
 }
 

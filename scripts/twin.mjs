@@ -16,9 +16,10 @@ import {
   writeFileSync,
 } from 'node:fs'
 import { availableParallelism } from 'node:os'
-import { dirname, join, relative } from 'node:path'
+import { basename, dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { planted } from '../test/twin/planted.mjs'
+import { planted, plantedLayouts } from '../test/twin/planted.mjs'
+import { unpackGolden } from './unpack-golden.mjs'
 
 const root = join(dirname(fileURLToPath(import.meta.url)), '..')
 export const cases = join(root, 'build/twin/cases')
@@ -57,7 +58,7 @@ function step(command, args) {
 }
 
 /** Builds a variant; throws with the compiler's output. */
-export function buildTwin(variant, targets = ['units', 'mutants', 'probe', 'runner']) {
+export function buildTwin(variant, targets = ['units', 'mutants', 'probe', 'hopper', 'runner']) {
   const folder = folderOf(variant)
   const configure = step('cmake', [
     '-S',
@@ -141,8 +142,11 @@ function launchesIn(output) {
 }
 
 /** The plain runner's `--kernels` output for all cases; kernels are offsets in the runner. */
-const launches = () =>
-  step(join(folderOf('plain'), 'runner'), ['--jobs', jobs, '--kernels', cases]).output
+const launches = () => {
+  launched ??= step(join(folderOf('plain'), 'runner'), ['--jobs', jobs, '--kernels', cases]).output
+  return launched
+}
+let launched
 
 /** The kernels of the twin that no recorded case launches. */
 export function kernelsNotLaunched() {
@@ -176,11 +180,11 @@ export function covering(output) {
 
 // ---- Bugs planted in the library's kernels ----
 
-// Compiles the changed file with the original's command, and links it before the library, so that the
-// linker takes its kernels.
-async function buildPlanted(variant, index) {
-  const { file, compile = file, search, replace } = planted[index]
-  const folder = join(folderOf(variant), 'planted', String(index))
+// Compiles the changed file with the original's command. The linker takes it instead of the program's
+// own object if it is one of these, and else before the libraries.
+async function buildPlanted(variant, name, bug, program) {
+  const { file, compile = file, search, replace } = bug
+  const folder = join(folderOf(variant), 'planted', name)
   // Files of an earlier bug would be included instead of the library's own.
   rmSync(folder, { recursive: true, force: true })
   for (const path of new Set([file, compile].map(dirname)))
@@ -202,25 +206,30 @@ async function buildPlanted(variant, index) {
   const object = join(folder, 'changed.o')
   flags[flags.indexOf('-o') + 1] = object
   flags[flags.indexOf('-c') + 1] = join(folder, compile)
-  const runner = join(folder, 'runner')
+  const linked = join(folder, program)
   const at = (name) => join(folderOf(variant), name)
+  const objects = commands
+    .filter(
+      (c) => c.command.includes(` CMakeFiles/${program}.dir/`) && c.file !== join(root, compile),
+    )
+    .map((c) => at(c.command.match(/ -o (\S+)/)[1]))
   const sanitizers = flags.filter((f) => /^-fsanitize=(address|thread)/.test(f))
   for (const args of [
     [`-I${folder}`, ...flags],
     [
       ...sanitizers,
       object,
-      at('CMakeFiles/runner.dir/runner.cpp.o'),
+      ...objects,
       at('libtwin_kernels.a'),
       at('libtwin_runtime.a'),
       '-pthread',
       '-o',
-      runner,
+      linked,
     ],
   ]) {
     await compiled(compiler, args)
   }
-  return runner
+  return linked
 }
 
 // Asynchronous, since bugs are compiled one by one beside other work of this process.
@@ -237,7 +246,7 @@ async function tryPlanted(variant, index) {
   const { cases: wanted } = planted[index]
   const folders = existsSync(cases) ? readdirSync(cases).filter((f) => wanted.test(f)) : []
   if (!folders.length) return { ok: false, output: 'no cases were recorded: run the tests first' }
-  const runner = await buildPlanted(variant, index)
+  const runner = await buildPlanted(variant, `case-${index}`, planted[index], 'runner')
   const paths = folders.map((f) => join(cases, f))
   for (const schedule of schedules) {
     const { ok, output, errors } = step(runner, [...options(schedule, 1), '--jobs', jobs, ...paths])
@@ -247,6 +256,61 @@ async function tryPlanted(variant, index) {
     return { ok: true, output: `${schedule.join(', ')}: ${report?.trim() ?? first}` }
   }
   return { ok: false, output: 'no schedule noticed it' }
+}
+
+// ---- NVIDIA's own answers ----
+
+/** Compares layouts with the tables of test/golden/hopper.br. */
+function compareWithTables(program) {
+  const folder = join(root, 'build/twin/hopper')
+  const { index, bytes } = unpackGolden('hopper')
+  mkdirSync(folder, { recursive: true })
+  for (const path of Object.keys(index)) writeFileSync(join(folder, basename(path)), bytes(path))
+  return step(program, [folder])
+}
+
+/**
+ * Of the shared-memory operands that the recorded cases' kernels pass to wgmma: `unknown`, those that are
+ * no tile of CuTe's, and `unused`, the kernels' tiles by the tables that no case passes.
+ */
+export function operandsWithoutForm() {
+  const { forms, products } = JSON.parse(unpackGolden('hopper').bytes('hopper/descriptors.json'))
+  const taken = [...new Set(launches().match(/^operand .*$/gm))].map((line) => {
+    const [, operand, major, ...numbers] = line.split(' ')
+    return { line, operand, major, numbers: numbers.map(Number) }
+  })
+  const isTakenAs = (form) => (operand) => {
+    const [swizzle, leading, stride, rows] = operand.numbers
+    return (
+      operand.operand === form.operand &&
+      operand.major === form.major &&
+      swizzle === form.swizzle &&
+      (leading === form.lbo || !form.lbo_matters) &&
+      stride === form.sbo &&
+      rows === form.instruction_mn
+    )
+  }
+  // Tiles without a TMA box are no kernel's.
+  const stored = forms.filter((form) => form.tma_box.length > 0)
+  const known = new Set(products.flatMap(({ a, b }) => [a, b]).filter((id) => id !== 'registers'))
+  return {
+    unknown: taken
+      .filter((operand) => !stored.some((form) => isTakenAs(form)(operand)))
+      .map(({ line }) => line),
+    unused: stored
+      .filter((form) => known.has(form.id) && !taken.some(isTakenAs(form)))
+      .map(({ id }) => id),
+  }
+}
+
+async function tryPlantedLayout(variant, index) {
+  const bug = plantedLayouts[index]
+  const { ok, output, errors } = compareWithTables(
+    await buildPlanted(variant, `layout-${index}`, bug, 'hopper'),
+  )
+  if (ok) return { ok: false, output: 'no comparison failed' }
+  const first = output.match(/^FAIL (.*)$/m)?.[1]
+  return first ? { ok: true, output: first } : { ok: false, output: errors || output }
 }
 
 // ---- All runs ----
@@ -272,6 +336,18 @@ export function twinRuns(variant, { quick = false, seed = Date.now() % 1_000_000
         'test/twin/probe.cmake',
       ]),
   })
+  if (variant === 'plain') {
+    runs.push({
+      title: "layouts are those of NVIDIA's CuTe",
+      run: () => compareWithTables(join(folderOf(variant), 'hopper')),
+    })
+    for (const [index, { bug }] of plantedLayouts.entries())
+      runs.push({
+        title: `caught by the tables: ${bug}`,
+        run: () => tryPlantedLayout(variant, index),
+        planted: true,
+      })
+  }
   for (const schedule of quick ? schedules.slice(2) : schedules) {
     const given = options(schedule, seed)
     runs.push({
@@ -289,6 +365,11 @@ export function twinRuns(variant, { quick = false, seed = Date.now() % 1_000_000
       },
     })
   }
+  if (!quick)
+    runs.push({
+      title: 'recorded cases of each kernel, with inputs that begin at any element',
+      run: () => program('runner', '--shift', '--jobs', jobs, ...covering(launches())),
+    })
   for (const [index, { bug, variant: home }] of planted.entries())
     if (home === variant)
       runs.push({ title: `caught: ${bug}`, run: () => tryPlanted(variant, index), planted: true })

@@ -5,6 +5,7 @@ import { type Family, golden, grpoCases } from './golden.js'
 const families: [Family, number][] = [
   ['attention', 96],
   ['grpo', 108],
+  ['hopper', 4],
   ['image', 58],
   ['rope', 66],
   ['tower', 125],

@@ -1,9 +1,8 @@
 // Reads the reference data in test/golden, which scripts/pack-golden.mjs packed; its README says
 // what each file holds.
-import { readFileSync } from 'node:fs'
-import { brotliDecompressSync } from 'node:zlib'
+import { unpackGolden } from '../scripts/unpack-golden.mjs'
 
-export type Family = 'attention' | 'grpo' | 'image' | 'rope' | 'tower'
+export type Family = 'attention' | 'grpo' | 'hopper' | 'image' | 'rope' | 'tower'
 
 /** One family's files by path, as in 'attention/a01_d64_single128/q.bin'. Arrays are copies. */
 export interface Golden {
@@ -21,19 +20,10 @@ const opened = new Map<Family, Golden>()
 export function golden(family: Family): Golden {
   const known = opened.get(family)
   if (known) return known
-  const packed = readFileSync(new URL(`./golden/${family}.br`, import.meta.url))
-  const all = brotliDecompressSync(packed)
-  const start = 4 + all.readUInt32LE(0)
-  const index: Record<string, [number, number]> = JSON.parse(all.toString('utf8', 4, start))
-  const bytes = (path: string) => {
-    const entry = Object.hasOwn(index, path) ? index[path] : undefined
-    if (!entry) throw new Error(`test/golden/${family}.br has no ${path}`)
-    const at = start + entry[0]
-    if (at + entry[1] > all.length) throw new Error(`test/golden/${family}.br ends before ${path}`)
-    return new Uint8Array(all.subarray(at, at + entry[1]))
-  }
+  const packed = unpackGolden(family)
+  const bytes = (path: string) => new Uint8Array(packed.bytes(path))
   const made: Golden = {
-    list: (prefix = '') => Object.keys(index).filter((path) => path.startsWith(prefix)),
+    list: (prefix = '') => Object.keys(packed.index).filter((path) => path.startsWith(prefix)),
     bytes,
     f32: (path) => new Float32Array(bytes(path).buffer),
     i32: (path) => new Int32Array(bytes(path).buffer),

@@ -8,6 +8,7 @@ import {
   buildTwin,
   kernelsIn,
   kernelsNotLaunched,
+  operandsWithoutForm,
   twinProblem,
   twinRuns,
 } from '../scripts/twin.mjs'
@@ -28,6 +29,11 @@ describe.skipIf(problem)(`the kernel twin${problem ? ` (skipped: ${problem})` : 
     const { all, missing } = kernelsNotLaunched()
     expect(all).toBeGreaterThan(100)
     expect(missing).toEqual([])
+  })
+  test("every operand that the recorded cases' kernels give to wgmma is a tile of CuTe's", {
+    timeout: 600_000,
+  }, () => {
+    expect(operandsWithoutForm()).toEqual({ unknown: [], unused: [] })
   })
 
   const { built } = cudaStatus()

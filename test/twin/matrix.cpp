@@ -139,7 +139,8 @@ struct Operand {
   void check_pattern(uint64_t desc, int rows, Where at) const {
     constexpr uint64_t fields = 0xC00E3FFF3FFF3FFFull;
     if (desc & ~fields) fail("wgmma: reserved bits of a descriptor are set", at);
-    if (desc >> 49 & 7) fail("wgmma: a descriptor has a base offset, which the twin has not", at);
+    if (desc >> 49 & 7)
+      fail("wgmma: a descriptor has a base offset, which the twin does not model", at);
     if (swizzle == Swizzle::none) return;
     const uint32_t row = span() * 2, pattern = 8 * row;
     if (start % pattern >= (mn_major ? 1 : row))

@@ -2,10 +2,11 @@
 // it with the CPU backend's result. Shared by runner.cpp, on the kernel twin, and
 // device_runner.cpp, on a GPU.
 //
-//   <program> [--jobs N] [--kernels] [options of the place] CASE|FOLDER...
+//   <program> [--jobs N] [--kernels] [--shift] [options of the place] CASE|FOLDER...
 //
 // --jobs N divides the cases among N processes. --kernels prints for each case the kernels that it
-// launched, as numbers assigned by the place.
+// launched, as numbers assigned by the place, and what else the place reports of the launches.
+// --shift moves the start of every tensor that a call reads by one element, as views can.
 #pragma once
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -50,6 +51,8 @@ class Place {
   virtual std::unique_ptr<Stage> open_another(Stage&) { return nullptr; }
   // The kernels launched since it was last called.
   virtual std::vector<long long> launched() = 0;
+  // Further lines about the launches since it was last called.
+  virtual std::string told() { return ""; }
   virtual bool option(const std::string& name, const std::string& value) = 0;
 };
 
@@ -93,13 +96,18 @@ template <class Args>
 using Function = void (*Kernels::*)(const Args&, Device&);
 
 template <class Args>
-std::string run_once(Case& c, Function<Args> function, int64_t kernel, Stage& stage) {
+std::string run_once(Case& c, Function<Args> function, int64_t kernel, bool shift, Stage& stage) {
   Device& device = stage.device();
   std::map<uint64_t, void*> placed;
   for (Field& f : c.fields) {
     if (!f.view) continue;
     void*& data = placed[f.address];
-    if (!data) data = stage.tensor(f.view.bytes());
+    if (!data) {
+      // The recording device's memory begins at multiples of 64: the rest is where a view begins.
+      const bool further = shift && f.kind != Field::Kind::out;
+      const size_t skew = (f.address + (further ? size_of(f.view.dtype) : 0)) % 64;
+      data = static_cast<char*>(stage.tensor(skew + f.view.bytes())) + skew;
+    }
     f.view.data = data;
     if (!f.before.empty()) device.upload(data, f.before.data(), f.before.size());
   }
@@ -134,7 +142,7 @@ std::string run_once(Case& c, Function<Args> function, int64_t kernel, Stage& st
 // An operation with a choice of kernels runs with each that accepts the case, whichever was
 // recorded; one that chooses by the chip runs on another chip too.
 template <class Args>
-std::string run(Case& c, Function<Args> function, [[maybe_unused]] const char* family,
+std::string run(Case& c, Function<Args> function, [[maybe_unused]] const char* family, bool shift,
                 Place& place) {
   std::unique_ptr<Stage> stage = place.open();
   if constexpr (requires(Args args) { args.kernel; }) {
@@ -144,25 +152,25 @@ std::string run(Case& c, Function<Args> function, [[maybe_unused]] const char* f
     const std::vector<KernelChoice> choices = kernel_choices(family, stage->device().info());
     for (size_t i = 0; i < choices.size(); ++i) {
       if (!choices[i].supports(x.dtype, x.shape[-1])) continue;
-      if (std::string d = run_once(c, function, static_cast<int64_t>(i), *stage); !d.empty())
+      if (std::string d = run_once(c, function, static_cast<int64_t>(i), shift, *stage); !d.empty())
         return std::string("kernel ") + choices[i].name + ": " + d;
       stage = place.open();
     }
     return "";
   } else {
-    if (std::string d = run_once(c, function, 0, *stage); !d.empty()) return d;
+    if (std::string d = run_once(c, function, 0, shift, *stage); !d.empty()) return d;
     stage = place.open_another(*stage);
     if (!stage) return "";
-    const std::string d = run_once(c, function, 0, *stage);
+    const std::string d = run_once(c, function, 0, shift, *stage);
     return d.empty() ? d : "on chip " + stage->device().info().capability + ": " + d;
   }
 }
 
-inline std::string run_case(const std::string& path, Place& place) {
+inline std::string run_case(const std::string& path, bool shift, Place& place) {
   Case recorded = read_case(path);
   const std::string name = recorded.function;
 #define OP(family, function, Args) \
-  if (name == #function) return run<Args>(recorded, &Kernels::function, #family, place);
+  if (name == #function) return run<Args>(recorded, &Kernels::function, #family, shift, place);
 #include "ops/ops.def"
 #undef OP
   return "there is no operation " + name;
@@ -176,13 +184,14 @@ struct Share {
 };
 
 inline void run_share(const std::vector<std::string>& paths, size_t first, size_t stride,
-                      bool kernels, Share& share, Place& place) {
+                      bool kernels, bool shift, Share& share, Place& place) {
   for (size_t i = first; i < paths.size(); i += stride) {
     std::snprintf(share.at, sizeof share.at, "%s", paths[i].c_str());
     std::string why;
     place.launched();
+    place.told();
     try {
-      why = run_case(paths[i], place);
+      why = run_case(paths[i], shift, place);
     } catch (const std::exception& e) {
       why = e.what();
     }
@@ -194,7 +203,7 @@ inline void run_share(const std::vector<std::string>& paths, size_t first, size_
         line += ' ';
         line += std::to_string(kernel);
       }
-      line += "\n";
+      line += "\n" + place.told();
     }
     ++(why.empty() ? share.passed : share.failed);
     if (!why.empty()) line += "FAIL " + paths[i] + ": " + why + "\n";
@@ -206,11 +215,13 @@ inline void run_share(const std::vector<std::string>& paths, size_t first, size_
 inline int run_program(int argc, char** argv, Place& place) {
   std::vector<std::string> paths;
   size_t jobs = 1;
-  bool kernels = false;
+  bool kernels = false, shift = false;
   for (int i = 1; i < argc; ++i) {
     const std::string arg = argv[i];
     if (arg == "--kernels")
       kernels = true;
+    else if (arg == "--shift")
+      shift = true;
     else if (arg == "--jobs" && i + 1 < argc)
       jobs = std::max<size_t>(1, std::strtoull(argv[++i], nullptr, 10));
     else if (i + 1 < argc && place.option(arg, argv[i + 1]))
@@ -230,7 +241,7 @@ inline int run_program(int argc, char** argv, Place& place) {
     const pid_t process = fork();
     if (process < 0) return 2;
     if (process == 0) {
-      run_share(paths, i, jobs, kernels, shares[i], place);
+      run_share(paths, i, jobs, kernels, shift, shares[i], place);
       std::exit(0);
     }
     processes.push_back(process);

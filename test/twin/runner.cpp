@@ -1,9 +1,11 @@
 // Runs recorded cases (replay.h) through the CUDA backend's own source on the kernel twin.
 //
 //   runner [--order fifo|reverse|lifo|random|warp] [--async early|late|random] [--seed N]
-//          [--jobs N] [--kernels] CASE|FOLDER...
+//          [--jobs N] [--kernels] [--shift] CASE|FOLDER...
 //
-// Kernels are identified by offsets from the symbol runner_origin.
+// Kernels are identified by offsets from the symbol runner_origin. With them, --kernels prints each
+// kind of shared-memory operand of their wgmmas:
+// operand A|B K|MN <bytes of the swizzle> <leading offset> <stride> <rows>.
 #include "cuda/launch.cuh"
 #include "test/twin/replay.h"
 
@@ -22,16 +24,22 @@ int multiprocessors(Device&) { return 2; }  // few, so that persistent kernels t
 
 namespace {
 
-// Hopper runs every kernel that a caller can choose, those of older chips included.
-constexpr const char *kHopper = "9.0", *kAnother = "8.0";
+// Hopper has every kernel that a caller can choose, and the kernels of all other chips. Of those,
+// the second one's blocks have the least shared memory.
+struct Chip {
+  const char* capability;
+  size_t shared_limit;
+};
+constexpr Chip kHopper = {"9.0", 227 * 1024}, kAnother = {"8.6", 99 * 1024};
 
 // Host memory of exactly the requested size, so that AddressSanitizer detects accesses past its
 // end.
 class TwinDevice final : public Device, public replay::Stage {
  public:
-  explicit TwinDevice(const char* capability) {
+  explicit TwinDevice(const Chip& chip) {
     info_.backend = "cuda";
-    info_.capability = capability;
+    info_.capability = chip.capability;
+    simt::options().shared_limit = chip.shared_limit;
   }
   ~TwinDevice() override {
     for (const auto& [block, bytes] : blocks_) std::free(block);
@@ -95,6 +103,12 @@ class TwinDevice final : public Device, public replay::Stage {
 
 class Twin final : public replay::Place {
  public:
+  Twin() {
+    simt::options().on_wgmma = [this](const simt::Wgmma& op, bool a_in_registers, int) {
+      if (!a_in_registers) operands_.insert({'A', op.a_mn_major, op.a_desc >> 14, 64});
+      operands_.insert({'B', op.b_mn_major, op.b_desc >> 14, op.n});
+    };
+  }
   std::unique_ptr<replay::Stage> open() override { return std::make_unique<TwinDevice>(kHopper); }
   std::unique_ptr<replay::Stage> open_another(replay::Stage& first) override {
     if (!static_cast<TwinDevice&>(first).asked()) return nullptr;
@@ -107,6 +121,18 @@ class Twin final : public replay::Place {
                     reinterpret_cast<const char*>(&runner_origin));
     simt::stats().kernels.clear();
     return out;
+  }
+  std::string told() override {
+    std::string lines;
+    for (const auto& [operand, mn_major, desc, rows] : operands_) {
+      static const int swizzles[] = {0, 128, 64, 32};
+      lines += std::string("operand ") + operand + (mn_major ? " MN " : " K ") +
+               std::to_string(swizzles[desc >> 48]) + " " +
+               std::to_string((desc >> 2 & 0x3FFF) * 16) + " " +
+               std::to_string((desc >> 18 & 0x3FFF) * 16) + " " + std::to_string(rows) + "\n";
+    }
+    operands_.clear();
+    return lines;
   }
   bool option(const std::string& name, const std::string& value) override {
     using simt::Async;
@@ -128,6 +154,10 @@ class Twin final : public replay::Place {
       return false;
     return true;
   }
+
+ private:
+  // A or B, whether it is MN-major, its descriptor without the start, and its rows.
+  std::set<std::tuple<char, bool, uint64_t, int>> operands_;
 };
 
 }  // namespace

@@ -77,7 +77,7 @@ struct Options {
   size_t shared_limit = 227 * 1024;
   int multiprocessors = 4;  // what cudaDeviceGetAttribute reports
   int compute_capability = 90;
-  // Told of every wgmma that a warp issues; with several OS threads, by each of them.
+  // Called for every wgmma that a warp issues, on the OS thread of its block.
   std::function<void(const Wgmma& op, bool a_in_registers, int warp)> on_wgmma;
 };
 Options& options();

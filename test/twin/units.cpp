@@ -477,7 +477,7 @@ int main() {
            return true;
          });
   expect("static and dynamic shared memory with the opt-in", ok, [] {
-    launch(static_array<16>, 1, 32, 226 * 1024, nullptr, out);
+    launch(static_array<128>, 1, 32, 226 * 1024, nullptr, out);
     return out[31] == 1;
   });
   expect("static and dynamic shared memory above what a block may have", "at most 232448", [] {
