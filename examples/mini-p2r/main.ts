@@ -3,21 +3,23 @@
  * `npm run demo`, or `npm run demo -- --help`.
  */
 import { existsSync } from 'node:fs'
-import { mkdir } from 'node:fs/promises'
+import { mkdir, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { SingleBar } from 'cli-progress'
-import { Command, InvalidArgumentError, Option } from 'commander'
+import { Command, CommanderError, InvalidArgumentError, Option } from 'commander'
 import { loadTensors, openDevice, saveTensors } from 'p2r-kernels'
 import { type Digits, loadDigits, sliceDigits } from './digits.js'
-import { answerAll, type System, scoresOf } from './evaluate.js'
+import { answerAll, confidenceOf, type System, scoresOf } from './evaluate.js'
 import { answerImage } from './image.js'
+import { page } from './page.js'
+import { exampleSvg, imagesOf, percent, saveCanvas } from './pictures.js'
 import { Perceiver, Reasoner } from './policy.js'
 import {
+  type Example,
+  exampleOf,
   type PhaseSummary,
   questionText,
   type Run,
-  saveCurve,
-  saveExamples,
   saveMetrics,
   table,
 } from './report.js'
@@ -62,17 +64,35 @@ const program = new Command('mini-p2r')
   .option('--device <id>', "'cpu', 'cuda', 'cuda:1' (default: $P2R_DEVICE, else CUDA, else CPU)")
   .option(
     '--steps <n>',
-    'policy updates in all; fewer than the default shorten the warm start alike',
-    integerFrom(1),
+    'policy updates in all; fewer than the default shorten the warm start in proportion, ' +
+      'but 0 trains the backbone alone: the whole warm start and no policy updates',
+    integerFrom(0),
     SETTINGS.updates,
   )
-  .option('--image <file>', 'answers questions about this PNG or JPEG with the weights in --out')
   .addOption(
-    new Option('--split <name>', 'the questions of the table')
+    new Option('--split <name>', 'the questions of scores and examples')
       .choices(['test', 'validation'])
       .default('test'),
   )
-  .option('--out <folder>', 'output folder for weights, pictures and figures', join('out', 'demo'))
+  .addOption(
+    new Option(
+      '--image <file>',
+      'trains nothing: answers the questions about this image (JPEG, PNG, WebP, TIFF or AVIF) ' +
+        'with the weights in --out',
+    ).conflicts(['seed', 'steps', 'split']),
+  )
+  .option('--out <folder>', 'output folder for the page, weights and figures', join('out', 'demo'))
+  .addHelpText(
+    'after',
+    `
+Examples, from the package's folder; npm needs the -- before options:
+  npm run demo                                       a full run, about two minutes
+  npm run demo -- --steps 0                          the backbone alone
+  npm run demo -- --image out/demo/canvas.png        with the weights of the last run`,
+  )
+  .showHelpAfterError('(npm run demo -- --help lists the options; npm needs the -- before them.)')
+  .configureOutput({ outputError: (text, write) => write(text.replace(/^error: /, 'mini-p2r: ')) })
+  .exitOverride()
 
 async function main(options: Options): Promise<void> {
   using device = openDevice(options.device)
@@ -98,11 +118,20 @@ async function answerFile(
   }
   await loadSystem(system, weights)
   const annotated = join(out, 'annotated.png')
-  for (const { colour, cell, answer } of await answerImage(system, file, annotated)) {
+  const predictions = await answerImage(system, file, annotated)
+  for (const [colour, prediction] of predictions.entries()) {
+    const { cell, cellProbability, answer, answerProbability } = prediction
     const [row, column] = [Math.floor(cell / LATTICE), cell % LATTICE]
-    console.log(`${questionText(colour)} ${answer}, seen in row ${row}, column ${column}`)
+    console.log(
+      `${questionText(colour)} ${answer} (${percent(answerProbability)} sure), ` +
+        `seen in row ${row}, column ${column} (${percent(cellProbability)} sure)`,
+    )
   }
   console.log(`The boxes are drawn in ${annotated}`)
+  console.log(
+    'The system knows digits of this kind alone: handwritten, one red, one green and one blue, on a ' +
+      'dark grey canvas. It answers about any other image too, and its probabilities mean nothing there.',
+  )
 }
 
 async function trainAndReport(system: System, options: Options, weights: string): Promise<void> {
@@ -119,12 +148,13 @@ async function trainAndReport(system: System, options: Options, weights: string)
     device: system.device.info,
     split,
     questions: QUESTIONS * asked.count,
+    steps,
     stopped: false,
     seconds: 0,
     phases: [],
     curve: [],
     examples: [],
-    settings: { ...SETTINGS, steps, canvases: CANVASES },
+    settings: { ...SETTINGS, canvases: CANVASES },
   }
 
   const stop = new AbortController()
@@ -140,14 +170,14 @@ async function trainAndReport(system: System, options: Options, weights: string)
     // Loaded again, so that the saved weights are those evaluated.
     await loadSystem(system, weights)
     const answered = await answerAll(system, asked, asked.count, stop.signal)
-    run.trained = scoresOf(answered)
+    run[steps === 0 ? 'backbone' : 'trained'] = scoresOf(answered)
+    run.confidence = confidenceOf(answered)
     // One question per canvas, cycling through the colours.
     const shown = Array.from(
       { length: EXAMPLES },
       (_, i) => answered[QUESTIONS * i + (i % QUESTIONS)],
     )
-    const present = shown.filter((example) => example !== undefined)
-    run.examples = await saveExamples(system, asked, present, out)
+    run.examples = shown.filter((example) => example !== undefined).map(exampleOf)
   } catch (error) {
     if (!stop.signal.aborted) throw error
     run.stopped = true
@@ -157,12 +187,34 @@ async function trainAndReport(system: System, options: Options, weights: string)
     process.off('SIGINT', interrupt)
   }
   run.seconds = (performance.now() - started) / 1000
-  await saveCurve(run, join(out, 'learning-curve.svg'))
   await saveMetrics(run, join(out, 'metrics.json'))
+  await savePage(system, asked, run, out)
   console.log(`\n${table(run)}\n`)
-  console.log(
-    `${run.stopped ? 'Stopped; the results so far are' : 'Weights, pictures and figures'} in ${out}`,
+  if (steps === 0) console.log('This is the backbone alone: nothing was trained by PRA-GRPO.')
+  if (run.stopped) console.log('Stopped: later results are missing.')
+  console.log(`Examples and learning curve: ${join(out, 'index.html')}`)
+}
+
+/** Writes the page, the README's picture and the first canvas, which --image can be tried on. */
+async function savePage(
+  { device }: System,
+  canvases: Canvases,
+  run: Run,
+  out: string,
+): Promise<void> {
+  const images = await Promise.all(
+    run.examples.map((example) => imagesOf(device, canvases, example)),
   )
+  await writeFile(join(out, 'index.html'), await page(run, images))
+  // The surest correct answer, where there is one: the picture explains the system.
+  const sureness = ({ hit, answer, truth, cellProbability, answerProbability }: Example): number =>
+    hit && answer === truth ? cellProbability * answerProbability : 0
+  const all = run.examples.map(sureness)
+  const at = all.indexOf(Math.max(...all))
+  const [example, shown] = [run.examples[at], images[at]]
+  if (example === undefined || shown === undefined) return
+  await writeFile(join(out, 'example.svg'), exampleSvg(example, shown))
+  await saveCanvas(device, canvases, example.canvas, join(out, 'canvas.png'))
 }
 
 function makeCanvases(split: keyof typeof CANVASES, digits: Digits): Canvases {
@@ -183,6 +235,8 @@ async function trainSystem(
   for (const phase of warmStart) {
     await followPhase(trainer, phase, run.phases, signal, () => undefined)
   }
+  // The backbone alone is evaluated as a trained system is, from its saved weights.
+  if (steps === 0) return
   run.backbone = scoresOf(await answerAll(system, canvases.asked, canvases.asked.count, signal))
 
   let update = 0
@@ -286,6 +340,9 @@ async function loadSystem(system: System, path: string): Promise<void> {
 try {
   await main(program.parse().opts<Options>())
 } catch (error) {
-  console.error(`mini-p2r: ${error instanceof Error ? error.message : error}`)
-  process.exitCode = 1
+  if (error instanceof CommanderError) process.exitCode = error.exitCode === 0 ? 0 : 2
+  else {
+    console.error(`mini-p2r: ${error instanceof Error ? error.message : error}`)
+    process.exitCode = 1
+  }
 }

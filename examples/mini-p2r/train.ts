@@ -54,10 +54,13 @@ export interface Step {
   loss?: number
 }
 
-/** The phases in order. Fewer updates than a full run's shorten the warm start alike. */
+/**
+ * The phases in order. Fewer updates than a full run's shorten the warm start in proportion; none at
+ * all leave the warm start whole, which trains the backbone of a full run.
+ */
 export function schedule(updates: number): { warmStart: Phase[]; policy: Phase[] } {
   const { warmStart, rounds, perceiverShare } = SETTINGS
-  const share = Math.min(1, updates / SETTINGS.updates)
+  const share = updates === 0 ? 1 : Math.min(1, updates / SETTINGS.updates)
   const warm = (role: Role): Phase => ({
     kind: 'warm start',
     role,
