@@ -223,8 +223,10 @@ test('the page of a backbone alone and that of a stopped run say so', async () =
   expect(table(alone)).not.toContain('P2R')
   expect(table({ ...alone, steps: 20 })).toMatch(/backbone +P2R[\s\S]*0\.125 +-/)
 
-  const stopped = await page({ ...rest, stopped: true, examples: [] }, [])
+  const stopped = await page({ ...rest, stopped: true, phases: [], curve: [], examples: [] }, [])
   expect(stopped).toContain('stopped early')
+  expect(stopped).toContain('0 policy updates, where a full run makes 1260')
+  expect(stopped).toContain('stopped before the curve had two points')
   expect(stopped).toContain('<td>0.125</td><td>–</td>')
   expect(stopped).not.toContain('<article')
 })

@@ -44,12 +44,15 @@ of this kind alone.</p></footer>
 `
 }
 
-function summary({ seed, steps, stopped, seconds, device }: Run): string {
+function summary({ seed, steps, phases, stopped, seconds, device }: Run): string {
   const full = SETTINGS.updates
+  const made = phases
+    .filter(({ kind }) => kind === 'PRA-GRPO')
+    .reduce((sum, { updates }) => sum + updates, 0)
   const training =
     steps === 0
       ? 'The backbone alone: a supervised warm start without PRA-GRPO'
-      : `A supervised warm start, then PRA-GRPO: ${steps} policy updates${steps < full ? `, where a full run makes ${full}` : ''}`
+      : `A supervised warm start, then PRA-GRPO: ${made} policy updates${made < full ? `, where a full run makes ${full}` : ''}`
   const end = stopped ? ' The run was stopped early, so that results are missing.' : ''
   return `${training}. Seed ${seed}, ${escaped(device.name)} (${device.id}), ${Math.round(seconds)} seconds.${end}`
 }
@@ -78,7 +81,11 @@ with the hit rate, and the Reasoner its answer one of ${answer.toFixed(2)}, to c
 
 async function curveFigure(run: Run): Promise<string> {
   if (run.curve.length < 2) {
-    return '<p class="note">This run has no policy updates, and so no curve.</p>'
+    const reason =
+      run.steps === 0
+        ? 'This run has no policy updates, and so no curve.'
+        : 'The run was stopped before the curve had two points.'
+    return `<p class="note">${reason}</p>`
   }
   const key = (kind: string, colour: string, name: string): string =>
     `<li><span class="${kind}" style="background:${colour}"></span>${name}</li>`
@@ -165,6 +172,7 @@ td:last-child { font-weight: 650; }
 td + td, th + th { padding-left: 1rem; }
 .results h2:not(:first-child) { margin-top: 2rem; }
 figure { margin: 0; }
+figcaption { margin-top: 0.75rem; }
 figure svg { display: block; width: 100%; max-width: 30rem; height: auto; }
 .keys { display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: 0.8125rem; }
 .keys ul { margin: 0.5rem 0 0; padding: 0; list-style: none; }
