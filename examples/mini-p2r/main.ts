@@ -86,7 +86,7 @@ const program = new Command('mini-p2r')
     'after',
     `
 Examples, from the package's folder; npm needs the -- before options:
-  npm run demo                                       a full run, about two minutes
+  npm run demo                                       a full run, one to two minutes
   npm run demo -- --steps 0                          the backbone alone
   npm run demo -- --image out/demo/canvas.png        with the weights of the last run`,
   )
@@ -130,7 +130,8 @@ async function answerFile(
   console.log(`The boxes are drawn in ${annotated}`)
   console.log(
     'The system knows digits of this kind alone: handwritten, one red, one green and one blue, on a ' +
-      'dark grey canvas. It answers about any other image too, and its probabilities mean nothing there.',
+      'dark grey canvas. On such canvases the probability of a box is close to the hit rate and that ' +
+      'of an answer is too high; about any other image it answers too, and neither means anything.',
   )
 }
 
