@@ -1,5 +1,4 @@
-import { parse, View } from 'vega'
-import { compile, type TopLevelSpec } from 'vega-lite'
+import type { TopLevelSpec } from 'vega-lite'
 import type { Scores } from './evaluate.js'
 import { type Run, SCORES } from './report.js'
 import type { Role } from './train.js'
@@ -18,6 +17,8 @@ export const BANDS: Record<Role, string> = {
 
 /** The three scores against policy updates, as an SVG element; the background shows the phases. */
 export async function curveSvg(run: Run): Promise<string> {
+  // Loaded when first used, since most of the command's start would be spent on them.
+  const [{ parse, View }, { compile }] = await Promise.all([import('vega'), import('vega-lite')])
   const view = new View(parse(compile(curveSpec(run)).spec), { renderer: 'none' })
   try {
     return await view.toSVG()
