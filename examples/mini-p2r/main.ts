@@ -193,7 +193,7 @@ async function trainAndReport(system: System, options: Options, weights: string)
   console.log(`\n${table(run)}\n`)
   if (steps === 0) console.log('This is the backbone alone: nothing was trained by PRA-GRPO.')
   if (run.stopped) console.log('Stopped: later results are missing.')
-  console.log(`Examples and learning curve: ${join(out, 'index.html')}`)
+  console.log(`Results and examples: ${join(out, 'index.html')}`)
 }
 
 /** Writes the page, the README's picture and the first canvas, which --image can be tried on. */
