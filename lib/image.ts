@@ -14,10 +14,13 @@ import { checkDevice, type Device } from './device.js'
 import { P2RError, refuse } from './errors.js'
 import { imageSize, type Tensor } from './tensor.js'
 
+const sharpModule = 'sharp' as string
+
 // Loaded when first used, so that a program without images never loads libvips.
 async function codec(op: string): Promise<typeof import('sharp').default> {
   try {
-    return (await import('sharp')).default
+    // By a name that bundlers do not follow: they cannot take native modules in.
+    return ((await import(sharpModule)) as typeof import('sharp')).default
   } catch (cause) {
     refuse('ERR_NATIVE', op, 'sharp, which decodes and encodes images, could not be loaded', {
       cause,

@@ -1,5 +1,8 @@
+import { existsSync, readFileSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import { dirname, join, resolve } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import bindings from 'bindings'
+import type bindings from 'bindings'
 import type { DeviceInfo } from './device.js'
 import { P2RError } from './errors.js'
 
@@ -72,18 +75,82 @@ let loaded: Native | undefined
 
 /** The addon, loaded at the first device call so that importing the package never throws. */
 export function native(): Native {
-  if (loaded) return loaded
+  if (!loaded) {
+    const addon = load()
+    addon.initialize(P2RError)
+    loaded = addon
+  }
+  return loaded
+}
+
+/** The platforms that the package holds a prebuild for, made by scripts/prebuild.mjs. */
+export const prebuilt = ['linux-x64', 'linux-arm64']
+
+/**
+ * The file that P2R_ADDON names; or what was built from source in the package; or the prebuild of this
+ * platform. One that is there and cannot be loaded is an error, never a reason for the next.
+ */
+function load(): Native {
+  const { P2R_ADDON } = process.env
+  if (P2R_ADDON) {
+    const path = resolve(P2R_ADDON)
+    return opened(path, () => createRequire(path)(path))
+  }
+  const root = packageRoot()
+  const require = createRequire(join(root, 'package.json'))
+  const built = join(root, 'build/Release/p2r_kernels.node')
+  if (existsSync(built))
+    return opened(built, () =>
+      (require('bindings') as typeof bindings)({ bindings: 'p2r_kernels', module_root: root }),
+    )
+  const prebuild = join(root, `prebuilds/${process.platform}-${process.arch}/p2r_kernels.node`)
+  if (existsSync(prebuild)) return opened(prebuild, () => require(prebuild))
+  throw new P2RError('ERR_NATIVE', `p2r-kernels has no native addon for ${here()}.\n${advice()}`)
+}
+
+function opened(path: string, open: () => unknown): Native {
   try {
-    const root = fileURLToPath(new URL('../..', import.meta.url))
-    loaded = bindings({ bindings: 'p2r_kernels', module_root: root }) as Native
+    return open() as Native
   } catch (cause) {
+    const [reason] = (cause as Error).message.split('\n')
     throw new P2RError(
       'ERR_NATIVE',
-      'The native addon of p2r-kernels could not be loaded. Build it with `npm run build` in the ' +
-        'package (a C++20 compiler and CMake or make are needed), or reinstall the package.',
+      `p2r-kernels could not load its native addon on ${here()}: ${reason}\n${advice()}`,
       { cause },
     )
   }
-  loaded.initialize(P2RError)
-  return loaded
+}
+
+function here(): string {
+  const platform = `${process.platform}-${process.arch}`
+  if (process.platform !== 'linux') return platform
+  // Node's report names the glibc that it runs on, and nothing on musl.
+  const { header } = process.report.getReport() as { header?: { glibcVersionRuntime?: string } }
+  const version = header?.glibcVersionRuntime
+  return `${platform} with ${version ? `glibc ${version}` : 'musl'}`
+}
+
+const advice = (): string =>
+  `Prebuilt are ${prebuilt.join(' and ')}, for glibc 2.28 or later. Elsewhere build it from source, ` +
+  'with a C++20 compiler and CMake or make:\n  npx p2r-kernels build'
+
+/** The package's folder, two above this file, unless a bundler has put this code into another one. */
+function packageRoot(): string {
+  // A bundle in CommonJS has no import.meta.
+  const url: string | undefined = import.meta.url
+  if (url) {
+    const root = join(dirname(fileURLToPath(url)), '../..')
+    try {
+      const manifest = readFileSync(join(root, 'package.json'), 'utf8')
+      if ((JSON.parse(manifest) as { name?: string }).name === 'p2r-kernels') return root
+    } catch {
+      // Told below.
+    }
+  }
+  throw new P2RError(
+    'ERR_NATIVE',
+    'p2r-kernels was bundled, but its native addon cannot be. Keep it external:\n' +
+      "esbuild: --external:p2r-kernels; rolldown, rollup: external: ['p2r-kernels'];\n" +
+      "webpack: externals: { 'p2r-kernels': 'import p2r-kernels' }; or name the addon in P2R_ADDON.",
+  )
 }

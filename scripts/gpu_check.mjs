@@ -299,7 +299,7 @@ async function main(args) {
   const library = join(root, 'dist/lib/index.js')
   if (!existsSync(library)) {
     console.error(
-      'gpu:check uses what is built: run `npm run build` first, and bring build/Release/, build/*.stamp and dist/.',
+      'gpu:check uses what is built: run `npm run compile` first, and bring build/Release/, build/*.stamp and dist/.',
     )
     return 1
   }
