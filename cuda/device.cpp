@@ -347,18 +347,30 @@ int multiprocessors(Device& device) { return static_cast<CudaDevice&>(device).mu
 
 namespace p2r {
 
+// Asking never fails and never keeps the addon from loading: the runtime is part of it, and looks for
+// the driver when it is first called.
 CudaStatus cuda_status() {
-  int driver = 0, count = 0;
+  const auto dotted = [](int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  };
+  int runtime = 0, driver = 0, count = 0;
+  cudaRuntimeGetVersion(&runtime);
+  const std::string built = "CUDA " + dotted(runtime) + " is built in";
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
     cudaGetLastError();
-    return {true, false, "CUDA is built in, but no NVIDIA driver was found."};
+    return {true, false, built + ", but no NVIDIA driver was found."};
   }
+  const std::string found = "the NVIDIA driver is for CUDA " + dotted(driver);
   const cudaError_t e = cudaGetDeviceCount(&count);
   cudaGetLastError();
   if (e == cudaErrorInsufficientDriver)
-    return {true, false, "CUDA is built in, but the NVIDIA driver is older than CUDA 13 needs."};
+    return {true, false, built + ", but " + found + ", which is too old."};
   if (e != cudaSuccess || count == 0)
-    return {true, false, "CUDA is built in and a driver was found, but no CUDA device."};
+    return {true, false,
+            built + " and " + found + ", but there is no CUDA device" +
+                (e == cudaSuccess || e == cudaErrorNoDevice
+                     ? "."
+                     : std::string(": ") + cudaGetErrorString(e) + ".")};
   return {true, true, std::to_string(count) + " CUDA device" + (count == 1 ? "" : "s") + " found."};
 }
 

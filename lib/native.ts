@@ -94,21 +94,21 @@ function load(): Native {
   const { P2R_ADDON } = process.env
   if (P2R_ADDON) {
     const path = resolve(P2R_ADDON)
-    return opened(path, () => createRequire(path)(path))
+    return opened(() => createRequire(path)(path))
   }
   const root = packageRoot()
   const require = createRequire(join(root, 'package.json'))
   const built = join(root, 'build/Release/p2r_kernels.node')
   if (existsSync(built))
-    return opened(built, () =>
+    return opened(() =>
       (require('bindings') as typeof bindings)({ bindings: 'p2r_kernels', module_root: root }),
     )
   const prebuild = join(root, `prebuilds/${process.platform}-${process.arch}/p2r_kernels.node`)
-  if (existsSync(prebuild)) return opened(prebuild, () => require(prebuild))
+  if (existsSync(prebuild)) return opened(() => require(prebuild))
   throw new P2RError('ERR_NATIVE', `p2r-kernels has no native addon for ${here()}.\n${advice()}`)
 }
 
-function opened(path: string, open: () => unknown): Native {
+function opened(open: () => unknown): Native {
   try {
     return open() as Native
   } catch (cause) {

@@ -33,18 +33,27 @@ export function prebuildProblem(platform) {
 export const folderOf = (platform, base = false) =>
   base && platform === `linux-${process.arch}` ? 'build' : `build/${platform}`
 
+function configureCross() {
+  configure({
+    folder: folderOf('linux-arm64'),
+    cuda: 'off',
+    defines: {
+      CMAKE_SYSTEM_NAME: 'Linux',
+      CMAKE_SYSTEM_PROCESSOR: 'aarch64',
+      CMAKE_CXX_COMPILER: crossCompiler,
+    },
+  })
+}
+
+/** Makes what runs recorded cases on the CPU backend of linux-arm64: cpu_runner in its folder. */
+export function makeCpuRunner() {
+  configureCross()
+  make(folderOf('linux-arm64'), 'cpu_runner')
+}
+
 function build(platform, base) {
   const folder = folderOf(platform, base)
-  if (platform !== `linux-${process.arch}`)
-    configure({
-      folder,
-      cuda: 'off',
-      defines: {
-        CMAKE_SYSTEM_NAME: 'Linux',
-        CMAKE_SYSTEM_PROCESSOR: 'aarch64',
-        CMAKE_CXX_COMPILER: crossCompiler,
-      },
-    })
+  if (platform !== `linux-${process.arch}`) configureCross()
   else if (!base)
     configure({
       folder,

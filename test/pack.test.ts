@@ -1,4 +1,6 @@
-import { spawnSync } from 'node:child_process'
+// The package as its users get it: packed, installed from a registry on this machine (registry.ts) into
+// empty projects, with Node alone on the path, and used in every way that there is.
+import { execFile } from 'node:child_process'
 import {
   cpSync,
   existsSync,
@@ -6,111 +8,375 @@ import {
   mkdtempSync,
   readdirSync,
   readFileSync,
+  realpathSync,
+  renameSync,
   rmSync,
+  statSync,
   symlinkSync,
   writeFileSync,
 } from 'node:fs'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { delimiter, dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { afterAll, beforeAll, expect, test } from 'vitest'
+import { promisify } from 'node:util'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { platforms, prebuild, prebuildProblem } from '../scripts/prebuild.mjs'
+import { emulated, emulationProblem } from './emulated.js'
+import { startRegistry } from './registry.js'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
-const folder = mkdtempSync(join(tmpdir(), 'p2r-pack-'))
-const installed = join(folder, 'node_modules/p2r-kernels')
 const manifest = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'))
+const folder = realpathSync(mkdtempSync(join(tmpdir(), 'p2r-pack-')))
+const project = join(folder, 'npm')
+const installed = join(project, 'node_modules/p2r-kernels')
+const tarball = join(folder, 'p2r-kernels.tgz')
+const path = join(folder, 'bin')
 
-function run(command: string, args: string[], cwd: string): string {
-  const { status, stdout, stderr } = spawnSync(command, args, { cwd, encoding: 'utf8' })
-  expect(status, stderr).toBe(0)
-  return stdout
+const bin = (path: string) => join(root, 'node_modules', path)
+function npmCli(): string {
+  const beside = (process.env.PATH ?? '').split(delimiter).map((p) => join(p, 'npm'))
+  return realpathSync(process.env.npm_execpath ?? beside.find(existsSync)!)
 }
 
-// What `npm install <tarball>` would lay out, with the dependencies linked instead of downloaded.
-beforeAll(() => {
-  const [{ filename }] = JSON.parse(
-    run('npm', ['pack', '--json', '--ignore-scripts', '--pack-destination', folder], root),
-  )
-  mkdirSync(installed, { recursive: true })
-  run('tar', ['-xzf', filename, '-C', installed, '--strip-components=1'], folder)
-  for (const name of Object.keys(manifest.dependencies)) {
-    const from = join(root, 'node_modules', name)
-    if (existsSync(from)) symlinkSync(from, join(folder, 'node_modules', name))
-  }
-  symlinkSync(
-    join(root, 'node_modules/file-uri-to-path'),
-    join(folder, 'node_modules/file-uri-to-path'),
-  )
-  writeFileSync(join(folder, 'package.json'), '{ "private": true }')
-})
-afterAll(() => rmSync(folder, { recursive: true }))
+// Nothing but Node on the path, and nothing of how this machine's npm is set up.
+const env = {
+  ...Object.fromEntries(
+    Object.entries(process.env).filter(([name]) => !/^(npm|pnpm|yarn)_/i.test(name)),
+  ),
+  PATH: path,
+  HOME: folder,
+  P2R_DEVICE: 'cpu',
+}
+const exec = promisify(execFile)
+/** Standard output; the error of one that fails holds what it wrote to the other. */
+async function run(command: string, args: string[], cwd: string): Promise<string> {
+  return (await exec(command, args, { cwd, env, maxBuffer: 1 << 26 })).stdout
+}
+const node = (args: string[], cwd: string, binary = process.execPath) => run(binary, args, cwd)
 
-test('the package has the files of its manifest, and the sources that build it', () => {
-  for (const path of [...manifest.files, 'README.md', 'LICENSE', manifest.types])
-    expect(existsSync(join(installed, path)), path).toBe(true)
-  for (const sources of ['ops', 'cpu', 'cuda', 'binding'])
-    expect(readdirSync(join(installed, sources), { recursive: true }).sort(), sources).toEqual(
-      readdirSync(join(root, sources), { recursive: true }).sort(),
+const platform = `${process.platform}-${process.arch}`
+const notHere = prebuildProblem(platform)
+const allFamilies = [
+  ...new Set(
+    [...readFileSync(join(root, 'ops/ops.def'), 'utf8').matchAll(/^OP\((\w+),/gm)].map(
+      ([, f]) => f!,
+    ),
+  ),
+].sort()
+const families = `${allFamilies.join(' ')}\n`
+
+let registry: Awaited<ReturnType<typeof startRegistry>>
+let installing = 0
+
+beforeAll(async () => {
+  if (notHere) return
+  prebuild(platform, { base: true })
+  if (!prebuildProblem('linux-arm64')) prebuild('linux-arm64', { base: true })
+  const { stdout } = await exec(
+    process.execPath,
+    [npmCli(), 'pack', '--json', '--ignore-scripts', '--pack-destination', folder],
+    { cwd: root, maxBuffer: 1 << 26 },
+  )
+  renameSync(join(folder, JSON.parse(stdout)[0].filename), tarball)
+  registry = await startRegistry(root, { manifest, file: tarball })
+  mkdirSync(path)
+  symlinkSync(process.execPath, join(path, 'node'))
+  const start = performance.now()
+  await install('npm', project)
+  installing = performance.now() - start
+}, 900_000)
+afterAll(() => {
+  registry?.close()
+  rmSync(folder, { recursive: true })
+})
+
+const installers = {
+  npm: () => [
+    npmCli(),
+    'install',
+    '--ignore-scripts',
+    '--no-audit',
+    '--no-fund',
+    '--cache',
+    'cache',
+  ],
+  pnpm: () => [bin('pnpm/bin/pnpm.cjs'), 'add', '--ignore-scripts', '--store-dir', 'store'],
+  yarn: () => [
+    bin('yarn/bin/yarn.js'),
+    ...['add', '--ignore-scripts', '--non-interactive', '--no-progress', '--cache-folder', 'cache'],
+  ],
+}
+
+/** An empty project with the package in it, and the programs that use it. */
+async function install(manager: keyof typeof installers, at: string): Promise<void> {
+  mkdirSync(at)
+  writeFileSync(join(at, 'package.json'), '{ "private": true, "license": "MIT" }')
+  await node([...installers[manager](), `--registry=${registry.url}`, 'p2r-kernels'], at)
+  cpSync(join(root, 'test/pack/families.mjs'), join(at, 'families.mjs'))
+  const use = `.then(async ({ families }) => console.log((await families(p2r)).sort().join(' ')))`
+  writeFileSync(
+    join(at, 'use.mjs'),
+    `import * as p2r from 'p2r-kernels'\nimport('./families.mjs')${use}`,
+  )
+  writeFileSync(
+    join(at, 'use.cjs'),
+    `const p2r = require('p2r-kernels')\nimport('./families.mjs')${use}`,
+  )
+}
+
+const suite = describe.skipIf(notHere !== undefined)
+const title = notHere ? ` (skipped: ${notHere})` : ''
+
+suite(`the package${title}`, () => {
+  test('holds what its manifest promises, and the sources that build it', () => {
+    for (const file of [...manifest.files, 'README.md', 'LICENSE', manifest.types])
+      expect(existsSync(join(installed, file)), file).toBe(true)
+    for (const sources of ['ops', 'cpu', 'cuda', 'binding'])
+      expect(readdirSync(join(installed, sources), { recursive: true }).sort(), sources).toEqual(
+        readdirSync(join(root, sources), { recursive: true }).sort(),
+      )
+    for (const file of ['test', 'node_modules', 'build', '.ci', 'lib'])
+      expect(existsSync(join(installed, file)), file).toBe(false)
+  })
+
+  test('runs no script when it is installed, and is within its bounds', () => {
+    const { scripts } = JSON.parse(readFileSync(join(installed, 'package.json'), 'utf8'))
+    for (const name of ['preinstall', 'install', 'postinstall', 'prepare'])
+      expect(scripts).not.toHaveProperty(name)
+    // Which npm would take for an install script.
+    expect(existsSync(join(installed, 'binding.gyp'))).toBe(false)
+    const modules = join(project, 'node_modules')
+    const bytes = readdirSync(modules, { recursive: true, encoding: 'utf8' })
+      .map((name) => statSync(join(modules, name)))
+      .reduce((sum, file) => sum + (file.isFile() ? file.size : 0), 0)
+    const megabytes = (n: number) => `${(n / 1e6).toFixed(1)} MB`
+    console.log(
+      `packed ${megabytes(statSync(tarball).size)}, with its dependencies ${megabytes(bytes)} on disk, ` +
+        `installed in ${(installing / 1000).toFixed(1)} s`,
     )
-  for (const path of ['test', 'node_modules', 'build', '.ci', 'lib'])
-    expect(existsSync(join(installed, path)), path).toBe(false)
-})
+    expect(statSync(tarball).size).toBeLessThan(20e6)
+    expect(bytes).toBeLessThan(40e6)
+  })
 
-test('installing runs no script', () => {
-  const { scripts, gypfile } = JSON.parse(readFileSync(join(installed, 'package.json'), 'utf8'))
-  for (const name of ['preinstall', 'install', 'postinstall', 'prepare'])
-    expect(scripts).not.toHaveProperty(name)
-  expect(gypfile).toBe(false)
-})
-
-test('a fresh project imports and requires it', () => {
-  const use = 'console.log(typeof p2r.openDevice, p2r.P2RError.name)'
-  writeFileSync(join(folder, 'a.mjs'), `import * as p2r from 'p2r-kernels'\n${use}`)
-  writeFileSync(join(folder, 'b.cjs'), `const p2r = require('p2r-kernels')\n${use}`)
-  const [major, minor] = process.versions.node.split('.').map(Number)
-  const flags = major === 20 && minor! < 19 ? ['--experimental-require-module'] : []
-  for (const file of ['a.mjs', 'b.cjs'])
-    expect(run(process.execPath, ['--no-warnings', ...flags, file], folder)).toBe(
-      'function P2RError\n',
+  test('closes its inside but for the entry and the manifest', async () => {
+    writeFileSync(
+      join(project, 'closed.mjs'),
+      `import 'p2r-kernels/package.json' with { type: 'json' }
+       await import('p2r-kernels/dist/lib/native.js').catch((e) => console.log(e.code))`,
     )
+    expect(await node(['--no-warnings', 'closed.mjs'], project)).toBe(
+      'ERR_PACKAGE_PATH_NOT_EXPORTED\n',
+    )
+  })
+
+  test.each(['mjs', 'cjs'])('computes every family from .%s', async (kind) => {
+    expect(await node([`use.${kind}`], project)).toBe(families)
+  })
+
+  test.each(['pnpm', 'yarn'] as const)(
+    'computes as %s installs it',
+    { timeout: 120_000 },
+    async (manager) => {
+      const at = join(folder, manager)
+      await install(manager, at)
+      for (const kind of ['mjs', 'cjs']) expect(await node([`use.${kind}`], at)).toBe(families)
+    },
+  )
+
+  test('computes in a worker thread', async () => {
+    writeFileSync(
+      join(project, 'worker.mjs'),
+      `import { Worker } from 'node:worker_threads'
+       new Worker(new URL('./use.mjs', import.meta.url))`,
+    )
+    expect(await node(['worker.mjs'], project)).toBe(families)
+  })
+
+  test('compiles in a strict TypeScript project that checks its declarations too', async () => {
+    cpSync(join(root, 'test/consumer'), join(project, 'consumer'), { recursive: true })
+    const config = join(project, 'consumer/tsconfig.json')
+    const { compilerOptions, include } = JSON.parse(readFileSync(config, 'utf8'))
+    expect(compilerOptions).toMatchObject({ strict: true, skipLibCheck: false })
+    const { paths, ...options } = compilerOptions
+    expect(paths).toHaveProperty('p2r-kernels')
+    writeFileSync(config, JSON.stringify({ compilerOptions: options, include }))
+    expect(await node([bin('typescript/bin/tsc'), '-p', 'consumer'], project)).toBe('')
+  })
+
+  test('has a command', async () => {
+    const command = join(project, 'node_modules/.bin/p2r-kernels')
+    expect(await run(command, ['--version'], project)).toBe(`${manifest.version}\n`)
+    expect(await run(command, ['devices', '--json'], project)).toMatch(/"backend": "cpu"/)
+  })
+
+  test('tells what is missing without the optional peer', async () => {
+    writeFileSync(
+      join(project, 'peer.mjs'),
+      `import { OpenAIPolicy } from 'p2r-kernels'
+       const policy = new OpenAIPolicy({ baseURL: 'http://127.0.0.1:1/v1', model: 'm' })
+       const request = { role: 'reasoner', system: '', prompt: 'x', images: [] }
+       await policy.generate(request).catch((e) => console.log(e.code, e.message))`,
+    )
+    expect(await node(['peer.mjs'], project)).toMatch(/^ERR_POLICY .*npm install openai/)
+  })
 })
 
-test('its command runs, and a policy names the optional peer if it is missing', () => {
-  const command = join(installed, manifest.bin['p2r-kernels'])
-  expect(readFileSync(command, 'utf8')).toMatch(/^#!\/usr\/bin\/env node\n/)
-  expect(run(process.execPath, [command, '--version'], folder)).toBe(`${manifest.version}\n`)
-  writeFileSync(
-    join(folder, 'e.mjs'),
-    `import { OpenAIPolicy } from 'p2r-kernels'
-     const policy = new OpenAIPolicy({ baseURL: 'http://127.0.0.1:1/v1', model: 'm' })
-     const request = { role: 'reasoner', system: '', prompt: 'x', images: [] }
-     await policy.generate(request).catch((e) => console.log(e.code, e.message))`,
+// ---- Other versions of Node, and another processor ----
+
+const nodes = join(root, 'build/node')
+/** The program of the npm package that carries it; kept in build/node. */
+async function nodeBinary(version: string, arch = 'x64'): Promise<string> {
+  const binary = join(nodes, `${version}-${arch}`, 'package/bin/node')
+  if (existsSync(binary)) return binary
+  const at = join(nodes, `${version}-${arch}`)
+  mkdirSync(at, { recursive: true })
+  const { stdout } = await exec(
+    process.execPath,
+    [npmCli(), 'pack', '--silent', '--prefer-offline', `node-linux-${arch}@${version}`],
+    { cwd: at },
   )
-  expect(run(process.execPath, ['e.mjs'], folder)).toMatch(/^ERR_POLICY .*npm install openai/)
+  await exec('tar', ['-xzf', stdout.trim(), 'package/bin/node'], { cwd: at })
+  rmSync(join(at, stdout.trim()))
+  return binary
+}
+
+suite(`the package${title}`, () => {
+  test.skipIf(platform !== 'linux-x64').each(['20.19.6', '22.19.0', '24.13.0'])(
+    'computes under Node %s',
+    { timeout: 300_000 },
+    async (version) => {
+      const binary = await nodeBinary(version)
+      expect(await node(['--version'], project, binary)).toBe(`v${version}\n`)
+      for (const kind of ['mjs', 'cjs'])
+        expect(await node(['--no-warnings', `use.${kind}`], project, binary)).toBe(families)
+    },
+  )
+
+  const unemulated = platform === 'linux-arm64' ? undefined : emulationProblem()
+  test.skipIf(unemulated)(
+    `computes on arm64${unemulated ? ` (skipped: ${unemulated})` : ''}`,
+    { timeout: 300_000 },
+    async () => {
+      const [emulator, ...args] = [...emulated(await nodeBinary('22.23.5', 'arm64'))]
+      const { stdout } = await exec(emulator!, [...args, 'use.mjs'], { cwd: project, env })
+      expect(stdout).toBe(families)
+    },
+  )
+
+  const made = platforms.filter((p) => !prebuildProblem(p))
+  test.each(made)('has a prebuild of %s that needs no glibc later than 2.28', async (name) => {
+    const file = join(installed, 'prebuilds', name, 'p2r_kernels.node')
+    const { stdout } = await exec('readelf', ['--version-info', '--wide', file], {
+      maxBuffer: 1 << 26,
+    })
+    const versions = [...stdout.matchAll(/Name: (GLIBC|GLIBCXX|CXXABI)_([\d.]+)/g)]
+    expect(versions.length).toBeGreaterThan(0)
+    const newest = Math.max(...versions.map(([, , v]) => Number(v!.split('.')[1])))
+    console.log(`${name}: glibc 2.${newest}`)
+    expect(new Set(versions.map(([, library]) => library))).toEqual(new Set(['GLIBC']))
+    expect(newest).toBeLessThanOrEqual(28)
+    // It brings the C++ and CUDA runtimes along, and shows nothing of them.
+    const dynamic = (await exec('readelf', ['--dynamic', '--dyn-syms', '--wide', file])).stdout
+    const needed = [...dynamic.matchAll(/Shared library: \[(\w+)/g)].map(([, library]) => library)
+    for (const library of needed)
+      expect(library).toMatch(/^(libc|libm|libdl|librt|libpthread|libgcc_s|ld)$/)
+    const exported = [...dynamic.matchAll(/ (?:GLOBAL|WEAK) +DEFAULT +\d+ (\S+)$/gm)]
+    expect(exported.map(([, symbol]) => symbol).sort()).toEqual([
+      'napi_register_module_v1',
+      'node_api_module_get_api_version_v1',
+    ])
+  })
 })
 
-test('with the addon beside it, it computes', () => {
-  const addon = 'build/Release/p2r_kernels.node'
-  cpSync(join(root, addon), join(installed, addon))
-  writeFileSync(
-    join(folder, 'c.mjs'),
-    `import { openDevice } from 'p2r-kernels'
-     using_(openDevice('cpu'))
-     async function using_(device) {
-       console.log(...(await device.tensor([1, 2], [2]).cast('i32').read()))
-       device.dispose()
-     }`,
-  )
-  expect(run(process.execPath, ['c.mjs'], folder)).toBe('1 2\n')
-})
+// ---- Bundles ----
 
-test('only the entry and the manifest can be imported', () => {
-  writeFileSync(
-    join(folder, 'd.mjs'),
-    `import 'p2r-kernels/package.json' with { type: 'json' }
-     await import('p2r-kernels/dist/lib/native.js').catch((e) => console.log(e.code))`,
+type Bundler = (
+  entry: string,
+  out: string,
+  format: 'esm' | 'cjs',
+  external: boolean,
+) => Promise<void>
+const bundlers: Record<string, Bundler> = {
+  async esbuild(entry, outfile, format, external) {
+    const { build } = await import('esbuild')
+    const common = { bundle: true, platform: 'node', logLevel: 'silent' } as const
+    await build({
+      ...common,
+      entryPoints: [entry],
+      outfile,
+      format,
+      external: external ? ['p2r-kernels'] : [],
+    })
+  },
+  async rolldown(input, file, format, external) {
+    const { build } = await import('rolldown')
+    await build({
+      input,
+      platform: 'node',
+      logLevel: 'silent',
+      output: { file, format, codeSplitting: false },
+      external: external ? ['p2r-kernels'] : [],
+    })
+  },
+  async webpack(entry, out, format, external) {
+    const { default: webpack } = await import('webpack')
+    const compiler = webpack({
+      mode: 'none',
+      target: 'node20',
+      entry,
+      experiments: { outputModule: format === 'esm' },
+      output: {
+        module: format === 'esm',
+        chunkFormat: format === 'esm' ? 'module' : 'commonjs',
+        path: dirname(out),
+        filename: out.slice(dirname(out).length + 1),
+      },
+      externals: external ? { 'p2r-kernels': 'import p2r-kernels' } : {},
+    })!
+    await new Promise<void>((resolve, reject) =>
+      compiler.run((error, stats) =>
+        error || stats!.hasErrors() ? reject(error ?? new Error(stats!.toString())) : resolve(),
+      ),
+    )
+  },
+}
+
+suite(`in a bundle${title}`, () => {
+  const entry = join(project, 'entry.mjs')
+  beforeAll(() =>
+    writeFileSync(
+      entry,
+      `import { P2RError, openDevice } from 'p2r-kernels'
+       import * as p2r from 'p2r-kernels'
+       import { families } from './families.mjs'
+       families(p2r).then(
+         (all) => console.log(all.sort().join(' ')),
+         (error) => console.log(error instanceof P2RError, error.message))`,
+    ),
   )
-  expect(run(process.execPath, ['--no-warnings', 'd.mjs'], folder)).toBe(
-    'ERR_PACKAGE_PATH_NOT_EXPORTED\n',
-  )
+  const formats = [
+    ['esm', 'mjs'],
+    ['cjs', 'cjs'],
+  ] as const
+  for (const [name, bundle] of Object.entries(bundlers))
+    for (const [format, extension] of formats) {
+      test(`by ${name} as ${format} it computes where it is external`, async () => {
+        const out = join(project, `external-${name}.${extension}`)
+        await bundle(entry, out, format, true)
+        expect(await node(['--no-warnings', out], project)).toBe(families)
+      })
+      test(`by ${name} as ${format} it says how to keep it external where it is not`, async () => {
+        const out = join(folder, `bundled-${name}.${extension}`)
+        await bundle(entry, out, format, false)
+        // Bundles run elsewhere.
+        renameSync(join(project, 'node_modules'), join(project, 'away'))
+        try {
+          const said = await node(['--no-warnings', out], folder)
+          expect(said).toMatch(/^true p2r-kernels was bundled.* Keep it external/)
+          expect(said).toContain('--external:p2r-kernels')
+        } finally {
+          renameSync(join(project, 'away'), join(project, 'node_modules'))
+        }
+      })
+    }
 })

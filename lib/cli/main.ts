@@ -1,9 +1,11 @@
 #!/usr/bin/env node
 // The command p2r-kernels. Results go to standard output, everything else to standard error. Exit
 // codes: 0; 1 for a failure; 2 for an invalid command line; 130 after Ctrl-C.
+import { spawnSync } from 'node:child_process'
 import { readFileSync } from 'node:fs'
 import { mkdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
 import { Command, CommanderError, InvalidArgumentError, Option } from 'commander'
 import { cudaStatus, devices, openDevice } from '../device.js'
 import { loadImage, saveImage } from '../image.js'
@@ -111,6 +113,20 @@ program
         ].join('  '),
       )
     console.error(cudaStatus().reason)
+  })
+
+program
+  .command('build')
+  .description('builds the native addon from source: a C++20 compiler and CMake or make are needed')
+  .addOption(
+    new Option('--cuda <when>', 'for NVIDIA GPUs too; auto: where nvcc is found')
+      .choices(['auto', 'on', 'off'])
+      .default('auto'),
+  )
+  .action(({ cuda }: { cuda: string }) => {
+    const script = fileURLToPath(new URL('../../../scripts/addon.mjs', import.meta.url))
+    const { status } = spawnSync(process.execPath, [script, `--cuda=${cuda}`], { stdio: 'inherit' })
+    process.exitCode = status ?? 1
   })
 
 servedOptions(
