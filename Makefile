@@ -1,12 +1,14 @@
 # For machines without CMake: an addon for the CPU alone. CMakeLists.txt is the build that knows CUDA;
 # test/build.test.ts holds the two to the same flags.
 NODE ?= node
-CXX ?= c++
+ifeq ($(origin CXX),default)
+  CXX = c++
+endif
 CPPFLAGS += -I. $(shell $(NODE) -p "['node-api-headers', 'node-addon-api'].map((name) => \
   '-isystem ' + path.resolve(require(name).include_dir)).join(' ')") -DNDEBUG -MMD -MP
 CXXFLAGS += -O3 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra
 
-ADDON = -ffp-contract=off -DNAPI_VERSION=9 -DNODE_ADDON_API_CPP_EXCEPTIONS \
+NODE_API = -DNAPI_VERSION=9 -DNODE_ADDON_API_CPP_EXCEPTIONS \
   -DNODE_ADDON_API_REQUIRE_BASIC_FINALIZERS -DNODE_API_SWALLOW_UNTHROWABLE_EXCEPTIONS
 SIMD = -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-maybe-uninitialized
 avx2 = -mavx2 -mfma -mf16c
@@ -36,7 +38,7 @@ build/Release/p2r_kernels.node: $(objects)
 
 $(sources:%=$(out)/%.o): $(out)/%.o: %
 	@mkdir -p $(@D)
-	$(CXX) $(CPPFLAGS) $(CXXFLAGS) $(ADDON) -c -o $@ $<
+	$(CXX) $(CPPFLAGS) $(CXXFLAGS) -ffp-contract=off $(if $(filter binding/%,$<),$(NODE_API)) -c -o $@ $<
 
 define simd_kernels
 $(kernels:%=$(out)/$(1)/%.o): $(out)/$(1)/%.o: %

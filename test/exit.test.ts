@@ -1,5 +1,5 @@
 import { spawnSync } from 'node:child_process'
-import { cpSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
+import { cpSync, mkdtempSync, rmSync, symlinkSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -68,14 +68,8 @@ test('importing never throws; without the addon the first device call does', () 
     const at = `file://${folder}/dist/lib/index.js`
     expect(run('', at)).toEqual(clean)
     const report = `for (const f of [p2r.devices, p2r.cudaStatus, p2r.openDevice])
-      try { f() } catch (e) { console.log(e instanceof p2r.P2RError, e.code, e.cause instanceof Error) }`
-    const line = 'true ERR_NATIVE true\n'
-    expect(run(report, at)).toEqual({ ...clean, stdout: line.repeat(3) })
-
-    // One that is there but cannot be loaded is no better.
-    cpSync(join(root, 'package.json'), join(folder, 'build/Release/p2r_kernels.node'))
-    writeFileSync(join(folder, 'build/Release/p2r_kernels.node'), 'not a library')
-    expect(run(report, at)).toEqual({ ...clean, stdout: line.repeat(3) })
+      try { f() } catch (e) { console.log(e instanceof p2r.P2RError, e.code) }`
+    expect(run(report, at)).toEqual({ ...clean, stdout: 'true ERR_NATIVE\n'.repeat(3) })
   } finally {
     rmSync(folder, { recursive: true })
   }

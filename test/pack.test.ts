@@ -88,7 +88,7 @@ beforeAll(async () => {
 afterAll(() => {
   registry?.close()
   rmSync(folder, { recursive: true })
-})
+}, 120_000)
 
 const installers = {
   npm: () => [
@@ -258,7 +258,10 @@ suite(`the package${title}`, () => {
     { timeout: 300_000 },
     async () => {
       const [emulator, ...args] = [...emulated(await nodeBinary('22.23.5', 'arm64'))]
-      const { stdout } = await exec(emulator!, [...args, 'use.mjs'], { cwd: project, env })
+      const { stdout } = await exec(emulator!, [...args, 'use.mjs'], {
+        cwd: project,
+        env: { ...env, PATH: process.env.PATH },
+      })
       expect(stdout).toBe(families)
     },
   )
