@@ -4,8 +4,9 @@ NODE ?= node
 ifeq ($(origin CXX),default)
   CXX = c++
 endif
-CPPFLAGS += -I. $(shell $(NODE) -p "['node-api-headers', 'node-addon-api'].map((name) => \
-  '-isystem ' + path.resolve(require(name).include_dir)).join(' ')") -DNDEBUG -MMD -MP
+INCLUDES := -I. $(shell $(NODE) -p "['node-api-headers', 'node-addon-api'].map((name) => \
+  '-isystem ' + path.resolve(require(name).include_dir)).join(' ')")
+CPPFLAGS += $(INCLUDES) -DNDEBUG -MMD -MP
 CXXFLAGS += -O3 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra
 
 NODE_API = -DNAPI_VERSION=9 -DNODE_ADDON_API_CPP_EXCEPTIONS \

@@ -1,9 +1,10 @@
 // Everything that is checked without running the library, one line for each: formatting and lint of
-// TypeScript, the types of library and tests, formatting of C++ and CUDA, and a build in which
-// warnings are errors and no kernel spills.
+// TypeScript, the types of library and tests, formatting of C++ and CUDA, a build in which warnings are
+// errors and no kernel spills, and the package's manifest and types as its users resolve them.
 import { spawnSync } from 'node:child_process'
-import { readdirSync } from 'node:fs'
+import { mkdtempSync, readdirSync, rmSync } from 'node:fs'
 import { createRequire } from 'node:module'
+import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 
@@ -31,6 +32,21 @@ function check(title, command, args) {
 }
 const node = (title, script, ...args) => check(title, process.execPath, [script, ...args])
 
+function checkPackage() {
+  const folder = mkdtempSync(join(tmpdir(), 'p2r-check-'))
+  try {
+    const pack = ['pack', '--ignore-scripts', '--pack-destination', folder]
+    if (!check('npm pack', 'npm', pack)) return
+    const tarball = join(folder, readdirSync(folder)[0])
+    node('publint', join(root, 'node_modules/publint/src/cli.js'), '--strict', tarball)
+    // CommonJS requires the ES module, as every Node in `engines` can.
+    const esm = ['--profile', 'esm-only', '--no-emoji', '--format', 'ascii']
+    node('are the types wrong', bin('@arethetypeswrong/cli', 'dist/index.js'), ...esm, tarball)
+  } finally {
+    rmSync(folder, { recursive: true })
+  }
+}
+
 const sources = ['ops', 'cpu', 'cuda', 'binding', 'test/twin'].flatMap((folder) =>
   readdirSync(join(root, folder), { recursive: true })
     .filter((name) => /\.(h|cpp|cc|cu|cuh)$/.test(name))
@@ -47,6 +63,7 @@ const built = node(
 )
 // The tests' types are those of the built package.
 if (built) node('tsc: tests', bin('typescript', 'bin/tsc'), '-p', 'test')
+if (built) checkPackage()
 if (failed) {
   console.log(`${failed} of the checks failed.`)
   process.exit(1)
