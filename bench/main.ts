@@ -21,6 +21,7 @@ import {
 } from './results.js'
 import { scaling } from './scaling.js'
 import { quickSamples, serving, servingReport, thoroughSamples } from './serving.js'
+import { startup, startupReport } from './startup.js'
 import { comparisonReport, report } from './table.js'
 import { predictions } from './targets.js'
 
@@ -60,7 +61,7 @@ const program = new Command('npm run bench --')
   )
   .argument(
     '[op...]',
-    `of ${[...stems, ...Object.keys(groups)].join(', ')}; all, in the order of their names, unless given; or serving, by itself`,
+    `of ${[...stems, ...Object.keys(groups)].join(', ')}; all, in the order of their names, unless given; or serving, or startup, by itself`,
   )
   .option('--device <id>', "'cpu', 'cuda', 'cuda:1'; as openDevice chooses unless given")
   .option(
@@ -187,6 +188,15 @@ if (program.args.length === 1 && program.args[0] === 'serving') {
   if (options.json !== undefined)
     writeFileSync(options.json, `${JSON.stringify({ serving: rows }, undefined, 2)}\n`)
   console.log(servingReport(rows))
+  process.exit()
+}
+if (program.args.length === 1 && program.args[0] === 'startup') {
+  progress('installing')
+  const rows = startup(root, options.quick ? 5 : 20)
+  progress('')
+  if (options.json !== undefined)
+    writeFileSync(options.json, `${JSON.stringify({ startup: rows }, undefined, 2)}\n`)
+  console.log(startupReport(rows))
   process.exit()
 }
 function read(file: string): Results {

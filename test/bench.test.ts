@@ -33,6 +33,7 @@ import {
 import { scaling } from '../dist/bench/scaling.js'
 import { exponent, seriesOf } from '../dist/bench/series.js'
 import { serving, servingReport } from '../dist/bench/serving.js'
+import { startupReport, startupTimes } from '../dist/bench/startup.js'
 import { quantile, quantiles, verdict } from '../dist/bench/statistics.js'
 import {
   aligned,
@@ -606,6 +607,16 @@ test('serving: every sample is requested, and the table has the throughput', asy
   }
   expect(progress).toHaveBeenCalledTimes(3)
   expect(servingReport(rows)).toMatch(/evaluate, 224 x 224 +10 +20 +32 +\d+\.\d\d +\d+\.\d % .* ms/)
+})
+
+test('startup: import and first device are timed in processes of their own', () => {
+  const entry = fileURLToPath(new URL('../dist/lib/index.js', import.meta.url))
+  const rows = startupTimes(entry, 1)
+  for (const { value } of rows) expect(value).toBeGreaterThan(0)
+  const size = { what: 'packed', value: 21, unit: 'MB', bound: 20 } as const
+  expect(startupReport([...rows, size])).toMatch(
+    /import +\d.* ms +60 ms .*\n.*\npacked +21\.0 MB .* missed/s,
+  )
 })
 
 test('seeded data is the same each time and within its range', () => {
