@@ -15,13 +15,8 @@ const shared = {
   },
 }
 
-<<<<<<< HEAD
-=======
 const recordedCases = ['test/twin.test.ts', 'test/arm64.test.ts']
 
-rmSync(at('./build/twin/cases'), { recursive: true, force: true })
-
->>>>>>> 594ffbd (Packages are tested as npm, pnpm and yarn install them, under four versions of Node, bundled, and on an emulated arm64)
 export default defineConfig({
   test: {
     globalSetup: './test/global_setup.ts',

@@ -1,58 +1,19 @@
 #include "cpu/device.h"
 
-#include <fcntl.h>
-#include <sched.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/sysinfo.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <string>
+
+#include "cpu/host.h"
 
 namespace p2r::cpu {
 
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
+using host::kHugePage;
 constexpr size_t kQueueLimit = 16384;  // closures; past it the caller waits
-
-uint64_t first_number(const char* path) {
-  std::ifstream file(path);
-  uint64_t value = 0;
-  return file >> value ? value : 0;
-}
-
-uint64_t memory_limit() {
-  struct sysinfo s;
-  uint64_t bytes = sysinfo(&s) == 0 ? uint64_t{s.totalram} * s.mem_unit : uint64_t{1} << 33;
-  if (uint64_t group = first_number("/sys/fs/cgroup/memory.max"); group && group < bytes)
-    bytes = group;
-  return bytes;
-}
-
-int thread_limit() {
-  cpu_set_t set;
-  int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set)
-                                                      : int(std::thread::hardware_concurrency());
-  std::ifstream quota("/sys/fs/cgroup/cpu.max");
-  double share = 0, period = 0;
-  if (quota >> share >> period && period > 0)
-    n = std::min(n, std::max(1, static_cast<int>(share / period + 0.5)));
-  return std::max(n, 1);
-}
-
-std::string processor_name() {
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);)
-    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
-  return "CPU";
-}
 
 const Simd* choose_simd(const std::string& name) {
   int count;
@@ -105,8 +66,8 @@ CpuDevice::~CpuDevice() {
   wake_.notify_one();
   thread_.join();
   release_everything();
-  for (const auto& [block, bytes] : mapped_) munmap(block, bytes);
-  for (const std::string& path : shared_) unlink(path.c_str());
+  for (const auto& [block, bytes] : mapped_) host::unmap(block, bytes);
+  for (const std::string& path : shared_) host::remove(path);
 }
 
 void CpuDevice::run() {
@@ -177,65 +138,30 @@ void CpuDevice::notify(Completion done) {
   submit([done = std::move(done)] { done(""); });
 }
 
-void* CpuDevice::map(int file, size_t bytes) {
-  // An empty file cannot be mapped; nothing reads the byte.
-  const size_t length = std::max<size_t>(bytes, 1);
-  void* block = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-  if (block == MAP_FAILED)
-    throw Error(Code::memory, "a shared file of " + std::to_string(bytes) +
-                                  " bytes could not be mapped: " + std::strerror(errno));
-  mapped_[block] = length;
-  return block;
-}
-
-namespace {
-
-struct OpenFile {
-  OpenFile(const std::string& path, int flags, int mode = 0)
-      : number(open(path.c_str(), flags | O_CLOEXEC, mode)) {
-    if (number < 0) throw Error(Code::io, path + " could not be opened: " + std::strerror(errno));
-  }
-  ~OpenFile() { close(number); }
-  const int number;
-};
-
-}  // namespace
-
 std::string CpuDevice::share(void*& block, size_t bytes, const std::string& path) {
-  const OpenFile file(path, O_RDWR | O_CREAT | O_EXCL, 0600);
+  void* mapped = host::create_file(path, bytes);
   shared_.insert(path);
-  // Space is allocated now: without any left, writing to the mapping would raise SIGBUS.
-  if (const int e =
-          posix_fallocate(file.number, 0, static_cast<off_t>(std::max<size_t>(bytes, 1)))) {
-    unshare(path);
-    throw Error(Code::memory, "no room for " + std::to_string(bytes) + " bytes in " + path + ": " +
-                                  std::strerror(e));
-  }
-  void* mapped = map(file.number, bytes);
+  mapped_[mapped] = bytes;
   copy(mapped, block, bytes);
   block = mapped;
   return path;
 }
 
 void* CpuDevice::open_shared(const std::string& name, size_t bytes) {
-  const OpenFile file(name, O_RDWR);
-  struct stat s;
-  if (fstat(file.number, &s) != 0 || !S_ISREG(s.st_mode) ||
-      static_cast<uint64_t>(s.st_size) < bytes)
-    throw Error(Code::format, name + " must be a file of at least " + std::to_string(bytes) +
-                                  " bytes, got " + std::to_string(s.st_size));
-  return map(file.number, bytes);
+  void* mapped = host::open_file(name, bytes);
+  mapped_[mapped] = bytes;
+  return mapped;
 }
 
 void CpuDevice::close_shared(void* block) {
   const auto it = mapped_.find(block);
-  const size_t length = it->second;
+  const size_t bytes = it->second;
   mapped_.erase(it);
-  submit([block, length] { munmap(block, length); });
+  submit([block, bytes] { host::unmap(block, bytes); });
 }
 
 void CpuDevice::unshare(const std::string& name) {
-  if (shared_.erase(name)) unlink(name.c_str());
+  if (shared_.erase(name)) host::remove(name);
 }
 
 using Clock = std::chrono::steady_clock;
@@ -267,12 +193,10 @@ void* CpuDevice::raw_allocate(size_t bytes) {
   if (reserved() + bytes > info_.memory_bytes) return nullptr;
   // Large blocks use huge pages: a page fault per 4 KiB costs more than the arithmetic on them.
   const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
-  void* block = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
-  if (block && alignment == kHugePage) madvise(block, bytes, MADV_HUGEPAGE);
-  return block;
+  return host::allocate(alignment, (bytes + alignment - 1) / alignment * alignment);
 }
 
-void CpuDevice::raw_release(void* block) { std::free(block); }
+void CpuDevice::raw_release(void* block) { host::release(block); }
 
 void CpuDevice::drain() {
   std::mutex mutex;
@@ -308,9 +232,9 @@ DeviceInfo cpu_info() {
   DeviceInfo info;
   int count;
   info.backend = info.id = "cpu";
-  info.name = cpu::processor_name();
-  info.memory_bytes = cpu::memory_limit();
-  info.threads = cpu::thread_limit();
+  info.name = cpu::host::processor_name();
+  info.memory_bytes = cpu::host::memory_limit();
+  info.threads = cpu::host::thread_limit();
   const cpu::Simd& best = *cpu::simd_tables(&count)[0];
   info.simd = best.name;
   info.features = cpu::names_of(cpu::simd_features(best));

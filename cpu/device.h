@@ -71,7 +71,6 @@ class CpuDevice final : public Device {
 
  private:
   void run();
-  void* map(int file, size_t bytes);
 
   DeviceInfo info_;
   const Simd* simd_ = nullptr;

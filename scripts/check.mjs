@@ -47,7 +47,7 @@ function checkPackage() {
   }
 }
 
-const sources = ['ops', 'cpu', 'cuda', 'binding', 'test/twin'].flatMap((folder) =>
+const sources = ['ops', 'cpu', 'cuda', 'binding', 'test/twin', 'scripts'].flatMap((folder) =>
   readdirSync(join(root, folder), { recursive: true })
     .filter((name) => /\.(h|cpp|cc|cu|cuh)$/.test(name))
     .map((name) => join(folder, name)),

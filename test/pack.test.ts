@@ -33,10 +33,13 @@ const tarball = join(folder, 'p2r-kernels.tgz')
 const path = join(folder, 'bin')
 
 const bin = (path: string) => join(root, 'node_modules', path)
-function npmCli(): string {
-  const beside = (process.env.PATH ?? '').split(delimiter).map((p) => join(p, 'npm'))
-  return realpathSync(process.env.npm_execpath ?? beside.find(existsSync)!)
-}
+const toolPath = (name: string) =>
+  (process.env.PATH ?? '')
+    .split(delimiter)
+    .map((folder) => join(folder, name))
+    .find(existsSync)
+
+const npmCli = () => realpathSync(process.env.npm_execpath ?? toolPath('npm')!)
 
 // Nothing but Node on the path, and nothing of how this machine's npm is set up.
 const env = {
@@ -128,7 +131,7 @@ const suite = describe.skipIf(notHere !== undefined)
 const title = notHere ? ` (skipped: ${notHere})` : ''
 
 suite(`the package${title}`, () => {
-  test('holds what its manifest promises, and the sources that build it', () => {
+  test('has the files of its manifest, and the sources that build it', () => {
     for (const file of [...manifest.files, 'README.md', 'LICENSE', manifest.types])
       expect(existsSync(join(installed, file)), file).toBe(true)
     for (const sources of ['ops', 'cpu', 'cuda', 'binding'])
@@ -158,7 +161,7 @@ suite(`the package${title}`, () => {
     expect(bytes).toBeLessThan(40e6)
   })
 
-  test('closes its inside but for the entry and the manifest', async () => {
+  test('only its entry and manifest can be imported', async () => {
     writeFileSync(
       join(project, 'closed.mjs'),
       `import 'p2r-kernels/package.json' with { type: 'json' }
@@ -209,7 +212,33 @@ suite(`the package${title}`, () => {
     expect(await run(command, ['devices', '--json'], project)).toMatch(/"backend": "cpu"/)
   })
 
-  test('tells what is missing without the optional peer', async () => {
+  const tools = ['make', 'c++', 'as', 'ld', 'sh', 'mkdir', 'uname']
+  const missing = tools.filter((tool) => !toolPath(tool))
+  test.skipIf(missing.length)(
+    `builds from source with a compiler and make${missing.length ? ` (skipped: needs ${missing})` : ''}`,
+    { timeout: 900_000 },
+    async () => {
+      const few = join(folder, 'tools')
+      mkdirSync(few)
+      for (const tool of tools) symlinkSync(toolPath(tool)!, join(few, tool))
+      const command = join(project, 'node_modules/.bin/p2r-kernels')
+      await exec(command, ['build'], {
+        cwd: project,
+        env: { ...env, PATH: `${path}:${few}` },
+        maxBuffer: 1 << 26,
+      })
+      const made = join(installed, 'build/Release/p2r_kernels.node')
+      expect(existsSync(made)).toBe(true)
+      // It comes before the prebuild.
+      const loaded = `require('p2r-kernels').devices()
+        console.log(Object.keys(require.cache).filter((p) => p.endsWith('.node')).join())`
+      expect(await node(['--no-warnings', '-e', loaded], project)).toBe(`${made}\n`)
+      expect(await node(['use.mjs'], project)).toBe(families)
+      rmSync(join(installed, 'build'), { recursive: true })
+    },
+  )
+
+  test('names the optional peer if it is missing', async () => {
     writeFileSync(
       join(project, 'peer.mjs'),
       `import { OpenAIPolicy } from 'p2r-kernels'

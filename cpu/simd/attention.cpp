@@ -179,8 +179,7 @@ inline vf horizontal_sums(vf* row) {
   }
 #pragma GCC unroll 16
   for (int i = 0; i < D; ++i)
-    row[i] =
-        __builtin_shuffle(row[i], row[i + D], left) + __builtin_shuffle(row[i], row[i + D], right);
+    row[i] = shuffle(row[i], row[i + D], left) + shuffle(row[i], row[i + D], right);
   if constexpr (D > 1)
     return horizontal_sums<D / 2>(row);
   else

@@ -59,8 +59,8 @@ inline void swap_blocks(vf* row) {
   for (int i = 0; i < W; ++i)
     if (!(i & D)) {
       const vf a = row[i], b = row[i + D];
-      row[i] = __builtin_shuffle(a, b, from_left);
-      row[i + D] = __builtin_shuffle(a, b, from_right);
+      row[i] = shuffle(a, b, from_left);
+      row[i + D] = shuffle(a, b, from_right);
     }
 }
 inline void transpose(vf* row) {

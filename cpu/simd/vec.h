@@ -113,6 +113,17 @@ inline vf vmin(vf a, vf b) {
   return a < b ? a : b;
 #endif
 }
+// Lanes of a, by indices below W, and of b, by indices from W on. Clang has GCC's builtin for constant
+// indices only, and makes the same of the loop once they are constant.
+inline vf shuffle(vf a, vf b, vi lanes) {
+#if defined(__clang__)
+  vf out;
+  for (int i = 0; i < W; ++i) out[i] = lanes[i] < W ? a[lanes[i]] : b[lanes[i] - W];
+  return out;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
 inline vu bits(vf x) { return (vu)x; }
 inline vf from_bits(vu x) { return (vf)x; }
 
@@ -210,7 +221,7 @@ inline vf bf16_adjacent_pairs(vf first, vf second) {
     even[i] = 2 * i;
     odd[i] = 2 * i + 1;
   }
-  return bf16_pairs(__builtin_shuffle(first, second, even), __builtin_shuffle(first, second, odd));
+  return bf16_pairs(shuffle(first, second, even), shuffle(first, second, odd));
 #endif
 }
 // sum + x[i].low y[i].low + x[i].high y[i].high, for pairs x and y.
