@@ -13,7 +13,9 @@ import {
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { cudaStatus } from 'p2r-kernels'
 import { afterEach, beforeEach, expect, test } from 'vitest'
+import { found } from '../scripts/addon.mjs'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const addon = join(root, 'build/Release/p2r_kernels.node')
@@ -95,6 +97,47 @@ test.each([
   expect(said).toContain('npx p2r-kernels build')
   expect(said.split('\n').length).toBeLessThan(5)
 })
+
+const { built, available } = cudaStatus()
+const driverless = !built
+  ? 'the addon is built without CUDA'
+  : available
+    ? 'there is a driver'
+    : found('c++')
+      ? undefined
+      : 'needs c++'
+test.skipIf(driverless)(
+  `a driver that is missing or too old is a reason, with both versions${driverless ? ` (skipped: ${driverless})` : ''}`,
+  () => {
+    put(prebuild)
+    const reason = `const { cudaStatus } = await import(${JSON.stringify(`file://${folder}/dist/lib/index.js`)})
+      console.log(JSON.stringify(cudaStatus()))`
+    const status = (drivers: string) =>
+      JSON.parse(
+        spawnSync(process.execPath, ['--input-type=module', '-e', reason], {
+          encoding: 'utf8',
+          env: { ...process.env, P2R_ADDON: '', LD_LIBRARY_PATH: drivers },
+        }).stdout,
+      )
+    const usable = { built: true, available: false }
+    expect(status(folder)).toMatchObject(usable)
+    expect(status(folder).reason).toMatch(
+      /^CUDA 13\.\d+ is built in, but no NVIDIA driver was found\.$/,
+    )
+    // What the runtime first asks of a driver.
+    writeFileSync(
+      join(folder, 'driver.cpp'),
+      'extern "C" { int cuDriverGetVersion(int* v) { return *v = 12040, 0; } int cuInit(unsigned) { return 0; } }',
+    )
+    const library = join(folder, 'libcuda.so.1')
+    spawnSync('c++', ['-shared', '-fPIC', '-o', library, join(folder, 'driver.cpp')])
+    expect(existsSync(library)).toBe(true)
+    expect(status(folder)).toMatchObject(usable)
+    expect(status(folder).reason).toMatch(
+      /^CUDA 13\.\d+ is built in, but the NVIDIA driver is for CUDA 12\.4, which is too old\.$/,
+    )
+  },
+)
 
 test('there is a prebuild for what the error lists', async () => {
   const { prebuilt } = (await import('../dist/lib/native.js')) as { prebuilt: string[] }
