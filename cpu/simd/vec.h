@@ -113,8 +113,8 @@ inline vf vmin(vf a, vf b) {
   return a < b ? a : b;
 #endif
 }
-// Lanes of a, by indices below W, and of b, by indices from W on. Clang has GCC's builtin for constant
-// indices only, and makes the same of the loop once they are constant.
+// Lanes of a, by indices below W, and of b, by indices from W on. Clang has GCC's builtin for
+// constant indices only, and makes the same of the loop once they are constant.
 inline vf shuffle(vf a, vf b, vi lanes) {
 #if defined(__clang__)
   vf out;
