@@ -6,9 +6,83 @@ import { refuse } from './errors.js'
 export function describeValue(value: unknown): string {
   if (value === null || value === undefined) return String(value)
   if (typeof value === 'string') return `'${value}'`
+  if (typeof value === 'function') return 'a function'
   if (Array.isArray(value)) return 'an array'
-  if (typeof value === 'object') return `a ${value.constructor?.name ?? 'plain object'}`
-  return String(value)
+  if (typeof value !== 'object') return String(value)
+  const name: unknown = value.constructor?.name
+  return typeof name === 'string' && name !== '' && name !== 'Object' ? `a ${name}` : 'an object'
+}
+
+type KeysOf<T> = T extends unknown ? keyof T : never
+/** The fields of T as a table that the compiler keeps complete; of a union, those of all its members. */
+export type Names<T> = Readonly<Record<KeysOf<T> & string, true>>
+
+/**
+ * An object of arguments with no other fields than `names`, because a misspelt option that is ignored
+ * gives a wrong result silently. A field that is undefined counts as left out, but its name must be known.
+ * `path` is the name of a nested object. Nothing is allocated for an object that passes.
+ */
+export function checkArguments<T>(
+  a: T,
+  names: Readonly<Record<string, true>>,
+  op: string,
+  path?: string,
+): T & object {
+  if (typeof a !== 'object' || a === null || Array.isArray(a)) refuseArguments(a, op, path)
+  // for...in reads the engine's cached list of keys; methods of classes are not enumerable.
+  for (const key in a)
+    if (names[key] !== true && Object.hasOwn(a, key)) {
+      const prototype: unknown = Object.getPrototypeOf(a)
+      if (prototype !== null && prototype !== Object.prototype) refuseArguments(a, op, path)
+      refuse('ERR_VALUE', op, `unknown option ${unknownName(key, Object.keys(names), path)}`)
+    }
+  return a
+}
+
+function refuseArguments(a: unknown, op: string, path: string | undefined): never {
+  if (path !== undefined) unexpected(a, path, 'an object', op)
+  refuse('ERR_VALUE', op, `expects one object of arguments, got ${describeValue(a)}`)
+}
+
+function unknownName(key: string, names: readonly string[], path: string | undefined): string {
+  const full = (name: string): string => (path === undefined ? `'${name}'` : `'${path}.${name}'`)
+  const near = nearestName(key, names)
+  if (near !== undefined) return `${full(key)}; did you mean ${full(near)}?`
+  return `${full(key)}; the known ones are ${names.map(full).join(', ')}`
+}
+
+/**
+ * The name with the smallest edit distance, at most a third of the longer one's length; undefined if there is
+ * none. Case and underscores are ignored: max_tokens is maxTokens.
+ */
+function nearestName(key: string, names: readonly string[]): string | undefined {
+  const plain = (name: string): string => name.toLowerCase().replace(/[_-]/g, '')
+  const wanted = plain(key)
+  let nearest: string | undefined
+  let least = Number.POSITIVE_INFINITY
+  for (const name of names) {
+    const known = plain(name)
+    const longest = Math.max(wanted.length, known.length)
+    // The difference in length bounds the distance, so that a very long key costs nothing.
+    if (3 * Math.abs(wanted.length - known.length) > longest) continue
+    const distance = editDistance(wanted, known)
+    if (3 * distance > longest || distance >= least) continue
+    nearest = name
+    least = distance
+  }
+  return nearest
+}
+
+/** Insertions, deletions and substitutions of a letter that make b of a (Levenshtein). */
+function editDistance(a: string, b: string): number {
+  let row = Array.from({ length: b.length + 1 }, (_, j) => j)
+  for (let i = 1; i <= a.length; i++) {
+    const next = [i]
+    for (let j = 1; j <= b.length; j++)
+      next.push(Math.min(row[j]! + 1, next[j - 1]! + 1, row[j - 1]! + +(a[i - 1] !== b[j - 1])))
+    row = next
+  }
+  return row[b.length]!
 }
 
 /** Refuses a value that is not what its name must be. */
@@ -27,7 +101,7 @@ export function choice<T extends string>(
     refuse(
       'ERR_VALUE',
       op,
-      `${name} must be ${names.map((n) => `'${n}'`).join(' or ')}, got ${String(value)}`,
+      `${name} must be ${names.map((n) => `'${n}'`).join(' or ')}, got ${describeValue(value)}`,
     )
   return value
 }
