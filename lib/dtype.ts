@@ -1,4 +1,6 @@
 export type DType = 'f32' | 'f16' | 'bf16' | 'i32' | 'u8'
+/** The types of real numbers. */
+export type FloatDType = 'f32' | 'f16' | 'bf16'
 
 /** @internal The typed array that holds a dtype on the host; f16 and bf16 are raw bits there. */
 export const hostTypes = {

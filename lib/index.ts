@@ -7,7 +7,7 @@ export {
   type OpenOptions,
   openDevice,
 } from './device.js'
-export type { DType } from './dtype.js'
+export type { DType, FloatDType } from './dtype.js'
 export { type ErrorCode, P2RError } from './errors.js'
 export type { Grid } from './grid.js'
 export { encodeImage, loadImage, saveImage } from './image.js'

@@ -32,10 +32,11 @@ const construct = Symbol('construct')
  * Contiguous, row-major numbers on one device. Made by `device.tensor`, `device.zeros` and the
  * operations. Storage is shared by views (`reshape`, `slice`) and freed with its last handle.
  */
-export class Tensor<D extends DType = DType> implements Disposable {
+// biome-ignore lint/suspicious/noExplicitAny: a bare Tensor, whose dtype only the run tells, fits every parameter
+export class Tensor<D extends DType = any> implements Disposable {
   readonly device: Device
   readonly shape: readonly number[]
-  readonly dtype: D
+  readonly dtype: unknown extends D ? DType : D
   readonly size: number
   readonly byteLength: number
   readonly #handle: TensorHandle
@@ -45,7 +46,7 @@ export class Tensor<D extends DType = DType> implements Disposable {
     if (key !== construct) throw new P2RError('ERR_VALUE', 'Tensors are made by device.tensor()')
     this.device = device
     this.shape = Object.freeze(handle.shape)
-    this.dtype = handle.dtype as D
+    this.dtype = handle.dtype as typeof this.dtype
     this.size = this.shape.reduce((n, d) => n * d, 1)
     this.byteLength = this.size * hostTypes[this.dtype].BYTES_PER_ELEMENT
     this.#handle = handle
