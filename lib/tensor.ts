@@ -26,6 +26,31 @@ export type Ints = ArrayLike<number>
 /** Several results that are disposed together. */
 export type Held<R> = R & { dispose(): void } & Disposable
 
+/** D, but DType for `any`, as each member of D is a branch of its own; so Tensor stays covariant in D. */
+type Spelled<D extends DType> = D extends 'f32'
+  ? 'f32'
+  : D extends 'f16'
+    ? 'f16'
+    : D extends 'bf16'
+      ? 'bf16'
+      : D extends 'i32'
+        ? 'i32'
+        : 'u8'
+
+/**
+ * D, but DType for `any`. D is only what the conditional type checks: where it is what a type extends, Tensor
+ * would be invariant in D, and a Tensor<'f32'> no Tensor<'f32' | 'bf16'>.
+ */
+type Spelled<D extends DType> = D extends 'f32'
+  ? 'f32'
+  : D extends 'f16'
+    ? 'f16'
+    : D extends 'bf16'
+      ? 'bf16'
+      : D extends 'i32'
+        ? 'i32'
+        : 'u8'
+
 const construct = Symbol('construct')
 
 /**
@@ -36,7 +61,7 @@ const construct = Symbol('construct')
 export class Tensor<D extends DType = any> implements Disposable {
   readonly device: Device
   readonly shape: readonly number[]
-  readonly dtype: unknown extends D ? DType : D
+  readonly dtype: Spelled<D>
   readonly size: number
   readonly byteLength: number
   readonly #handle: TensorHandle
@@ -92,7 +117,7 @@ export class Tensor<D extends DType = any> implements Disposable {
   }
 
   /** Overwrites the data with that of a tensor of the same shape, type and device. */
-  copyFrom(other: Tensor<D>): void {
+  copyFrom(other: Tensor): void {
     this.#handle.copyFrom(handleOf(other, 'other', 'copyFrom'))
   }
 

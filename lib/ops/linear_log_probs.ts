@@ -1,3 +1,4 @@
+import type { FloatDType } from '../dtype.js'
 import { native } from '../native.js'
 import { type Held, handleOf, held, maybeHandle, type Tensor, wrap } from '../tensor.js'
 import { intoArguments, linearGradients, type WeightGradients } from './linear.js'
@@ -10,15 +11,15 @@ import {
 } from './policy_loss.js'
 
 /** A linear head over a vocabulary, and the target tokens. */
-export interface LinearHead {
+export interface LinearHead<D extends FloatDType = FloatDType> {
   /** [N, C], f32 | f16 | bf16. */
-  hidden: Tensor
+  hidden: Tensor<D>
   /** [V, C], of hidden's type. */
-  weight: Tensor
+  weight: Tensor<NoInfer<D>>
   /** [V], of hidden's type or f32; none unless given. */
-  bias?: Tensor
+  bias?: Tensor<NoInfer<D> | 'f32'>
   /** i32 [N]: -100 skips a row. */
-  targets: Tensor
+  targets: Tensor<'i32'>
   /** Divides the logits; 1 unless given. */
   temperature?: number
 }
