@@ -76,7 +76,15 @@ export class Device implements Disposable {
    * Uint16Array is taken as raw bits. Without a dtype: f32 for Float32Array, Float64Array and
    * number[], i32 for Int32Array, u8 for the byte arrays; a Uint16Array needs one.
    */
-  tensor<D extends DType = 'f32'>(data: HostArray, shape: readonly number[], dtype?: D): Tensor<D> {
+  tensor<D extends DType>(data: HostArray, shape: readonly number[], dtype: D): Tensor<D>
+  tensor(data: Int32Array, shape: readonly number[]): Tensor<'i32'>
+  tensor(data: Uint8Array | Uint8ClampedArray, shape: readonly number[]): Tensor<'u8'>
+  tensor(
+    data: Float32Array | Float64Array | readonly number[],
+    shape: readonly number[],
+  ): Tensor<'f32'>
+  tensor(data: Exclude<HostArray, Uint16Array>, shape: readonly number[]): Tensor
+  tensor(data: HostArray, shape: readonly number[], dtype?: DType): Tensor {
     const type = dtype ?? defaultDType(data)
     checkDType(type, 'tensor')
     return wrap(this, this.handle.tensor(hostData(data, type, 'tensor'), shape, type))

@@ -26,17 +26,6 @@ export type Ints = ArrayLike<number>
 /** Several results that are disposed together. */
 export type Held<R> = R & { dispose(): void } & Disposable
 
-/** D, but DType for `any`, as each member of D is a branch of its own; so Tensor stays covariant in D. */
-type Spelled<D extends DType> = D extends 'f32'
-  ? 'f32'
-  : D extends 'f16'
-    ? 'f16'
-    : D extends 'bf16'
-      ? 'bf16'
-      : D extends 'i32'
-        ? 'i32'
-        : 'u8'
-
 /**
  * D, but DType for `any`. D is only what the conditional type checks: where it is what a type extends, Tensor
  * would be invariant in D, and a Tensor<'f32'> no Tensor<'f32' | 'bf16'>.
