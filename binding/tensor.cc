@@ -46,6 +46,8 @@ Napi::Function TensorHandle::Init(Napi::Env env) {
                                                                     name("slice")),
        InstanceMethod<&TensorHandle::guarded<&TensorHandle::Read>>("read", napi_default,
                                                                    name("read")),
+       InstanceMethod<&TensorHandle::guarded<&TensorHandle::Peek>>("peek", napi_default,
+                                                                   name("peek")),
        InstanceMethod<&TensorHandle::guarded<&TensorHandle::Write>>("write", napi_default,
                                                                     name("write")),
        InstanceMethod<&TensorHandle::guarded<&TensorHandle::CopyFrom>>("copyFrom", napi_default,
@@ -169,6 +171,18 @@ Napi::Value TensorHandle::Read(const Napi::CallbackInfo& info) {
   return deferred->Promise();
 }
 
+Napi::Value TensorHandle::Peek(const Napi::CallbackInfo& info) {
+  const View v = view("the tensor");
+  const Device& device = *storage_->device->device;
+  const auto raised = [](const std::shared_ptr<Fault>& f) { return f->raised(); };
+  if (device.info().backend != "cpu" || device.completed() < device.queued() ||
+      std::any_of(storage_->faults.begin(), storage_->faults.end(), raised))
+    return info.Env().Undefined();
+  Napi::Float64Array out = Napi::Float64Array::New(info.Env(), static_cast<size_t>(v.size()));
+  for (int64_t i = 0; i < v.size(); ++i) out[static_cast<size_t>(i)] = value_of(v, i);
+  return out;
+}
+
 Napi::Value TensorHandle::Write(const Napi::CallbackInfo& info) {
   const View v = view("the tensor");
   const HostBytes source = host_bytes(info[0], v.dtype, v.size());
@@ -180,7 +194,7 @@ Napi::Value TensorHandle::Write(const Napi::CallbackInfo& info) {
 Napi::Value TensorHandle::CopyFrom(const Napi::CallbackInfo& info) {
   const View v = view("the tensor");
   TensorHandle* other = From(info[0]);
-  if (!other) throw Error(Code::value, "copyFrom needs a Tensor");
+  if (!other) throw Error(Code::value, "other must be a Tensor");
   const View source = other->view("the source");
   if (other->storage_->device != storage_->device)
     throw Error(Code::device, "the source is a tensor of another device; move it with to()");
@@ -211,7 +225,7 @@ Napi::Value TensorHandle::CopyFrom(const Napi::CallbackInfo& info) {
 Napi::Value TensorHandle::To(const Napi::CallbackInfo& info) {
   const View v = view("the tensor");
   DeviceHandle* handle = DeviceHandle::From(info[0]);
-  if (!handle) throw Error(Code::value, "to needs a Device");
+  if (!handle) throw Error(Code::value, "device must be a Device");
   std::shared_ptr<OpenDevice> target = handle->open();
   auto storage = std::make_shared<Storage>(target, v.bytes());
   storage->faults = storage_->faults;
@@ -310,7 +324,7 @@ Napi::Value TensorHandle::GetDisposed(const Napi::CallbackInfo& info) {
 DType parse_dtype(const std::string& name) {
   for (DType t : {DType::f32, DType::f16, DType::bf16, DType::i32, DType::u8})
     if (name == p2r::to_string(t)) return t;
-  throw Error(Code::value, "dtype must be f32, f16, bf16, i32 or u8, got '" + name + "'");
+  throw Error(Code::dtype, "dtype must be f32, f16, bf16, i32 or u8, got '" + name + "'");
 }
 
 Shape parse_shape(const Napi::Value& value) {

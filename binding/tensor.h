@@ -57,6 +57,9 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
   Napi::Value Reshape(const Napi::CallbackInfo& info);
   Napi::Value Slice(const Napi::CallbackInfo& info);
   Napi::Value Read(const Napi::CallbackInfo& info);
+  // The values as f64 if they can be had without waiting: on the CPU, with an idle queue and no
+  // raised fault; else undefined.
+  Napi::Value Peek(const Napi::CallbackInfo& info);
   Napi::Value Write(const Napi::CallbackInfo& info);
   Napi::Value CopyFrom(const Napi::CallbackInfo& info);
   Napi::Value To(const Napi::CallbackInfo& info);
@@ -75,7 +78,7 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
 };
 
 Shape parse_shape(const Napi::Value& value);
-DType parse_dtype(const std::string& name);  // throws Code::value
+DType parse_dtype(const std::string& name);  // throws Code::dtype
 
 // A typed array as the bytes of a tensor: f32 is rounded to f16 and bf16, all else is copied.
 struct HostBytes {

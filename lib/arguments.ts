@@ -139,6 +139,10 @@ export function checkArray<T>(
   return value
 }
 
+export function checkFunction(value: unknown, name: string, op: string): void {
+  if (typeof value !== 'function') unexpected(value, name, 'a function', op)
+}
+
 /** A safe integer of at least 1. */
 export function checkPositive(value: unknown, name: string, op: string): number {
   if (!isIntegerFrom(1, value)) unexpected(value, name, 'a positive integer', op)

@@ -1,17 +1,44 @@
+import { describeValue } from './arguments.js'
+import { refuse } from './errors.js'
+
+/** The type of a tensor's elements. */
 export type DType = 'f32' | 'f16' | 'bf16' | 'i32' | 'u8'
-/** The types of real numbers. */
+/** The floating-point types: of activations, weights and gradients. */
 export type FloatDType = 'f32' | 'f16' | 'bf16'
 
 /** @internal The typed array that holds a dtype on the host; f16 and bf16 are raw bits there. */
-export const hostTypes = {
+export const hostTypes: Readonly<{
+  f32: Float32ArrayConstructor
+  f16: Uint16ArrayConstructor
+  bf16: Uint16ArrayConstructor
+  i32: Int32ArrayConstructor
+  u8: Uint8ArrayConstructor
+}> = {
   f32: Float32Array,
   f16: Uint16Array,
   bf16: Uint16Array,
   i32: Int32Array,
   u8: Uint8Array,
-} as const satisfies Record<DType, unknown>
+} satisfies Record<DType, unknown>
+
+/** @internal */
+export const floatTypes: readonly FloatDType[] = ['f32', 'f16', 'bf16']
 
 /** @internal */
 export function isDType(value: unknown): value is DType {
   return typeof value === 'string' && Object.hasOwn(hostTypes, value)
+}
+
+/** @internal A dtype given by the caller; any other value is ERR_DTYPE. */
+export function checkDType(
+  value: unknown,
+  op: string,
+  allowed: readonly DType[] = Object.keys(hostTypes) as DType[],
+): void {
+  if (!isDType(value) || !allowed.includes(value))
+    refuse(
+      'ERR_DTYPE',
+      op,
+      `dtype must be ${allowed.slice(0, -1).join(', ')} or ${allowed.at(-1)}, got ${describeValue(value)}`,
+    )
 }

@@ -1,4 +1,13 @@
-/** The closed list of reasons for which the library refuses or fails. */
+/**
+ * The closed list of reasons for which the library refuses or fails.
+ *
+ * ERR_VALUE: an argument of the wrong kind or value. ERR_SHAPE, ERR_DTYPE: a tensor, or data, of the wrong
+ * shape or type. ERR_DEVICE: a device that is not available, or tensors of different devices. ERR_MEMORY:
+ * the device or host has no memory left. ERR_CUDA: CUDA failed; its device is lost. ERR_DISPOSED: used after dispose.
+ * ERR_NATIVE: the addon, or another native package, could not be loaded. ERR_POLICY: a policy, such as a served
+ * model, failed or answered wrongly. ERR_FORMAT: a file's or answer's content. ERR_IO: a file that cannot be
+ * read or written; `cause` is the system's error.
+ */
 export type ErrorCode =
   | 'ERR_SHAPE'
   | 'ERR_DTYPE'
@@ -13,11 +22,22 @@ export type ErrorCode =
   | 'ERR_IO'
 
 /**
- * Every error that the library throws. Wrong type or value: ERR_VALUE; rank or size: ERR_SHAPE;
- * unreadable file: ERR_IO with its cause; bad content: ERR_FORMAT. Messages read
- * `[operation] what, expected, got`.
+ * Every error that the library throws. Messages read `[operation] what, expected, got`.
+ *
+ * @example
+ * ```js
+ * import { gelu, openDevice, P2RError } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * try {
+ *   gelu({ x: device.zeros([3], 'i32') })
+ * } catch (error) {
+ *   console.log(error instanceof P2RError, error.code, error.op) // true ERR_DTYPE gelu
+ * }
+ * device.dispose()
+ * ```
  */
 export class P2RError extends Error {
+  /** Why, from a closed list. */
   readonly code: ErrorCode
   /** The exported function that refused, for example 'attention'. */
   readonly op?: string

@@ -1,7 +1,7 @@
 import { checkArray, checkInt32, describeValue } from './arguments.js'
 import { refuse } from './errors.js'
 
-/** Patches of one image or video: frames, rows, columns. */
+/** Patches of one image or video: frames, rows, columns. An image has one frame (of temporalPatchSize copies). */
 export type Grid = readonly [t: number, h: number, w: number]
 
 /** @internal A list of grids; entries are integers of at least 0, h and w multiples of mergeSize. */

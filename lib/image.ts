@@ -3,12 +3,14 @@ import { extname } from 'node:path'
 import type { Sharp, SharpOptions } from 'sharp'
 import { type AbortSignalLike, onAbort } from './abort.js'
 import {
+  checkArguments,
   checkBoolean,
   checkIntegerWithin,
   checkPositive,
   checkString,
   choice,
   describeValue,
+  type Names,
 } from './arguments.js'
 import { checkDevice, type Device } from './device.js'
 import { P2RError, refuse } from './errors.js'
@@ -28,6 +30,37 @@ async function codec(op: string): Promise<typeof import('sharp').default> {
   }
 }
 
+/** How an image file is decoded. */
+export interface LoadImageOptions {
+  /**
+   * Applies the EXIF orientation; boxes then refer to the rotated image.
+   *
+   * @default false
+   */
+  autoOrient?: boolean
+  /**
+   * 'white' composites over white; 'drop' discards alpha only.
+   *
+   * @default 'white'
+   */
+  alpha?: 'white' | 'drop'
+  /**
+   * Larger images are ERR_FORMAT, before they are decoded.
+   *
+   * @default 268 402 689
+   */
+  maxPixels?: number
+  /** An abort rejects with the signal's reason. */
+  signal?: AbortSignalLike
+}
+
+const loadNames: Names<LoadImageOptions> = {
+  autoOrient: true,
+  alpha: true,
+  maxPixels: true,
+  signal: true,
+}
+
 /**
  * An image decoded to u8 [height, width, 3]: JPEG, PNG, WebP, TIFF (its first page) or AVIF.
  *
@@ -35,25 +68,25 @@ async function codec(op: string): Promise<typeof import('sharp').default> {
  * applied; grey is repeated over the channels.
  *
  * @param source a path, or the encoded bytes.
- * @param options.autoOrient applies the EXIF orientation; false unless given. Boxes then refer to the
- *   rotated image.
- * @param options.alpha 'white' (default) composites over white; 'drop' discards alpha only.
- * @param options.maxPixels 268 402 689 unless given; larger images are ERR_FORMAT.
- * @param options.signal rejects with its reason.
- * @throws ERR_IO (with cause) for a file that cannot be read; ERR_FORMAT for anything but such an image,
- *   truncated, animated, CMYK or of more than 8 bits a channel; ERR_VALUE for wrong arguments.
+ * @throws P2RError ERR_IO (with cause) for a file that cannot be read; ERR_FORMAT for anything but such an
+ *   image, truncated, animated, CMYK or of more than 8 bits a channel; ERR_VALUE for wrong arguments;
+ *   ERR_NATIVE where the package sharp cannot be loaded.
+ * @example
+ * ```js
+ * import { encodeImage, loadImage, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const png = await encodeImage(device.zeros([4, 6, 3], 'u8'))
+ * console.log((await loadImage(png, device)).shape) // [4, 6, 3]
+ * device.dispose()
+ * ```
  */
 export async function loadImage(
   source: string | Uint8Array,
   device: Device,
-  options: {
-    autoOrient?: boolean
-    alpha?: 'white' | 'drop'
-    maxPixels?: number
-    signal?: AbortSignalLike
-  } = {},
+  options: LoadImageOptions = {},
 ): Promise<Tensor<'u8'>> {
   const op = 'loadImage'
+  checkArguments(options, loadNames, op, 'options')
   const { autoOrient = false, alpha = 'white', maxPixels = 268_402_689, signal } = options
   if (typeof source !== 'string' && !(source instanceof Uint8Array))
     refuse('ERR_VALUE', op, `source must be a path or bytes, got ${describeValue(source)}`)
@@ -171,10 +204,20 @@ const extensions: Record<string, string> = {
  * .avif. PNG and TIFF keep every pixel.
  *
  * @param image u8 [height, width, 3].
- * @throws ERR_VALUE for another extension; ERR_IO (with cause) when the file cannot be written;
- *   ERR_SHAPE and ERR_DTYPE for a tensor that is no image.
+ * @throws P2RError ERR_VALUE for another extension; ERR_IO (with cause) when the file cannot be written;
+ *   ERR_SHAPE and ERR_DTYPE for a tensor that is no image; ERR_NATIVE where the package sharp cannot be loaded.
+ * @example
+ * ```js
+ * import { tmpdir } from 'node:os'
+ * import { loadImage, openDevice, saveImage } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const path = `${tmpdir()}/p2r-example.png`
+ * await saveImage(device.zeros([4, 6, 3], 'u8'), path)
+ * console.log((await loadImage(path, device)).shape) // [4, 6, 3]
+ * device.dispose()
+ * ```
  */
-export async function saveImage(image: Tensor, path: string): Promise<void> {
+export async function saveImage(image: Tensor<'u8'>, path: string): Promise<void> {
   const op = 'saveImage'
   checkString(path, 'path', op)
   const format = extensions[extname(path).toLowerCase()]
@@ -186,18 +229,45 @@ export async function saveImage(image: Tensor, path: string): Promise<void> {
   )
 }
 
+/** How an image is encoded. */
+export interface EncodeImageOptions {
+  /**
+   * 'png' keeps every pixel.
+   *
+   * @default 'png'
+   */
+  format?: 'png' | 'jpeg' | 'webp'
+  /**
+   * 1 to 100, for 'jpeg' and 'webp'.
+   *
+   * @default 90
+   */
+  quality?: number
+}
+
+const encodeNames: Names<EncodeImageOptions> = { format: true, quality: true }
+
 /**
  * An image as the bytes of a file.
  *
  * @param image u8 [height, width, 3].
- * @param options.format 'png' (default, lossless), 'jpeg' or 'webp'.
- * @param options.quality 1 to 100 for 'jpeg' and 'webp': 90 unless given.
+ * @throws P2RError ERR_SHAPE and ERR_DTYPE for a tensor that is no image; ERR_VALUE for wrong options;
+ *   ERR_NATIVE where the package sharp cannot be loaded.
+ * @example
+ * ```js
+ * import { encodeImage, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const jpeg = await encodeImage(device.zeros([4, 6, 3], 'u8'), { format: 'jpeg', quality: 80 })
+ * console.log(jpeg[0] === 0xff && jpeg[1] === 0xd8) // true: JPEG's first bytes
+ * device.dispose()
+ * ```
  */
 export async function encodeImage(
-  image: Tensor,
-  options: { format?: 'png' | 'jpeg' | 'webp'; quality?: number } = {},
+  image: Tensor<'u8'>,
+  options: EncodeImageOptions = {},
 ): Promise<Uint8Array> {
   const op = 'encodeImage'
+  checkArguments(options, encodeNames, op, 'options')
   const format = choice(options.format ?? 'png', ['png', 'jpeg', 'webp'], 'format', op)
   const { quality } = options
   if (quality !== undefined) checkIntegerWithin(quality, 1, 100, 'quality', op)
@@ -205,13 +275,13 @@ export async function encodeImage(
 }
 
 async function encode(
-  image: Tensor,
+  image: Tensor<'u8'>,
   format: string,
   quality: number | undefined,
   op: string,
 ): Promise<Buffer> {
   const [height, width] = imageSize(image, op)
-  const data = (await image.read()) as Uint8Array
+  const data = await image.read()
   const sharp = await codec(op)
   const raw: Sharp = sharp(data, { raw: { width, height, channels: 3 }, limitInputPixels: false })
   const encoders: Record<string, () => Sharp> = {

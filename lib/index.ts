@@ -1,70 +1,134 @@
 export type { AbortSignalLike } from './abort.js'
 export {
+  type CpuFeatures,
+  type CudaStatus,
   cudaStatus,
   Device,
+  type DeviceId,
   type DeviceInfo,
   devices,
+  type MemoryUse,
   type OpenOptions,
   openDevice,
 } from './device.js'
 export type { DType, FloatDType } from './dtype.js'
 export { type ErrorCode, P2RError } from './errors.js'
 export type { Grid } from './grid.js'
-export { encodeImage, loadImage, saveImage } from './image.js'
+export {
+  type EncodeImageOptions,
+  encodeImage,
+  type LoadImageOptions,
+  loadImage,
+  saveImage,
+} from './image.js'
 export type { IpcDescription, IpcHandle } from './ipc.js'
 export {
   type AdvantageEstimator,
-  type GroupAdvantages,
+  type AdvantageOptions,
+  type GroupAdvantagesArgs,
   groupAdvantages,
+  type InformativeGroupsArgs,
   informativeGroups,
 } from './ops/advantages.js'
 export {
+  type AttentionArgs,
+  type AttentionBackwardArgs,
+  type AttentionBackwardResult,
+  type AttentionGradient,
   type AttentionInput,
+  type AttentionKernel,
+  type AttentionKernelOption,
+  type AttentionMassArgs,
+  type AttentionOptions,
+  type AttentionResult,
   attention,
   attentionBackward,
   attentionMass,
+  type KernelOperation,
   kernels,
+  type PackedAttentionBackwardResult,
+  type PackedHeads,
+  type SeparateHeads,
+  type WindowLayout,
+  type WindowLayoutArgs,
   windowLayout,
 } from './ops/attention.js'
 export {
+  type CropRegion,
+  type CropResampleArgs,
   cropResample,
   type Filter,
+  type ImageInput,
+  type ImageSize,
+  type PixelValuesArgs,
+  type PixelValuesOptions,
+  type PixelValuesResult,
   pixelValues,
   type Region,
+  type SmartResizeOptions,
   smartResize,
 } from './ops/crop_resample.js'
-export { type Color, drawBoxes, type PixelBox } from './ops/draw_boxes.js'
+export {
+  type Color,
+  type DrawBoxesArgs,
+  drawBoxes,
+  type Outlines,
+  type PixelBox,
+} from './ops/draw_boxes.js'
 export * from './ops/gelu.js'
 export * from './ops/layer_norm.js'
-export { linear, linearBackward } from './ops/linear.js'
+export {
+  type BiasGradient,
+  type LinearArgs,
+  type LinearBackwardArgs,
+  type LinearBackwardResult,
+  linear,
+  linearBackward,
+  type WeightGradients,
+} from './ops/linear.js'
 export {
   type HeadGradients,
+  type IntoOption,
   type LinearHead,
-  type LinearLogProbsBackward,
-  type LinearPolicyLoss,
+  type LinearLogProbsArgs,
+  type LinearLogProbsBackwardArgs,
+  type LinearPolicyLossArgs,
+  type LinearPolicyLossResult,
   linearLogProbs,
   linearLogProbsBackward,
   linearPolicyLoss,
 } from './ops/linear_log_probs.js'
 export {
-  type LogProbsBackward,
+  type EntropyOption,
   type LogProbsShard,
   mergeLogProbs,
+  type RowEntropy,
+  type RowGradients,
+  type TokenLogits,
+  type TokenLogProbsArgs,
+  type TokenLogProbsBackwardArgs,
+  type TokenLogProbsResult,
+  type TokenLogProbsShardArgs,
   tokenLogProbs,
   tokenLogProbsBackward,
   tokenLogProbsShard,
 } from './ops/log_probs.js'
 export * from './ops/optimizer.js'
 export {
+  type EntropyGradient,
+  type KlEstimator,
   type LossAggregation,
   type LossMetrics,
-  type PolicyLossInput,
+  type LossObjective,
+  type PolicyLossArgs,
+  type PolicyLossInputs,
   type PolicyLossOptions,
+  type PolicyLossResult,
   policyLoss,
   trlDefaults,
 } from './ops/policy_loss.js'
-export { visionPositions } from './ops/positions.js'
-export { applyRotary, visionRotary } from './ops/rotary.js'
+export * from './ops/positions.js'
+export * from './ops/rotary.js'
 export * from './ops/rows.js'
 export * from './ops/sampling.js'
 export { type Answer, answer } from './p2r/answer.js'

@@ -9,13 +9,17 @@ import type { DeviceHandle, TensorHandle } from './native.js'
 
 /** What another process needs to open a tensor's memory. Plain data: it survives JSON. */
 export interface IpcDescription {
+  /** Of which kind the memory is; it can be opened on a device of this kind only. */
   backend: 'cpu' | 'cuda'
   /** CUDA: the 64 bytes of cudaIpcMemHandle_t in hexadecimal digits. CPU: the path of a file to map. */
   name: string
-  /** Size of the named memory, and the tensor's offset in it. */
+  /** Size of the named memory. */
   bytes: number
+  /** Where the tensor starts in the named memory, in bytes. */
   offset: number
+  /** Of the tensor. */
   shape: readonly number[]
+  /** Of the tensor. */
   dtype: DType
   /** The process whose memory it is. */
   pid: number

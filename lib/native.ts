@@ -3,7 +3,7 @@ import { createRequire } from 'node:module'
 import { dirname, join, resolve } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import type bindings from 'bindings'
-import type { DeviceInfo } from './device.js'
+import type { CudaStatus, DeviceInfo, MemoryUse } from './device.js'
 import { P2RError } from './errors.js'
 
 /** What the addon takes as host data. */
@@ -17,6 +17,8 @@ export interface TensorHandle {
   reshape(shape: readonly number[]): TensorHandle
   slice(start: number, end: number): TensorHandle
   read(): Promise<ArrayBuffer>
+  /** The values, of a tensor of the CPU whose queue is idle and without a raised fault; else undefined. */
+  peek(): Float64Array | undefined
   write(data: TypedArray): void
   copyFrom(other: TensorHandle): void
   to(device: DeviceHandle | undefined): TensorHandle
@@ -41,7 +43,7 @@ export interface DeviceHandle {
   ): TensorHandle
   synchronize(): Promise<void>
   time(f: () => void): Promise<number>
-  memory(): { liveBytes: number; peakBytes: number; reservedBytes: number }
+  memory(): MemoryUse
   /** The kernels an operation can choose from; ERR_VALUE for one without such a choice. */
   kernels(op: string): string[]
   resetPeak(): void
@@ -52,7 +54,7 @@ export interface Native {
   initialize(errorClass: typeof P2RError): void
   openDevice(id: string, options: object): DeviceHandle
   devices(): DeviceInfo[]
-  cudaStatus(): { built: boolean; available: boolean; reason: string }
+  cudaStatus(): CudaStatus
   beginComposite(name: string): void
   endComposite(): void
   /**

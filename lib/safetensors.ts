@@ -27,7 +27,18 @@ const maxTransfer = 1 << 30
  *
  * @param tensors by name; of any device.
  * @param metadata strings that go into the header.
- * @throws ERR_IO, with its cause, when the file cannot be written.
+ * @throws P2RError ERR_IO, with its cause, when the file cannot be written; ERR_VALUE for anything but
+ *   tensors and strings by name; a fault of a tensor as by `read`.
+ * @example
+ * ```js
+ * import { tmpdir } from 'node:os'
+ * import { loadTensors, openDevice, saveTensors } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const path = `${tmpdir()}/p2r-example.safetensors`
+ * await saveTensors(path, { weight: device.tensor([1, 2], [2], 'bf16') }, { step: '7' })
+ * console.log(String((await loadTensors(path, device)).weight)) // Tensor bf16 [2] on cpu
+ * device.dispose()
+ * ```
  */
 export async function saveTensors(
   path: string,
@@ -43,6 +54,7 @@ export async function saveTensors(
     if (name === '__metadata__')
       refuse('ERR_VALUE', op, "a tensor cannot be named '__metadata__', which is the header's own")
   }
+  if (metadata !== undefined) checkObject(metadata, 'metadata', op, 'strings by name')
   for (const [key, value] of Object.entries(metadata ?? {}))
     checkString(value, `metadata['${key}']`, op)
   // Wide types first, so that every tensor is aligned to its element size.
@@ -86,8 +98,19 @@ export async function saveTensors(
  * The tensors of a safetensors file by name, on a device. f32, f16, bf16, i32 and u8; tensor by
  * tensor, so that the host holds one at a time.
  *
- * @throws ERR_IO, with its cause, for a file that cannot be read; ERR_FORMAT for one that is not a
- * safetensors file or holds another type.
+ * @throws P2RError ERR_IO, with its cause, for a file that cannot be read; ERR_FORMAT for one that is not a
+ *   safetensors file or holds another type; ERR_VALUE for wrong arguments; ERR_MEMORY.
+ * @example
+ * ```js
+ * import { tmpdir } from 'node:os'
+ * import { loadTensors, openDevice, saveTensors } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const path = `${tmpdir()}/p2r-example.safetensors`
+ * await saveTensors(path, { bias: device.tensor([0.5], [1]) })
+ * const { bias } = await loadTensors(path, device)
+ * console.log(await bias.read()) // Float32Array [0.5]
+ * device.dispose()
+ * ```
  */
 export async function loadTensors(path: string, device: Device): Promise<Record<string, Tensor>> {
   return loadSome('loadTensors', path, device, (name) => name)
@@ -112,7 +135,7 @@ export async function loadSome(
         if (name === undefined) continue
         const data = new hostTypes[dtype](size)
         await readAll(file, data, dataStart + begin, path, op)
-        loaded.push([name, device.tensor<DType>(data as HostArray, shape, dtype)])
+        loaded.push([name, device.tensor(data as HostArray, shape, dtype)])
       }
     } finally {
       await file.close()
@@ -127,7 +150,17 @@ export async function loadSome(
 /**
  * The strings that saveTensors put into a file's header; none where there are none.
  *
- * @throws as loadTensors.
+ * @throws P2RError as `loadTensors`.
+ * @example
+ * ```js
+ * import { tmpdir } from 'node:os'
+ * import { loadMetadata, openDevice, saveTensors } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const path = `${tmpdir()}/p2r-example.safetensors`
+ * await saveTensors(path, { x: device.zeros([1]) }, { step: '7' })
+ * console.log(await loadMetadata(path)) // { step: '7' }
+ * device.dispose()
+ * ```
  */
 export async function loadMetadata(path: string): Promise<Record<string, string>> {
   const op = 'loadMetadata'

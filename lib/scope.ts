@@ -1,4 +1,5 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
+import { checkFunction } from './arguments.js'
 
 interface Disposes {
   dispose(): void
@@ -50,8 +51,22 @@ export function heldBy(value: object): Iterable<unknown> {
 /**
  * Runs f and disposes every tensor made in it, on any device, that its result does not hold. The
  * result is searched through arrays, maps, sets and the enumerable properties of objects.
+ *
+ * @throws P2RError ERR_VALUE for anything but a function. An error of f is thrown as it is.
+ * @example
+ * ```js
+ * import { gelu, openDevice, scope } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const y = scope(() => {
+ *   const x = device.tensor([1, 2, 3], [3]) // disposed at the end
+ *   return gelu({ x })
+ * })
+ * console.log(y.shape, device.memory().liveBytes) // [3], 12 bytes
+ * device.dispose()
+ * ```
  */
 export function scope<R>(f: () => R): R {
+  checkFunction(f, 'f', 'scope')
   const made = new Set<Disposes>()
   let result: R | undefined
   try {
@@ -62,8 +77,21 @@ export function scope<R>(f: () => R): R {
   }
 }
 
-/** As `scope`, for an asynchronous function: tensors made across its awaits are included. */
+/**
+ * As `scope`, for an asynchronous function: tensors made across its awaits are included.
+ *
+ * @throws P2RError ERR_VALUE for anything but a function. An error of f is thrown as it is.
+ * @example
+ * ```js
+ * import { openDevice, scopeAsync } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const values = await scopeAsync(async () => device.tensor([1, 2], [2]).cast('f16').toFloat32())
+ * console.log(values, device.memory().liveBytes) // Float32Array [1, 2], 0 bytes
+ * device.dispose()
+ * ```
+ */
 export async function scopeAsync<R>(f: () => Promise<R>): Promise<R> {
+  checkFunction(f, 'f', 'scopeAsync')
   const made = new Set<Disposes>()
   let result: R | undefined
   try {

@@ -1,11 +1,13 @@
-import { checkArray, describeValue } from './arguments.js'
+import { type InspectOptions, inspect } from 'node:util'
+import { checkArray, checkNumber, describeValue } from './arguments.js'
 import type { Device } from './device.js'
-import { type DType, hostTypes } from './dtype.js'
+import { checkDType, type DType, hostTypes } from './dtype.js'
 import { P2RError, refuse } from './errors.js'
 import { type IpcHandle, share } from './ipc.js'
 import { native, type TensorHandle, type TypedArray } from './native.js'
 import { holds, track, untrack } from './scope.js'
 
+/** Host data that a tensor is made of or overwritten with. */
 export type HostArray =
   | Float32Array
   | Uint16Array
@@ -14,6 +16,7 @@ export type HostArray =
   | Uint8ClampedArray
   | Float64Array
   | readonly number[]
+/** The typed array into which a tensor of dtype D is read; f16 and bf16 as raw bits. */
 export type HostOf<D extends DType> = D extends 'f32'
   ? Float32Array
   : D extends 'i32'
@@ -40,18 +43,45 @@ type Spelled<D extends DType> = D extends 'f32'
         ? 'i32'
         : 'u8'
 
-const construct = Symbol('construct')
+const construct: unique symbol = Symbol('construct')
+
+/** What console.log and util.inspect call. */
+const customInspect: unique symbol = Symbol.for('nodejs.util.inspect.custom')
+
+// structuredClone and postMessage copy an object's own enumerable fields and would deliver an object without
+// its data. They refuse symbols, with the symbol's description as the message.
+const uncloneable = Symbol(
+  'a Tensor belongs to its thread; send the data of read(), or ipcHandle(): a Tensor',
+)
 
 /**
  * Contiguous, row-major numbers on one device. Made by `device.tensor`, `device.zeros` and the
  * operations. Storage is shared by views (`reshape`, `slice`) and freed with its last handle.
+ *
+ * `Tensor<'f32'>` is a tensor of that type; a bare `Tensor` is one whose type is known only when the program
+ * runs, as of a file, and is accepted everywhere.
+ *
+ * @example
+ * ```js
+ * import { openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const x = device.tensor([1, 2, 3, 4, 5, 6], [2, 3])
+ * console.log(String(x)) // Tensor f32 [2, 3] on cpu
+ * console.log(await x.slice(1, 2).cast('i32').read()) // Int32Array [4, 5, 6]
+ * device.dispose()
+ * ```
  */
-// biome-ignore lint/suspicious/noExplicitAny: a bare Tensor, whose dtype only the run tells, fits every parameter
+// biome-ignore lint/suspicious/noExplicitAny: a bare Tensor has a dtype known only at run time, and is accepted everywhere
 export class Tensor<D extends DType = any> implements Disposable {
+  /** @internal */
+  readonly uncloneable: symbol = uncloneable
   readonly device: Device
+  /** The sizes of the axes, at most 8; [] is a scalar. */
   readonly shape: readonly number[]
   readonly dtype: Spelled<D>
+  /** The number of elements: the product of the shape. */
   readonly size: number
+  /** Bytes of the data: `size` times the element's 1, 2 or 4. */
   readonly byteLength: number
   readonly #handle: TensorHandle
 
@@ -67,14 +97,25 @@ export class Tensor<D extends DType = any> implements Disposable {
     track(this)
   }
 
-  /** A copy of the data on the host; f16 and bf16 as raw bits in a Uint16Array. */
+  /**
+   * A copy of the data on the host, once the work queued on it is done; f16 and bf16 as raw bits in a
+   * Uint16Array.
+   *
+   * @throws P2RError ERR_VALUE, under the name of the operation at fault, where a kernel found an invalid value
+   *   that this data depends on; ERR_DISPOSED; ERR_CUDA where the device was lost.
+   */
   async read(): Promise<HostOf<D>> {
-    const bytes = await this.#handle.read()
+    const bytes = await handleOf(this, 'this', 'read').read()
     return new hostTypes[this.dtype](bytes) as HostOf<D>
   }
 
-  /** As `read`, converted to f32. */
+  /**
+   * As `read`, converted to f32.
+   *
+   * @throws P2RError as `read`.
+   */
   async toFloat32(): Promise<Float32Array> {
+    handleOf(this, 'this', 'toFloat32')
     if (this.dtype === 'f32') return (await this.read()) as Float32Array
     const wide = this.cast('f32')
     try {
@@ -84,35 +125,67 @@ export class Tensor<D extends DType = any> implements Disposable {
     }
   }
 
-  /** A view of the same storage with another shape of the same size. */
+  /**
+   * A view of the same storage with another shape of the same size.
+   *
+   * @throws P2RError ERR_SHAPE for a shape of another size; ERR_VALUE for anything but a shape; ERR_DISPOSED.
+   */
   reshape(shape: readonly number[]): Tensor<D> {
-    return wrap(this.device, this.#handle.reshape(shape))
+    return wrap(this.device, handleOf(this, 'this', 'reshape').reshape(shape))
   }
 
-  /** A view of the rows start..end of the first axis. */
-  slice(start: number, end: number = this.shape[0] ?? 0): Tensor<D> {
-    return wrap(this.device, this.#handle.slice(start, end))
+  /**
+   * A view of the rows `start` to `end`, exclusive, of the first axis.
+   *
+   * @param end default: the number of rows
+   * @throws P2RError ERR_VALUE for rows out of range; ERR_SHAPE for a scalar; ERR_DISPOSED.
+   */
+  slice(start: number, end?: number): Tensor<D> {
+    const handle = handleOf(this, 'this', 'slice')
+    checkNumber(start, 'start', 'slice')
+    if (end !== undefined) checkNumber(end, 'end', 'slice')
+    return wrap(this.device, handle.slice(start, end ?? this.shape[0] ?? 0))
   }
 
-  /** A converted copy: to nearest even for the float types; to i32 and u8 by truncation, saturating. */
+  /**
+   * A converted copy: to nearest even for the float types; to i32 and u8 by truncation, saturating.
+   *
+   * @throws P2RError ERR_DTYPE for an unknown type; ERR_DISPOSED; ERR_MEMORY.
+   */
   cast<E extends DType>(dtype: E): Tensor<E> {
-    if (!(dtype in hostTypes)) refuse('ERR_VALUE', 'cast', `unknown dtype '${String(dtype)}'`)
-    return wrap(this.device, native().ops.cast!(this.#handle, dtype) as TensorHandle)
+    const handle = handleOf(this, 'this', 'cast')
+    checkDType(dtype, 'cast')
+    return wrap(this.device, native().ops.cast!(handle, dtype) as TensorHandle)
   }
 
-  /** Overwrites the data, in the order of the queue. Types as for `device.tensor`. */
+  /**
+   * Overwrites the data, in the order of the queue. Types as for `device.tensor`.
+   *
+   * @throws P2RError ERR_SHAPE for data of another size; ERR_DTYPE, ERR_VALUE for data of another type;
+   *   ERR_DISPOSED.
+   */
   write(data: HostArray): void {
-    this.#handle.write(hostData(data, this.dtype, 'write'))
+    const handle = handleOf(this, 'this', 'write')
+    handle.write(hostData(data, this.dtype, 'write'))
   }
 
-  /** Overwrites the data with that of a tensor of the same shape, type and device. */
+  /**
+   * Overwrites the data with that of a tensor of the same shape, type and device.
+   *
+   * @throws P2RError ERR_SHAPE, ERR_DTYPE, ERR_DEVICE for a tensor that does not fit; ERR_DISPOSED.
+   */
   copyFrom(other: Tensor): void {
-    this.#handle.copyFrom(handleOf(other, 'other', 'copyFrom'))
+    handleOf(this, 'this', 'copyFrom').copyFrom(handleOf(other, 'other', 'copyFrom'))
   }
 
-  /** A copy on another device, ordered on both queues. */
+  /**
+   * A copy on a device, ordered on the queues of both; on the same device a copy too.
+   *
+   * @throws P2RError ERR_VALUE for anything but a device; ERR_DISPOSED; ERR_MEMORY.
+   */
   to(device: Device): Tensor<D> {
-    return wrap(device, this.#handle.to((device as Device | undefined)?.handle))
+    const handle = handleOf(this, 'this', 'to')
+    return wrap(device, handle.to((device as Device | undefined)?.handle))
   }
 
   /**
@@ -121,22 +194,34 @@ export class Tensor<D extends DType = any> implements Disposable {
    * example by `device.synchronize()` and a message. On CUDA it is an IPC handle; on the CPU the storage
    * moves into a file in shared memory, with all of its views.
    *
-   * @throws ERR_DEVICE where the platform cannot share CUDA memory; ERR_MEMORY or ERR_IO where there is
+   * @throws P2RError ERR_DEVICE where the platform cannot share CUDA memory; ERR_MEMORY or ERR_IO where there is
    *   no space for the file. A fault of the tensor is thrown as by `read`.
    */
   async ipcHandle(): Promise<IpcHandle> {
+    const handle = handleOf(this, 'this', 'ipcHandle')
     const { shape, dtype } = this
-    return share(this.#handle, { backend: this.device.info.backend, shape, dtype })
+    return share(handle, { backend: this.device.info.backend, shape, dtype })
   }
 
   /** Releases the storage; a second call does nothing. Shape and dtype stay readable. */
   dispose(): void {
-    this.#handle.dispose()
+    handleOf(this, 'this', 'dispose').dispose()
     untrack(this)
   }
 
   [Symbol.dispose](): void {
-    this.dispose()
+    Tensor.prototype.dispose.call(this)
+  }
+
+  /** 'Tensor f32 [2, 3] on cpu'. */
+  toString(): string {
+    return describeTensor(this, handleOf(this, 'this', 'toString'))
+  }
+
+  /** @internal As toString, with the values of a small tensor of the CPU whose queue is idle. */
+  [customInspect](_depth?: unknown, options?: InspectOptions): string {
+    // console.log(Tensor.prototype) comes here too, and printing must not throw.
+    return Tensor.is(this) ? inspectTensor(this, this.#handle, options ?? {}) : 'Tensor {}'
   }
 
   /** @internal */
@@ -147,6 +232,27 @@ export class Tensor<D extends DType = any> implements Disposable {
   static is(value: unknown): value is Tensor {
     return typeof value === 'object' && value !== null && #handle in value
   }
+}
+
+function describeTensor(tensor: Tensor, handle: TensorHandle): string {
+  const { dtype, shape, device } = tensor
+  const state = handle.disposed ? ', disposed' : ''
+  return `Tensor ${dtype} [${shape.join(', ')}] on ${device.info.id}${state}`
+}
+
+/** Elements up to which a tensor is shown with its values. */
+const maxShown = 64
+
+function inspectTensor(tensor: Tensor, handle: TensorHandle, options: InspectOptions): string {
+  const text = describeTensor(tensor, handle)
+  const values = tensor.size <= maxShown && !handle.disposed ? handle.peek() : undefined
+  if (!values) return text
+  let at = 0
+  const nest = (axis: number): unknown =>
+    axis === tensor.shape.length
+      ? values[at++]
+      : Array.from({ length: tensor.shape[axis]! }, () => nest(axis + 1))
+  return `${text} ${inspect(nest(0), { ...options, depth: null, maxArrayLength: null })}`
 }
 
 /** @internal A native handle as a tensor of `device`. */

@@ -1,38 +1,118 @@
-import { checkInt32, checkString, describeValue, hostInts } from '../arguments.js'
+import { checkArguments, checkInt32, checkString, hostInts, type Names } from '../arguments.js'
 import { checkDevice, type Device } from '../device.js'
+import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import { checkGrids, type Grid } from '../grid.js'
 import { native } from '../native.js'
 import { type Held, handleOf, held, type Ints, maybeHandle, type Tensor, wrap } from '../tensor.js'
+import type { RotaryTables } from './rotary.js'
 
-type Rotary = { cos: Tensor; sin: Tensor }
-type Packed = { qkv: Tensor; rotary?: Rotary }
-type Separate = { q: Tensor; k: Tensor; v: Tensor }
-type Options = { cuSeqlens: Ints; scale?: number }
+// (string & {}) is any string, and keeps the names before it in an editor's completion.
+/** A kernel of attention: see `kernels`. */
+export type AttentionKernel = 'tiled' | 'wgmma' | 'mma' | 'plain' | (string & {})
 
-/**
- * Either q, k and v, [T, H, D] each, or one qkv [T, 3, H, D] as a fused projection writes it, to
- * which rotary tables [T, D] can be applied in the same call.
- */
-export type AttentionInput = (Separate | Packed) & Options & { kernel?: string }
+/** Queries, keys and values as three tensors. */
+export interface SeparateHeads<D extends FloatDType = FloatDType> {
+  /** [T, H, D], f32 | f16 | bf16, D a multiple of 8 from 8 to 128. */
+  q: Tensor<D>
+  /** As q in shape and type. */
+  k: Tensor<NoInfer<D>>
+  /** As q in shape and type. */
+  v: Tensor<NoInfer<D>>
+  /** Excluded by q, k and v. */
+  qkv?: never
+  /** Needs qkv: rotate q and k by `applyRotary` before. */
+  rotary?: never
+}
+
+/** Queries, keys and values in one tensor, as a fused projection writes them. */
+export interface PackedHeads<D extends FloatDType = FloatDType> {
+  /** [T, 3, H, D], f32 | f16 | bf16, D a multiple of 8 from 8 to 128; read in place, without a copy. */
+  qkv: Tensor<D>
+  /**
+   * Tables [T, D] that are applied to q and k on the fly, as `applyRotary` does.
+   *
+   * @default no rotation
+   */
+  rotary?: RotaryTables
+  /** Excluded by qkv. */
+  q?: never
+  /** Excluded by qkv. */
+  k?: never
+  /** Excluded by qkv. */
+  v?: never
+}
+
+/** How attention is computed. */
+export interface AttentionOptions {
+  /** Where the packed sequences begin and end: 0 = c₀ ≤ c₁ ≤ … = T. Each attends to itself only. */
+  cuSeqlens: Ints
+  /**
+   * Multiplies the logits; finite.
+   *
+   * @default 1/√D
+   */
+  scale?: number
+}
+
+/** Which kernel computes. */
+export interface AttentionKernelOption {
+  /**
+   * One of `kernels('attention', device)`.
+   *
+   * @default the first of them that supports D and the type
+   */
+  kernel?: AttentionKernel
+}
+
+/** The arguments of `attention`: either q, k and v, or qkv. */
+export type AttentionArgs<D extends FloatDType = FloatDType> = (SeparateHeads<D> | PackedHeads<D>) &
+  AttentionOptions &
+  AttentionKernelOption
+
+/** `AttentionArgs`. */
+export type AttentionInput<D extends FloatDType = FloatDType> = AttentionArgs<D>
+
+/** The results of `attention`. */
+export interface AttentionResult<D extends FloatDType = FloatDType> {
+  /** [T, H, D], of the input's type. */
+  out: Tensor<D>
+  /** f32 [H, T]: the natural logarithm of each query's Σ exp(logit), for the backward pass. */
+  lse: Tensor<'f32'>
+}
+
+const headNames: Names<SeparateHeads | PackedHeads> = {
+  q: true,
+  k: true,
+  v: true,
+  qkv: true,
+  rotary: true,
+}
+const optionNames: Names<AttentionOptions> = { cuSeqlens: true, scale: true }
+const names: Names<AttentionArgs> = { ...headNames, ...optionNames, kernel: true }
 
 /**
  * softmax(scale · q kᵀ) v within each packed sequence and head, every key visible to every query of
- * its sequence (Dao et al., FlashAttention, 2022). No T × T matrix is materialized.
+ * its sequence; there is no causal mask (Dao et al., FlashAttention, 2022). No T × T matrix is materialized.
  *
- * @param a.q @param a.k @param a.v [T, H, D], f32 | f16 | bf16, D a multiple of 8 from 8 to 128.
- * @param a.qkv [T, 3, H, D] instead of them; it is read in place, without a copy.
- * @param a.rotary f32 [T, D] tables, applied to q and k as `applyRotary` does.
- * @param a.cuSeqlens where the sequences begin and end: 0 = c₀ ≤ c₁ ≤ … = T.
- * @param a.scale 1/√D unless given.
- * @param a.kernel one of `kernels('attention', device)`.
- * @returns out [T, H, D] of the input's type; lse f32 [H, T], the natural logarithm of each query's
- *   Σ exp(logit). A query whose logits are all -∞ has lse -∞ and NaN in out; a logit of NaN or +∞
- *   makes both NaN for its query.
- * @throws ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for cuSeqlens, scale, kernel.
+ * A query whose logits are all -∞ has lse -∞ and NaN in out; a logit of NaN or +∞ makes both NaN for its
+ * query.
+ *
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for cuSeqlens, scale, kernel,
+ *   or both forms of input at once; ERR_DEVICE; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { attention, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const qkv = device.zeros([6, 3, 2, 8]) // 6 tokens, 2 heads of dimension 8
+ * const { out, lse } = attention({ qkv, cuSeqlens: [0, 2, 6] }) // two sequences, of 2 and 4 tokens
+ * console.log(out.shape, lse.shape) // [6, 2, 8] and [2, 6]
+ * device.dispose()
+ * ```
  */
-export function attention(a: AttentionInput): Held<{ out: Tensor; lse: Tensor<'f32'> }> {
+export function attention<D extends FloatDType>(a: AttentionArgs<D>): Held<AttentionResult<D>> {
   const op = 'attention'
+  checkArguments(a, names, op)
   const { device } = firstOf(a, op)
   const [out, lse] = native().ops.attention!(
     ...inputs(a, op),
@@ -40,34 +120,85 @@ export function attention(a: AttentionInput): Held<{ out: Tensor; lse: Tensor<'f
     a.scale,
     a.kernel,
   ) as [unknown, unknown]
-  return held({ out: wrap(device, out), lse: wrap<'f32'>(device, lse) })
+  return held({ out: wrap<D>(device, out), lse: wrap<'f32'>(device, lse) })
 }
 
-type Backward = {
-  dOut: Tensor
-  out: Tensor
-  lse: Tensor
+/** What the backward pass takes besides the input of `attention`. */
+export interface AttentionGradient<D extends FloatDType = FloatDType> {
+  /** [T, H, D], of the input's type: the gradient with respect to `out`. */
+  dOut: Tensor<NoInfer<D>>
+  /** As `attention` returned it. */
+  out: Tensor<NoInfer<D>>
+  /** As `attention` returned it. */
+  lse: Tensor<'f32'>
+  /**
+   * false lets the kernel 'wgmma' (f16 and bf16 on Hopper) sum up dQ in one pass, in an order that changes
+   * from run to run, with a workspace of 4·T·H·D bytes. The other kernels, including the CPU's, ignore it.
+   *
+   * @default true
+   */
   deterministic?: boolean
-  kernel?: string
-} & Options
+}
+
+/** The arguments of `attentionBackward`: the input of `attention`, its results and their gradient. */
+export type AttentionBackwardArgs<D extends FloatDType = FloatDType> = AttentionArgs<D> &
+  AttentionGradient<D>
+
+/** The results of `attentionBackward` for q, k and v. */
+export interface AttentionBackwardResult<D extends FloatDType = FloatDType> {
+  /** As q in shape and type. */
+  dQ: Tensor<D>
+  /** As k in shape and type. */
+  dK: Tensor<D>
+  /** As v in shape and type. */
+  dV: Tensor<D>
+}
+
+/** The result of `attentionBackward` for qkv. */
+export interface PackedAttentionBackwardResult<D extends FloatDType = FloatDType> {
+  /** As qkv in shape and type, rotated back through the tables, if any. */
+  dQkv: Tensor<D>
+}
+
+const backwardNames: Names<AttentionBackwardArgs> = {
+  ...names,
+  dOut: true,
+  out: true,
+  lse: true,
+  deterministic: true,
+}
 
 /**
- * The gradients of `attention`, given its out and lse and the gradient dOut of out. Repeats bit for
- * bit.
+ * The gradients of `attention`. Repeats bit for bit, unless `deterministic` is false.
  *
- * @param a.deterministic false lets the kernel 'wgmma' (f16 and bf16 on Hopper) sum up dQ in one
- *   pass, in an order that changes from run to run, with a workspace of 4·T·H·D bytes, with rotary
- *   too. The other kernels, including the CPU's, ignore it.
- * @returns dQ, dK and dV like q, k and v; or dQkv like qkv, rotated back through the tables.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for cuSeqlens, scale, kernel,
+ *   or both forms of input at once; ERR_DEVICE; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { attention, attentionBackward, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const qkv = device.zeros([6, 3, 2, 8])
+ * const cuSeqlens = [0, 6]
+ * const { out, lse } = attention({ qkv, cuSeqlens })
+ * const { dQkv } = attentionBackward({ qkv, cuSeqlens, out, lse, dOut: device.zeros([6, 2, 8]) })
+ * console.log(dQkv.shape) // [6, 3, 2, 8]
+ * device.dispose()
+ * ```
  */
-export function attentionBackward(
-  a: Separate & Backward,
-): Held<{ dQ: Tensor; dK: Tensor; dV: Tensor }>
-export function attentionBackward(a: Packed & Backward): Held<{ dQkv: Tensor }>
-export function attentionBackward(
-  a: (Separate | Packed) & Backward,
-): Held<{ dQ: Tensor; dK: Tensor; dV: Tensor }> | Held<{ dQkv: Tensor }> {
+export function attentionBackward<D extends FloatDType>(
+  a: SeparateHeads<D> & AttentionBackwardArgs<D>,
+): Held<AttentionBackwardResult<D>>
+export function attentionBackward<D extends FloatDType>(
+  a: PackedHeads<D> & AttentionBackwardArgs<D>,
+): Held<PackedAttentionBackwardResult<D>>
+export function attentionBackward<D extends FloatDType>(
+  a: AttentionBackwardArgs<D>,
+): Held<AttentionBackwardResult<D>> | Held<PackedAttentionBackwardResult<D>>
+export function attentionBackward<D extends FloatDType>(
+  a: AttentionBackwardArgs<D>,
+): Held<AttentionBackwardResult<D>> | Held<PackedAttentionBackwardResult<D>> {
   const op = 'attentionBackward'
+  checkArguments(a, backwardNames, op)
   const { device } = firstOf(a, op)
   const gradients = native().ops.attention_backward!(
     ...inputs(a, op),
@@ -79,24 +210,49 @@ export function attentionBackward(
     a.deterministic ?? true,
     a.kernel,
   )
-  if (!Array.isArray(gradients)) return held({ dQkv: wrap(device, gradients) })
+  if (!Array.isArray(gradients)) return held({ dQkv: wrap<D>(device, gradients) })
   const [dQ, dK, dV] = gradients
-  return held({ dQ: wrap(device, dQ), dK: wrap(device, dK), dV: wrap(device, dV) })
+  return held({ dQ: wrap<D>(device, dQ), dK: wrap<D>(device, dK), dV: wrap<D>(device, dV) })
+}
+
+/** The arguments of `attentionMass`: the input of `attention`, of which v is not needed, and its lse. */
+export type AttentionMassArgs<D extends FloatDType = FloatDType> = (
+  | Omit<SeparateHeads<D>, 'v'>
+  | PackedHeads<D>
+) &
+  AttentionOptions & {
+    /** From `attention` with the same input. */
+    lse: Tensor<'f32'>
+  }
+
+const massNames: Names<AttentionMassArgs & { v: unknown }> = {
+  ...headNames,
+  ...optionNames,
+  lse: true,
 }
 
 /**
  * How much probability each key receives from all queries of its sequence, the column sums of the
  * attention matrix: a saliency map that costs half a forward pass.
  *
- * @param a.lse from `attention` with the same input.
  * @returns f32 [H, T]; a sequence's values sum to its length in each head.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for cuSeqlens and scale;
+ *   ERR_DEVICE; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { attention, attentionMass, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const qkv = device.zeros([4, 3, 1, 8])
+ * const { lse } = attention({ qkv, cuSeqlens: [0, 4] })
+ * console.log(await attentionMass({ qkv, lse, cuSeqlens: [0, 4] }).read()) // 1, 1, 1, 1
+ * device.dispose()
+ * ```
  */
-export function attentionMass(
-  a: ({ q: Tensor; k: Tensor } | Packed) & { lse: Tensor } & Options,
-): Tensor<'f32'> {
+export function attentionMass<D extends FloatDType>(a: AttentionMassArgs<D>): Tensor<'f32'> {
   const op = 'attentionMass'
+  checkArguments(a, massNames, op)
   const { device } = firstOf(a, op)
-  const [q, k, , qkv, cos, sin] = inputs({ v: undefined, ...a }, op)
+  const [q, k, , qkv, cos, sin] = inputs(a, op)
   const mass = native().ops.attention_mass!(
     q,
     k,
@@ -112,9 +268,12 @@ export function attentionMass(
 
 type Unchecked = { q?: unknown; k?: unknown; v?: unknown; qkv?: unknown; rotary?: unknown }
 
+const rotaryNames: Names<RotaryTables> = { cos: true, sin: true }
+
 function firstOf(a: object, op: string): Tensor {
   const { q, qkv } = a as Unchecked
   const [tensor, name] = qkv === undefined ? [q, 'q'] : [qkv, 'qkv']
+  if (tensor === undefined) refuse('ERR_VALUE', op, 'give either q, k and v or qkv')
   handleOf(tensor, name, op)
   return tensor as Tensor
 }
@@ -124,37 +283,80 @@ function inputs(a: object, op: string): unknown[] {
   const { q, k, v, qkv, rotary } = a as Unchecked
   if (qkv !== undefined && (q !== undefined || k !== undefined || v !== undefined))
     refuse('ERR_VALUE', op, 'give either q, k and v or qkv, not both')
-  if (rotary !== undefined && (typeof rotary !== 'object' || rotary === null))
-    refuse('ERR_VALUE', op, `rotary must hold cos and sin, got ${describeValue(rotary)}`)
-  const { cos, sin } = (rotary ?? {}) as Partial<Rotary>
-  const handles = Object.entries({ q, k, v, qkv }).map(([name, x]) => maybeHandle(x, name, op))
+  const handles = [
+    maybeHandle(q, 'q', op),
+    maybeHandle(k, 'k', op),
+    maybeHandle(v, 'v', op),
+    maybeHandle(qkv, 'qkv', op),
+  ]
   if (rotary === undefined) return [...handles, null, null]
+  const { cos, sin } = checkArguments(rotary as Partial<RotaryTables>, rotaryNames, op, 'rotary')
   return [...handles, handleOf(cos, 'rotary.cos', op), handleOf(sin, 'rotary.sin', op)]
 }
 
-/** The kernels that an operation with a `kernel` option can run on a device, the default first. */
-export function kernels(op: string, device: Device): readonly string[] {
-  checkDevice(device, 'kernels')
-  return device.handle.kernels(checkString(op, 'op', 'kernels'))
+/** Operations with a choice of kernels. */
+export type KernelOperation = 'attention' | (string & {})
+
+/**
+ * The kernels that an operation with a `kernel` option can run on a device, in order of preference.
+ *
+ * @param op 'attention' is the only one with a choice.
+ * @throws P2RError ERR_VALUE for an operation without a choice; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { kernels, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * console.log(kernels('attention', device)) // ['tiled']
+ * device.dispose()
+ * ```
+ */
+export function kernels(op: KernelOperation, device: Device): readonly string[] {
+  checkString(op, 'op', 'kernels')
+  return checkDevice(device, 'kernels').handle.kernels(op)
 }
+
+/** The arguments of `windowLayout`. */
+export interface WindowLayoutArgs {
+  /** The patches [t, h, w] of each image or video; h and w are multiples of mergeSize. */
+  gridThw: readonly Grid[]
+  /** A window's side in merge units. */
+  window: number
+  /**
+   * Patches a side of a merge unit.
+   *
+   * @default 2
+   */
+  mergeSize?: number
+}
+
+/** How tokens (patches, in merge-block order) are cut into windows. */
+export interface WindowLayout {
+  /** The token at each position of the windowed order: for `gatherRows`. */
+  index: Int32Array
+  /** The position of each token. */
+  inverse: Int32Array
+  /** The windows as packed sequences of tokens. */
+  cuSeqlens: Int32Array
+}
+
+const windowNames: Names<WindowLayoutArgs> = { gridThw: true, window: true, mergeSize: true }
 
 /**
  * Cuts grids of patches into square windows, as Qwen2.5-VL's window attention does (Bai et al.,
  * Qwen2.5-VL, 2025): frame by frame, windows row by row, each with its merge units row by row. A
  * window at an edge is cut off there.
  *
- * @param a.gridThw patches [t, h, w]; h and w are multiples of mergeSize.
- * @param a.window merge units a side.
- * @param a.mergeSize patches a side of a merge unit, 2 unless given.
- * @returns index: the token (patch, in merge-block order) at each position of the windowed order;
- *   inverse: the position of each token; cuSeqlens: the windows as packed sequences of tokens.
+ * @throws P2RError ERR_VALUE for a grid or window that does not fit; ERR_SHAPE for 2^31 patches or more.
+ * @example
+ * ```js
+ * import { windowLayout } from 'p2r-kernels'
+ * const { index, cuSeqlens } = windowLayout({ gridThw: [[1, 4, 4]], window: 1, mergeSize: 2 })
+ * console.log(index.length, cuSeqlens) // 16 patches; windows of 4: 0, 4, 8, 12, 16
+ * ```
  */
-export function windowLayout(a: { gridThw: readonly Grid[]; window: number; mergeSize?: number }): {
-  index: Int32Array
-  inverse: Int32Array
-  cuSeqlens: Int32Array
-} {
+export function windowLayout(a: WindowLayoutArgs): WindowLayout {
   const op = 'windowLayout'
+  checkArguments(a, windowNames, op)
   const mergeSize = checkInt32(a.mergeSize ?? 2, 1, 'mergeSize', op)
   const window = checkInt32(a.window, 1, 'window', op)
   const grids = checkGrids(a.gridThw, mergeSize, op)

@@ -1,57 +1,99 @@
 import {
+  checkArguments,
   checkArray,
+  checkBoolean,
   checkNumber,
   checkNumbers,
-  checkObject,
   checkPositive,
   choice,
+  type Names,
 } from '../arguments.js'
+import { checkDType, type FloatDType, floatTypes } from '../dtype.js'
 import { refuse } from '../errors.js'
 import type { Grid } from '../grid.js'
 import { native } from '../native.js'
 import { type Held, handleOf, held, type Tensor, wrap } from '../tensor.js'
-import { type Outlines, outlineArguments, type PixelBox } from './draw_boxes.js'
+import { checkOverlay, type Outlines, outlineArguments, type PixelBox } from './draw_boxes.js'
 
+/** How an image is resampled: Pillow's filters of these names, which antialias. */
 export type Filter = 'box' | 'bilinear' | 'bicubic' | 'lanczos'
 
-/** A crop and the size to which it is resampled. */
-export interface Region {
-  /** Index into `images`; 0 unless given. */
-  image?: number
+/** A crop of an image and the size to which it is resampled. */
+export interface CropRegion {
   /** Half open, in whole pixels; pixels outside the image are black. */
   box: PixelBox
+  /** Of the result, in pixels: 1 to 2^20, and at most 2^28 pixels in all. */
   height: number
+  /** Of the result, in pixels. */
   width: number
-  /** Whether the call's overlay is drawn on this region: true unless given. */
+}
+
+/** A crop of one of several images, in `pixelValues`. */
+export interface Region extends CropRegion {
+  /**
+   * Index into `images`.
+   *
+   * @default 0
+   */
+  image?: number
+  /**
+   * Whether the call's overlay is drawn on this region.
+   *
+   * @default true
+   */
   overlay?: boolean
 }
 
+const cropRegionNames: Names<CropRegion> = { box: true, height: true, width: true }
+const regionNames: Names<Region> = { ...cropRegionNames, image: true, overlay: true }
+
 /** The inputs of crop-resampling. */
 interface Source {
-  images: readonly Tensor[]
+  images: readonly Tensor<'u8'>[]
   regions: readonly Region[]
   filter?: Filter | undefined
   overlay?: Outlines | undefined
 }
 
+/** The arguments of `cropResample`. */
+export interface CropResampleArgs {
+  /** u8 [height, width, 3]. */
+  image: Tensor<'u8'>
+  /** What is cut out, and its new size. */
+  regions: readonly CropRegion[]
+  /**
+   * How pixels are interpolated.
+   *
+   * @default 'bicubic'
+   */
+  filter?: Filter
+}
+
+const cropNames: Names<CropResampleArgs> = { image: true, regions: true, filter: true }
+
 /**
  * Each region cropped and resampled, byte for byte as Pillow's `crop(box).resize(size, filter)` (for
  * images over 100 times as tall as wide, as Pillow before 12.2). All regions in one batch.
  *
- * @param a.image u8 [height, width, 3].
- * @param a.regions boxes in whole pixels, half open; pixels outside the image are black.
- *   Sizes are at most 2^20 a side and 2^28 pixels.
- * @param a.filter 'bicubic' unless given.
  * @returns one u8 [height, width, 3] a region.
- * @throws ERR_VALUE for an empty or inverted box, a size of 0 or one that is too large; ERR_SHAPE and
- *   ERR_DTYPE for an image that is not u8 [height, width, 3].
+ * @throws P2RError ERR_VALUE for an empty or inverted box, a size of 0 or one that is too large; ERR_SHAPE
+ *   and ERR_DTYPE for an image that is not u8 [height, width, 3]; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { cropResample, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const image = device.zeros([40, 60, 3], 'u8')
+ * const [crop] = cropResample({ image, regions: [{ box: [10, 10, 30, 20], height: 20, width: 40 }] })
+ * console.log(crop.shape) // [20, 40, 3]
+ * device.dispose()
+ * ```
  */
-export function cropResample(a: {
-  image: Tensor
-  regions: readonly { box: PixelBox; height: number; width: number }[]
-  filter?: Filter
-}): Tensor<'u8'>[] {
-  return resample({ images: [a.image], regions: a.regions, filter: a.filter }, 'cropResample')
+export function cropResample(a: CropResampleArgs): Tensor<'u8'>[] {
+  const op = 'cropResample'
+  checkArguments(a, cropNames, op)
+  const { image, regions, filter } = a
+  checkRegions(regions, cropRegionNames, op)
+  return resample({ images: [image], regions, filter }, op)
 }
 
 /** @internal As cropResample, from several images and with an overlay. */
@@ -59,6 +101,101 @@ export function resample(a: Source, op: string): Tensor<'u8'>[] {
   const out = native().ops.crop_resample!(...sourceArguments(a, op))
   const handles = out === undefined ? [] : Array.isArray(out) ? out : [out]
   return handles.map((handle) => wrap(a.images[0]!.device, handle))
+}
+
+/** One image, or several, of which regions are cut. */
+export type ImageInput =
+  | {
+      /** u8 [height, width, 3]. */
+      image: Tensor<'u8'>
+      /** Excluded by image. */
+      images?: never
+    }
+  | {
+      /** u8 [height, width, 3] each; regions name them by index. */
+      images: readonly Tensor<'u8'>[]
+      /** Excluded by images. */
+      image?: never
+    }
+
+/** How regions become patches. */
+export interface PixelValuesOptions<D extends FloatDType = FloatDType> {
+  /** What is cut out, and its new size; sides are multiples of patchSize · mergeSize: see `smartResize`. */
+  regions: readonly Region[]
+  /**
+   * How pixels are interpolated.
+   *
+   * @default 'bicubic'
+   */
+  filter?: Filter
+  /**
+   * Outlines drawn as by `drawBoxes` while the image is read, without a copy of it; in every region without
+   * `overlay: false`.
+   *
+   * @default none
+   */
+  overlay?: Outlines
+  /**
+   * Pixels a side of a patch.
+   *
+   * @default 16
+   */
+  patchSize?: number
+  /**
+   * How often the image is repeated along time.
+   *
+   * @default 2
+   */
+  temporalPatchSize?: 1 | 2
+  /**
+   * Patches a side of a merge block, whose patches are neighbours in the result.
+   *
+   * @default 2
+   */
+  mergeSize?: number
+  /**
+   * Of red, green and blue; subtracted from values of 0 to 1.
+   *
+   * @default [0.5, 0.5, 0.5]
+   */
+  mean?: readonly [number, number, number]
+  /**
+   * Of red, green and blue; divides what is left.
+   *
+   * @default [0.5, 0.5, 0.5]
+   */
+  std?: readonly [number, number, number]
+  /**
+   * Of the result.
+   *
+   * @default 'f32'
+   */
+  dtype?: D
+}
+
+/** The arguments of `pixelValues`. */
+export type PixelValuesArgs<D extends FloatDType = FloatDType> = ImageInput & PixelValuesOptions<D>
+
+/** The results of `pixelValues`. */
+export interface PixelValuesResult<D extends FloatDType = FloatDType> {
+  /** [P, 3 · temporalPatchSize · patchSize²]: the patches of all regions in their order. */
+  pixelValues: Tensor<D>
+  /** The patches [1, height / patchSize, width / patchSize] of each region. */
+  gridThw: Grid[]
+}
+
+const pixelNames: Names<PixelValuesArgs> = {
+  image: true,
+  images: true,
+  regions: true,
+  filter: true,
+  overlay: true,
+  patchSize: true,
+  temporalPatchSize: true,
+  mergeSize: true,
+  mean: true,
+  std: true,
+  dtype: true,
 }
 
 /**
@@ -70,36 +207,38 @@ export function resample(a: Source, op: string): Tensor<'u8'>[] {
  * [3, temporalPatchSize, patchSize, patchSize], the image repeated along time. Source:
  * Qwen2VLImageProcessor in Hugging Face transformers.
  *
- * @param a.image u8 [height, width, 3], or several as `images`, which regions name by index.
- * @param a.regions sides must be multiples of patchSize · mergeSize, else ERR_VALUE; see smartResize.
- * @param a.overlay outlines drawn as by drawBoxes while the image is read, without a copy of it; in
- *   every region without `overlay: false`.
- * @param a.patchSize 16, temporalPatchSize 2, mergeSize 2, mean and std 0.5, dtype 'f32' unless given.
- * @returns pixelValues [P, 3 · temporalPatchSize · patchSize²] of all regions in their order, and the
- *   grid [1, height / patchSize, width / patchSize] of each.
- * @throws as cropResample.
+ * @throws P2RError ERR_VALUE for a box or size that does not fit, or both image and images; ERR_DTYPE for a
+ *   dtype that is not floating point; ERR_SHAPE and ERR_DTYPE for an image that is not u8 [height, width, 3];
+ *   ERR_DEVICE; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { openDevice, pixelValues, smartResize } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const image = device.zeros([100, 150, 3], 'u8')
+ * const region = { box: [0, 0, 150, 100], ...smartResize(100, 150) }
+ * const patches = pixelValues({ image, regions: [region], dtype: 'bf16' })
+ * console.log(patches.gridThw, String(patches.pixelValues)) // [[1, 6, 10]], bf16 [60, 1536]
+ * device.dispose()
+ * ```
  */
-export function pixelValues<D extends 'f32' | 'f16' | 'bf16' = 'f32'>(
-  a: ({ image: Tensor } | { images: readonly Tensor[] }) & {
-    regions: readonly Region[]
-    filter?: Filter
-    overlay?: Outlines
-    patchSize?: number
-    temporalPatchSize?: 1 | 2
-    mergeSize?: number
-    mean?: readonly [number, number, number]
-    std?: readonly [number, number, number]
-    dtype?: D
-  },
-): Held<{ pixelValues: Tensor<D>; gridThw: Grid[] }> {
+export function pixelValues<D extends FloatDType = 'f32'>(
+  a: PixelValuesArgs<D>,
+): Held<PixelValuesResult<D>> {
   const op = 'pixelValues'
+  checkArguments(a, pixelNames, op)
+  if (a.image !== undefined && a.images !== undefined)
+    refuse('ERR_VALUE', op, 'give either image or images, not both')
   const { regions, patchSize = 16, mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] } = a
-  const images =
-    'images' in a && a.images !== undefined ? a.images : [(a as { image: Tensor }).image]
+  checkRegions(regions, regionNames, op)
+  const images = a.images ?? [a.image]
+  if (a.dtype !== undefined) checkDType(a.dtype, op, floatTypes)
   checkNumbers(mean, 3, 'mean', op)
   checkNumbers(std, 3, 'std', op)
   const out = native().ops.pixel_values!(
-    ...sourceArguments({ images, regions, filter: a.filter, overlay: a.overlay }, op),
+    ...sourceArguments(
+      { images, regions, filter: a.filter, overlay: checkOverlay(a.overlay, op) },
+      op,
+    ),
     patchSize,
     a.temporalPatchSize ?? 2,
     a.mergeSize ?? 2,
@@ -113,19 +252,27 @@ export function pixelValues<D extends 'f32' | 'f16' | 'bf16' = 'f32'>(
   })
 }
 
+function checkRegions(
+  regions: readonly Region[],
+  names: Readonly<Record<string, true>>,
+  op: string,
+): void {
+  checkArray(regions, 'regions', op)
+  for (let i = 0; i < regions.length; i++) checkArguments(regions[i], names, op, `regions[${i}]`)
+}
+
 function sourceArguments(a: Source, op: string): unknown[] {
   checkArray(a.images, 'images', op, 'an array of Tensors')
-  checkArray(a.regions, 'regions', op)
   const name = a.images.length === 1 ? 'image' : 'images'
   const images = a.images.map((image) => handleOf(image, name, op))
   const fields = 8
   const regions = new Float64Array(a.regions.length * fields)
   for (let i = 0; i < a.regions.length; i++) {
-    const region = checkObject(a.regions[i] as Region, `regions[${i}]`, op)
-    const { image = 0, box, height, width, overlay = true } = region
+    const { image = 0, box, height, width, overlay = true } = a.regions[i] as Region
     checkNumbers(box, 4, `regions[${i}].box`, op)
     for (const [field, value] of Object.entries({ image, height, width }))
       checkNumber(value, `regions[${i}].${field}`, op)
+    checkBoolean(overlay, `regions[${i}].overlay`, op)
     const at = i * fields
     regions[at] = image
     regions[at + 1] = box[0]
@@ -139,27 +286,69 @@ function sourceArguments(a: Source, op: string): unknown[] {
   return [images, regions, a.filter ?? 'bicubic', ...outlineArguments(a.overlay, op)]
 }
 
+/** The limits within which `smartResize` stays. */
+export interface SmartResizeOptions {
+  /**
+   * Both sides are multiples of it: patchSize · mergeSize.
+   *
+   * @default 32
+   */
+  factor?: number
+  /**
+   * The least number of pixels.
+   *
+   * @default 4096
+   */
+  minPixels?: number
+  /**
+   * The largest number of pixels.
+   *
+   * @default 16 777 216
+   */
+  maxPixels?: number
+  /**
+   * Whose rules: they differ for very thin images. With 'qwen-vl-utils' a side may come out as 0 where a thin
+   * image has to shrink, as upstream.
+   *
+   * @default 'qwen-vl-utils'
+   */
+  rules?: 'qwen-vl-utils' | 'transformers'
+}
+
+/** The size of an image in pixels. */
+export interface ImageSize {
+  height: number
+  width: number
+}
+
+const resizeNames: Names<SmartResizeOptions> = {
+  factor: true,
+  minPixels: true,
+  maxPixels: true,
+  rules: true,
+}
+
 /**
  * The size to which Qwen-VL resamples an image: both sides multiples of `factor`, the number of pixels
- * within [minPixels, maxPixels], the aspect ratio nearly kept. Ties go to even, as in Python.
+ * within [minPixels, maxPixels], the aspect ratio nearly kept. Ties go to even, as in Python. Source: smart_resize
+ * of qwen-vl-utils and of Hugging Face transformers.
  *
- * @param options.factor patchSize · mergeSize: 32 unless given.
- * @param options.minPixels 4096 and maxPixels 16 777 216 unless given.
- * @param options.rules 'qwen-vl-utils' (default) or 'transformers', which differ for very thin images.
- *   With 'qwen-vl-utils' a side may come out as 0 where a thin image has to shrink, as upstream.
- * @throws ERR_VALUE for an aspect ratio over 200, and for sizes that are not positive integers.
+ * @param height of the image, in pixels.
+ * @param width of the image, in pixels.
+ * @throws P2RError ERR_VALUE for an aspect ratio over 200, and for sizes that are not positive integers.
+ * @example
+ * ```js
+ * import { smartResize } from 'p2r-kernels'
+ * console.log(smartResize(1000, 700)) // { height: 992, width: 704 }
+ * ```
  */
 export function smartResize(
   height: number,
   width: number,
-  options: {
-    factor?: number
-    minPixels?: number
-    maxPixels?: number
-    rules?: 'qwen-vl-utils' | 'transformers'
-  } = {},
-): { height: number; width: number } {
+  options: SmartResizeOptions = {},
+): ImageSize {
   const op = 'smartResize'
+  checkArguments(options, resizeNames, op, 'options')
   const { factor = 32, minPixels = 4096, maxPixels = 16_777_216, rules = 'qwen-vl-utils' } = options
   for (const [name, value] of Object.entries({ height, width, factor, minPixels, maxPixels }))
     checkPositive(value, name, op)

@@ -1,4 +1,4 @@
-import { checkArray, checkNumbers, checkObject } from '../arguments.js'
+import { checkArguments, checkArray, checkNumbers, type Names } from '../arguments.js'
 import { native } from '../native.js'
 import { handleOf, type Tensor, wrap } from '../tensor.js'
 
@@ -23,31 +23,63 @@ const palette: readonly Color[] = [
   [255, 0, 255],
 ]
 
-/** Outlines to draw: see drawBoxes. */
+/** Outlines of boxes to draw. */
 export interface Outlines {
+  /**
+   * In whole pixels, both corners inclusive, drawn one after the other; inverted corners are sorted, parts
+   * outside the image are clipped. Boxes thinner than two borders grow outwards, as in Pillow.
+   */
   boxes: readonly PixelBox[]
+  /**
+   * By the boxes' index, repeated.
+   *
+   * @default red, green (0, 128, 0), blue, yellow, orange (255, 165, 0), purple (128, 0, 128), cyan, magenta
+   */
   colors?: readonly Color[]
+  /**
+   * Of the border, inwards, in pixels; 0 draws nothing.
+   *
+   * @default max(3, floor(0.003 · image width))
+   */
   width?: number
 }
+
+/** The arguments of `drawBoxes`. */
+export interface DrawBoxesArgs extends Outlines {
+  /** u8 [height, width, 3]. */
+  image: Tensor<'u8'>
+}
+
+const outlineNames: Names<Outlines> = { boxes: true, colors: true, width: true }
+const names: Names<DrawBoxesArgs> = { ...outlineNames, image: true }
 
 /**
  * A copy of the image with the outlines of boxes, byte for byte as Pillow's
  * `ImageDraw.rectangle(box, outline, width)` draws them, one after the other.
  *
- * @param a.image u8 [height, width, 3].
- * @param a.boxes in whole pixels, both corners inclusive; inverted corners are sorted, parts
- *   outside the image are clipped. Boxes thinner than two borders grow outwards, as in Pillow.
- * @param a.colors by index, repeated: red, green (0, 128, 0), blue, yellow, orange (255, 165, 0),
- *   purple (128, 0, 128), cyan, magenta unless given.
- * @param a.width of the border in pixels, inwards: max(3, floor(0.003 · image width)) unless given;
- *   0 draws nothing.
- * @throws ERR_VALUE for coordinates that are not integers; ERR_SHAPE and ERR_DTYPE for an image that
- *   is not u8 [height, width, 3].
+ * @returns u8 [height, width, 3].
+ * @throws P2RError ERR_VALUE for coordinates that are not integers; ERR_SHAPE and ERR_DTYPE for an image that
+ *   is not u8 [height, width, 3]; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { drawBoxes, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const image = device.zeros([32, 32, 3], 'u8')
+ * const marked = drawBoxes({ image, boxes: [[4, 4, 20, 20]], width: 1 })
+ * console.log((await marked.read()).filter((v) => v === 255).length) // 64 red pixels
+ * device.dispose()
+ * ```
  */
-export function drawBoxes(a: { image: Tensor } & Outlines): Tensor<'u8'> {
+export function drawBoxes(a: DrawBoxesArgs): Tensor<'u8'> {
   const op = 'drawBoxes'
+  checkArguments(a, names, op)
   const image = handleOf(a.image, 'image', op)
   return wrap(a.image.device, native().ops.draw_boxes!(image, ...outlineArguments(a, op)))
+}
+
+/** @internal The argument `overlay`: none, or checked outlines. */
+export function checkOverlay(overlay: Outlines | undefined, op: string): Outlines | undefined {
+  return overlay && checkArguments(overlay, outlineNames, op, 'overlay')
 }
 
 /** @internal Boxes, colours and line width as the addon takes them. */
@@ -55,7 +87,6 @@ export function outlineArguments(
   a: Outlines | undefined,
   op: string,
 ): [Float64Array, Float64Array, number | null] {
-  if (a !== undefined) checkObject(a, 'overlay', op, 'an object with boxes')
   return [
     flatten(a ? a.boxes : [], 4, 'boxes', op),
     flatten(a?.colors ?? palette, 3, 'colors', op),

@@ -1,24 +1,52 @@
+import { checkArguments, type Names } from '../arguments.js'
+import type { FloatDType } from '../dtype.js'
 import { native } from '../native.js'
 import { type Held, handleOf, held, type Tensor, wrap } from '../tensor.js'
 
+/** The arguments of `layerNorm`. */
+export interface LayerNormArgs<D extends FloatDType = FloatDType> {
+  /** [..., C], f32 | f16 | bf16: normalised over the last axis. */
+  x: Tensor<D>
+  /** [C], of x's type. */
+  weight: Tensor<NoInfer<D>>
+  /** [C], of x's type or f32. */
+  bias: Tensor<NoInfer<D> | 'f32'>
+  /**
+   * Added to the variance, at least 0.
+   *
+   * @default 1e-6
+   */
+  eps?: number
+}
+
+/** The results of `layerNorm`. */
+export interface LayerNormResult<D extends FloatDType = FloatDType> {
+  /** As x in shape and type. */
+  out: Tensor<D>
+  /** f32 [rows, 2]: each row's mean and reciprocal standard deviation, for `layerNormBackward`. */
+  stats: Tensor<'f32'>
+}
+
+const names: Names<LayerNormArgs> = { x: true, weight: true, bias: true, eps: true }
+
 /**
  * Layer normalisation (Ba, Kiros and Hinton, 2016) over the last axis:
- * (x - mean) / sqrt(variance + eps) · weight + bias.
+ * (x - mean) / √(variance + eps) · weight + bias, in f32, rounded once.
  *
- * @param a.x [..., C], f32 | f16 | bf16.
- * @param a.weight [C], of the type of x.
- * @param a.bias [C], of the type of x or f32.
- * @param a.eps 1e-6 unless given.
- * @returns out, as x; stats f32 [rows, 2], the mean and the reciprocal standard deviation of each
- * row, which `layerNormBackward` takes.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { layerNorm, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const x = device.tensor([1, 2, 3, 4], [2, 2])
+ * const [weight, bias] = [device.tensor([1, 1], [2]), device.zeros([2])]
+ * console.log(await layerNorm({ x, weight, bias }).out.read()) // -1, 1, -1, 1
+ * device.dispose()
+ * ```
  */
-export function layerNorm(a: {
-  x: Tensor
-  weight: Tensor
-  bias: Tensor
-  eps?: number
-}): Held<{ out: Tensor; stats: Tensor }> {
+export function layerNorm<D extends FloatDType>(a: LayerNormArgs<D>): Held<LayerNormResult<D>> {
   const op = 'layerNorm'
+  checkArguments(a, names, op)
   const [out, stats] = native().ops.layer_norm!(
     handleOf(a.x, 'x', op),
     handleOf(a.weight, 'weight', op),
@@ -26,21 +54,59 @@ export function layerNorm(a: {
     a.eps ?? 1e-6,
   ) as unknown[]
   const { device } = a.x
-  return held({ out: wrap(device, out), stats: wrap(device, stats) })
+  return held({ out: wrap<D>(device, out), stats: wrap<'f32'>(device, stats) })
+}
+
+/** The arguments of `layerNormBackward`. */
+export interface LayerNormBackwardArgs<D extends FloatDType = FloatDType> {
+  /** The gradient with respect to `out`; as x in shape and type. */
+  dOut: Tensor<NoInfer<D>>
+  /** As given to `layerNorm`. */
+  x: Tensor<D>
+  /** As given to `layerNorm`. */
+  weight: Tensor<NoInfer<D>>
+  /** As `layerNorm` returned them for this x. */
+  stats: Tensor<'f32'>
+}
+
+/** The results of `layerNormBackward`. */
+export interface LayerNormBackwardResult<D extends FloatDType = FloatDType> {
+  /** As x in shape and type. */
+  dX: Tensor<D>
+  /** f32 [C]. */
+  dWeight: Tensor<'f32'>
+  /** f32 [C]. */
+  dBias: Tensor<'f32'>
+}
+
+const backwardNames: Names<LayerNormBackwardArgs> = {
+  dOut: true,
+  x: true,
+  weight: true,
+  stats: true,
 }
 
 /**
- * The gradients of `layerNorm`: dX as x, dWeight and dBias f32 [C].
+ * The gradients of `layerNorm`. Sums over rows are taken in f32 in a fixed order.
  *
- * @param a.stats as `layerNorm` returned them for this x.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { layerNorm, layerNormBackward, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const x = device.tensor([1, 2, 3, 5], [2, 2])
+ * const [weight, bias] = [device.tensor([1, 1], [2]), device.zeros([2])]
+ * const { stats } = layerNorm({ x, weight, bias })
+ * const dOut = device.tensor([1, 0, 0, 1], [2, 2])
+ * console.log(await layerNormBackward({ dOut, x, weight, stats }).dBias.read()) // 1, 1
+ * device.dispose()
+ * ```
  */
-export function layerNormBackward(a: {
-  dOut: Tensor
-  x: Tensor
-  weight: Tensor
-  stats: Tensor
-}): Held<{ dX: Tensor; dWeight: Tensor; dBias: Tensor }> {
+export function layerNormBackward<D extends FloatDType>(
+  a: LayerNormBackwardArgs<D>,
+): Held<LayerNormBackwardResult<D>> {
   const op = 'layerNormBackward'
+  checkArguments(a, backwardNames, op)
   const [dX, dWeight, dBias] = native().ops.layer_norm_backward!(
     handleOf(a.dOut, 'dOut', op),
     handleOf(a.x, 'x', op),
@@ -49,8 +115,8 @@ export function layerNormBackward(a: {
   ) as unknown[]
   const { device } = a.x
   return held({
-    dX: wrap(device, dX),
-    dWeight: wrap(device, dWeight),
-    dBias: wrap(device, dBias),
+    dX: wrap<D>(device, dX),
+    dWeight: wrap<'f32'>(device, dWeight),
+    dBias: wrap<'f32'>(device, dBias),
   })
 }

@@ -1,18 +1,39 @@
-import { checkObject } from '../arguments.js'
+import { checkArguments, type Names } from '../arguments.js'
 import type { Device } from '../device.js'
-import { native } from '../native.js'
+import type { FloatDType } from '../dtype.js'
+import { native, type TensorHandle } from '../native.js'
 import { type Held, handleOf, held, maybeHandle, type Tensor, wrap } from '../tensor.js'
 
+/** The arguments of `linear`. */
+export interface LinearArgs<D extends FloatDType = FloatDType> {
+  /** [..., C], f32 | f16 | bf16. */
+  x: Tensor<D>
+  /** [F, C], of x's type. */
+  weight: Tensor<NoInfer<D>>
+  /** [F], of x's type or f32; added if given. */
+  bias?: Tensor<NoInfer<D> | 'f32'>
+}
+
+const names: Names<LinearArgs> = { x: true, weight: true, bias: true }
+
 /**
- * A linear layer: x · weightᵀ + bias.
+ * A linear layer: x · weightᵀ + bias. Sums are f32 and rounded once.
  *
- * @param a.x [..., C], f32 | f16 | bf16.
- * @param a.weight [F, C], of x's type.
- * @param a.bias [F], of x's type or f32; none unless given.
- * @returns [..., F], of x's type; sums are f32 and rounded once.
+ * @returns [..., F], of x's type.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { linear, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const x = device.tensor([1, 2], [1, 2])
+ * const weight = device.tensor([1, 0, 0, 1, 1, 1], [3, 2])
+ * console.log(await linear({ x, weight }).read()) // 1, 2, 3
+ * device.dispose()
+ * ```
  */
-export function linear(a: { x: Tensor; weight: Tensor; bias?: Tensor }): Tensor {
+export function linear<D extends FloatDType>(a: LinearArgs<D>): Tensor<D> {
   const op = 'linear'
+  checkArguments(a, names, op)
   const out = native().ops.linear!(
     handleOf(a.x, 'x', op),
     handleOf(a.weight, 'weight', op),
@@ -21,23 +42,86 @@ export function linear(a: { x: Tensor; weight: Tensor; bias?: Tensor }): Tensor 
   return wrap(a.x.device, out)
 }
 
-/**
- * The gradients of a linear layer.
- *
- * @param a.dOut [..., F], the gradient of the result, of x's type.
- * @param a.bias the layer's bias, if it has one; its values are not read.
- * @param a.into f32 tensors to which the gradients of weight and bias are added, for sums over several
- *   calls. The results are new handles on the same storage.
- * @returns dX as x; dWeight f32 [F, C]; dBias f32 [F] if a bias was given.
- */
-export function linearBackward(a: {
-  dOut: Tensor
-  x: Tensor
-  weight: Tensor
-  bias?: Tensor
+/** Where the gradients of weight and bias are added, for sums over several calls. */
+export interface WeightGradients {
+  /** f32, of the weight's shape. */
+  dWeight: Tensor<'f32'>
+  /** f32, of the bias's shape; only with a bias. */
+  dBias?: Tensor<'f32'>
+}
+
+/** The arguments of `linearBackward`. */
+export interface LinearBackwardArgs<D extends FloatDType = FloatDType> {
+  /** [..., F], of x's type: the gradient with respect to the result. */
+  dOut: Tensor<NoInfer<D>>
+  /** As given to `linear`. */
+  x: Tensor<D>
+  /** As given to `linear`. */
+  weight: Tensor<NoInfer<D>>
+  /** The layer's bias, if it has one: dBias is then a result. Its values are not read. */
+  bias?: Tensor<NoInfer<D> | 'f32'>
+  /**
+   * The gradients of weight and bias are added to these tensors; the results are new handles on the same
+   * storage.
+   *
+   * @default new tensors
+   */
   into?: WeightGradients
-}): Held<{ dX: Tensor; dWeight: Tensor; dBias?: Tensor }> {
+}
+
+/** The results of `linearBackward`. */
+export interface LinearBackwardResult<D extends FloatDType = FloatDType> {
+  /** As x in shape and type. */
+  dX: Tensor<D>
+  /** f32 [F, C]. */
+  dWeight: Tensor<'f32'>
+}
+
+/** A further result of a layer with a bias. */
+export interface BiasGradient {
+  /** f32, of the bias's shape. */
+  dBias: Tensor<'f32'>
+}
+
+const backwardNames: Names<LinearBackwardArgs> = {
+  dOut: true,
+  x: true,
+  weight: true,
+  bias: true,
+  into: true,
+}
+
+/**
+ * The gradients of `linear`. Sums are f32, in a fixed order; dX is rounded once.
+ *
+ * @returns dX and dWeight; dBias exactly if a bias is given.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { linearBackward, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const x = device.tensor([1, 2], [1, 2])
+ * const weight = device.tensor([1, 0, 0, 1, 1, 1], [3, 2])
+ * const dOut = device.tensor([1, 1, 1], [1, 3])
+ * const { dX, dWeight } = linearBackward({ dOut, x, weight })
+ * console.log(await dX.read(), dWeight.shape) // 2, 2 and [3, 2]
+ * device.dispose()
+ * ```
+ */
+export function linearBackward<D extends FloatDType>(
+  a: LinearBackwardArgs<D> & { bias: Tensor },
+): Held<LinearBackwardResult<D> & BiasGradient>
+export function linearBackward<D extends FloatDType>(
+  a: LinearBackwardArgs<D> & { bias?: never },
+): Held<LinearBackwardResult<D>>
+export function linearBackward<D extends FloatDType>(
+  a: LinearBackwardArgs<D>,
+): Held<LinearBackwardResult<D> & Partial<BiasGradient>>
+export function linearBackward<D extends FloatDType>(
+  a: LinearBackwardArgs<D>,
+): Held<LinearBackwardResult<D> & Partial<BiasGradient>> {
   const op = 'linearBackward'
+  checkArguments(a, backwardNames, op)
   const made = native().ops.linear_backward!(
     handleOf(a.dOut, 'dOut', op),
     handleOf(a.x, 'x', op),
@@ -45,31 +129,34 @@ export function linearBackward(a: {
     maybeHandle(a.bias, 'bias', op),
     ...intoArguments(a.into, op),
   )
-  return held(linearGradients(made, a.into, a.x.device))
+  return held(linearGradients<D>(made, a.into, a.x.device))
 }
 
-/** Where the gradients of weight and bias are added: f32 tensors, for sums over several calls. */
-export interface WeightGradients {
-  dWeight: Tensor
-  dBias?: Tensor
-}
+const intoNames: Names<WeightGradients> = { dWeight: true, dBias: true }
 
 /** @internal The argument `into` as the addon takes it. */
-export function intoArguments(into: WeightGradients | undefined, op: string) {
+export function intoArguments(
+  into: WeightGradients | undefined,
+  op: string,
+): (TensorHandle | null)[] {
   if (into === undefined) return [null, null]
-  const { dWeight, dBias } = checkObject(into, 'into', op, '{ dWeight, dBias }')
+  const { dWeight, dBias } = checkArguments(into, intoNames, op, 'into')
   return [handleOf(dWeight, 'into.dWeight', op), maybeHandle(dBias, 'into.dBias', op)]
 }
 
 /** @internal The addon's result or results; those added into `into` become new handles on its storage. */
-export function linearGradients(
+export function linearGradients<D extends FloatDType>(
   made: unknown,
   into: WeightGradients | undefined,
   device: Device,
-): { dX: Tensor; dWeight: Tensor; dBias?: Tensor } {
-  const results = [made].flat().map((handle) => wrap(device, handle))
-  const dX = results.shift()!
-  const dWeight = into ? into.dWeight.reshape(into.dWeight.shape) : results.shift()!
-  const dBias = into?.dBias ? into.dBias.reshape(into.dBias.shape) : results.shift()
+): LinearBackwardResult<D> & Partial<BiasGradient> {
+  const results = [made].flat()
+  const dX = wrap<D>(device, results.shift())
+  const gradient = (accumulated: Tensor<'f32'> | undefined): Tensor<'f32'> | undefined => {
+    if (accumulated) return accumulated.reshape(accumulated.shape)
+    return results.length ? wrap<'f32'>(device, results.shift()) : undefined
+  }
+  const dWeight = gradient(into?.dWeight)!
+  const dBias = gradient(into?.dBias)
   return dBias ? { dX, dWeight, dBias } : { dX, dWeight }
 }

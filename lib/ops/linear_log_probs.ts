@@ -1,12 +1,25 @@
+import { checkArguments, type Names } from '../arguments.js'
 import type { FloatDType } from '../dtype.js'
 import { native } from '../native.js'
 import { type Held, handleOf, held, maybeHandle, type Tensor, wrap } from '../tensor.js'
-import { intoArguments, linearGradients, type WeightGradients } from './linear.js'
-import { logProbResults } from './log_probs.js'
+import {
+  type BiasGradient,
+  intoArguments,
+  linearGradients,
+  type WeightGradients,
+} from './linear.js'
+import {
+  type EntropyOption,
+  logProbResults,
+  type RowEntropy,
+  type RowGradients,
+  type TokenLogProbsResult,
+} from './log_probs.js'
 import {
   type LossMetrics,
   lossArguments,
-  type PolicyLossInput,
+  lossNames,
+  type PolicyLossInputs,
   withMetrics,
 } from './policy_loss.js'
 
@@ -16,47 +29,103 @@ export interface LinearHead<D extends FloatDType = FloatDType> {
   hidden: Tensor<D>
   /** [V, C], of hidden's type. */
   weight: Tensor<NoInfer<D>>
-  /** [V], of hidden's type or f32; none unless given. */
+  /** [V], of hidden's type or f32; added to the logits if given. */
   bias?: Tensor<NoInfer<D> | 'f32'>
-  /** i32 [N]: -100 skips a row. */
+  /**
+   * i32 [N], from 0 to V - 1; -100 skips its row. Any other value makes its row NaN and the wait throw
+   * ERR_VALUE.
+   */
   targets: Tensor<'i32'>
-  /** Divides the logits; 1 unless given. */
+  /**
+   * Divides the logits; greater than 0.
+   *
+   * @default 1
+   */
   temperature?: number
 }
 
-/** Where the gradients of weight and bias are added, f32 [V, C] and [V], for sums over several calls. */
-export type HeadGradients = WeightGradients
+/** The arguments of `linearLogProbs`. */
+export interface LinearLogProbsArgs<D extends FloatDType = FloatDType>
+  extends LinearHead<D>,
+    EntropyOption {}
+
+const headNames: Names<LinearHead> = {
+  hidden: true,
+  weight: true,
+  bias: true,
+  targets: true,
+  temperature: true,
+}
+const names: Names<LinearLogProbsArgs> = { ...headNames, entropy: true }
 
 /**
  * tokenLogProbs of the logits hidden · weightᵀ + bias, which are never materialized: besides its results it takes
  * some 5 MB and less than 1 MB a thread on the CPU; on CUDA 7 MB where tensor cores take the product (16
  * bits, and C a multiple of 8), and 128 MB elsewhere. Sums are f32, and logits are never rounded to 16
- * bits.
+ * bits. A row whose target is -100 is not read, and on the CPU costs nothing.
  *
- * A row whose target is -100 is not read, gives 0, and on the CPU costs nothing. Any other target
- * outside the vocabulary makes its row NaN and the wait throw ERR_VALUE.
- *
- * @param a.entropy whether to return the entropy of each row, in nats, too.
- * @returns logProbs and entropy f32 [N]; stats f32 [N, 2], for the backward pass.
+ * @returns logProbs and stats; entropy exactly if it is requested.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the temperature and, where a
+ *   result is read, for a target outside the vocabulary; ERR_DEVICE; ERR_MEMORY; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { linearLogProbs, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const hidden = device.tensor([1, 0], [1, 2])
+ * const weight = device.zeros([4, 2]) // a vocabulary of 4
+ * const targets = device.tensor(Int32Array.of(2), [1])
+ * console.log(await linearLogProbs({ hidden, weight, targets }).logProbs.read()) // ln 1/4
+ * device.dispose()
+ * ```
  */
-export function linearLogProbs(
-  a: LinearHead & { entropy?: boolean },
-): Held<{ logProbs: Tensor; stats: Tensor; entropy?: Tensor }> {
+export function linearLogProbs<D extends FloatDType>(
+  a: LinearLogProbsArgs<D> & { entropy: true },
+): Held<TokenLogProbsResult & RowEntropy>
+export function linearLogProbs<D extends FloatDType>(
+  a: LinearLogProbsArgs<D> & { entropy?: false },
+): Held<TokenLogProbsResult>
+export function linearLogProbs<D extends FloatDType>(
+  a: LinearLogProbsArgs<D>,
+): Held<TokenLogProbsResult & Partial<RowEntropy>>
+export function linearLogProbs<D extends FloatDType>(
+  a: LinearLogProbsArgs<D>,
+): Held<TokenLogProbsResult & Partial<RowEntropy>> {
   const op = 'linearLogProbs'
+  checkArguments(a, names, op)
   const results = native().ops.linear_log_probs!(...headArguments(op, a), a.entropy ?? false)
   return logProbResults(results, a.hidden.device)
 }
 
-export interface LinearLogProbsBackward extends LinearHead {
-  /** As linearLogProbs returned them. */
-  stats: Tensor
-  /** f32 [N]: the gradient with respect to logProbs. */
-  dLogProbs: Tensor
-  /** f32 [N], together: the entropy and the gradient with respect to it. */
-  entropy?: Tensor
-  dEntropy?: Tensor
-  /** The gradients are added to these; the results are new handles on the same storage. */
-  into?: HeadGradients
+/** Where the head's gradients go. */
+export interface IntoOption {
+  /**
+   * The gradients of weight and bias are added to these tensors, f32 [V, C] and [V], for sums over several
+   * calls; the results are new handles on the same storage.
+   *
+   * @default new tensors
+   */
+  into?: WeightGradients
+}
+
+/** The arguments of `linearLogProbsBackward`. */
+export type LinearLogProbsBackwardArgs<D extends FloatDType = FloatDType> = LinearHead<D> &
+  RowGradients &
+  IntoOption
+
+/** The gradients of a head; with a bias also `BiasGradient`. */
+export interface HeadGradients<D extends FloatDType = FloatDType> {
+  /** As hidden in shape and type. */
+  dHidden: Tensor<D>
+  /** f32 [V, C]. */
+  dWeight: Tensor<'f32'>
+}
+
+const backwardNames: Names<LinearLogProbsBackwardArgs> = {
+  ...names,
+  stats: true,
+  dLogProbs: true,
+  dEntropy: true,
+  into: true,
 }
 
 /**
@@ -67,12 +136,38 @@ export interface LinearLogProbsBackward extends LinearHead {
  * the order of sums does, not from what is free: where it doesn't fit, ERR_MEMORY; fewer rows at a time, added
  * up by `into`, take less. Rows whose target is -100, or whose gradients are 0, get 0 and are not read.
  *
- * @returns dHidden as hidden; dWeight f32 [V, C]; dBias f32 [V] if there is a bias.
+ * @returns dHidden and dWeight; dBias exactly if a bias is given.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the temperature and, where a
+ *   result is read, for a target outside the vocabulary; ERR_DEVICE; ERR_MEMORY; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { linearLogProbs, linearLogProbsBackward, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const head = {
+ *   hidden: device.tensor([1, 0], [1, 2]),
+ *   weight: device.zeros([2, 2]),
+ *   targets: device.tensor(Int32Array.of(1), [1]),
+ * }
+ * const { stats } = linearLogProbs(head)
+ * const back = linearLogProbsBackward({ ...head, stats, dLogProbs: device.tensor([1], [1]) })
+ * console.log(await back.dWeight.read()) // -0.5, 0, 0.5, 0
+ * device.dispose()
+ * ```
  */
-export function linearLogProbsBackward(
-  a: LinearLogProbsBackward,
-): Held<{ dHidden: Tensor; dWeight: Tensor; dBias?: Tensor }> {
+export function linearLogProbsBackward<D extends FloatDType>(
+  a: LinearLogProbsBackwardArgs<D> & { bias: Tensor },
+): Held<HeadGradients<D> & BiasGradient>
+export function linearLogProbsBackward<D extends FloatDType>(
+  a: LinearLogProbsBackwardArgs<D> & { bias?: never },
+): Held<HeadGradients<D>>
+export function linearLogProbsBackward<D extends FloatDType>(
+  a: LinearLogProbsBackwardArgs<D>,
+): Held<HeadGradients<D> & Partial<BiasGradient>>
+export function linearLogProbsBackward<D extends FloatDType>(
+  a: LinearLogProbsBackwardArgs<D>,
+): Held<HeadGradients<D> & Partial<BiasGradient>> {
   const op = 'linearLogProbsBackward'
+  checkArguments(a, backwardNames, op)
   const results = native().ops.linear_log_probs_backward!(
     ...headArguments(op, a),
     handleOf(a.stats, 'stats', op),
@@ -81,15 +176,27 @@ export function linearLogProbsBackward(
     maybeHandle(a.dEntropy, 'dEntropy', op),
     ...intoArguments(a.into, op),
   )
-  return held(gradients(a, results))
+  return held(gradients<D>(a, results))
 }
 
-export interface LinearPolicyLoss
-  extends LinearHead,
-    Omit<PolicyLossInput, 'logProbs' | 'entropy'> {
-  /** The gradients are added to these; the results are new handles on the same storage. */
-  into?: HeadGradients
+/** The arguments of `linearPolicyLoss`. */
+export interface LinearPolicyLossArgs<D extends FloatDType = FloatDType>
+  extends LinearHead<D>,
+    PolicyLossInputs,
+    IntoOption {}
+
+/** The results of `linearPolicyLoss`; with a bias also `BiasGradient`. */
+export interface LinearPolicyLossResult<D extends FloatDType = FloatDType>
+  extends HeadGradients<D> {
+  /** f32 [1]. */
+  loss: Tensor<'f32'>
+  /** f32 [T], in nats; masked tokens have theirs too, unless their target is -100. */
+  logProbs: Tensor<'f32'>
+  /** Reads the numbers that describe the step, once it is done. */
+  metrics: () => Promise<LossMetrics>
 }
+
+const policyLossNames: Names<LinearPolicyLossArgs> = { ...headNames, ...lossNames, into: true }
 
 /**
  * linearLogProbs, policyLoss and linearLogProbsBackward in one pass over the vocabulary, which computes
@@ -97,24 +204,50 @@ export interface LinearPolicyLoss
  * no other token's log-probability; 'gspo' is ERR_VALUE. It takes 128 MB of scratch for logits beside some
  * 20 MB on the CPU, and on CUDA what linearLogProbsBackward takes, whose rounding it has too.
  *
- * With entropyCoef the entropy is computed, and the metrics have it. Masked tokens have their
- * log-probability too, unless their target is -100; which tokens count is the mask's to say.
+ * With entropyCoef the entropy is computed, and the metrics have it. Which tokens count is for the mask to
+ * say: a target of -100 alone has log-probability 0 and counts.
  *
- * @returns loss f32 [1]; logProbs f32 [T]; the gradients as linearLogProbsBackward returns them.
+ * @returns the loss, log-probabilities and gradients; dBias exactly if a bias is given.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for options and, where a result
+ *   is read, for a target outside the vocabulary or a mask value other than 0 and 1; ERR_DEVICE; ERR_MEMORY;
+ *   ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { linearPolicyLoss, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const step = linearPolicyLoss({
+ *   hidden: device.tensor([1, 0, 0, 1], [2, 2]),
+ *   weight: device.zeros([4, 2]),
+ *   targets: device.tensor(Int32Array.of(1, 2), [2]),
+ *   advantages: device.tensor([1], [1]),
+ *   cuSeqlens: [0, 2],
+ * })
+ * console.log((await step.metrics()).tokens, step.dWeight.shape) // 2 and [4, 2]
+ * device.dispose()
+ * ```
  */
-export function linearPolicyLoss(a: LinearPolicyLoss): Held<{
-  loss: Tensor
-  logProbs: Tensor
-  dHidden: Tensor
-  dWeight: Tensor
-  dBias?: Tensor
-  metrics: () => Promise<LossMetrics>
-}> {
-  return linearLossAs('linearPolicyLoss', a)
+export function linearPolicyLoss<D extends FloatDType>(
+  a: LinearPolicyLossArgs<D> & { bias: Tensor },
+): Held<LinearPolicyLossResult<D> & BiasGradient>
+export function linearPolicyLoss<D extends FloatDType>(
+  a: LinearPolicyLossArgs<D> & { bias?: never },
+): Held<LinearPolicyLossResult<D>>
+export function linearPolicyLoss<D extends FloatDType>(
+  a: LinearPolicyLossArgs<D>,
+): Held<LinearPolicyLossResult<D> & Partial<BiasGradient>>
+export function linearPolicyLoss<D extends FloatDType>(
+  a: LinearPolicyLossArgs<D>,
+): Held<LinearPolicyLossResult<D> & Partial<BiasGradient>> {
+  const op = 'linearPolicyLoss'
+  checkArguments(a, policyLossNames, op)
+  return linearLossAs(op, a)
 }
 
-/** @internal For composites, under their name. */
-export function linearLossAs(op: string, a: LinearPolicyLoss): ReturnType<typeof linearPolicyLoss> {
+/** @internal For composites, under their name; unknown fields are ignored. */
+export function linearLossAs<D extends FloatDType>(
+  op: string,
+  a: LinearPolicyLossArgs<D>,
+): Held<LinearPolicyLossResult<D> & Partial<BiasGradient>> {
   const [logProbs, loss, metrics, ...rest] = native().ops.linear_policy_loss!(
     ...headArguments(op, a),
     ...lossArguments(op, a),
@@ -122,14 +255,14 @@ export function linearLossAs(op: string, a: LinearPolicyLoss): ReturnType<typeof
   ) as unknown[]
   const { device } = a.hidden
   const results = {
-    loss: wrap(device, loss),
-    logProbs: wrap(device, logProbs),
-    ...gradients(a, rest),
+    loss: wrap<'f32'>(device, loss),
+    logProbs: wrap<'f32'>(device, logProbs),
+    ...gradients<D>(a, rest),
   }
   return withMetrics(results, wrap<'f32'>(device, metrics))
 }
 
-function headArguments(op: string, a: LinearHead) {
+function headArguments<D extends FloatDType>(op: string, a: LinearHead<D>) {
   return [
     handleOf(a.hidden, 'hidden', op),
     handleOf(a.weight, 'weight', op),
@@ -139,10 +272,10 @@ function headArguments(op: string, a: LinearHead) {
   ]
 }
 
-function gradients(
-  a: LinearHead & { into?: HeadGradients },
+function gradients<D extends FloatDType>(
+  a: LinearHead<D> & IntoOption,
   made: unknown,
-): { dHidden: Tensor; dWeight: Tensor; dBias?: Tensor } {
-  const { dX: dHidden, ...rest } = linearGradients(made, a.into, a.hidden.device)
+): HeadGradients<D> & Partial<BiasGradient> {
+  const { dX: dHidden, ...rest } = linearGradients<D>(made, a.into, a.hidden.device)
   return { dHidden, ...rest }
 }

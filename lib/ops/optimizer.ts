@@ -1,7 +1,18 @@
-import { describeValue } from '../arguments.js'
+import { checkArguments, describeValue, type Names } from '../arguments.js'
+import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import { native } from '../native.js'
 import { handlesOf, type Tensor, wrap } from '../tensor.js'
+
+/** The arguments of `clipGradNorm`. */
+export interface ClipGradNormArgs {
+  /** At least one tensor, f32 | f16 | bf16, without common memory; scaled in place. */
+  grads: readonly Tensor<FloatDType>[]
+  /** The largest joint norm, at least 0; Infinity only measures. */
+  maxNorm: number
+}
+
+const clipNames: Names<ClipGradNormArgs> = { grads: true, maxNorm: true }
 
 /**
  * Scales the gradients in place so that their joint Euclidean norm is at most maxNorm, as
@@ -9,41 +20,90 @@ import { handlesOf, type Tensor, wrap } from '../tensor.js'
  * finite are not refused: they make the norm infinite or NaN and every gradient 0 or NaN, so look
  * at the norm before the step.
  *
- * @param a.grads at least one tensor, f32 | f16 | bf16, without common memory.
- * @param a.maxNorm not negative; Infinity only measures.
  * @returns the norm before, f32 [1].
+ * @throws P2RError ERR_DTYPE for another type; ERR_VALUE for no gradient, a negative norm or common memory;
+ *   ERR_DEVICE; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { clipGradNorm, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const grad = device.tensor([3, 4], [2])
+ * console.log(await clipGradNorm({ grads: [grad], maxNorm: 1 }).read()) // 5
+ * console.log(await grad.read()) // 0.6, 0.8
+ * device.dispose()
+ * ```
  */
-export function clipGradNorm(a: { grads: readonly Tensor[]; maxNorm: number }): Tensor<'f32'> {
+export function clipGradNorm(a: ClipGradNormArgs): Tensor<'f32'> {
   const op = 'clipGradNorm'
+  checkArguments(a, clipNames, op)
   const grads = handlesOf(a.grads, 'grads', op)
   if (!grads.length) refuse('ERR_VALUE', op, 'grads must hold at least one Tensor, got none')
   const most = a.maxNorm === Number.POSITIVE_INFINITY ? Number.MAX_VALUE : a.maxNorm
   return wrap(a.grads[0]!.device, native().ops.clip_grad_norm!(grads, most))
 }
 
+/** The arguments of `adamW`. */
+export interface AdamWArgs {
+  /** f32 | f16 | bf16; updated in place. A half parameter is rounded at every step. */
+  params: readonly Tensor<FloatDType>[]
+  /** One of each parameter's shape, of its type or f32. */
+  grads: readonly Tensor<FloatDType>[]
+  /** f32 [2, size] for each parameter: both moments, zero before the first step; updated in place. */
+  moments: readonly Tensor<'f32'>[]
+  /** Counts from 1. */
+  step: number
+  /** The learning rate, at least 0. */
+  lr: number
+  /**
+   * Decay rates of the moments, from 0 to below 1.
+   *
+   * @default [0.9, 0.999]
+   */
+  betas?: readonly [number, number]
+  /**
+   * Added to the square root of the second moment.
+   *
+   * @default 1e-8
+   */
+  eps?: number
+  /**
+   * Each parameter loses lr · weightDecay of itself.
+   *
+   * @default 0.01
+   */
+  weightDecay?: number
+}
+
+const adamNames: Names<AdamWArgs> = {
+  params: true,
+  grads: true,
+  moments: true,
+  step: true,
+  lr: true,
+  betas: true,
+  eps: true,
+  weightDecay: true,
+}
+
 /**
  * One step of AdamW (Loshchilov and Hutter, 2019) in place, as torch.optim.AdamW takes it: weight
- * decay apart from the gradient, moments corrected for their start at 0.
+ * decay apart from the gradient, moments corrected for their start at 0. f32 arithmetic.
  *
- * @param a.params f32 | f16 | bf16. A half parameter is rounded at every step.
- * @param a.grads of the parameters' shapes, of their types or f32.
- * @param a.moments f32 [2, size] a parameter, zero before the first step.
- * @param a.step counts from 1.
- * @param a.betas 0.9 and 0.999 unless given.
- * @param a.eps 1e-8 unless given.
- * @param a.weightDecay 0.01 unless given.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for rates out of range, lists
+ *   of different lengths or common memory; ERR_DEVICE; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { adamW, openDevice } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const [param, grad] = [device.tensor([1], [1]), device.tensor([0.5], [1])]
+ * adamW({ params: [param], grads: [grad], moments: [device.zeros([2, 1])], step: 1, lr: 0.1 })
+ * console.log(await param.read()) // 0.899: one step of lr, and the weight decay
+ * device.dispose()
+ * ```
  */
-export function adamW(a: {
-  params: readonly Tensor[]
-  grads: readonly Tensor[]
-  moments: readonly Tensor[]
-  step: number
-  lr: number
-  betas?: readonly [number, number]
-  eps?: number
-  weightDecay?: number
-}): void {
+export function adamW(a: AdamWArgs): void {
   const op = 'adamW'
+  checkArguments(a, adamNames, op)
   const params = handlesOf(a.params, 'params', op)
   const grads = handlesOf(a.grads, 'grads', op)
   const moments = handlesOf(a.moments, 'moments', op)

@@ -1,8 +1,12 @@
-import { choice, hostInts } from '../arguments.js'
+import { checkArguments, choice, hostInts, type Names } from '../arguments.js'
 import { refuse } from '../errors.js'
 import { native } from '../native.js'
 import { type Held, handleOf, held, type Ints, maybeHandle, type Tensor, wrap } from '../tensor.js'
 
+/**
+ * How tokens' terms become one number: over all kept tokens, or over sequences of the mean, the sum, or the
+ * sum divided by `lossScale`. The names are verl's.
+ */
 export type LossAggregation =
   | 'token-mean'
   | 'seq-mean-token-sum'
@@ -10,57 +14,142 @@ export type LossAggregation =
   | 'seq-mean-token-sum-norm'
 
 /**
- * The defaults are those of the Perceive-to-Reason configuration (verl's); `trlDefaults` holds TRL's.
- * kl without refLogProbs, or entropyCoef without entropy, is ERR_VALUE.
+ * The policy term of the loss. 'ppo': clipped token ratios (Schulman et al. 2017); 'gspo': clipped sequence
+ * ratios (Zheng et al. 2025); 'cispo': clipped weights with stopped gradient (MiniMax 2025); 'sapo': soft gates
+ * (Gao et al. 2025); 'gpg': no ratio (Chu et al. 2025).
+ */
+export type LossObjective = 'ppo' | 'gspo' | 'cispo' | 'sapo' | 'gpg'
+
+/**
+ * Estimators of the KL divergence from the reference policy (Schulman, 2020), with d the log-ratio
+ * refLogProbs - logProbs: 'k1': -d; 'k2': d² / 2; 'k3': exp(d) - d - 1; 'abs': |d|.
+ */
+export type KlEstimator = 'none' | 'k1' | 'k2' | 'k3' | 'abs'
+
+/**
+ * Options of the loss. The defaults are those of the Perceive-to-Reason configuration (verl's); `trlDefaults`
+ * holds TRL's. Values are spelled as in verl's configuration. kl without refLogProbs, or entropyCoef without
+ * entropy, is ERR_VALUE.
  */
 export interface PolicyLossOptions {
   /**
-   * 'ppo' (default): clipped token ratios; 'gspo': clipped sequence ratios; 'cispo': clipped weights
-   * with stopped gradient; 'sapo': soft gates; 'gpg': no ratio.
+   * The policy term.
+   *
+   * @default 'ppo'
    */
-  objective?: 'ppo' | 'gspo' | 'cispo' | 'sapo' | 'gpg'
-  /** A ratio is held within 1 - clipLow and 1 + clipHigh: 0.2 each. */
+  objective?: LossObjective
+  /**
+   * A ratio is held at 1 - clipLow and above; at least 0.
+   *
+   * @default 0.2
+   */
   clipLow?: number
+  /**
+   * A ratio is held at 1 + clipHigh and below; at least 0.
+   *
+   * @default 0.2
+   */
   clipHigh?: number
-  /** Dual-clip constant of 'ppo', at least 1: 3; false for none. */
+  /**
+   * Dual-clip constant of 'ppo' (Ye et al. 2020), at least 1: bounds the loss where the advantage is negative;
+   * false for none.
+   *
+   * @default 3
+   */
   dualClip?: number | false
-  /** SAPO's gates: 1.0 and 1.05. */
+  /**
+   * Temperature of SAPO's gate for positive advantages, greater than 0.
+   *
+   * @default 1
+   */
   tauPositive?: number
+  /**
+   * Temperature of SAPO's gate for the other advantages, greater than 0.
+   *
+   * @default 1.05
+   */
   tauNegative?: number
-  /** 'k3' (low_var_kl) when refLogProbs is given, else 'none'. */
-  kl?: 'none' | 'k1' | 'k2' | 'k3' | 'abs'
-  /** 0.01. */
+  /**
+   * The KL term.
+   *
+   * @default 'k3' (verl's low_var_kl) if refLogProbs is given, else 'none'
+   */
+  kl?: KlEstimator
+  /**
+   * Multiplies the KL term.
+   *
+   * @default 0.01
+   */
   klCoef?: number
   /**
-   * Bounds the value of 'k3', whose gradient is 0 beyond it: 10. Its log-ratio is clamped to ±20
-   * first. With false neither is clamped, as in TRL.
+   * Bounds the value of 'k3', whose gradient is 0 beyond it. Its log-ratio is clamped to ±20 first. With false
+   * neither is clamped, as in TRL.
+   *
+   * @default 10
    */
   klClamp?: number | false
-  /** The loss falls by entropyCoef times the entropy: 0. */
+  /**
+   * The loss falls by entropyCoef times the entropy.
+   *
+   * @default 0
+   */
   entropyCoef?: number
-  /** 'token-mean'; 'seq-mean-token-mean' for 'gspo' and 'sapo'. */
+  /**
+   * Of the policy term.
+   *
+   * @default 'token-mean'; 'seq-mean-token-mean' for 'gspo' and 'sapo'
+   */
   aggregation?: LossAggregation
-  /** Of the KL and entropy terms: as `aggregation` where that is given, else 'token-mean'. */
+  /**
+   * Of the KL and entropy terms.
+   *
+   * @default aggregation where that is given, else 'token-mean'
+   */
   termAggregation?: LossAggregation
-  /** Sequences without a kept token: left out of sequence means ('skip', verl) or counted ('count', TRL). */
+  /**
+   * Sequences without a kept token: left out of sequence means ('skip', as verl) or counted ('count', as TRL).
+   *
+   * @default 'skip'
+   */
   emptyRows?: 'skip' | 'count'
   /**
-   * 'seq-mean-token-sum-norm' divides the mean of the sequences' sums by this: the longest sequence
-   * (by cuSeqlens) unless given.
+   * 'seq-mean-token-sum-norm' divides the mean of the sequences' sums by this; greater than 0.
+   *
+   * @default the length of the longest sequence, by cuSeqlens
    */
   lossScale?: number
   /**
    * The divisor taken over all workers, for gradient accumulation and data parallelism: kept tokens
-   * for 'token-mean', sequences with a kept token otherwise; counted in this call unless given. It is
-   * that of `aggregation`; a termAggregation that counts the other thing counts here.
+   * for 'token-mean', sequences with a kept token otherwise. It is that of `aggregation`; a termAggregation
+   * that counts the other thing counts here.
+   *
+   * @default counted in this call
    */
   normalizer?: number
-  /** Whether `advantages` holds one value a sequence or a token: inferred from its size, 'sequence' where both fit. */
+  /**
+   * Whether `advantages` holds one value a sequence or a token.
+   *
+   * @default by its size; 'sequence' where both fit
+   */
   advantagesPer?: 'sequence' | 'token'
 }
 
-/** TRL's loss_type 'grpo': ppo without dual clip, 'seq-mean-token-mean' counting empty rows, k3 without clamp, klCoef 0. */
-export const trlDefaults: PolicyLossOptions = Object.freeze({
+/**
+ * TRL's loss_type 'grpo': ppo without dual clip, 'seq-mean-token-mean' counting empty rows, k3 without clamp,
+ * klCoef 0.
+ *
+ * @example
+ * ```js
+ * import { openDevice, policyLoss, trlDefaults } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const logProbs = device.tensor([-1, -2], [2])
+ * const advantages = device.tensor([1], [1])
+ * const { loss } = policyLoss({ ...trlDefaults, logProbs, advantages, cuSeqlens: [0, 2] })
+ * console.log(await loss.read()) // -1
+ * device.dispose()
+ * ```
+ */
+export const trlDefaults: Readonly<PolicyLossOptions> = Object.freeze({
   objective: 'ppo',
   clipLow: 0.2,
   clipHigh: 0.2,
@@ -72,60 +161,144 @@ export const trlDefaults: PolicyLossOptions = Object.freeze({
 })
 
 /**
- * Of one call. policyLoss, kl and entropy are the terms of the loss before their coefficients, each
- * aggregated as in the loss. The rest are means over kept tokens: approxKl of old - new log-probs
- * (clamped to ±20); ratioMean of the ratio before clipping (gspo: the sequence's); clipFraction where clipping changed
- * the loss (cispo: the weight); clipFractionLower where the dual clip did. All 0 when nothing is kept.
+ * The numbers that describe one call. The rest but `tokens` are means over kept tokens; all are 0 when nothing
+ * is kept.
  */
 export interface LossMetrics {
+  /** What the gradient is of. */
   loss: number
+  /** The policy term, aggregated as in the loss. */
   policyLoss: number
+  /** The KL term before its coefficient, aggregated as in the loss. */
   kl: number
+  /** The entropy term before its coefficient, aggregated as in the loss. */
   entropy: number
+  /** The share of tokens whose loss (cispo: weight) clipping changed. */
   clipFraction: number
+  /** The share of tokens whose loss the dual clip changed. */
   clipFractionLower: number
+  /** Of old - new log-probabilities, clamped to ±20. */
   approxKl: number
+  /** Of the ratio before clipping; for gspo the sequence's. */
   ratioMean: number
   /** Kept tokens. */
   tokens: number
 }
 
-export interface PolicyLossInput extends PolicyLossOptions {
-  /** f32 [T], packed by cuSeqlens: log-probabilities of the sampled tokens. */
-  logProbs: Tensor
-  /** f32 [T]: those of the policy that sampled them; absent means on-policy, a ratio of 1. */
-  oldLogProbs?: Tensor
-  /** f32 [T]: those of the reference policy. */
-  refLogProbs?: Tensor
-  /** f32 [T], of each token's distribution. */
-  entropy?: Tensor
-  /** f32 [T]: multiply the policy term. */
-  importanceWeights?: Tensor
-  /** f32 [B] or [T]. */
-  advantages: Tensor
+/** What the loss of a batch takes besides its log-probabilities and entropies. */
+export interface PolicyLossInputs extends PolicyLossOptions {
+  /**
+   * f32 [T]: log-probabilities under the policy that sampled the tokens.
+   *
+   * @default on-policy: a ratio of 1
+   */
+  oldLogProbs?: Tensor<'f32'>
+  /** f32 [T]: log-probabilities under the reference policy, for the KL term. */
+  refLogProbs?: Tensor<'f32'>
+  /**
+   * f32 [T]: multiply the policy term.
+   *
+   * @default 1 each
+   */
+  importanceWeights?: Tensor<'f32'>
+  /** f32 [B], one a sequence, or [T], one a token. */
+  advantages: Tensor<'f32'>
+  /** Where the B sequences begin and end: 0 = c₀ ≤ c₁ ≤ … ≤ c_B = T. A padded batch is given whole: 0, L, 2L, ... and its mask. */
   cuSeqlens: Ints
-  /** u8 [T]: 1 keeps a token, 0 drops it; any other value makes the wait throw ERR_VALUE. */
-  mask?: Tensor
+  /**
+   * u8 [T]: 1 keeps a token, 0 drops it; any other value makes the wait throw ERR_VALUE.
+   *
+   * @default every token is kept
+   */
+  mask?: Tensor<'u8'>
 }
+
+/** The arguments of `policyLoss`. */
+export interface PolicyLossArgs extends PolicyLossInputs {
+  /** f32 [T], packed by cuSeqlens: log-probabilities of the sampled tokens. */
+  logProbs: Tensor<'f32'>
+  /** f32 [T], in nats: the entropy of each token's distribution, for entropyCoef. */
+  entropy?: Tensor<'f32'>
+}
+
+/** The results of `policyLoss`. */
+export interface PolicyLossResult {
+  /** f32 [1]. */
+  loss: Tensor<'f32'>
+  /** f32 [T]: the gradient with respect to logProbs. */
+  dLogProbs: Tensor<'f32'>
+  /** Reads the numbers that describe the call, once it is done. */
+  metrics: () => Promise<LossMetrics>
+}
+
+/** A further result where an entropy is given. */
+export interface EntropyGradient {
+  /** f32 [T]: the gradient with respect to entropy. */
+  dEntropy: Tensor<'f32'>
+}
+
+/** @internal */
+export const lossNames: Names<PolicyLossInputs> = {
+  objective: true,
+  clipLow: true,
+  clipHigh: true,
+  dualClip: true,
+  tauPositive: true,
+  tauNegative: true,
+  kl: true,
+  klCoef: true,
+  klClamp: true,
+  entropyCoef: true,
+  aggregation: true,
+  termAggregation: true,
+  emptyRows: true,
+  lossScale: true,
+  normalizer: true,
+  advantagesPer: true,
+  oldLogProbs: true,
+  refLogProbs: true,
+  importanceWeights: true,
+  advantages: true,
+  cuSeqlens: true,
+  mask: true,
+}
+const names: Names<PolicyLossArgs> = { ...lossNames, logProbs: true, entropy: true }
 
 /**
- * The policy-gradient loss of packed sequences, f32 [1], with its gradient with respect to logProbs
- * and, where given, entropy, f32 [T], in one pass. Masked tokens are ignored, NaN too.
+ * The policy-gradient loss of packed sequences with its gradient with respect to logProbs
+ * and, where given, entropy, in one pass. Masked tokens are ignored, NaN too.
  * Without a kept token loss and gradient are 0. Sums run in a fixed order.
  *
- * A padded batch is given whole: cuSeqlens 0, L, 2L, ... and its mask.
+ * @returns loss, dLogProbs and metrics; dEntropy exactly if an entropy is given.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for options and, where a result
+ *   is read, for a mask value other than 0 and 1; ERR_DEVICE; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { openDevice, policyLoss } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const logProbs = device.tensor([-1, -2, -3], [3])
+ * const advantages = device.tensor([1, -1], [2])
+ * const step = policyLoss({ logProbs, advantages, cuSeqlens: [0, 2, 3] })
+ * console.log(await step.dLogProbs.read()) // -1/3, -1/3, 1/3
+ * device.dispose()
+ * ```
  */
-export function policyLoss(a: PolicyLossInput): Held<{
-  loss: Tensor
-  dLogProbs: Tensor
-  dEntropy?: Tensor
-  metrics: () => Promise<LossMetrics>
-}> {
-  return lossAs('policyLoss', a)
+export function policyLoss(
+  a: PolicyLossArgs & { entropy: Tensor },
+): Held<PolicyLossResult & EntropyGradient>
+export function policyLoss(a: PolicyLossArgs & { entropy?: never }): Held<PolicyLossResult>
+export function policyLoss(a: PolicyLossArgs): Held<PolicyLossResult & Partial<EntropyGradient>>
+export function policyLoss(a: PolicyLossArgs): Held<PolicyLossResult & Partial<EntropyGradient>> {
+  const op = 'policyLoss'
+  checkArguments(a, names, op)
+  return lossAs(op, a)
 }
 
-/** @internal For composites, under their name. */
-export function lossAs(op: string, a: PolicyLossInput): ReturnType<typeof policyLoss> {
+/** @internal For composites, under their name; unknown fields are ignored. */
+export function lossAs(
+  op: string,
+  a: PolicyLossArgs,
+): Held<PolicyLossResult & Partial<EntropyGradient>> {
   const [dLogProbs, loss, metrics, dEntropy] = native().ops.policy_loss!(
     handleOf(a.logProbs, 'logProbs', op),
     maybeHandle(a.entropy, 'entropy', op),
@@ -133,9 +306,9 @@ export function lossAs(op: string, a: PolicyLossInput): ReturnType<typeof policy
   ) as unknown[]
   const { device } = a.logProbs
   const results = {
-    loss: wrap(device, loss),
-    dLogProbs: wrap(device, dLogProbs),
-    ...(dEntropy ? { dEntropy: wrap(device, dEntropy) } : {}),
+    loss: wrap<'f32'>(device, loss),
+    dLogProbs: wrap<'f32'>(device, dLogProbs),
+    ...(dEntropy ? { dEntropy: wrap<'f32'>(device, dEntropy) } : {}),
   }
   return withMetrics(results, wrap<'f32'>(device, metrics))
 }
@@ -149,7 +322,7 @@ export function withMetrics<R extends object>(
 }
 
 /** @internal What binding/policy_loss.h reads: all but the log-probs and the entropy. */
-export function lossArguments(op: string, a: Omit<PolicyLossInput, 'logProbs' | 'entropy'>) {
+export function lossArguments(op: string, a: PolicyLossInputs): unknown[] {
   const objective = a.objective ?? 'ppo'
   const perSequence = objective === 'gspo' || objective === 'sapo'
   return [

@@ -1,29 +1,67 @@
-import { checkInt32 } from '../arguments.js'
+import { checkArguments, checkInt32, type Names } from '../arguments.js'
 import { checkDevice, type Device } from '../device.js'
+import type { FloatDType } from '../dtype.js'
 import { checkGrids, type Grid } from '../grid.js'
 import { native } from '../native.js'
 import { type Held, handleOf, held, type Tensor, wrap } from '../tensor.js'
 
+/** The arguments of `visionRotary`. */
+export interface VisionRotaryArgs {
+  /** The patches [t, h, w] of each image or video; h and w are multiples of mergeSize. */
+  gridThw: readonly Grid[]
+  /** D, a multiple of 8 from 8 to 128. */
+  headDim: number
+  /**
+   * The base of the frequencies, greater than 0.
+   *
+   * @default 10000
+   */
+  theta?: number
+  /**
+   * Patches a side of a merge block.
+   *
+   * @default 2
+   */
+  mergeSize?: number
+  /** Where the tables are made. */
+  device: Device
+}
+
+/** Rotary tables: the cosine and sine of every angle, of every token. */
+export interface RotaryTables {
+  /** f32 [T, D]. */
+  cos: Tensor<'f32'>
+  /** f32 [T, D]. */
+  sin: Tensor<'f32'>
+}
+
+const visionNames: Names<VisionRotaryArgs> = {
+  gridThw: true,
+  headDim: true,
+  theta: true,
+  mergeSize: true,
+  device: true,
+}
+
 /**
  * The two-dimensional rotary tables of the Qwen-VL vision towers (Wang et al., Qwen2-VL, 2024):
- * each half of a row holds headDim / 4 angles of the patch's row, then as many of its column.
+ * each half of a row holds headDim / 4 angles of the patch's row, then as many of its column. Angles
+ * are products in f32, as the models compute them.
  *
- * @param a.gridThw the patches [t, h, w] of each image or video; h and w are multiples of mergeSize.
- * @param a.headDim D, a multiple of 8 from 8 to 128.
- * @param a.theta the base of the frequencies, 10000 unless given.
- * @param a.mergeSize patches a side of a merge block, 2 unless given.
- * @returns f32 [T, D] each, T = Σ t·h·w, tokens in merge-block order. Angles are products in f32, as
- *   the models compute them.
- * @throws ERR_SHAPE for another head dimension, ERR_VALUE for a grid that does not fit.
+ * @returns tables of T = Σ t·h·w tokens in merge-block order.
+ * @throws P2RError ERR_VALUE for another head dimension or a grid that does not fit; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { openDevice, visionRotary } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const { cos, sin } = visionRotary({ gridThw: [[1, 4, 4]], headDim: 64, device })
+ * console.log(cos.shape, sin.shape) // [16, 64] both
+ * device.dispose()
+ * ```
  */
-export function visionRotary(a: {
-  gridThw: readonly Grid[]
-  headDim: number
-  theta?: number
-  mergeSize?: number
-  device: Device
-}): Held<{ cos: Tensor<'f32'>; sin: Tensor<'f32'> }> {
+export function visionRotary(a: VisionRotaryArgs): Held<RotaryTables> {
   const op = 'visionRotary'
+  checkArguments(a, visionNames, op)
   checkDevice(a.device, op)
   const mergeSize = checkInt32(a.mergeSize ?? 2, 1, 'mergeSize', op)
   const grids = checkGrids(a.gridThw, mergeSize, op)
@@ -37,17 +75,39 @@ export function visionRotary(a: {
   return held({ cos: wrap<'f32'>(a.device, cos), sin: wrap<'f32'>(a.device, sin) })
 }
 
+/** The arguments of `applyRotary`. */
+export interface ApplyRotaryArgs<D extends FloatDType = FloatDType> extends RotaryTables {
+  /** [T, H, D], f32 | f16 | bf16, D a multiple of 8 from 8 to 128. */
+  x: Tensor<D>
+  /**
+   * Applies the transpose: the inverse rotation, which is also the gradient.
+   *
+   * @default false
+   */
+  inverse?: boolean
+}
+
+const applyNames: Names<ApplyRotaryArgs> = { x: true, cos: true, sin: true, inverse: true }
+
 /**
  * Rotates each head of each token by its row of the tables, in the rotate-half form (Su et al.,
- * RoFormer, 2021; pairs i and i + D/2).
+ * RoFormer, 2021; pairs i and i + D/2), in f32, rounded once.
  *
- * @param a.x [T, H, D], f32 | f16 | bf16, D a multiple of 8 from 8 to 128.
- * @param a.cos @param a.sin f32 [T, D].
- * @param a.inverse applies the transpose: the inverse rotation, which is also the gradient.
- * @returns as x in shape and type, rounded once.
+ * @returns as x in shape and type.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { applyRotary, openDevice, visionRotary } from 'p2r-kernels'
+ * const device = openDevice('cpu')
+ * const { cos, sin } = visionRotary({ gridThw: [[1, 2, 2]], headDim: 8, device })
+ * const x = device.zeros([4, 1, 8])
+ * console.log(applyRotary({ x, cos, sin }).shape) // [4, 1, 8]
+ * device.dispose()
+ * ```
  */
-export function applyRotary(a: { x: Tensor; cos: Tensor; sin: Tensor; inverse?: boolean }): Tensor {
+export function applyRotary<D extends FloatDType>(a: ApplyRotaryArgs<D>): Tensor<D> {
   const op = 'applyRotary'
+  checkArguments(a, applyNames, op)
   const out = native().ops.apply_rotary!(
     handleOf(a.x, 'x', op),
     handleOf(a.cos, 'cos', op),

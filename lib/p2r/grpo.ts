@@ -12,7 +12,7 @@ import { tokenLogProbs, tokenLogProbsBackward } from '../ops/log_probs.js'
 import {
   type LossMetrics,
   lossAs,
-  type PolicyLossInput,
+  type PolicyLossInputs,
   type PolicyLossOptions,
 } from '../ops/policy_loss.js'
 import { heldBy, scope } from '../scope.js'
@@ -117,7 +117,7 @@ function step(op: string, a: GrpoModel & GrpoBatch): GrpoStep & { advantages: Te
   return held({ loss, logProbs: forward.logProbs, dLogits, advantages, metrics }, hidden)
 }
 
-type Options = Omit<PolicyLossInput, 'logProbs' | 'entropy'>
+type Options = PolicyLossInputs
 
 /** In one pass if each token's gradient depends on that token only, else log-probs first. */
 function stepOnHead(
