@@ -47,12 +47,6 @@ std::string number_text(double x) {
 
 }  // namespace
 
-std::string to_string(const Shape& shape) {
-  std::string out = "[";
-  for (int i = 0; i < shape.rank; ++i) out += (i ? ", " : "") + std::to_string(shape.dim[i]);
-  return out + "]";
-}
-
 std::string quoted_list(const std::vector<const char*>& names) {
   std::string out;
   for (size_t i = 0; i < names.size(); ++i)
@@ -264,12 +258,12 @@ void Call::begin() {
   if (!device_->pending.empty()) device_->settle();
 }
 
-int32_t* Call::fault_flag(const char* text) {
+FaultFlag Call::fault_flag(const FaultSource& source) {
   State& state = State::of(env());
   Composite* composite = state.composites.empty() ? nullptr : &state.composites.back();
+  fault_word_ = device_->device->new_fault_word();
   if (composite && composite->fault && composite->device == device_.get()) {
     fault_ = composite->fault;
-    if (fault_->text.find(text) == std::string::npos) fault_->text += std::string("; or ") + text;
     // settle() may have dropped it when the composite's first operations were done; this one can
     // still raise it.
     const auto contains = [&](const std::vector<std::shared_ptr<Fault>>& list) {
@@ -277,17 +271,27 @@ int32_t* Call::fault_flag(const char* text) {
     };
     if (!contains(device_->pending) && !contains(device_->raised))
       device_->pending.push_back(fault_);
-    return fault_->flag;
+  } else {
+    fault_ = std::make_shared<Fault>();
+    fault_->op = op_;
+    fault_->queue = device_.get();
+    fault_->sequence = UINT64_MAX;  // until the work is queued
+    device_->pending.push_back(fault_);
+    if (composite) {
+      composite->fault = fault_;
+      composite->device = device_.get();
+    }
   }
-  fault_ = device_->device->new_fault(op_, text);
-  fault_->queue = device_.get();
-  fault_->sequence = UINT64_MAX;  // until the work is queued
-  device_->pending.push_back(fault_);
-  if (composite) {
-    composite->fault = fault_;
-    composite->device = device_.get();
-  }
-  return fault_->flag;
+  fault_->parts.push_back({fault_word_, source});
+  return {fault_word_.get()};
+}
+
+Debug Call::debug() const { return State::of(env()).debug; }
+
+std::shared_ptr<Trace> Call::trace_before(std::vector<Field> fields) {
+  const std::string own = exported_name(function_);
+  return std::make_shared<Trace>(own == op_ ? own : op_ + ": " + own, std::move(fields),
+                                 *device_->device, debug());
 }
 
 bool Call::recording() const {
@@ -304,9 +308,7 @@ std::shared_ptr<Case> Call::record_before(std::vector<Field> fields) {
   c->bound = record.bound;
   c->fields = std::move(fields);
   --record.left;
-  device_->device->host([c, fault = fault_] {
-    // Raised by an earlier call of the same composite: whether this one would is unknown.
-    if (fault && fault->raised()) c->fields.clear();
+  device_->device->host([c] {
     for (Field& f : c->fields)
       if (f.view && f.kind != Field::Kind::out)
         f.before.assign(f.view.as<char>(), f.view.as<char>() + f.view.bytes());
@@ -319,12 +321,11 @@ Napi::Value Call::finish(const std::shared_ptr<Case>& recorded) {
   if (recorded) {
     const std::string path =
         state.record.path + "/" + std::to_string(state.record.count++) + "-" + function_ + ".case";
-    device_->device->host([recorded, path, fault = fault_] {
-      if (recorded->fields.empty()) return;
+    device_->device->host([recorded, path, word = fault_word_] {
       for (Field& f : recorded->fields)
         if (f.view && f.kind != Field::Kind::in)
           f.after.assign(f.view.as<char>(), f.view.as<char>() + f.view.bytes());
-      recorded->fault = fault && fault->raised();
+      if (word) recorded->fault = *word;
       write_case(path, *recorded);
     });
   }

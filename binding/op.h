@@ -10,8 +10,8 @@
 //   }
 //
 // Every check comes before the first result, and the reads come in the order in which
-// lib/ops/<family>.ts passes the arguments. Arguments with a member `fault` have the
-// message of their fault in `fault_text`.
+// lib/ops/<family>.ts passes the arguments. Arguments with a member `fault` say by
+// `fault_source()` what may be at fault.
 #pragma once
 #include <napi.h>
 
@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "binding/debug.h"
 #include "binding/tensor.h"
 #include "ops/backend.h"
 #include "ops/enums.h"
@@ -33,7 +34,6 @@ inline constexpr DTypes kI32 = {DType::i32};
 inline constexpr DTypes kU8 = {DType::u8};
 inline constexpr DTypes kAny = {DType::f32, DType::f16, DType::bf16, DType::i32, DType::u8};
 
-std::string to_string(const Shape& shape);
 // 'a', 'b' or 'c'.
 std::string quoted_list(const std::vector<const char*>& names);
 
@@ -93,10 +93,13 @@ class Call {
   template <class Args>
   Napi::Value run(void (*Kernels::*function)(const Args&, Device&), Args& args) {
     begin();
-    if constexpr (requires { args.fault; }) args.fault = fault_flag(Args::fault_text);
+    if constexpr (requires { args.fault; }) args.fault = fault_flag(args.fault_source());
     std::shared_ptr<Case> recorded;
     if (recording() && work_of(args) <= recording_limit()) recorded = record_before(collect(args));
+    std::shared_ptr<Trace> trace;
+    if (debug() != Debug::off) trace = trace_before(collect(args));
     (device_->device->kernels().*function)(args, *device_->device);
+    if (trace) Trace::finish(trace, *device_->device);
     return finish(recorded);
   }
 
@@ -105,7 +108,9 @@ class Call {
   [[noreturn]] void wrong(const char* name, const std::string& expected, const Napi::Value& got);
   View tensor(const char* name, const Napi::Value& value, DTypes dtypes, int rank, bool written);
   void begin();
-  int32_t* fault_flag(const char* text);
+  FaultFlag fault_flag(const FaultSource& source);
+  Debug debug() const;
+  std::shared_ptr<Trace> trace_before(std::vector<Field> fields);
   bool recording() const;
   double recording_limit() const;
   std::shared_ptr<Case> record_before(std::vector<Field> fields);
@@ -120,6 +125,7 @@ class Call {
   std::vector<Napi::Object> results_;
   std::vector<std::shared_ptr<Storage>> held_;  // storage of the results, during the call
   std::shared_ptr<Fault> fault_;
+  std::shared_ptr<uint64_t> fault_word_;  // this call's part of it
 };
 
 }  // namespace p2r::binding

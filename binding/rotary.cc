@@ -11,7 +11,7 @@ Napi::Value vision_rotary(Call& call) {
   const int64_t head_dim = call.integer("headDim", 0, INT32_MAX);
   a.theta = call.number("theta", 0, HUGE_VAL);
   a.merge = call.integer("mergeSize", 1, INT32_MAX);
-  call.check(head_dim >= 8 && head_dim <= 128 && head_dim % 8 == 0, Code::shape,
+  call.check(head_dim >= 8 && head_dim <= 128 && head_dim % 8 == 0, Code::value,
              "headDim must be a multiple of 8 from 8 to 128, got " + std::to_string(head_dim));
   call.check(a.theta > 0, Code::value, "theta must be greater than 0, got 0");
   const int64_t tokens = tokens_of_grids(call, a.grid_thw, a.merge);

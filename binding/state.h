@@ -10,6 +10,7 @@
 #include <unordered_set>
 #include <vector>
 
+#include "binding/debug.h"
 #include "ops/backend.h"
 #include "ops/recording.h"
 
@@ -75,6 +76,7 @@ class State {
   std::shared_ptr<Registry> open = std::make_shared<Registry>();
   std::vector<Composite> composites;
   Recording record;
+  const Debug debug = debug_level();
 
  private:
   struct Done;

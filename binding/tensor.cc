@@ -146,7 +146,7 @@ void throw_faults(const std::vector<std::shared_ptr<Fault>>& faults, const std::
                   Napi::Env env, const char* op) {
   if (!lost.empty()) throw make_error(env, Code::cuda, op, lost);
   for (const auto& f : faults)
-    if (f->raised()) throw make_error(env, Code::value, f->op, f->text);
+    if (f->raised()) throw make_error(env, Code::value, f->op, f->text());
 }
 
 Napi::Value TensorHandle::Read(const Napi::CallbackInfo& info) {
@@ -319,6 +319,27 @@ Napi::Value TensorHandle::GetDType(const Napi::CallbackInfo& info) {
 }
 Napi::Value TensorHandle::GetDisposed(const Napi::CallbackInfo& info) {
   return Napi::Boolean::New(info.Env(), !storage_ || !storage_->device->device);
+}
+
+std::string to_string(const Shape& shape) {
+  std::string out = "[";
+  for (int i = 0; i < shape.rank; ++i) out += (i ? ", " : "") + std::to_string(shape.dim[i]);
+  return out + "]";
+}
+
+double value_of(const View& v, int64_t i) {
+  switch (v.dtype) {
+    case DType::f32:
+      return v.as<float>()[i];
+    case DType::f16:
+      return f32_of_f16(v.as<uint16_t>()[i]);
+    case DType::bf16:
+      return f32_of_bf16(v.as<uint16_t>()[i]);
+    case DType::i32:
+      return v.as<int32_t>()[i];
+    default:
+      return v.as<uint8_t>()[i];
+  }
 }
 
 DType parse_dtype(const std::string& name) {

@@ -77,6 +77,10 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
   size_t offset_ = 0;
 };
 
+std::string to_string(const Shape& shape);  // '[2, 3]'
+// Element i of a tensor in host memory.
+double value_of(const View& v, int64_t i);
+
 Shape parse_shape(const Napi::Value& value);
 DType parse_dtype(const std::string& name);  // throws Code::dtype
 

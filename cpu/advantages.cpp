@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "cpu/device.h"
+#include "ops/half.h"
 
 namespace p2r::cpu {
 
@@ -19,7 +20,8 @@ struct Group {
   int64_t size;
   const float* rewards;
   int64_t kinds, kind;
-  double operator[](int64_t i) const { return rewards[members[i] * kinds + kind]; }
+  int64_t position(int64_t i) const { return members[i] * kinds + kind; }
+  double operator[](int64_t i) const { return rewards[position(i)]; }
 };
 
 enum class Spread { equal, different, not_finite };
@@ -34,21 +36,27 @@ Spread spread_of(const Group& g) {
   return high > low ? Spread::different : Spread::equal;
 }
 
-// Adds weight * the group-relative advantage to each member's entry of `out`; false if a reward is
-// not finite.
-bool add_relative(const GroupAdvantagesArgs& a, const Group& g, double weight,
+// Raises the first reward of the group that is not finite.
+void raise_not_finite(const Group& g, const FaultFlag& fault) {
+  for (int64_t i = 0; i < g.size; ++i)
+    if (!std::isfinite(g[i]))
+      return raise(fault, g.position(i), bits_of_f32(static_cast<float>(g[i])));
+}
+
+// Adds weight * the group-relative advantage to each member's entry of `out`.
+void add_relative(const GroupAdvantagesArgs& a, const Group& g, double weight,
                   const double* lengths, double* out) {
   const Spread spread = spread_of(g);
   const bool scaled = a.estimator == Estimator::grpo || a.estimator == Estimator::gdpo;
   if (spread == Spread::not_finite) {
     for (int64_t i = 0; i < g.size; ++i) out[g.members[i]] = kNan;
-    return false;
+    return raise_not_finite(g, a.fault);
   }
   if (g.size == 1) {
     if (!a.singleton_zero) out[g.members[0]] += weight * g[0] / (scaled ? 1 + a.epsilon : 1);
-    return true;
+    return;
   }
-  if (spread == Spread::equal) return true;
+  if (spread == Spread::equal) return;
   const double n = static_cast<double>(g.size);
   double total = 0, squares = 0;
   for (int64_t i = 0; i < g.size; ++i) total += g[i];
@@ -67,7 +75,6 @@ bool add_relative(const GroupAdvantagesArgs& a, const Group& g, double weight,
     if (tokens > 0) base = weighted / tokens;
   }
   for (int64_t i = 0; i < g.size; ++i) out[g.members[i]] += weight * (g[i] - base) * scale;
-  return true;
 }
 
 void whiten(const double* lengths, double* values, int64_t n) {
@@ -105,10 +112,10 @@ void group_advantages(const GroupAdvantagesArgs& a, Device& device) {
           bool wrong = false;
           for (int64_t t = a.cu_seqlens[i]; t < a.cu_seqlens[i + 1]; ++t) {
             kept += mask[t];
+            if (mask[t] > 1) raise(a.fault, t, mask[t], true);
             wrong |= mask[t] > 1;
           }
           lengths[i] = wrong ? kNan : static_cast<double>(kept);
-          if (wrong) *a.fault = 1;
         }
       });
     const int64_t kinds = static_cast<int64_t>(a.weights.size());
@@ -118,7 +125,7 @@ void group_advantages(const GroupAdvantagesArgs& a, Device& device) {
           const int32_t first = index.starts[i];
           const Group group = {index.order.data() + first, index.starts[i + 1] - first,
                                a.rewards.as<float>(), kinds, k};
-          if (!add_relative(a, group, a.weights[k], lengths, values)) *a.fault = 1;
+          add_relative(a, group, a.weights[k], lengths, values);
         }
     });
     if (whitens(a.estimator)) whiten(lengths, values, n);
@@ -135,7 +142,7 @@ void informative_groups(const InformativeGroupsArgs& a, Device& device) {
         const Group group = {index.order.data() + first, index.starts[i + 1] - first,
                              a.rewards.as<float>(), 1, 0};
         const Spread spread = spread_of(group);
-        if (spread == Spread::not_finite) *a.fault = 1;
+        if (spread == Spread::not_finite) raise_not_finite(group, a.fault);
         const bool informative =
             spread == Spread::different || (spread == Spread::equal && group.size == 1);
         for (int64_t j = 0; j < group.size; ++j)

@@ -179,16 +179,6 @@ double CpuDevice::elapsed(const std::shared_ptr<void>& from, const std::shared_p
       .count();
 }
 
-std::shared_ptr<Fault> CpuDevice::new_fault(std::string op, std::string text) {
-  auto fault = std::make_shared<Fault>();
-  auto flag = std::make_shared<int32_t>(0);
-  fault->op = std::move(op);
-  fault->text = std::move(text);
-  fault->flag = flag.get();
-  fault->owner = flag;
-  return fault;
-}
-
 void* CpuDevice::raw_allocate(size_t bytes) {
   if (reserved() + bytes > info_.memory_bytes) return nullptr;
   // Large blocks use huge pages: a page fault per 4 KiB costs more than the arithmetic on them.

@@ -75,7 +75,7 @@ void token_log_probs(const TokenLogProbsArgs& a, Device& device) {
         const Sums row = merge_slices(partials + 3 * i * slices, slices, inverse);
         if (target < 0 || target >= columns) {
           r = kNoLogProb;
-          *a.fault = 1;
+          raise(a.fault, i, static_cast<uint32_t>(target));
         } else {
           r = row_log_prob(row, value_at(a.logits, i * columns + target), inverse);
         }
@@ -115,7 +115,7 @@ void token_log_probs_shard(const TokenLogProbsShardArgs& a, Device& device) {
       float moment = static_cast<float>(std::exp(shift) * (row.moment + shift * row.sum));
       if (target < 0 && target != kSkippedTarget) {
         target_logit = moment = stats[0] = stats[1] = kNan;
-        *a.fault = 1;
+        raise(a.fault, i, static_cast<uint32_t>(target));
       }
       a.target_logit.as<float>()[i] = target_logit;
       a.stats.as<float>()[2 * i] = stats[0];
@@ -173,7 +173,7 @@ void token_log_probs_backward(const TokenLogProbsBackwardArgs& a, Device& device
                  const int64_t label = target - a.vocab_offset;
                  if (target != kSkippedTarget && (target < 0 || (!a.shard && label >= columns))) {
                    for (int64_t j = 0; j < size; ++j) set_value(a.d_logits, offset + j, kNan);
-                   *a.fault = 1;
+                   raise(a.fault, row, static_cast<uint32_t>(target));
                    continue;
                  }
                  if (target == kSkippedTarget || (g == 0 && h == 0)) {

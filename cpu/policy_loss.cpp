@@ -32,7 +32,11 @@ void count_run(const PolicyLossArgs& a, const LossRun& run, const Simd& simd, Ru
   const uint8_t* mask = a.mask ? a.mask.as<uint8_t>() + run.begin : nullptr;
   out.faulty = false;
   const int64_t kept = mask ? simd.count_kept(mask, run.size, &out.faulty) : run.size;
-  if (out.faulty) *a.fault = 1;
+  for (int32_t t = 0; out.faulty && t < run.size; ++t)
+    if (mask[t] > 1) {
+      raise(a.fault, run.begin + t, mask[t], true);
+      break;
+    }
   double log_ratio = 0;
   if (a.objective == Objective::gspo && a.old_log_probs) {
     const float *now = from(a.log_probs, run.begin), *old = from(a.old_log_probs, run.begin);

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "cpu/device.h"
+#include "ops/half.h"
 #include "ops/integer.h"
 #include "ops/philox.h"
 
@@ -38,7 +39,8 @@ class Row {
     }
   }
 
-  // The largest logit and its first index; -1 for a row without a distribution.
+  // The largest logit and its first index; -1 for a row without a distribution, and then the value
+  // that tells why: +infinity, NaN, or -infinity if there is nothing else.
   int64_t maximum(float* value) {
     float best = -std::numeric_limits<float>::infinity();
     int64_t where = -1;
@@ -54,6 +56,8 @@ class Row {
       return false;
     });
     *value = best;
+    if (bad && best < std::numeric_limits<float>::infinity())
+      *value = std::numeric_limits<float>::quiet_NaN();
     return bad || std::isinf(best) ? -1 : where;
   }
 
@@ -107,7 +111,7 @@ void sample(const SampleArgs& a, Device& device) {
       float maximum;
       int64_t drawn = row.maximum(&maximum);
       if (drawn < 0)
-        *a.fault = 1;
+        raise(a.fault, r, bits_of_f32(maximum));
       else if (a.temperature > 0)
         drawn = row.draw(maximum, weight_rate(a.temperature),
                          philox(static_cast<uint64_t>(a.seed), static_cast<uint64_t>(r)));

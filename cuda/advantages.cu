@@ -14,19 +14,21 @@ constexpr unsigned kFull = 0xffffffffu;
 
 __global__ void __launch_bounds__(kBlock)
     count_kept_kernel(const uint8_t* mask, const int64_t* cu_seqlens, double* lengths,
-                      int32_t* fault) {
+                      FaultFlag fault) {
   SMEM_ARRAY(double, shared, kWarps);
   double kept = 0, invalid = 0;
   for (int64_t t = cu_seqlens[blockIdx.x] + threadIdx.x; t < cu_seqlens[blockIdx.x + 1];
        t += kBlock) {
     kept += mask[t];
-    invalid += mask[t] > 1;
+    if (mask[t] > 1) {
+      ptx::raise(fault, t, mask[t], true);
+      invalid = 1;
+    }
   }
   kept = block_sum<kWarps>(kept, shared);
   invalid = block_sum<kWarps>(invalid, shared);
   if (threadIdx.x == 0) {
     lengths[blockIdx.x] = invalid > 0 ? static_cast<double>(NAN) : kept;
-    if (invalid > 0) ptx::raise(fault);
   }
 }
 
@@ -36,20 +38,25 @@ struct Groups {
   int64_t count;
 };
 
-// Of one reward component in one group; computed by a warp.
+// Of one reward component in one group; computed by a warp, which raises rewards that are not
+// finite.
 struct RewardStats {
   bool finite, differ;
   double mean;
 };
 __device__ RewardStats reward_stats(const float* rewards, const int32_t* members, int n,
-                                    int64_t components, int64_t component) {
+                                    int64_t components, int64_t component, const FaultFlag& fault) {
   const int lane = threadIdx.x % 32;
   double total = 0;
   float min = INFINITY, max = -INFINITY;
   int not_finite = 0;
   for (int i = lane; i < n; i += 32) {
-    const float r = rewards[members[i] * components + component];
-    not_finite |= !(fabsf(r) < INFINITY);
+    const int64_t at = members[i] * components + component;
+    const float r = rewards[at];
+    if (!(fabsf(r) < INFINITY)) {
+      ptx::raise(fault, at, __float_as_uint(r));
+      not_finite = 1;
+    }
     min = fminf(min, r);
     max = fmaxf(max, r);
     total += r;
@@ -71,7 +78,7 @@ struct Advantages {
   double epsilon;
   bool singleton_zero;
   double* out;
-  int32_t* fault;
+  FaultFlag fault;
 };
 
 __global__ void __launch_bounds__(kBlock) advantages_kernel(Advantages a) {
@@ -83,7 +90,7 @@ __global__ void __launch_bounds__(kBlock) advantages_kernel(Advantages a) {
   const bool scaled = a.estimator == Estimator::grpo || a.estimator == Estimator::gdpo;
   for (int i = lane; i < n; i += 32) a.out[members[i]] = 0;
   for (int64_t k = 0; k < a.components; ++k) {
-    const RewardStats s = reward_stats(a.groups.rewards, members, n, a.components, k);
+    const RewardStats s = reward_stats(a.groups.rewards, members, n, a.components, k, a.fault);
     const auto reward = [&](int i) {
       return static_cast<double>(a.groups.rewards[members[i] * a.components + k]);
     };
@@ -92,7 +99,6 @@ __global__ void __launch_bounds__(kBlock) advantages_kernel(Advantages a) {
     if (!s.finite) {
       baseline = NAN;
       is_zero = false;
-      if (lane == 0) ptx::raise(a.fault);
     } else if (n == 1) {
       baseline = 0;
       is_zero = a.singleton_zero;
@@ -143,14 +149,13 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 __global__ void __launch_bounds__(kBlock)
-    informative_kernel(Groups groups, uint8_t* out, int32_t* fault) {
+    informative_kernel(Groups groups, uint8_t* out, FaultFlag fault) {
   const int64_t group = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (group >= groups.count) return;
   const int lane = threadIdx.x % 32;
   const int32_t* members = groups.order + groups.starts[group];
   const int n = groups.starts[group + 1] - groups.starts[group];
-  const RewardStats s = reward_stats(groups.rewards, members, n, 1, 0);
-  if (!s.finite && lane == 0) ptx::raise(fault);
+  const RewardStats s = reward_stats(groups.rewards, members, n, 1, 0, fault);
   for (int i = lane; i < n; i += 32) out[members[i]] = s.finite && (s.differ || n == 1);
 }
 

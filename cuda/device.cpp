@@ -36,26 +36,27 @@ struct Staging {
 class FaultWords {
  public:
   ~FaultWords() {
-    for (int32_t* block : blocks_) cudaFreeHost(block);
+    for (uint64_t* block : blocks_) cudaFreeHost(block);
   }
-  int32_t* take() {
+  uint64_t* take() {
     if (free_.empty()) {
-      constexpr int kWords = 4096;
-      int32_t* block = nullptr;
-      check(cudaHostAlloc(reinterpret_cast<void**>(&block), kWords * 4, cudaHostAllocMapped),
+      constexpr int kWords = 2048;
+      uint64_t* block = nullptr;
+      check(cudaHostAlloc(reinterpret_cast<void**>(&block), kWords * sizeof(uint64_t),
+                          cudaHostAllocMapped),
             "cudaHostAlloc");
       blocks_.push_back(block);
       for (int i = kWords; i-- > 0;) free_.push_back(block + i);
     }
-    int32_t* word = free_.back();
+    uint64_t* word = free_.back();
     free_.pop_back();
     *word = 0;
     return word;
   }
-  void give_back(int32_t* word) { free_.push_back(word); }
+  void give_back(uint64_t* word) { free_.push_back(word); }
 
  private:
-  std::vector<int32_t*> blocks_, free_;
+  std::vector<uint64_t*> blocks_, free_;
 };
 
 }  // namespace
@@ -221,15 +222,9 @@ class CudaDevice final : public Device {
     return ms;
   }
 
-  std::shared_ptr<Fault> new_fault(std::string op, std::string text) override {
+  std::shared_ptr<uint64_t> new_fault_word() override {
     bind();
-    auto fault = std::make_shared<Fault>();
-    fault->op = std::move(op);
-    fault->text = std::move(text);
-    fault->flag = words_->take();
-    fault->owner = {fault->flag,
-                    [words = words_](void* w) { words->give_back(static_cast<int32_t*>(w)); }};
-    return fault;
+    return {words_->take(), [words = words_](uint64_t* w) { words->give_back(w); }};
   }
 
   uint64_t completed() const override { return completed_.load(std::memory_order_acquire); }

@@ -236,7 +236,7 @@ class ChunkedHead {
   void forward(TokenLogProbsArgs& args) {
     args.targets = chunk_of(a_.targets);
     args.temperature = a_.temperature;
-    args.fault = a_.fault;
+    args.fault = a_.fault.from(first_);
     if constexpr (ptx::is_half<T>) {
       if (tensor_cores_) return forward_on_tensor_cores(args);
     }
@@ -263,7 +263,7 @@ class ChunkedHead {
     args.logits = f32_tensor<In>(logits_.template as<float>(), {chunk_, columns_});
     args.targets = chunk_of(a_.targets);
     args.temperature = a_.temperature;
-    args.fault = a_.fault;
+    args.fault = a_.fault.from(first_);
     const RowGradients gradients = {args.targets.as<const int32_t>(),
                                     args.d_log_probs.as<const float>(),
                                     args.d_entropy.as<const float>()};

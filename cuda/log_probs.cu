@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kRows)
     finish_rows_kernel(const T* logits, int64_t row_stride, const int32_t* targets,
                        const SoftmaxPartial* partials, int64_t rows, int64_t columns,
                        int64_t slices, double inv_temperature, float* log_probs, float2* stats,
-                       float* entropy, int32_t* fault) {
+                       float* entropy, FaultFlag fault) {
   const int64_t i = int64_t{blockIdx.x} * kRows + threadIdx.x;
   if (i >= rows) return;
   const int32_t target = targets[i];
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kRows)
     if (row.sum == 0) s.y = NAN;
     if (target < 0 || target >= columns) {
       log_prob = h = s.x = s.y = NAN;
-      ptx::raise(fault);
+      ptx::raise(fault, i, static_cast<uint32_t>(target));
     } else {
       const double x = to_float(logits[row_stride ? i * row_stride + target : i]);
       log_prob = static_cast<float>((x - row.max) * inv_temperature - log_sum);
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kRows)
     finish_shard_kernel(const T* logits, const int32_t* targets, const SoftmaxPartial* partials,
                         int64_t rows, int64_t columns, int64_t slices, double inv_temperature,
                         int64_t vocab_offset, float2* stats, float* target_logit, float* moment,
-                        int32_t* fault) {
+                        FaultFlag fault) {
   const int64_t i = int64_t{blockIdx.x} * kRows + threadIdx.x;
   if (i >= rows) return;
   const int32_t target = targets[i];
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kRows)
   float t = static_cast<float>(exp(shift) * (row.moment + shift * row.sum));
   if (target < 0 && target != kSkippedTarget) {
     x = t = s.x = s.y = NAN;
-    ptx::raise(fault);
+    ptx::raise(fault, i, static_cast<uint32_t>(target));
   }
   stats[i] = s;
   target_logit[i] = x;
@@ -304,7 +304,7 @@ struct LogitGradient {
   double inv_temperature;
   const float* scale;  // of the gradient; null: 1
   bool shard;
-  int32_t* fault;
+  FaultFlag fault;
 };
 
 template <class T, class D>
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kBlock)
   const double g = a.d_log_probs[row] * scale;
   const double h = a.d_entropy ? a.d_entropy[row] * scale : 0;
   if (invalid || target == kSkippedTarget || (g == 0 && h == 0)) {
-    if (invalid && threadIdx.x == 0) ptx::raise(a.fault);
+    if (invalid && threadIdx.x == 0) ptx::raise(a.fault, row, static_cast<uint32_t>(target));
     float x[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) x[i] = invalid ? NAN : 0;

@@ -36,7 +36,7 @@ struct Loss {
   Sequence* per_sequence;
   double* kept_tokens;  // of the batch
   float *loss, *d_log_probs, *d_entropy, *metrics;
-  int32_t* fault;
+  FaultFlag fault;
 };
 
 __global__ void __launch_bounds__(kBlock) count_kept_kernel(Loss a) {
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kBlock) count_kept_kernel(Loss a) {
   double kept = 0, log_ratio = 0;
   for (int64_t t = run.begin + threadIdx.x; t < run.begin + run.size; t += kBlock) {
     const int mask = a.mask ? a.mask[t] : 1;
-    if (mask > 1) ptx::raise(a.fault);
+    if (mask > 1) ptx::raise(a.fault, t, static_cast<uint32_t>(mask), true);
     if (!mask) continue;
     kept += 1;
     if (ratios)

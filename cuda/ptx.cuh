@@ -23,6 +23,7 @@
 #include <utility>
 
 #include "ops/error.h"
+#include "ops/fault.h"
 
 #ifdef P2R_TWIN
 
@@ -167,12 +168,14 @@ inline constexpr bool on_sm90a = true;
 inline constexpr bool on_sm90a = false;
 #endif
 
-// Several threads may raise a fault at once.
-P2R_PTX void raise(int32_t* fault) {
+// Several threads may raise a fault at once. The word is in mapped host memory, where atomics hold
+// among the threads of one device.
+P2R_PTX void raise(const FaultFlag& fault, int64_t index, uint32_t value, bool of_mask = false) {
 #ifdef P2R_TWIN
-  __atomic_store_n(fault, 1, __ATOMIC_RELAXED);
+  p2r::raise(fault, index, value, of_mask);
 #else
-  *static_cast<volatile int32_t*>(fault) = 1;
+  atomicMax(reinterpret_cast<unsigned long long*>(fault.word),
+            static_cast<unsigned long long>(fault_word(fault.first + index, value, of_mask)));
 #endif
 }
 

@@ -25,7 +25,7 @@ __device__ __forceinline__ void keep_larger(float& best, int64_t& index, float o
 template <class T>
 __global__ void __launch_bounds__(kBlock)
     sample_kernel(const T* logits, int32_t* out, int64_t v, float rate, uint64_t seed, int bits,
-                  int32_t* fault) {
+                  FaultFlag fault) {
   SMEM_ARRAY(float, warp_best, kWarps);
   SMEM_ARRAY(int64_t, warp_index, kWarps);
   SMEM_ARRAY(uint64_t, sums, kBlock);
@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kBlock)
   for (int i = 0; i < kWarps; ++i) keep_larger(best, index, warp_best[i], warp_index[i]);
   if (invalid || best == -INFINITY) {
     if (threadIdx.x == 0) {
-      ptx::raise(fault);
+      const float why = invalid && best < INFINITY ? NAN : best;
+      ptx::raise(fault, row, __float_as_uint(why));
       out[row] = -1;
     }
     return;

@@ -292,7 +292,7 @@ export function imageSize(image: Tensor, op: string): [height: number, width: nu
   return [height, width]
 }
 
-/** @internal Adds a dispose for all tensors of `parts` and for `hidden` ones, which closures use. */
+/** Adds a dispose for all tensors of `parts` and for `hidden` ones, which closures use. */
 export function held<R extends object>(parts: R, hidden: readonly Tensor[] = []): Held<R> {
   const dispose = (): void => {
     for (const part of [...Object.values(parts).flat(), ...hidden])

@@ -29,6 +29,7 @@
 #include <vector>
 
 #include "ops/enums.h"
+#include "ops/fault.h"
 #include "ops/tensor.h"
 
 namespace p2r {
@@ -55,9 +56,10 @@ struct GroupAdvantagesArgs {
     return std::tie(rewards, groups, estimator, epsilon, singleton_zero, weights, lengths, mask,
                     cu_seqlens, advantages);
   }
-  int32_t* fault = nullptr;
-  static constexpr const char* fault_text =
-      "rewards must be finite and a mask's values 0 or 1; one is not";
+  FaultFlag fault;
+  FaultSource fault_source() const {
+    return {Invalid::reward, static_cast<int64_t>(weights.size())};
+  }
 };
 
 struct InformativeGroupsArgs {
@@ -65,8 +67,8 @@ struct InformativeGroupsArgs {
   Ints groups;
   Out informative;
   auto fields() { return std::tie(rewards, groups, informative); }
-  int32_t* fault = nullptr;
-  static constexpr const char* fault_text = "rewards must be finite; one is not";
+  FaultFlag fault;
+  FaultSource fault_source() const { return {Invalid::reward, 1}; }
 };
 
 // The batch sorted by group, stably: group i owns order[starts[i]] .. order[starts[i+1]-1].

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "ops/error.h"
+#include "ops/fault.h"
 #include "ops/memory.h"
 #include "ops/tensor.h"
 
@@ -28,15 +29,32 @@ struct Kernels {
 #undef OP
 };
 
-// A flag that a kernel sets when it finds an invalid value in a tensor (a target outside the
-// vocabulary). Arguments of such operations have a member `int32_t* fault`, outside fields().
+// The fault of a call that may find an invalid value in a tensor (ops/fault.h), or of the calls of
+// a composite. Arguments of such operations have a member `FaultFlag fault`, outside fields().
 struct Fault {
-  std::string op, text;
-  int32_t* flag = nullptr;
-  const void* queue = nullptr;  // of the work that may set the flag
+  struct Part {
+    std::shared_ptr<uint64_t> word;
+    FaultSource source;
+  };
+  std::string op;
+  std::vector<Part> parts;      // one for each call
+  const void* queue = nullptr;  // of the work that may raise it
   uint64_t sequence = 0;        // that work's number on the queue
-  std::shared_ptr<void> owner;
-  bool raised() const { return *static_cast<volatile int32_t*>(flag) != 0; }
+
+  static uint64_t read(const Part& part) {
+    return *static_cast<volatile uint64_t*>(part.word.get());
+  }
+  bool raised() const {
+    for (const Part& part : parts)
+      if (read(part)) return true;
+    return false;
+  }
+  // Of the first call that raised it.
+  std::string text() const {
+    for (const Part& part : parts)
+      if (const uint64_t word = read(part)) return describe_fault(part.source, word);
+    return "";
+  }
 };
 
 struct DeviceInfo {
@@ -93,7 +111,8 @@ class Device : public Memory {
   virtual std::shared_ptr<void> mark() = 0;
   virtual double elapsed(const std::shared_ptr<void>& from, const std::shared_ptr<void>& to) = 0;
 
-  virtual std::shared_ptr<Fault> new_fault(std::string op, std::string text) = 0;
+  // A word of 0 that kernels can raise a fault in and the host can read.
+  virtual std::shared_ptr<uint64_t> new_fault_word() = 0;
   // Sequence numbers of the last work that is done / that has been queued.
   virtual uint64_t completed() const = 0;
   virtual uint64_t queued() const = 0;

@@ -59,8 +59,8 @@ struct LinearLogProbsArgs {
     return std::tie(hidden, weight, bias, targets, temperature, log_probs, stats, entropy);
   }
   double work() const { return 1.0 * hidden.size() * weight.shape[0]; }
-  int32_t* fault = nullptr;
-  static constexpr const char* fault_text = TokenLogProbsArgs::fault_text;
+  FaultFlag fault;
+  FaultSource fault_source() const { return {Invalid::target, weight.shape[0]}; }
 };
 
 struct LinearLogProbsBackwardArgs {
@@ -74,8 +74,8 @@ struct LinearLogProbsBackwardArgs {
                     temperature, into_weight, into_bias, d_hidden, d_weight, d_bias);
   }
   double work() const { return 3.0 * hidden.size() * weight.shape[0]; }
-  int32_t* fault = nullptr;
-  static constexpr const char* fault_text = TokenLogProbsArgs::fault_text;
+  FaultFlag fault;
+  FaultSource fault_source() const { return {Invalid::target, weight.shape[0]}; }
 };
 
 // loss: its log_probs, entropy and their gradients stay empty; they are internal to the call.
@@ -91,9 +91,8 @@ struct LinearPolicyLossArgs {
         std::tie(log_probs, d_hidden, d_weight, d_bias));
   }
   double work() const { return 3.0 * hidden.size() * weight.shape[0]; }
-  int32_t* fault = nullptr;
-  static constexpr const char* fault_text =
-      "targets must be -100 or an index into the vocabulary, and mask must hold 0 and 1 only";
+  FaultFlag fault;
+  FaultSource fault_source() const { return {Invalid::target, weight.shape[0]}; }
 };
 
 }  // namespace p2r

@@ -30,6 +30,7 @@
 #include <tuple>
 #include <vector>
 
+#include "ops/fault.h"
 #include "ops/tensor.h"
 
 namespace p2r {
@@ -41,9 +42,8 @@ struct TokenLogProbsArgs {
   double temperature = 1;
   Out log_probs, stats, entropy;  // entropy may be absent
   auto fields() { return std::tie(logits, targets, temperature, log_probs, stats, entropy); }
-  int32_t* fault = nullptr;
-  static constexpr const char* fault_text =
-      "targets must be -100 or an index into the vocabulary; a row's target is neither";
+  FaultFlag fault;
+  FaultSource fault_source() const { return {Invalid::target, logits.shape[1]}; }
 };
 
 struct TokenLogProbsShardArgs {
@@ -54,8 +54,8 @@ struct TokenLogProbsShardArgs {
   auto fields() {
     return std::tie(logits, targets, vocab_offset, temperature, stats, target_logit, moment);
   }
-  int32_t* fault = nullptr;
-  static constexpr const char* fault_text = "targets must be -100 or at least 0; a row's is not";
+  FaultFlag fault;
+  FaultSource fault_source() const { return {Invalid::shard_target}; }
 };
 
 struct MergeLogProbsArgs {
@@ -75,8 +75,10 @@ struct TokenLogProbsBackwardArgs {
     return std::tie(logits, targets, stats, d_log_probs, entropy, d_entropy, temperature,
                     vocab_offset, shard, d_logits);
   }
-  int32_t* fault = nullptr;
-  static constexpr const char* fault_text = TokenLogProbsArgs::fault_text;
+  FaultFlag fault;
+  FaultSource fault_source() const {
+    return {shard ? Invalid::shard_target : Invalid::target, logits.shape[1]};
+  }
 };
 
 }  // namespace p2r

@@ -44,6 +44,7 @@
 #include <vector>
 
 #include "ops/enums.h"
+#include "ops/fault.h"
 #include "ops/tensor.h"
 
 namespace p2r {
@@ -72,8 +73,8 @@ struct PolicyLossArgs {
                     term_aggregation, count_empty, loss_scale, normalizer, per_token, loss,
                     d_log_probs, d_entropy, metrics);
   }
-  int32_t* fault = nullptr;
-  static constexpr const char* fault_text = "mask must hold 0 and 1 only; it holds another value";
+  FaultFlag fault;
+  FaultSource fault_source() const { return {}; }  // the mask alone can be at fault
 };
 
 constexpr int64_t kLossRun = 2048;

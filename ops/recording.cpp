@@ -8,7 +8,7 @@ namespace p2r {
 
 namespace {
 
-constexpr char kMagic[8] = {'P', '2', 'R', 'C', 'A', 'S', 'E', '1'};
+constexpr char kMagic[8] = {'P', '2', 'R', 'C', 'A', 'S', 'E', '2'};
 
 struct Writer {
   std::ofstream file;

@@ -112,7 +112,7 @@ struct Bound {
 struct Case {
   std::string function;
   Bound bound;
-  bool fault = false;
+  uint64_t fault = 0;  // its word (ops/fault.h)
   std::vector<Field> fields;
 };
 void write_case(const std::string& path, const Case& c);

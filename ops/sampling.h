@@ -15,6 +15,7 @@
 #pragma once
 #include <tuple>
 
+#include "ops/fault.h"
 #include "ops/tensor.h"
 
 namespace p2r {
@@ -24,9 +25,8 @@ struct SampleArgs {
   double temperature = 1;
   int64_t seed = 0;
   Out out;
-  int32_t* fault = nullptr;
-  static constexpr const char* fault_text =
-      "a row of logits holds NaN or +infinity, or nothing but -infinity";
+  FaultFlag fault;
+  FaultSource fault_source() const { return {Invalid::logits}; }
   auto fields() { return std::tie(logits, temperature, seed, out); }
   double work() const { return 256.0 * logits.shape[0]; }
 };

@@ -25,10 +25,10 @@ void fill_row(const View& v, int64_t row, int64_t width, float x) {
 }
 
 RowState settle_row(const Head& h, const Gradients& g, int64_t row, RowState state, Progress& p,
-                    int32_t* fault) {
+                    const FaultFlag& fault) {
   if (state == RowState::active) return state;
   if (state == RowState::invalid) {
-    *fault = 1;
+    raise(fault, row, static_cast<uint32_t>(h.targets.as<int32_t>()[row]));
     p.invalid = true;
   }
   fill_row(g.d_hidden, row, h.channels, state == RowState::invalid ? kNan : 0);

@@ -35,7 +35,8 @@ void linear_log_probs(const LinearLogProbsArgs& a, Device& device) {
     for (int64_t next = 0; next < h.rows;) {
       const int64_t active = gather_rows(h, next, [&](int64_t row) {
         const RowState state = h.state_of(row);
-        if (state == RowState::invalid) *a.fault = 1;
+        if (state == RowState::invalid)
+          raise(a.fault, row, static_cast<uint32_t>(a.targets.as<int32_t>()[row]));
         if (state != RowState::active)
           write(row, state == RowState::invalid ? kNoLogProb : RowLogProb{});
         return state;

@@ -163,7 +163,7 @@ struct Progress {
 void fill_row(const View& v, int64_t row, int64_t width, float x);
 // Writes the gradient of a row that is not active, and records a fault if it is invalid.
 RowState settle_row(const Head& h, const Gradients& g, int64_t row, RowState state, Progress& p,
-                    int32_t* fault);
+                    const FaultFlag& fault);
 // dz of the columns first .. first + n of row i of the chunk, whose logits are z; dz may be z.
 void compute_logit_gradient(const Simd& simd, const Head& h, int64_t i,
                             const LogitGradient& gradient, const float* z, float* dz, int64_t first,

@@ -80,13 +80,7 @@ class TwinDevice final : public Device, public replay::Stage {
   void notify(Completion done) override { done(""); }
   std::shared_ptr<void> mark() override { return nullptr; }
   double elapsed(const std::shared_ptr<void>&, const std::shared_ptr<void>&) override { return 0; }
-  std::shared_ptr<Fault> new_fault(std::string, std::string) override {
-    auto fault = std::make_shared<Fault>();
-    auto flag = std::make_shared<int32_t>(0);
-    fault->flag = flag.get();
-    fault->owner = flag;
-    return fault;
-  }
+  std::shared_ptr<uint64_t> new_fault_word() override { return std::make_shared<uint64_t>(0); }
   uint64_t completed() const override { return 0; }
   uint64_t queued() const override { return 0; }
 
