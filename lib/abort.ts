@@ -1,3 +1,6 @@
+import { describeValue } from './arguments.js'
+import { refuse } from './errors.js'
+
 /** The part of AbortSignal that the library uses, so that its types need neither Node's nor the DOM's. */
 export interface AbortSignalLike {
   readonly aborted: boolean
@@ -5,6 +8,18 @@ export interface AbortSignalLike {
   throwIfAborted(): void
   addEventListener(type: 'abort', listener: () => void): void
   removeEventListener(type: 'abort', listener: () => void): void
+}
+
+/** @internal The argument `signal`, which may be left out. */
+export function checkSignal(
+  signal: AbortSignalLike | undefined,
+  op: string,
+): AbortSignalLike | undefined {
+  if (signal === undefined) return undefined
+  const given = signal as Partial<AbortSignalLike> | null
+  if (typeof given?.throwIfAborted !== 'function' || typeof given.addEventListener !== 'function')
+    refuse('ERR_VALUE', op, `signal must be an AbortSignal, got ${describeValue(signal)}`)
+  return signal
 }
 
 const listeners = new WeakMap<AbortSignalLike, Set<() => void>>()

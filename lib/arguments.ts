@@ -139,8 +139,23 @@ export function checkArray<T>(
   return value
 }
 
-export function checkFunction(value: unknown, name: string, op: string): void {
+export function checkFunction<T>(
+  value: T,
+  name: string,
+  op: string,
+): T & ((...a: never) => unknown) {
   if (typeof value !== 'function') unexpected(value, name, 'a function', op)
+  return value as T & ((...a: never) => unknown)
+}
+
+/** Refuses a method that is called on something else than an instance of its class. */
+export function checkReceiver(own: boolean, type: string, op: string): void {
+  if (!own) refuse('ERR_VALUE', op, `must be called as a method of a ${type}`)
+}
+
+/** Whether a value can have private fields: what the operator `in` needs. */
+export function isObject(value: unknown): value is object {
+  return typeof value === 'object' && value !== null
 }
 
 /** A safe integer of at least 1. */
@@ -178,6 +193,13 @@ function isIntegerFrom(least: number, value: unknown): value is number {
 
 export function checkNumber(value: unknown, name: string, op: string): number {
   if (typeof value !== 'number') unexpected(value, name, 'a number', op)
+  return value
+}
+
+/** A finite number of at least 0. */
+export function checkNonNegative(value: unknown, name: string, op: string): number {
+  if (typeof value !== 'number' || !(value >= 0) || value === Number.POSITIVE_INFINITY)
+    unexpected(value, name, 'a number of at least 0', op)
   return value
 }
 

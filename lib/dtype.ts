@@ -3,8 +3,9 @@ import { refuse } from './errors.js'
 
 /** The type of a tensor's elements. */
 export type DType = 'f32' | 'f16' | 'bf16' | 'i32' | 'u8'
+const floatTypes = ['f32', 'f16', 'bf16'] as const
 /** The floating-point types: of activations, weights and gradients. */
-export type FloatDType = 'f32' | 'f16' | 'bf16'
+export type FloatDType = (typeof floatTypes)[number]
 
 /** @internal The typed array that holds a dtype on the host; f16 and bf16 are raw bits there. */
 export const hostTypes: Readonly<{
@@ -22,23 +23,24 @@ export const hostTypes: Readonly<{
 } satisfies Record<DType, unknown>
 
 /** @internal */
-export const floatTypes: readonly FloatDType[] = ['f32', 'f16', 'bf16']
-
-/** @internal */
 export function isDType(value: unknown): value is DType {
   return typeof value === 'string' && Object.hasOwn(hostTypes, value)
 }
 
 /** @internal A dtype given by the caller; any other value is ERR_DTYPE. */
-export function checkDType(
-  value: unknown,
-  op: string,
-  allowed: readonly DType[] = Object.keys(hostTypes) as DType[],
-): void {
-  if (!isDType(value) || !allowed.includes(value))
-    refuse(
-      'ERR_DTYPE',
-      op,
-      `dtype must be ${allowed.slice(0, -1).join(', ')} or ${allowed.at(-1)}, got ${describeValue(value)}`,
-    )
+export function checkDType(value: unknown, op: string): void {
+  if (!isDType(value))
+    refuse('ERR_DTYPE', op, `dtype must be f32, f16, bf16, i32 or u8, got ${describeValue(value)}`)
+}
+
+/** @internal */
+export function isFloatDType(value: unknown): value is FloatDType {
+  return floatTypes.includes(value as FloatDType)
+}
+
+/** @internal An argument that must be a float type. */
+export function checkFloatDType(value: unknown, name: string, op: string): FloatDType {
+  if (!isFloatDType(value))
+    refuse('ERR_DTYPE', op, `${name} must be f32, f16 or bf16, got ${describeValue(value)}`)
+  return value
 }

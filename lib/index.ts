@@ -131,29 +131,61 @@ export * from './ops/positions.js'
 export * from './ops/rotary.js'
 export * from './ops/rows.js'
 export * from './ops/sampling.js'
-export { type Answer, answer } from './p2r/answer.js'
+export { type Answer, type AnswerArgs, answer } from './p2r/answer.js'
 export { type EvidenceBox, parseBoxes } from './p2r/boxes.js'
-export { evaluate, type Judged, type Question } from './p2r/evaluate.js'
-export { collectEvidence, type Evidence, type EvidenceSizes } from './p2r/evidence.js'
+export { type EvaluateArgs, evaluate, type Judged, type Question } from './p2r/evaluate.js'
+export {
+  type CollectEvidenceArgs,
+  collectEvidence,
+  type Evidence,
+  type EvidenceOptions,
+  type EvidencePixelValuesOptions,
+  type EvidenceSizes,
+} from './p2r/evidence.js'
 export { loadRollouts, saveRollouts } from './p2r/exchange.js'
-export { type GrpoBatch, type GrpoModel, type GrpoStep, grpoStep } from './p2r/grpo.js'
-export { type OpenAIOptions, OpenAIPolicy } from './p2r/openai.js'
-export { Perceiver, type PerceiverOptions } from './p2r/perceiver.js'
+export {
+  type BiasedHeadModel,
+  type BiasedHeadStep,
+  type GrpoBatch,
+  type GrpoModel,
+  type GrpoStep,
+  type GrpoStepArgs,
+  grpoStep,
+  type HeadModel,
+  type HeadStep,
+  type LogitsModel,
+  type LogitsStep,
+  type LogProbsModel,
+  type LogProbsStep,
+  type UnbiasedHeadModel,
+} from './p2r/grpo.js'
+export { OpenAIPolicy, type OpenAIPolicyOptions } from './p2r/openai.js'
+export {
+  type PerceiveArgs,
+  Perceiver,
+  type PerceiverOptions,
+  type Perception,
+} from './p2r/perceiver.js'
 export {
   type Completion,
   functionPolicy,
   type Policy,
+  type PolicyFunction,
   type PolicyRequest,
   type Role,
 } from './p2r/policy.js'
 export {
-  alternating,
+  type AlternatingSettingsOptions,
+  alternatingSettings,
+  type PaperSettingsOptions,
   PraGrpo,
   type PraGrpoOptions,
   type PraGrpoSettings,
-  p2r,
+  paperSettings,
   type RoleMetrics,
+  type RolloutOptions,
   type Schedule,
+  type StepLogProbs,
   type TrainedModel,
 } from './p2r/pra_grpo.js'
 export {
@@ -162,19 +194,38 @@ export {
   type PromptOverrides,
   type Prompts,
 } from './p2r/prompts.js'
-export { Reasoner, type ReasonerOptions } from './p2r/reasoner.js'
+export {
+  type ReasonArgs,
+  Reasoner,
+  type ReasonerOptions,
+  type Reasoning,
+} from './p2r/reasoner.js'
 export { RecordedPolicy, recordPolicy } from './p2r/recorded.js'
 export {
+  type AnswerRewardArgs,
   answerReward,
   boxIoU,
+  type ExtractAnswerOptions,
   extractAnswer,
+  type ModelVerifierOptions,
   modelVerifier,
+  type PerceptionFaultOptions,
   perceptionFault,
   type RewardRules,
   type Verifier,
+  type VerifierArgs,
 } from './p2r/reward.js'
 export type { RolloutBatch, RolloutItem, RolloutMetrics, Sample } from './p2r/rollouts.js'
 export { loadMetadata, loadTensors, saveTensors } from './safetensors.js'
 export { scope, scopeAsync } from './scope.js'
 export type { Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'
-export { type VisionEncoding, VisionTower, type VisionTowerConfig } from './vision/tower.js'
+export {
+  type EncodeArgs,
+  type EncodedMass,
+  type EncodedPatches,
+  type EncodedStates,
+  type VisionEncoding,
+  VisionTower,
+  type VisionTowerConfig,
+  type VisionTowerOptions,
+} from './vision/tower.js'

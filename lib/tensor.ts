@@ -279,16 +279,20 @@ export function handlesOf(list: readonly Tensor[], name: string, op: string): Te
 }
 
 /** @internal Height and width of an image: u8 [height, width, 3], not empty. */
-export function imageSize(image: Tensor, op: string): [height: number, width: number] {
-  handleOf(image, 'image', op)
+export function imageSize(
+  image: Tensor,
+  op: string,
+  name = 'image',
+): [height: number, width: number] {
+  handleOf(image, name, op)
   const [height, width, channels] = image.shape
   if (image.shape.length !== 3 || channels !== 3 || !height || !width)
     refuse(
       'ERR_SHAPE',
       op,
-      `image must be [height, width, 3] and not empty, got [${image.shape.join(', ')}]`,
+      `${name} must be [height, width, 3] and not empty, got [${image.shape.join(', ')}]`,
     )
-  if (image.dtype !== 'u8') refuse('ERR_DTYPE', op, `image must be u8, got ${image.dtype}`)
+  if (image.dtype !== 'u8') refuse('ERR_DTYPE', op, `${name} must be u8, got ${image.dtype}`)
   return [height, width]
 }
 

@@ -2,19 +2,21 @@ import { checkArguments, choice, hostInts, hostNumbers, type Names } from '../ar
 import { native } from '../native.js'
 import { handleOf, type Ints, maybeHandle, type Tensor, wrap } from '../tensor.js'
 
+export const estimators = [
+  'grpo',
+  'dr_grpo',
+  'rloo',
+  'opo',
+  'gdpo',
+  'reinforce_pp_baseline',
+] as const
 /**
  * How rewards become advantages, with n the size of a group. 'grpo': (r - mean) / (std + epsilon) (Shao et al.
  * 2024); 'dr_grpo': r - mean (Liu et al. 2025); 'rloo': (r - mean) n / (n - 1) (Ahmadian et al. 2024); 'opo': r - the mean
  * weighted by length (Hao et al. 2025); 'gdpo': the sum of each kind's 'grpo', whitened over the tokens of the
  * batch (Liu et al. 2026); 'reinforce_pp_baseline': r - mean, whitened (Hu et al. 2025). The names are verl's.
  */
-export type AdvantageEstimator =
-  | 'grpo'
-  | 'dr_grpo'
-  | 'rloo'
-  | 'opo'
-  | 'gdpo'
-  | 'reinforce_pp_baseline'
+export type AdvantageEstimator = (typeof estimators)[number]
 
 /** How the rewards of a group become advantages. */
 export interface AdvantageOptions {

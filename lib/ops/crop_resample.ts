@@ -8,7 +8,7 @@ import {
   choice,
   type Names,
 } from '../arguments.js'
-import { checkDType, type FloatDType, floatTypes } from '../dtype.js'
+import { checkFloatDType, type FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import type { Grid } from '../grid.js'
 import { native } from '../native.js'
@@ -231,7 +231,7 @@ export function pixelValues<D extends FloatDType = 'f32'>(
   const { regions, patchSize = 16, mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] } = a
   checkRegions(regions, regionNames, op)
   const images = a.images ?? [a.image]
-  if (a.dtype !== undefined) checkDType(a.dtype, op, floatTypes)
+  if (a.dtype !== undefined) checkFloatDType(a.dtype, 'dtype', op)
   checkNumbers(mean, 3, 'mean', op)
   checkNumbers(std, 3, 'std', op)
   const out = native().ops.pixel_values!(

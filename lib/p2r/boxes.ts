@@ -1,9 +1,11 @@
 import { type Json, NotJson, parseJson, TooDeep } from './python_json.js'
 import { blanks, strip } from './python_text.js'
 
-/** Coordinates in thousandths of the image's size, as the model writes them: x0, y0, x1, y1. */
+/** A region of an image that a perceiver points at. */
 export interface EvidenceBox {
-  bbox2d: readonly [number, number, number, number]
+  /** x0, y0, x1, y1 in thousandths of the image's width and height, as the model writes them. */
+  bbox2d: readonly [x0: number, y0: number, x1: number, y1: number]
+  /** What the region shows; '' where the model wrote none. */
   label: string
 }
 
@@ -11,14 +13,21 @@ const opensList = new RegExp(`[${blanks}]*:[${blanks}]*\\[`, 'y')
 const key = '"bbox_2d"'
 
 /**
- * The boxes in a perceiver's answer, as Perceive-to-Reason's `parse_bboxes` reads them.
+ * The boxes in a perceiver's output, as Perceive-to-Reason's `parse_bboxes` reads them.
  *
  * The whole text is read as JSON, one object with `bbox_2d` and `label` or a list of them; else every
  * object without nested braces that has a list `bbox_2d` is extracted from the text. JSON is Python's:
  * NaN and Infinity are numbers, the last of equal keys counts. A box needs four finite numbers
  * (booleans count as 0 and 1) with x0 < x1 and y0 < y1, in any range; a missing label is ''. Anything
  * else yields no box; where the reference fails on one (`bbox_2d` null or a number), the others are
- * kept. Never throws.
+ * kept. Source: Perceive-to-Reason, evaluation/p2r_utils.py.
+ *
+ * @returns the boxes in their order; none for a text without boxes, or for anything but a text. Never throws.
+ * @example
+ * import { parseBoxes } from 'p2r-kernels'
+ *
+ * const boxes = parseBoxes('The sign: [{"bbox_2d": [400, 300, 600, 500], "label": "sign"}]')
+ * console.log(boxes) // [ { bbox2d: [ 400, 300, 600, 500 ], label: 'sign' } ]
  */
 export function parseBoxes(text: string): EvidenceBox[] {
   if (typeof text !== 'string') return []

@@ -1,27 +1,46 @@
-import type { AbortSignalLike } from '../abort.js'
-import { checkPositive } from '../arguments.js'
+import { type AbortSignalLike, checkSignal } from '../abort.js'
+import {
+  checkArguments,
+  checkFunction,
+  checkPositive,
+  checkString,
+  describeValue,
+  isObject,
+  type Names,
+} from '../arguments.js'
+import { refuse } from '../errors.js'
 import type { Tensor } from '../tensor.js'
 import { answer } from './answer.js'
-import type { Perceiver } from './perceiver.js'
-import type { AnswerForm } from './prompts.js'
-import type { Reasoner } from './reasoner.js'
-import { answerReward, type RewardRules, type Verifier } from './reward.js'
+import { checkPerceiver, type Perceiver } from './perceiver.js'
+import { messageOf } from './policy.js'
+import { type AnswerForm, checkForm } from './prompts.js'
+import { checkReasoner, type Reasoner } from './reasoner.js'
+import { answerReward, type RewardRules, rulesOf, type Verifier } from './reward.js'
 import { mapUnordered, pipelineDepth } from './semaphore.js'
 
-/** A question of a benchmark; its image is loaded when it is processed, and disposed afterwards. */
+/** A question of a benchmark. */
 export interface Question {
+  /** With its options, if it has any. */
   question: string
+  /** How it is answered: by a letter ('mca'), a number ('na') or in words ('free_form'). */
   answerForm: AnswerForm
+  /** The right answer. */
   truth: string
-  load: () => Promise<Tensor>
+  /** Loads the image, u8 [height, width, 3], when the question is processed. It is disposed afterwards. */
+  load: () => Promise<Tensor<'u8'>>
 }
 
+/** A question with its score, or with the error for which it has none. */
 export interface Judged<Q extends Question> {
+  /** The question as it was given. */
   question: Q
-  /** 1 or 0; absent where there is an error. */
+  /** 1 for a right answer, 0 for a wrong one; absent where there is an error. */
   reward?: number
+  /** The answer that was scored. */
   answer?: string
+  /** The perceiver's output. */
   perception?: string
+  /** The reasoner's output. */
   reasoning?: string
   /** Number of boxes in the perceiver's output. */
   boxes?: number
@@ -29,31 +48,87 @@ export interface Judged<Q extends Question> {
   error?: Error
 }
 
-/**
- * Answers and scores questions, in the order of completion. A failure concerns one question only. Memory
- * does not grow with their number: about 1.5 `concurrency` of them are processed at once, each with its
- * image.
- *
- * @param a.concurrency 32 unless given; should be the policies' own.
- */
-export async function* evaluate<Q extends Question>(a: {
+/** The arguments of evaluate. */
+export interface EvaluateArgs<Q extends Question = Question> {
+  /** Finds the evidence. */
   perceiver: Perceiver
+  /** Answers from it. */
   reasoner: Reasoner
+  /** The questions, read as they are processed; each may have further fields. */
   questions: Iterable<Q> | AsyncIterable<Q>
+  /** Judges answers of free form, which need one. */
   verifier?: Verifier
+  /**
+   * Of scoring; see answerReward.
+   * @default 'reference'
+   */
   rules?: RewardRules
+  /**
+   * The policies' requests in flight, which should be the policies' own limit. About 1.5 times as many questions
+   * are processed at once, each with its image.
+   * @default 32
+   */
   concurrency?: number
+  /** An abort rejects with the signal's reason. */
   signal?: AbortSignalLike
-}): AsyncGenerator<Judged<Q>> {
-  const { perceiver, reasoner, verifier, rules, concurrency = 32, signal } = a
-  checkPositive(concurrency, 'concurrency', 'evaluate')
+}
+
+const argumentNames: Names<EvaluateArgs> = {
+  perceiver: true,
+  reasoner: true,
+  questions: true,
+  verifier: true,
+  rules: true,
+  concurrency: true,
+  signal: true,
+}
+
+/**
+ * Answers and scores questions, and yields them in the order of completion.
+ *
+ * A failure concerns one question only, whose `error` it is. Memory does not grow with the number of questions.
+ *
+ * @throws ERR_VALUE for wrong arguments, at the call.
+ * @example
+ * import { evaluate, functionPolicy, openDevice, Perceiver, Reasoner } from 'p2r-kernels'
+ *
+ * const device = openDevice('cpu')
+ * const load = async () => device.zeros([48, 64, 3], 'u8')
+ * const questions = ['A', 'B'].map((truth) => ({ question: 'Which?', answerForm: 'mca', truth, load }))
+ * let right = 0
+ * for await (const { reward, error } of evaluate({
+ *   perceiver: new Perceiver(functionPolicy(() => '[]')),
+ *   reasoner: new Reasoner(functionPolicy(() => '<answer>A</answer>')),
+ *   questions,
+ * })) {
+ *   if (error) throw error
+ *   right += reward
+ * }
+ * console.log(`${right} of ${questions.length}`) // 1 of 2
+ * device.dispose()
+ */
+export function evaluate<Q extends Question>(
+  a: EvaluateArgs<Q>,
+): AsyncGenerator<Judged<Q>, void, undefined> {
+  const op = 'evaluate'
+  checkArguments(a, argumentNames, op)
+  const { questions, verifier, rules, concurrency = 32, signal } = a
+  const perceiver = checkPerceiver(a.perceiver, op)
+  const reasoner = checkReasoner(a.reasoner, op)
+  if (!isObject(questions) || !(Symbol.iterator in questions || Symbol.asyncIterator in questions))
+    refuse('ERR_VALUE', op, `questions must be iterable, got ${describeValue(questions)}`)
+  if (verifier !== undefined) checkFunction(verifier, 'verifier', op)
+  rulesOf(rules, op)
+  checkPositive(concurrency, 'concurrency', op)
+  checkSignal(signal, op)
   const judge = async (question: Q): Promise<Judged<Q>> => {
-    let image: Tensor | undefined
+    let image: Tensor<'u8'> | undefined
     try {
       signal?.throwIfAborted()
+      checkQuestion(question, op)
       image = await question.load()
       const { answerForm, truth } = question
-      const given = await answer({
+      const made = await answer({
         perceiver,
         reasoner,
         image,
@@ -61,24 +136,34 @@ export async function* evaluate<Q extends Question>(a: {
         answerForm,
         ...(signal && { signal }),
       })
-      const boxes = given.evidence.boxes.length
-      given.evidence.dispose()
-      const { perception, reasoning } = given
+      const boxes = made.evidence.boxes.length
+      made.dispose()
+      const { perception, reasoning } = made
       const reward = await answerReward({
-        answer: given.answer,
+        answer: made.answer,
         truth,
         form: answerForm,
         question: question.question,
         ...(verifier && { verifier }),
         ...(rules && { rules }),
       })
-      return { question, reward, answer: given.answer, perception, reasoning, boxes }
+      return { question, reward, answer: made.answer, perception, reasoning, boxes }
     } catch (error) {
       signal?.throwIfAborted()
-      return { question, error: error instanceof Error ? error : new Error(String(error)) }
+      return { question, error: error instanceof Error ? error : new Error(messageOf(error)) }
     } finally {
       image?.dispose()
     }
   }
-  yield* mapUnordered(a.questions, pipelineDepth(concurrency), judge)
+  return mapUnordered(questions, pipelineDepth(concurrency), judge)
+}
+
+/** Other fields are the caller's. */
+function checkQuestion(question: Question, op: string): void {
+  if (!isObject(question))
+    refuse('ERR_VALUE', op, `a question must be an object, got ${describeValue(question)}`)
+  checkString(question.question, 'question', op)
+  checkString(question.truth, 'truth', op)
+  checkForm(question.answerForm, 'answerForm', op)
+  checkFunction(question.load, 'load', op)
 }

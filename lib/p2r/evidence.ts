@@ -1,4 +1,15 @@
-import { checkArray, checkFiniteNumbers, checkInteger, checkPositive } from '../arguments.js'
+import {
+  checkArguments,
+  checkArray,
+  checkFiniteNumbers,
+  checkInteger,
+  checkPositive,
+  checkReceiver,
+  describeValue,
+  isObject,
+  type Names,
+} from '../arguments.js'
+import { checkFloatDType, type FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import type { Grid } from '../grid.js'
 import { pixelValues, type Region, resample, smartResize } from '../ops/crop_resample.js'
@@ -7,65 +18,126 @@ import { holds } from '../scope.js'
 import { type Held, imageSize, type Tensor } from '../tensor.js'
 import type { EvidenceBox } from './boxes.js'
 
-/** Limits in pixels on the images shown to a model; see collectEvidence. */
+/** Limits on the images shown to a model, in pixels of the whole image. */
 export interface EvidenceSizes {
+  /**
+   * The smallest image, where one of the other limits is given.
+   * @default 4096
+   */
   minPixels?: number
+  /**
+   * The largest annotated image. Images are resampled to smartResize's size if it is given; else they keep theirs.
+   * @default none
+   */
   maxPixels?: number
+  /**
+   * The largest crop.
+   * @default maxPixels
+   */
   cropMaxPixels?: number
 }
 
-/** Images are computed on first access; the source image must outlive the evidence. */
-export interface Evidence extends Disposable {
-  /** The image with every box drawn on it, or the image itself when there is no evidence. */
-  readonly annotated: Tensor
-  /** One crop per box, padded, at most `maxEvidence`. */
-  readonly crops: Tensor[]
-  readonly boxes: EvidenceBox[]
-  readonly hasEvidence: boolean
-  dispose(): void
+/** What is cut out of an image, and in which size it is shown. */
+export interface EvidenceOptions extends EvidenceSizes {
   /**
-   * The input of a vision tower, the annotated image first, computed from the source without the
-   * images above; options as given to collectEvidence unless given here. Sizes are smartResize's.
+   * The largest number of crops. Further boxes are drawn, but not cropped.
+   * @default 3
    */
-  pixelValues<D extends 'f32' | 'f16' | 'bf16' = 'f32'>(
-    options?: EvidenceSizes & { dtype?: D },
-  ): Held<{ pixelValues: Tensor<D>; gridThw: Grid[] }>
+  maxEvidence?: number
+  /**
+   * Of a crop on each side, in shares of the image's width and height; 600 pixels at most.
+   * @default [0.1, 0.1]
+   */
+  padding?: readonly [x: number, y: number]
+}
+
+/** The arguments of collectEvidence. */
+export interface CollectEvidenceArgs extends EvidenceOptions {
+  /** u8 [height, width, 3]. It stays the caller's, and must outlive the evidence. */
+  image: Tensor<'u8'>
+  /** In thousandths of the image's size; see parseBoxes. */
+  boxes: readonly EvidenceBox[]
+}
+
+/** Options of Evidence's `pixelValues`; sizes left out are those given to collectEvidence. */
+export interface EvidencePixelValuesOptions<D extends FloatDType = 'f32'> extends EvidenceSizes {
+  /**
+   * The type of the patches.
+   * @default 'f32'
+   */
+  dtype?: D
 }
 
 /**
- * The evidence of a perceiver's boxes: the image with all of them drawn, and the first `maxEvidence`
- * cropped from the original image. Source: Perceive-to-Reason, evaluation/p2r_utils.py.
- *
- * Images keep their size unless maxPixels is given: then the annotated image and the crops are resampled
- * to smartResize's size. Crops that are empty, or that smartResize refuses, are dropped; if none remains
- * the evidence is the original image, with hasEvidence false.
- *
- * @param a.image u8 [height, width, 3].
- * @param a.boxes in thousandths of the image's size; see parseBoxes.
- * @param a.maxEvidence 3 unless given.
- * @param a.padding of a crop on each side, in shares of the image's width and height: [0.1, 0.1] unless
- *   given, at most 600 pixels.
- * @param a.minPixels 4096 unless given. a.cropMaxPixels, for the crops: maxPixels unless given.
- * @throws ERR_VALUE for boxes with coordinates that are not finite, and for sizes that are not positive
- *   integers.
+ * An image with boxes drawn on it, and their crops. Images are computed on first access, and belong to the
+ * evidence; the source image must outlive it.
  */
-export function collectEvidence(
-  a: {
-    image: Tensor
-    boxes: readonly EvidenceBox[]
-    maxEvidence?: number
-    padding?: readonly [number, number]
-  } & EvidenceSizes,
-): Evidence {
+export interface Evidence extends Disposable {
+  /** u8 [height, width, 3]: the image with every box drawn on it, or the image itself without evidence. */
+  readonly annotated: Tensor<'u8'>
+  /** u8 [height, width, 3] each: one crop per box, padded, at most `maxEvidence`. */
+  readonly crops: Tensor<'u8'>[]
+  /** The boxes as they were given, those without a crop too. */
+  readonly boxes: EvidenceBox[]
+  /** Whether there is a crop. */
+  readonly hasEvidence: boolean
+  /** Frees the images. A second call does nothing. */
+  dispose(): void
+  /**
+   * The input of a vision tower, the annotated image first, computed from the source without the
+   * images above. Sizes are smartResize's.
+   *
+   * @returns pixelValues [P, 1536], and the grid [1, height / 16, width / 16] of each image; see the function
+   *   pixelValues.
+   * @throws ERR_VALUE for wrong options; ERR_DISPOSED after dispose().
+   */
+  pixelValues<D extends FloatDType = 'f32'>(
+    options?: EvidencePixelValuesOptions<D>,
+  ): Held<{ pixelValues: Tensor<D>; gridThw: Grid[] }>
+}
+
+const sizeNames: Names<EvidenceSizes> = { minPixels: true, maxPixels: true, cropMaxPixels: true }
+/** @internal */
+export const evidenceNames: Names<EvidenceOptions> = {
+  ...sizeNames,
+  maxEvidence: true,
+  padding: true,
+}
+const argumentNames: Names<CollectEvidenceArgs> = { ...evidenceNames, image: true, boxes: true }
+const pixelValuesNames: Names<EvidencePixelValuesOptions> = { ...sizeNames, dtype: true }
+
+/**
+ * The evidence of a perceiver's boxes: the image with all of them drawn, and the first `maxEvidence`
+ * cropped from the original image.
+ *
+ * Crops that are empty, or that smartResize refuses, are dropped; if none remains the evidence is the original
+ * image, with hasEvidence false. Source: Perceive-to-Reason, evaluation/p2r_utils.py.
+ *
+ * @throws ERR_VALUE for boxes with coordinates that are not finite, and for sizes that are not positive
+ *   integers; ERR_SHAPE and ERR_DTYPE for an image that is not u8 [height, width, 3].
+ * @example
+ * import { collectEvidence, openDevice, parseBoxes } from 'p2r-kernels'
+ *
+ * const device = openDevice('cpu')
+ * const image = device.zeros([480, 640, 3], 'u8')
+ * const boxes = parseBoxes('[{"bbox_2d": [400, 300, 600, 500], "label": "sign"}]')
+ * const evidence = collectEvidence({ image, boxes, maxPixels: 65_536 })
+ * console.log(evidence.annotated.shape, evidence.crops[0].shape) // [ 192, 288, 3 ] [ 192, 256, 3 ]
+ * const patches = evidence.pixelValues({ dtype: 'bf16' })
+ * console.log(patches.gridThw) // [ [ 1, 12, 18 ], [ 1, 12, 16 ] ]
+ * patches.dispose()
+ * evidence.dispose()
+ * device.dispose()
+ */
+export function collectEvidence(a: CollectEvidenceArgs): Evidence {
   const op = 'collectEvidence'
+  checkArguments(a, argumentNames, op)
   const { image, boxes, maxEvidence = 3, padding = [0.1, 0.1] } = a
   const [height, width] = imageSize(image, op)
   checkArray(boxes, 'boxes', op)
-  checkInteger(maxEvidence, 0, 'maxEvidence', op)
-  checkFiniteNumbers(padding, 2, 'padding', op)
   for (let i = 0; i < boxes.length; i++)
     checkFiniteNumbers(boxes[i]?.bbox2d, 4, `boxes[${i}].bbox2d`, op)
-  const sizes = sizesOf(a, op)
+  const sizes = checkEvidenceOptions(a, op)
 
   const crops: PixelBox[] = []
   for (const { bbox2d } of boxes.slice(0, maxEvidence)) {
@@ -75,18 +147,33 @@ export function collectEvidence(
   return new Collected(image, [...boxes], crops, sizes)
 }
 
+/** @internal Refuses wrong options; returns the sizes among them. */
+export function checkEvidenceOptions(a: EvidenceOptions, op: string): EvidenceSizes {
+  if (a.maxEvidence !== undefined) checkInteger(a.maxEvidence, 0, 'maxEvidence', op)
+  if (a.padding !== undefined) checkFiniteNumbers(a.padding, 2, 'padding', op)
+  return sizesOf(a, op)
+}
+
+/** @internal An evidence given as an argument: collectEvidence's, or an object with the same members. */
+export function checkEvidence(value: unknown, op: string): Evidence {
+  const given = value as Partial<Evidence> | null | undefined
+  if (!isObject(given) || typeof given.hasEvidence !== 'boolean' || !Array.isArray(given.boxes))
+    refuse('ERR_VALUE', op, `evidence must be an Evidence, got ${describeValue(value)}`)
+  return given as Evidence
+}
+
 class Collected implements Evidence {
   readonly boxes: EvidenceBox[]
   readonly hasEvidence: boolean
-  readonly #image: Tensor
+  readonly #image: Tensor<'u8'>
   readonly #cropBoxes: readonly PixelBox[]
   readonly #sizes: EvidenceSizes
-  #annotated: Tensor | undefined
-  #crops: Tensor[] | undefined
+  #annotated: Tensor<'u8'> | undefined
+  #crops: Tensor<'u8'>[] | undefined
   #disposed = false
 
   constructor(
-    image: Tensor,
+    image: Tensor<'u8'>,
     boxes: EvidenceBox[],
     cropBoxes: readonly PixelBox[],
     sizes: EvidenceSizes,
@@ -98,8 +185,8 @@ class Collected implements Evidence {
     this.#sizes = sizes
   }
 
-  get annotated(): Tensor {
-    this.#check()
+  get annotated(): Tensor<'u8'> {
+    Collected.#check(this)
     if (this.#annotated) return this.#annotated
     const { minPixels, maxPixels } = this.#sizes
     if (maxPixels !== undefined) {
@@ -111,8 +198,8 @@ class Collected implements Evidence {
     return this.#annotated
   }
 
-  get crops(): Tensor[] {
-    this.#check()
+  get crops(): Tensor<'u8'>[] {
+    Collected.#check(this)
     const { minPixels, maxPixels, cropMaxPixels = maxPixels } = this.#sizes
     this.#crops ??= this.#resample(
       this.#cropBoxes.map((box) =>
@@ -122,11 +209,14 @@ class Collected implements Evidence {
     return this.#crops
   }
 
-  pixelValues<D extends 'f32' | 'f16' | 'bf16' = 'f32'>(
-    options: EvidenceSizes & { dtype?: D } = {},
+  pixelValues<D extends FloatDType = 'f32'>(
+    options: EvidencePixelValuesOptions<D> = {},
   ): Held<{ pixelValues: Tensor<D>; gridThw: Grid[] }> {
-    this.#check()
-    const sizes = sizesOf(options, 'pixelValues', this.#sizes)
+    Collected.#check(this)
+    const op = 'pixelValues'
+    checkArguments(options, pixelValuesNames, op)
+    if (options.dtype !== undefined) checkFloatDType(options.dtype, 'dtype', op)
+    const sizes = sizesOf(options, op, this.#sizes)
     const { minPixels, maxPixels, cropMaxPixels = maxPixels } = sizes
     const regions: Region[] = [
       sized(this.#whole, minPixels, maxPixels),
@@ -144,6 +234,7 @@ class Collected implements Evidence {
   }
 
   dispose(): void {
+    checkReceiver(isObject(this) && #disposed in this, 'Evidence', 'dispose')
     this.#disposed = true
     this.#annotated?.dispose()
     for (const crop of this.#crops ?? []) crop.dispose()
@@ -161,8 +252,10 @@ class Collected implements Evidence {
     yield* this.#crops ?? []
   }
 
-  #check(): void {
-    if (this.#disposed) refuse('ERR_DISPOSED', 'evidence', 'the evidence has been disposed')
+  static #check(evidence: Collected): void {
+    const op = 'evidence'
+    checkReceiver(isObject(evidence) && #disposed in evidence, 'Evidence', op)
+    if (evidence.#disposed) refuse('ERR_DISPOSED', op, 'the evidence has been disposed')
   }
 
   get #whole(): PixelBox {
@@ -175,7 +268,7 @@ class Collected implements Evidence {
     return { boxes: this.boxes.map(({ bbox2d }) => outlineBox(bbox2d, height, width)) }
   }
 
-  #resample(regions: Region[], overlay?: Outlines): Tensor[] {
+  #resample(regions: Region[], overlay?: Outlines): Tensor<'u8'>[] {
     return resample({ images: [this.#image], regions, overlay }, 'evidence')
   }
 }

@@ -1,9 +1,9 @@
-import { describeValue } from '../arguments.js'
-import type { Device } from '../device.js'
+import { checkString, describeValue } from '../arguments.js'
+import { checkDevice, type Device } from '../device.js'
 import { P2RError, refuse } from '../errors.js'
 import { loadMetadata, loadTensors, saveTensors } from '../safetensors.js'
 import type { Tensor } from '../tensor.js'
-import { type RolloutBatch, type RolloutItem, Rollouts } from './rollouts.js'
+import { checkBatch, type RolloutBatch, type RolloutItem, Rollouts } from './rollouts.js'
 
 // A batch as a safetensors file, for trainers in any language: numbers are tensors, the rest is JSON in
 // the header.
@@ -11,13 +11,37 @@ const format = 'p2r-rollouts'
 const version = '1'
 
 /**
- * Writes a batch into a safetensors file: `rewards` and `advantages` f32 [B], `groups` i32 [B], and where
+ * Writes a batch into a safetensors file, for trainers in any language.
+ *
+ * It holds `rewards` and `advantages` f32 [B], `groups` i32 [B], and where
  * the batch has them `tokens` i32 [T], `cu_seqlens` i32 [B + 1] and `old_log_probs` f32 [T]. The header
  * holds the role, the metrics and the items, without images. The file is replaced atomically.
  *
- * @throws ERR_IO, with its cause, when the file cannot be written.
+ * @throws ERR_VALUE for wrong arguments; ERR_IO, with its cause, when the file cannot be written.
+ * @example
+ * import { mkdtempSync } from 'node:fs'
+ * import { tmpdir } from 'node:os'
+ * import { join } from 'node:path'
+ * import { functionPolicy, loadMetadata, openDevice, PraGrpo, saveRollouts } from 'p2r-kernels'
+ *
+ * const device = openDevice('cpu')
+ * const trainer = new PraGrpo({
+ *   perceiver: functionPolicy(() => ({ text: '[]', tokens: [1, 2], logProbs: [-0.5, -0.5] })),
+ *   reasoner: functionPolicy(() => '<answer>B</answer>'),
+ *   device,
+ * })
+ * const image = device.zeros([48, 64, 3], 'u8')
+ * const batch = await trainer.rollout([{ image, question: 'Which?', answerForm: 'mca', truth: 'B' }])
+ * const path = join(mkdtempSync(join(tmpdir(), 'p2r-')), 'batch.safetensors')
+ * await saveRollouts(path, batch)
+ * console.log((await loadMetadata(path)).role) // perceiver
+ * batch.dispose()
+ * device.dispose()
  */
 export async function saveRollouts(path: string, batch: RolloutBatch): Promise<void> {
+  const op = 'saveRollouts'
+  checkString(path, 'path', op)
+  checkBatch(batch, op)
   const { role, groups, rewards, advantages, cuSeqlens, tokens, oldLogProbs, metrics } = batch
   const made: Tensor[] = []
   const ints = (data: Int32Array): Tensor => {
@@ -51,10 +75,38 @@ export async function saveRollouts(path: string, batch: RolloutBatch): Promise<v
  * A batch that saveRollouts wrote, for PraGrpo's `step` in another process. Its items have no evidence:
  * the images are not in the file, the boxes are (`parseBoxes` of a perceiver's completion).
  *
- * @throws ERR_IO for a file that cannot be read; ERR_FORMAT for one that holds no batch.
+ * @throws ERR_VALUE for wrong arguments; ERR_IO for a file that cannot be read; ERR_FORMAT for one that holds no
+ *   batch.
+ * @example
+ * import { mkdtempSync } from 'node:fs'
+ * import { tmpdir } from 'node:os'
+ * import { join } from 'node:path'
+ * import { functionPolicy, loadRollouts, openDevice, PraGrpo, saveRollouts } from 'p2r-kernels'
+ *
+ * const device = openDevice('cpu')
+ * const options = {
+ *   perceiver: functionPolicy(() => ({ text: '[]', tokens: [1, 2], logProbs: [-0.5, -0.5] })),
+ *   reasoner: functionPolicy(() => '<answer>B</answer>'),
+ *   device,
+ *   groupSize: 4,
+ * }
+ * const image = device.zeros([48, 64, 3], 'u8')
+ * const sample = { image, question: 'Which?', answerForm: 'mca', truth: 'B' }
+ * const path = join(mkdtempSync(join(tmpdir(), 'p2r-')), 'batch.safetensors')
+ * const batch = await new PraGrpo(options).rollout([sample])
+ * await saveRollouts(path, batch)
+ *
+ * // In another process:
+ * const loaded = await loadRollouts(path, device)
+ * const step = new PraGrpo(options).step(loaded, { logProbs: loaded.oldLogProbs })
+ * console.log(loaded.tokens.length, await step.loss.read())
+ * for (const each of [step, loaded, batch]) each.dispose()
+ * device.dispose()
  */
 export async function loadRollouts(path: string, device: Device): Promise<RolloutBatch> {
   const op = 'loadRollouts'
+  checkString(path, 'path', op)
+  checkDevice(device, op)
   const header = await loadMetadata(path)
   const bad = (why: string, cause?: unknown): never =>
     refuse('ERR_FORMAT', op, `${path}: ${why}`, { cause })

@@ -1,5 +1,6 @@
-import { hostInts } from '../arguments.js'
+import { checkArguments, hostInts, type Names } from '../arguments.js'
 import { composite } from '../composite.js'
+import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import { type AdvantageEstimator, advantagesAs } from '../ops/advantages.js'
 import {
@@ -18,64 +19,291 @@ import {
 import { heldBy, scope } from '../scope.js'
 import { handleOf, held, type Ints, Tensor } from '../tensor.js'
 
-/**
- * What the caller's engine gives for the tokens of a batch: log-probs f32 [T]; logits [T, V] with
- * their targets i32 [T]; or hidden states [T, C] and targets with the head's weight [V, C] and bias,
- * whose logits are never materialized. The gradient is taken with respect to the same.
- */
-export type GrpoModel =
-  | { logProbs: Tensor }
-  | { logits: Tensor; targets: Tensor; temperature?: number }
-  | LinearHead
+/** A trained model by its log-probabilities: the caller's engine computes them, and takes their gradient. */
+export interface LogProbsModel {
+  /** f32 [T]: of the batch's tokens under the current weights. */
+  logProbs: Tensor<'f32'>
+  logits?: never
+  hidden?: never
+  weight?: never
+  bias?: never
+  targets?: never
+  temperature?: never
+}
 
+/** A trained model by its logits. */
+export interface LogitsModel<D extends FloatDType = FloatDType> {
+  /** [T, V], f32 | f16 | bf16: the logits from which each token of the batch was sampled. */
+  logits: Tensor<D>
+  /** i32 [T]: the tokens. -100 gives a log-probability of 0 and no gradient, yet counts unless masked. */
+  targets: Tensor<'i32'>
+  /**
+   * Divides the logits; greater than 0.
+   * @default 1
+   */
+  temperature?: number
+  logProbs?: never
+  hidden?: never
+  weight?: never
+  bias?: never
+}
+
+/** A trained model by its hidden states and head, hidden [T, C] · weight [V, C]ᵀ: the logits are never materialized. */
+export interface HeadModel<D extends FloatDType = FloatDType> extends LinearHead<D> {
+  logProbs?: never
+  logits?: never
+}
+
+/** What the caller's engine gives for the tokens of a batch. The gradient is taken with respect to the same. */
+export type GrpoModel = LogProbsModel | LogitsModel | HeadModel
+
+/** A HeadModel that has a bias, and one that has none. */
+export type BiasedHeadModel<D extends FloatDType = FloatDType> = HeadModel<D> &
+  Required<Pick<HeadModel<D>, 'bias'>>
+export type UnbiasedHeadModel<D extends FloatDType = FloatDType> = Omit<HeadModel<D>, 'bias'> & {
+  bias?: never
+}
+
+/** The results of a step whatever its input, with the gradients that some inputs give. */
 export interface GrpoStep extends Disposable {
-  loss: Tensor
-  logProbs: Tensor
-  /** For log-probs as input. */
-  dLogProbs?: Tensor
-  /** For logits as input. */
-  dLogits?: Tensor
-  /** For hidden states as input: as they are, f32 [V, C], and f32 [V] where there is a bias. */
-  dHidden?: Tensor
-  dWeight?: Tensor
-  dBias?: Tensor
-  metrics: () => Promise<LossMetrics>
+  /** f32 [1]. */
+  readonly loss: Tensor<'f32'>
+  /** f32 [T]: of the tokens under the current weights; a copy where they were given. */
+  readonly logProbs: Tensor<'f32'>
+  /** f32 [B]: one a sequence. */
+  readonly advantages: Tensor<'f32'>
+  /** f32 [T]: for log-probabilities as input. */
+  readonly dLogProbs?: Tensor<'f32'>
+  /** As the logits in shape and type: for logits as input. */
+  readonly dLogits?: Tensor
+  /** As the hidden states in shape and type: for hidden states as input. */
+  readonly dHidden?: Tensor
+  /** f32 [V, C]: for hidden states as input. */
+  readonly dWeight?: Tensor<'f32'>
+  /** f32 [V]: for a head with a bias. */
+  readonly dBias?: Tensor<'f32'>
+  /** Reads the loss's metrics, which are valid until the step is disposed. */
+  readonly metrics: () => Promise<LossMetrics>
+  /** Frees all tensors of the step. A second call does nothing. */
   dispose(): void
 }
 
+type Gradient = 'dLogProbs' | 'dLogits' | 'dHidden' | 'dWeight' | 'dBias'
+type CommonResults = Omit<GrpoStep, Gradient>
+
+/** The results of a step on log-probabilities. */
+export interface LogProbsStep extends CommonResults {
+  /** f32 [T]: the gradient of the loss. */
+  readonly dLogProbs: Tensor<'f32'>
+}
+
+/** The results of a step on logits. */
+export interface LogitsStep<D extends FloatDType = FloatDType> extends CommonResults {
+  /** The gradient of the loss, as the logits in shape and type. */
+  readonly dLogits: Tensor<D>
+}
+
+/** The results of a step on hidden states and a head without bias. */
+export interface HeadStep<D extends FloatDType = FloatDType> extends CommonResults {
+  /** The gradient of the loss, as the hidden states in shape and type. */
+  readonly dHidden: Tensor<D>
+  /** f32 [V, C]. */
+  readonly dWeight: Tensor<'f32'>
+}
+
+/** The results of a step on hidden states and a head with a bias. */
+export interface BiasedHeadStep<D extends FloatDType = FloatDType> extends HeadStep<D> {
+  /** f32 [V]. */
+  readonly dBias: Tensor<'f32'>
+}
+
+/** The batch and the options of grpoStep, beside the model. */
 export interface GrpoBatch extends PolicyLossOptions {
-  /** f32 [B], or [B, K] for 'gdpo'. */
-  rewards: Tensor
-  /** The group (prompt) of each sequence. */
+  /** f32 [B], or [B, K] of K kinds for 'gdpo'. Must be finite. */
+  rewards: Tensor<'f32'>
+  /** The group (prompt) of each sequence: B ids, in any order. */
   groups: Ints
+  /** [B + 1]: sequence b has the tokens cuSeqlens[b] to cuSeqlens[b + 1] of T, from 0 and not falling. */
   cuSeqlens: Ints
-  /** u8 [T]: 1 keeps a token. */
-  mask?: Tensor
-  oldLogProbs?: Tensor
-  refLogProbs?: Tensor
-  importanceWeights?: Tensor
-  /** 'grpo' unless given, with epsilon 1e-6, and singleton and weights as in groupAdvantages. */
+  /**
+   * u8 [T]: 1 keeps a token, 0 excludes it.
+   * @default keeps all
+   */
+  mask?: Tensor<'u8'>
+  /**
+   * f32 [T]: the log-probabilities with which the tokens were sampled.
+   * @default on-policy, a ratio of 1
+   */
+  oldLogProbs?: Tensor<'f32'>
+  /** f32 [T]: those of the reference policy. The loss has its KL term where they are given. */
+  refLogProbs?: Tensor<'f32'>
+  /**
+   * f32 [T]: multiply the policy term.
+   * @default 1
+   */
+  importanceWeights?: Tensor<'f32'>
+  /**
+   * How advantages are computed; see groupAdvantages. Spelled as verl does.
+   * @default 'grpo'
+   */
   estimator?: AdvantageEstimator
+  /**
+   * Added to a group's standard deviation.
+   * @default 1e-6
+   */
   epsilon?: number
+  /**
+   * What a group of one gets: its 'reward' (verl) or 'zero' (TRL).
+   * @default 'reward'
+   */
   singleton?: 'reward' | 'zero'
+  /**
+   * Of the K kinds of rewards, for 'gdpo'.
+   * @default 1 each
+   */
   weights?: readonly number[]
+}
+
+/** The arguments of grpoStep: a batch, and the model's part, which decides the gradients returned. */
+export type GrpoStepArgs = GrpoModel & GrpoBatch
+
+/** @internal */
+export const lossNames: Names<PolicyLossOptions> = {
+  objective: true,
+  clipLow: true,
+  clipHigh: true,
+  dualClip: true,
+  tauPositive: true,
+  tauNegative: true,
+  kl: true,
+  klCoef: true,
+  klClamp: true,
+  entropyCoef: true,
+  aggregation: true,
+  termAggregation: true,
+  emptyRows: true,
+  lossScale: true,
+  normalizer: true,
+  advantagesPer: true,
+}
+/** @internal */
+export const modelNames: Names<GrpoModel> = {
+  logProbs: true,
+  logits: true,
+  hidden: true,
+  weight: true,
+  bias: true,
+  targets: true,
+  temperature: true,
+}
+const argumentNames: Names<GrpoStepArgs> = {
+  ...lossNames,
+  ...modelNames,
+  rewards: true,
+  groups: true,
+  cuSeqlens: true,
+  mask: true,
+  oldLogProbs: true,
+  refLogProbs: true,
+  importanceWeights: true,
+  estimator: true,
+  epsilon: true,
+  singleton: true,
+  weights: true,
 }
 
 /**
  * One GRPO step on a batch of rollouts: rewards and groups -> advantages -> loss -> gradient, all on
- * the device. Estimators that weight by length use a sequence's kept tokens, which are counted on the
- * device if there is a mask.
+ * the device.
  *
- * It is one operation: its errors carry its name, and a fault poisons all of its results. With log-probs
- * as input, `logProbs` of the result is a copy of them. Only the mask excludes tokens: a target of -100
- * has log-probability 0 and no gradient, yet counts unless masked.
+ * Estimators that weight by length use a sequence's kept tokens, which are counted on the device if there is a
+ * mask. It is one operation: its errors carry its name, and a fault poisons all of its results. Only the mask
+ * excludes tokens. Source: Shao et al. 2024 (GRPO); the defaults are Perceive-to-Reason's.
+ *
+ * @returns the loss, the advantages, the log-probabilities, and the gradient for what was given: dLogProbs,
+ *   dLogits, or dHidden and dWeight, with dBias if there is a bias.
+ * @throws ERR_VALUE, ERR_SHAPE, ERR_DTYPE and ERR_DEVICE for wrong arguments; a fault on the device, such as a
+ *   token outside the vocabulary, is thrown by the reads.
+ * @example
+ * import { grpoStep, openDevice } from 'p2r-kernels'
+ *
+ * const device = openDevice('cpu')
+ * // Two groups of two answers, of two tokens each; the first of each group was right.
+ * const step = grpoStep({
+ *   logProbs: device.tensor(new Float32Array(8).fill(-0.7), [8]),
+ *   rewards: device.tensor([1, 0, 1, 0], [4]),
+ *   groups: [0, 0, 1, 1],
+ *   cuSeqlens: [0, 2, 4, 6, 8],
+ *   clipHigh: 0.28,
+ * })
+ * console.log(await step.dLogProbs.read()) // negative where the answer was right
+ * console.log((await step.metrics()).tokens) // 8
+ * step.dispose()
+ * device.dispose()
  */
-export function grpoStep(a: GrpoModel & GrpoBatch): GrpoStep & { advantages: Tensor } {
+export function grpoStep(a: LogProbsModel & GrpoBatch): LogProbsStep
+export function grpoStep<D extends FloatDType>(a: LogitsModel<D> & GrpoBatch): LogitsStep<D>
+export function grpoStep<D extends FloatDType>(a: BiasedHeadModel<D> & GrpoBatch): BiasedHeadStep<D>
+export function grpoStep<D extends FloatDType>(a: UnbiasedHeadModel<D> & GrpoBatch): HeadStep<D>
+export function grpoStep(a: GrpoStepArgs): GrpoStep
+export function grpoStep(a: GrpoStepArgs): GrpoStep {
   const op = 'grpoStep'
+  checkArguments(a, argumentNames, op)
+  return stepAs(op, a)
+}
+
+/** @internal For PraGrpo, under its name. */
+export function stepAs(op: string, a: GrpoStepArgs): GrpoStep {
+  checkModel(a, a.cuSeqlens, op)
   return scope(() => composite(op, () => step(op, a)))
 }
 
-function step(op: string, a: GrpoModel & GrpoBatch): GrpoStep & { advantages: Tensor } {
+/**
+ * One kind of model, of as many tokens as the batch has: so that it is what the caller gave that is refused,
+ * and not the part of the batch with which an inner operation compares it.
+ */
+function checkModel(a: GrpoModel, cuSeqlens: Ints, op: string): void {
+  const kinds = (['logProbs', 'logits', 'hidden'] as const).filter((name) => a[name] !== undefined)
+  const [kind] = kinds
+  if (kind === undefined || kinds.length > 1)
+    refuse(
+      'ERR_VALUE',
+      op,
+      `the model must be logProbs, or logits and targets, or hidden, weight and targets; got ${kinds.join(' and ') || 'none of them'}`,
+    )
+  handleOf(a[kind], kind, op)
+  const parts = { logProbs: [], logits: ['targets'], hidden: ['targets', 'weight'] } as const
+  for (const name of parts[kind]) handleOf(a[name], name, op)
+  for (const name of ['targets', 'weight', 'bias', 'temperature'] as const)
+    if (a[name] !== undefined && (kind === 'logProbs' || (kind === 'logits' && !isOfLogits(name))))
+      refuse('ERR_VALUE', op, `${name} does not belong to a model of ${kind}`)
+  const tokens = tokensOf(hostInts(cuSeqlens, 'cuSeqlens', op))
+  if (tokens === undefined) return
+  for (const name of [kind, 'targets'] as const) {
+    const shape = a[name]?.shape
+    const rank = name === 'logits' || name === 'hidden' ? 2 : 1
+    if (shape === undefined || (shape.length === rank && shape[0] === tokens)) continue
+    const wanted = { logProbs: '', targets: '', logits: ', V', hidden: ', C' }[name]
+    refuse(
+      'ERR_SHAPE',
+      op,
+      `${name} must be [${tokens}${wanted}], because cuSeqlens ends at ${tokens} tokens, got [${shape.join(', ')}]`,
+    )
+  }
+}
+
+/** T of well-formed cuSeqlens; undefined for others, which the operations refuse. */
+function tokensOf(cuSeqlens: Float64Array): number | undefined {
+  if (cuSeqlens[0] !== 0 || !cuSeqlens.every(Number.isInteger)) return undefined
+  for (let b = 1; b < cuSeqlens.length; b++) if (cuSeqlens[b]! < cuSeqlens[b - 1]!) return undefined
+  return cuSeqlens.at(-1)
+}
+
+function isOfLogits(name: string): boolean {
+  return name === 'targets' || name === 'temperature'
+}
+
+function step(op: string, a: GrpoStepArgs): GrpoStep {
   const advantages = advantagesAs(op, {
     rewards: a.rewards,
     groups: a.groups,
@@ -86,19 +314,21 @@ function step(op: string, a: GrpoModel & GrpoBatch): GrpoStep & { advantages: Te
   })
   if (a.advantagesPer === 'token')
     refuse('ERR_VALUE', op, "advantagesPer must be 'sequence': an advantage belongs to a reward")
-  const options = { ...a, advantages, advantagesPer: 'sequence' as const }
+  const options: Options = {
+    ...pickDefined(a, lossInputs),
+    cuSeqlens: a.cuSeqlens,
+    advantages,
+    advantagesPer: 'sequence',
+  }
 
-  if ('logProbs' in a) {
-    handleOf(a.logProbs, 'logProbs', op)
+  if (a.logProbs !== undefined) {
     const { loss, dLogProbs, metrics, hidden } = withHidden(
       lossAs(op, { ...options, logProbs: a.logProbs }),
     )
     const logProbs = a.logProbs.to(a.logProbs.device)
     return held({ loss, logProbs, dLogProbs, advantages, metrics }, hidden)
   }
-  if ('hidden' in a) return stepOnHead(op, a, { ...options, advantages })
-  handleOf(a.logits, 'logits', op)
-  handleOf(a.targets, 'targets', op)
+  if (a.hidden !== undefined) return stepOnHead(op, a, options)
   const rows = { logits: a.logits, targets: a.targets, temperature: a.temperature ?? 1 }
   const forward = tokenLogProbs({ ...rows, entropy: !!a.entropyCoef })
   const { loss, dLogProbs, dEntropy, metrics, hidden } = withHidden(
@@ -119,12 +349,13 @@ function step(op: string, a: GrpoModel & GrpoBatch): GrpoStep & { advantages: Te
 
 type Options = PolicyLossInputs
 
+const lossInputs = [
+  ...(Object.keys(lossNames) as (keyof PolicyLossOptions)[]),
+  ...(['mask', 'oldLogProbs', 'refLogProbs', 'importanceWeights'] as const),
+]
+
 /** In one pass if each token's gradient depends on that token only, else log-probs first. */
-function stepOnHead(
-  op: string,
-  a: LinearHead,
-  options: Options,
-): GrpoStep & { advantages: Tensor } {
+function stepOnHead(op: string, a: LinearHead, options: Options): GrpoStep {
   const { advantages } = options
   const head: LinearHead = {
     hidden: a.hidden,

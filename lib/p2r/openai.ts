@@ -1,13 +1,32 @@
 import type { OpenAI } from 'openai'
 import { type AbortSignalLike, onAbort, sleep } from '../abort.js'
-import { checkInteger, checkObject, checkText, choice, describeValue } from '../arguments.js'
+import {
+  checkArguments,
+  checkBoolean,
+  checkInteger,
+  checkIntegerWithin,
+  checkObject,
+  checkReceiver,
+  checkText,
+  choice,
+  describeValue,
+  isObject,
+  type Names,
+} from '../arguments.js'
 import { P2RError, refuse } from '../errors.js'
 import { encodeImage } from '../image.js'
-import { handleOf, type Tensor } from '../tensor.js'
-import { type Completion, messageOf, type Policy, type PolicyRequest } from './policy.js'
+import type { Tensor } from '../tensor.js'
+import {
+  type Completion,
+  checkRequest,
+  messageOf,
+  type Policy,
+  type PolicyRequest,
+} from './policy.js'
 import { Semaphore } from './semaphore.js'
 
-export interface OpenAIOptions {
+/** Options of OpenAIPolicy. */
+export interface OpenAIPolicyOptions {
   /**
    * The API's address with its version: 'http://localhost:8000/v1'. Several are used in turn, and a
    * retry uses the next.
@@ -15,31 +34,67 @@ export interface OpenAIOptions {
   baseURL: string | readonly string[]
   /** The served model's name. */
   model: string
-  /** 'EMPTY' unless given: self-hosted servers need none. */
+  /**
+   * Sent as the bearer token; self-hosted servers need none.
+   * @default 'EMPTY'
+   */
   apiKey?: string
-  /** Of one attempt, from the request to the end of the response: 300 000 unless given. */
+  /**
+   * Milliseconds of one attempt, from the request to the end of the response.
+   * @default 300_000
+   */
   timeoutMs?: number
-  /** Attempts after the first: 3 unless given. */
+  /**
+   * Attempts after the first.
+   * @default 3
+   */
   maxRetries?: number
-  /** Requests in flight at once: 32 unless given. */
+  /**
+   * Requests in flight at once; further ones wait.
+   * @default 32
+   */
   concurrency?: number
-  /** Encoding of images: 'jpeg' (default, as in the reference) or 'png', which is lossless. */
+  /**
+   * Encoding of images: 'jpeg', as in the reference, or 'png', which is lossless.
+   * @default 'jpeg'
+   */
   imageFormat?: 'jpeg' | 'png'
-  /** Of JPEG, 1 to 100: 75 unless given, which is Pillow's default and so the reference's. */
+  /**
+   * Of JPEG, 1 to 100; the default is Pillow's, and so the reference's.
+   * @default 75
+   */
   imageQuality?: number
   /**
-   * Whether requests that do not specify it want token ids and log-probabilities: true unless given.
-   * This sends vLLM's fields besides the API's own; other servers ignore them, except api.openai.com,
-   * which refuses them.
+   * Whether requests that do not specify it want token ids and log-probabilities. This sends vLLM's fields
+   * besides the API's own; other servers ignore them, except api.openai.com, which refuses them.
+   * @default true
    */
   tokens?: boolean
   /**
-   * Streams responses: false unless given. Node's fetch times out after 300 seconds without response
-   * headers, which a stream sends at once.
+   * Streams responses. Node's fetch times out after 300 seconds without response headers, which a stream sends
+   * at once.
+   * @default false
    */
   stream?: boolean
-  /** Fields added to each request: { chat_template_kwargs: { enable_thinking: false } }. */
+  /**
+   * Fields added to each request: { chat_template_kwargs: { enable_thinking: false } }.
+   * @default {}
+   */
   extraBody?: Readonly<Record<string, unknown>>
+}
+
+const optionNames: Names<OpenAIPolicyOptions> = {
+  baseURL: true,
+  model: true,
+  apiKey: true,
+  timeoutMs: true,
+  maxRetries: true,
+  concurrency: true,
+  imageFormat: true,
+  imageQuality: true,
+  tokens: true,
+  stream: true,
+  extraBody: true,
 }
 
 const op = 'OpenAIPolicy'
@@ -61,17 +116,33 @@ const encodedAhead = 8
  * A model that declines gives completions with `refusal`. Token ids come from vLLM's
  * `return_token_ids` or `return_tokens_as_token_ids`, whichever the server supports; log-probabilities
  * are the server's, which for vLLM are those of temperature 1 unless it was started otherwise.
+ *
+ * @throws ERR_VALUE for wrong options.
+ * @example
+ * import { createServer } from 'node:http'
+ * import { OpenAIPolicy } from 'p2r-kernels'
+ *
+ * // Stands for a server of vLLM or SGLang.
+ * const choices = [{ index: 0, message: { role: 'assistant', content: 'three' }, finish_reason: 'stop' }]
+ * const server = createServer((_, response) => response.end(JSON.stringify({ choices })))
+ * await new Promise((resolve) => server.listen(0, '127.0.0.1', resolve))
+ *
+ * const baseURL = `http://127.0.0.1:${server.address().port}/v1`
+ * const policy = new OpenAIPolicy({ baseURL, model: 'Qwen/Qwen3-VL-4B-Instruct', maxRetries: 1 })
+ * const request = { role: 'reasoner', system: '', prompt: 'How many?', images: [], tokens: false }
+ * console.log(await policy.generate(request)) // [ { text: 'three' } ]
+ * server.close()
  */
 export class OpenAIPolicy implements Policy {
-  readonly #options: Required<Omit<OpenAIOptions, 'baseURL'>>
+  readonly #options: Required<Omit<OpenAIPolicyOptions, 'baseURL'>>
   readonly #urls: readonly string[]
   readonly #requests: Semaphore
   readonly #encodings: Semaphore
   #clients: Promise<OpenAI[]> | undefined
   #turn = 0
 
-  constructor(options: OpenAIOptions) {
-    checkObject(options, 'options', op)
+  constructor(options: OpenAIPolicyOptions) {
+    checkArguments(options, optionNames, op)
     this.#urls = urlsOf(options.baseURL)
     this.#options = {
       model: checkText(options.model, 'model', op),
@@ -80,22 +151,24 @@ export class OpenAIPolicy implements Policy {
       maxRetries: checkInteger(options.maxRetries ?? 3, 0, 'maxRetries', op),
       concurrency: checkInteger(options.concurrency ?? 32, 1, 'concurrency', op),
       imageFormat: choice(options.imageFormat ?? 'jpeg', ['jpeg', 'png'], 'imageFormat', op),
-      imageQuality: checkInteger(options.imageQuality ?? 75, 1, 'imageQuality', op),
-      tokens: options.tokens ?? true,
-      stream: options.stream ?? false,
-      extraBody: options.extraBody ?? {},
+      imageQuality: checkIntegerWithin(options.imageQuality ?? 75, 1, 100, 'imageQuality', op),
+      tokens: checkBoolean(options.tokens ?? true, 'tokens', op),
+      stream: checkBoolean(options.stream ?? false, 'stream', op),
+      extraBody: checkObject(options.extraBody ?? {}, 'extraBody', op),
     }
-    if (this.#options.imageQuality > 100)
-      refuse('ERR_VALUE', op, `imageQuality must be at most 100, got ${options.imageQuality}`)
     this.#requests = new Semaphore(this.#options.concurrency)
     this.#encodings = new Semaphore(this.#options.concurrency + encodedAhead)
   }
 
+  /**
+   * Sends one request, and again where it fails in a way that may pass.
+   *
+   * @throws ERR_VALUE for a wrong request; ERR_POLICY, with its cause, when the last attempt failed.
+   */
   async generate(request: PolicyRequest): Promise<Completion[]> {
-    const { system, prompt, n = 1, temperature, maxTokens, signal } = request
-    checkInteger(n, 1, 'n', op)
-    checkText(prompt, 'prompt', op)
-    for (const [i, image] of request.images.entries()) handleOf(image, `images[${i}]`, op)
+    checkReceiver(isObject(this) && #options in this, 'OpenAIPolicy', op)
+    const { system, n = 1, temperature, maxTokens, signal } = checkRequest(request, op)
+    const prompt = checkText(request.prompt, 'prompt', op)
     const { model, extraBody, stream } = this.#options
     return this.#encodings.run(async () => {
       const images = await Promise.all(request.images.map((image) => this.#dataURL(image)))
@@ -127,7 +200,7 @@ export class OpenAIPolicy implements Policy {
     }, signal)
   }
 
-  async #dataURL(image: Tensor): Promise<string> {
+  async #dataURL(image: Tensor<'u8'>): Promise<string> {
     const { imageFormat: format, imageQuality: quality } = this.#options
     const bytes = await encodeImage(image, format === 'jpeg' ? { format, quality } : { format })
     return `data:image/${format};base64,${Buffer.from(bytes).toString('base64')}`

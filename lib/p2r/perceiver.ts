@@ -1,26 +1,100 @@
-import type { AbortSignalLike } from '../abort.js'
-import { checkString } from '../arguments.js'
-import type { Tensor } from '../tensor.js'
+import { type AbortSignalLike, checkSignal } from '../abort.js'
+import {
+  checkArguments,
+  checkPositive,
+  checkReceiver,
+  checkString,
+  describeValue,
+  isObject,
+  type Names,
+} from '../arguments.js'
+import { refuse } from '../errors.js'
+import { imageSize, type Tensor } from '../tensor.js'
 import { parseBoxes } from './boxes.js'
-import { collectEvidence, type Evidence, type EvidenceSizes } from './evidence.js'
-import { answered, ask, type Completion, checkPolicy, type Policy } from './policy.js'
+import {
+  checkEvidenceOptions,
+  collectEvidence,
+  type Evidence,
+  type EvidenceOptions,
+  evidenceNames,
+} from './evidence.js'
+import {
+  answered,
+  ask,
+  type Completion,
+  checkPolicy,
+  checkSampling,
+  type Policy,
+} from './policy.js'
 import { type PromptOverrides, type Prompts, perceivePrompt, promptsOf } from './prompts.js'
 
-export interface PerceiverOptions extends EvidenceSizes {
-  /** Crops at most: 3 unless given. */
-  maxEvidence?: number
-  /** As in collectEvidence. */
-  padding?: readonly [number, number]
-  /** 0 for one rollout, 1 for several, unless given. */
+/** How a Perceiver asks and what it cuts out. */
+export interface PerceiverOptions extends EvidenceOptions {
+  /**
+   * Of the sampling; 0 takes the most probable token.
+   * @default 0 for one rollout, 1 for several
+   */
   temperature?: number
-  /** 1024 unless given. */
+  /**
+   * The longest output, in tokens.
+   * @default 1024
+   */
   maxTokens?: number
+  /**
+   * Templates instead of the default prompts.
+   * @default {}
+   */
   prompts?: PromptOverrides
 }
 
+/** The arguments of Perceiver's `perceive`. */
+export interface PerceiveArgs {
+  /** u8 [height, width, 3]. It stays the caller's, and must outlive the evidence. */
+  image: Tensor<'u8'>
+  /** What is asked about the image. */
+  question: string
+  /**
+   * How many outputs to sample.
+   * @default 1
+   */
+  n?: number
+  /** An abort rejects with the signal's reason. */
+  signal?: AbortSignalLike
+}
+
+/** One output of a perceiver. */
+export interface Perception {
+  /** What the policy wrote. */
+  completion: Completion
+  /** The evidence of its boxes; none where it wrote none. The caller disposes it. */
+  evidence: Evidence
+}
+
+const optionNames: Names<PerceiverOptions> = {
+  ...evidenceNames,
+  temperature: true,
+  maxTokens: true,
+  prompts: true,
+}
+const argumentNames: Names<PerceiveArgs> = { image: true, question: true, n: true, signal: true }
+
 /**
- * Asks a policy where the evidence is. The image that the policy sees is reduced to maxPixels if given;
- * the evidence is cropped from the full image.
+ * Asks a policy where in an image the evidence for a question is, and collects it.
+ *
+ * The image that the policy sees is reduced to maxPixels, if given; the evidence is cut from the full image.
+ * Source: Perceive-to-Reason, evaluation/p2r_utils.py.
+ *
+ * @throws ERR_VALUE for a policy without `generate`, and for wrong options.
+ * @example
+ * import { functionPolicy, openDevice, Perceiver } from 'p2r-kernels'
+ *
+ * const device = openDevice('cpu')
+ * const image = device.zeros([480, 640, 3], 'u8')
+ * const policy = functionPolicy(() => '[{"bbox_2d": [400, 300, 600, 500], "label": "sign"}]')
+ * const [{ evidence }] = await new Perceiver(policy).perceive({ image, question: 'What is shown?' })
+ * console.log(evidence.boxes[0].label, evidence.crops[0].shape) // sign [ 192, 256, 3 ]
+ * evidence.dispose()
+ * device.dispose()
  */
 export class Perceiver {
   readonly #policy: Policy
@@ -28,27 +102,30 @@ export class Perceiver {
   readonly #prompts: Prompts
 
   constructor(policy: Policy, options: PerceiverOptions = {}) {
-    this.#policy = checkPolicy(policy, 'policy', 'Perceiver')
-    this.#options = options
-    this.#prompts = promptsOf(options.prompts, 'Perceiver')
+    const op = 'Perceiver'
+    this.#policy = checkPolicy(policy, 'policy', op)
+    checkArguments(options, optionNames, op)
+    checkEvidenceOptions(options, op)
+    checkSampling(options, op)
+    this.#options = { ...options }
+    this.#prompts = promptsOf(options.prompts, op)
   }
 
   /**
-   * n rollouts, 1 unless given: each the completion and the evidence of its boxes, which the caller
-   * disposes.
+   * Samples n outputs, and collects the evidence of each.
    *
-   * @throws ERR_POLICY when the policy fails, or declines the only rollout. Of several that it
-   *   declines, each has a `refusal` and evidence without boxes.
+   * @throws ERR_VALUE, ERR_SHAPE and ERR_DTYPE for wrong arguments; ERR_POLICY when the policy fails, or
+   *   declines the only rollout. Of several that it declines, each has a `refusal` and evidence without boxes.
    */
-  async perceive(a: {
-    image: Tensor
-    question: string
-    n?: number
-    signal?: AbortSignalLike
-  }): Promise<{ completion: Completion; evidence: Evidence }[]> {
+  async perceive(a: PerceiveArgs): Promise<Perception[]> {
     const op = 'perceive'
-    const { image, question, n = 1, signal } = a
-    const text = checkString(question, 'question', op)
+    checkReceiver(Perceiver.is(this), 'Perceiver', op)
+    checkArguments(a, argumentNames, op)
+    const { image, n = 1 } = a
+    imageSize(image, op)
+    const question = checkString(a.question, 'question', op)
+    checkPositive(n, 'n', op)
+    const signal = checkSignal(a.signal, op)
     const { temperature = n > 1 ? 1 : 0, maxTokens = 1024, prompts: _, ...options } = this.#options
     const seen = collectEvidence({ ...options, image, boxes: [] })
     let completions: Completion[]
@@ -58,7 +135,7 @@ export class Perceiver {
         {
           role: 'perceiver',
           system: this.#prompts.system,
-          prompt: perceivePrompt(this.#prompts, text),
+          prompt: perceivePrompt(this.#prompts, question),
           images: [seen.annotated],
           n,
           temperature,
@@ -76,4 +153,16 @@ export class Perceiver {
       evidence: collectEvidence({ ...options, image, boxes: parseBoxes(completion.text) }),
     }))
   }
+
+  /** @internal */
+  static is(value: unknown): value is Perceiver {
+    return isObject(value) && #policy in value
+  }
+}
+
+/** @internal The argument `perceiver`. */
+export function checkPerceiver(value: unknown, op: string): Perceiver {
+  if (!Perceiver.is(value))
+    refuse('ERR_VALUE', op, `perceiver must be a Perceiver, got ${describeValue(value)}`)
+  return value
 }

@@ -1,63 +1,142 @@
-import type { AbortSignalLike } from '../abort.js'
-import { describeValue } from '../arguments.js'
+import { type AbortSignalLike, checkSignal } from '../abort.js'
+import {
+  checkArguments,
+  checkArray,
+  checkBoolean,
+  checkFunction,
+  checkNonNegative,
+  checkPositive,
+  checkString,
+  choice,
+  describeValue,
+  type Names,
+} from '../arguments.js'
 import { P2RError, refuse } from '../errors.js'
-import type { Tensor } from '../tensor.js'
+import { handleOf, type Tensor } from '../tensor.js'
 
-export type Role = 'perceiver' | 'reasoner'
+const roles = ['perceiver', 'reasoner'] as const
+/** The two parts of Perceive-to-Reason: one finds the evidence in an image, one answers from it. */
+export type Role = (typeof roles)[number]
 
-/** A policy's output. */
+/** One output of a policy. */
 export interface Completion {
+  /** The text, without the tokens that end it; '' where the policy declined. */
   text: string
-  /** The ids of its tokens, where the policy gives them; training needs them. */
+  /** The ids of the text's tokens, where the policy gives them. Training needs them. */
   tokens?: readonly number[]
-  /** The log-probability of each token when it was sampled. */
+  /** The log-probability of each token when it was sampled, in nats. */
   logProbs?: readonly number[]
-  /** The policy's reason for declining to answer; `text` is '' then. */
+  /** The policy's reason for declining to answer. */
   refusal?: string
 }
 
+/** One call of a policy. */
 export interface PolicyRequest {
+  /** The role that the policy plays in this call. */
   role: Role
+  /** The system prompt; '' for none. */
   system: string
+  /** The user's prompt, which follows the images. */
   prompt: string
-  /** u8 [height, width, 3] each, before the prompt. A policy reads them before its promise settles. */
-  images: readonly Tensor[]
-  /** Completions wanted: 1 unless given. */
+  /** u8 [height, width, 3] each. They are valid until the policy's promise settles. */
+  images: readonly Tensor<'u8'>[]
+  /**
+   * How many completions to sample.
+   * @default 1
+   */
   n?: number
+  /** Of the sampling; 0 takes the most probable token. Left out: the policy's own. */
   temperature?: number
+  /** The longest completion, in tokens. Left out: the policy's own. */
   maxTokens?: number
-  /** Whether tokens and log-probabilities are wanted; the policy's own choice unless given. */
+  /** Whether tokens and log-probabilities are wanted. Left out: the policy's own. */
   tokens?: boolean
   /** An abort rejects with the signal's reason. */
   signal?: AbortSignalLike
 }
 
-/** A model in one of the roles: served, or in this process. */
+/**
+ * A model that plays a role: served, in this process, or any object with such a method.
+ *
+ * `functionPolicy` makes one of a function, `OpenAIPolicy` of a served model.
+ */
 export interface Policy {
+  /** Resolves to `request.n` completions. A rejection becomes a P2RError with it as its cause. */
   generate(request: PolicyRequest): Promise<Completion[]>
 }
 
+type Said = string | Completion | readonly (string | Completion)[]
+
+/** What a function policy calls: one text or completion, repeated n times, or a list of n. */
+export type PolicyFunction = (request: PolicyRequest) => Said | Promise<Said>
+
+const requestNames: Names<PolicyRequest> = {
+  role: true,
+  system: true,
+  prompt: true,
+  images: true,
+  n: true,
+  temperature: true,
+  maxTokens: true,
+  tokens: true,
+  signal: true,
+}
+
+/** @internal A request as the library's policies take it. */
+export function checkRequest(request: PolicyRequest, op: string): PolicyRequest {
+  checkArguments(request, requestNames, op)
+  choice(request.role, roles, 'role', op)
+  checkString(request.system, 'system', op)
+  checkString(request.prompt, 'prompt', op)
+  checkArray(request.images, 'images', op, 'an array of Tensors')
+  request.images.forEach((image, i) => {
+    handleOf(image, `images[${i}]`, op)
+  })
+  checkPositive(request.n ?? 1, 'n', op)
+  checkSampling(request, op)
+  if (request.tokens !== undefined) checkBoolean(request.tokens, 'tokens', op)
+  checkSignal(request.signal, op)
+  return request
+}
+
+/** @internal */
+export function checkSampling(a: { temperature?: number; maxTokens?: number }, op: string): void {
+  if (a.temperature !== undefined) checkNonNegative(a.temperature, 'temperature', op)
+  if (a.maxTokens !== undefined) checkPositive(a.maxTokens, 'maxTokens', op)
+}
+
 /**
- * A policy from a function of the request that returns one text or completion, which is repeated n
- * times, or a list of n. Sampling is up to the function.
+ * A policy that calls a function of the request. Sampling is up to the function.
+ *
+ * @param f called once a request; see PolicyFunction.
+ * @throws ERR_VALUE for anything but a function. The policy rejects with ERR_POLICY if the function's result is
+ *   no completion, or not as many as requested.
+ * @example
+ * import { functionPolicy } from 'p2r-kernels'
+ *
+ * const policy = functionPolicy(({ prompt }) => `You asked: ${prompt}`)
+ * const [completion] = await policy.generate({
+ *   role: 'reasoner',
+ *   system: '',
+ *   prompt: 'How many?',
+ *   images: [],
+ * })
+ * console.log(completion.text) // You asked: How many?
  */
-export function functionPolicy(
-  f: (
-    request: PolicyRequest,
-  ) => string | Completion | readonly (string | Completion)[] | Promise<unknown>,
-): Policy {
-  if (typeof f !== 'function')
-    refuse('ERR_VALUE', 'functionPolicy', `f must be a function, got ${describeValue(f)}`)
+export function functionPolicy(f: PolicyFunction): Policy {
+  const op = 'functionPolicy'
+  checkFunction(f, 'f', op)
   return {
     async generate(request) {
-      request.signal?.throwIfAborted()
+      const { n = 1, signal } = checkRequest(request, op)
+      signal?.throwIfAborted()
       const made = await f(request)
-      request.signal?.throwIfAborted()
-      const list = Array.isArray(made)
+      signal?.throwIfAborted()
+      const list: readonly unknown[] = Array.isArray(made)
         ? made
-        : Array.from({ length: request.n ?? 1 }, () => made as string | Completion)
+        : Array.from({ length: n }, () => made)
       const completions = list.map((c) => (typeof c === 'string' ? { text: c } : c))
-      return checkCompletions(completions, request.n ?? 1, 'functionPolicy')
+      return checkCompletions(completions, n, op)
     },
   }
 }
@@ -84,7 +163,7 @@ export async function ask(
   return checkCompletions(made, request.n ?? 1, op)
 }
 
-/** As ask, for one completion that must be an answer. */
+/** @internal As ask, for one completion that must be an answer. */
 export async function askOnce(
   policy: Policy,
   request: Omit<PolicyRequest, 'n'>,
@@ -94,7 +173,7 @@ export async function askOnce(
   return answered(completion!, request.role, op)
 }
 
-/** The completion, unless the policy declined. */
+/** @internal The completion, unless the policy declined. */
 export function answered(completion: Completion, role: Role, op: string): Completion {
   if (completion.refusal !== undefined)
     refuse(
@@ -124,13 +203,14 @@ function checkCompletions(made: unknown, n: number, op: string): Completion[] {
   return made as Completion[]
 }
 
+/** @internal */
 export function messageOf(error: unknown): string {
-  return error instanceof Error ? error.message : String(error)
+  return error instanceof Error ? error.message : describeValue(error)
 }
 
 /** @internal A policy given as an argument. */
 export function checkPolicy(policy: unknown, name: string, op: string): Policy {
-  if (typeof (policy as Policy | undefined)?.generate !== 'function')
+  if (typeof (policy as Policy | null | undefined)?.generate !== 'function')
     refuse('ERR_VALUE', op, `${name} must be a Policy, got ${describeValue(policy)}`)
   return policy as Policy
 }

@@ -1,13 +1,47 @@
-import type { AbortSignalLike } from '../abort.js'
-import { checkArray, checkInteger, checkPositive, checkString } from '../arguments.js'
+import { type AbortSignalLike, checkSignal } from '../abort.js'
+import {
+  checkArguments,
+  checkArray,
+  checkFunction,
+  checkInteger,
+  checkNonNegative,
+  checkObject,
+  checkPositive,
+  checkReceiver,
+  checkString,
+  choice,
+  isObject,
+  type Names,
+} from '../arguments.js'
 import { checkDevice, type Device } from '../device.js'
+import type { FloatDType } from '../dtype.js'
 import { P2RError, refuse } from '../errors.js'
-import type { AdvantageEstimator } from '../ops/advantages.js'
+import { type AdvantageEstimator, estimators } from '../ops/advantages.js'
 import type { LossMetrics, PolicyLossOptions } from '../ops/policy_loss.js'
-import { handleOf, type Tensor } from '../tensor.js'
-import { collectEvidence, type Evidence } from './evidence.js'
-import { type GrpoModel, type GrpoStep, grpoStep } from './grpo.js'
-import { Perceiver, type PerceiverOptions } from './perceiver.js'
+import { imageSize, type Tensor } from '../tensor.js'
+import {
+  checkEvidenceOptions,
+  collectEvidence,
+  type Evidence,
+  type EvidenceOptions,
+  evidenceNames,
+} from './evidence.js'
+import {
+  type BiasedHeadModel,
+  type BiasedHeadStep,
+  type GrpoModel,
+  type GrpoStep,
+  type HeadStep,
+  type LogitsModel,
+  type LogitsStep,
+  type LogProbsModel,
+  type LogProbsStep,
+  lossNames,
+  modelNames,
+  stepAs,
+  type UnbiasedHeadModel,
+} from './grpo.js'
+import { Perceiver } from './perceiver.js'
 import {
   answered,
   checkPolicy,
@@ -16,10 +50,17 @@ import {
   type PolicyRequest,
   type Role,
 } from './policy.js'
-import { checkForm, type PromptOverrides } from './prompts.js'
+import { checkForm, type PromptOverrides, promptsOf } from './prompts.js'
 import { Reasoner } from './reasoner.js'
-import { answerReward, perceptionFault, type RewardRules, type Verifier } from './reward.js'
 import {
+  answerReward,
+  perceptionFault,
+  type RewardRules,
+  rulesOf,
+  type Verifier,
+} from './reward.js'
+import {
+  checkBatch,
   makeBatch,
   type RolloutBatch,
   type RolloutItem,
@@ -28,63 +69,161 @@ import {
 } from './rollouts.js'
 import { mapUnordered, pipelineDepth, Semaphore } from './semaphore.js'
 
-/** Steps of each role's phase; the perceiver's comes first. */
+/** Steps of each role's phase; the perceiver's comes first. One of them may be 0. */
 export interface Schedule {
+  /** Steps of the perceiver, one after the other. */
   perceiver: number
+  /** Steps of the reasoner, one after the other. */
   reasoner: number
 }
 
-/** The part of PraGrpo's options that a recipe such as p2r() sets. */
+/** The part of PraGrpo's options that a recipe such as paperSettings() sets. */
 export interface PraGrpoSettings {
-  /** Rollouts a sample: 8 unless given. */
+  /**
+   * Rollouts a sample.
+   * @default 8
+   */
   groupSize?: number
-  /** One step each unless given. */
+  /**
+   * Steps of each phase.
+   * @default one step each
+   */
   schedule?: Schedule
-  /** Rounds of both phases; unlimited unless given. */
+  /**
+   * Rounds of both phases, after which `finished` is true.
+   * @default unlimited
+   */
   rounds?: number
-  /** 'grpo' unless given. */
+  /**
+   * How advantages are computed; see groupAdvantages. Spelled as verl does.
+   * @default 'grpo'
+   */
   estimator?: AdvantageEstimator
+  /**
+   * Options of the loss; see policyLoss.
+   * @default {}
+   */
   loss?: PolicyLossOptions
-  /** Of the trained role's rollouts: 1 unless given. The frozen one answers greedily. */
+  /**
+   * Of the trained role's rollouts. The frozen role answers greedily.
+   * @default 1
+   */
   temperature?: number
 }
 
+/** Options of PraGrpo. */
 export interface PraGrpoOptions extends PraGrpoSettings {
+  /** Finds the evidence: the trained model in the perceiver's phase, a frozen one in the reasoner's. */
   perceiver: Policy
+  /** Answers from it: the trained model in the reasoner's phase, a frozen one in the perceiver's. */
   reasoner: Policy
-  /** For samples of free form. */
+  /** Judges answers of free form, which need one. */
   verifier?: Verifier
   /** Where rewards, advantages and losses are computed. */
   device: Device
   /**
-   * The policies' requests in flight: 32 unless given. About 1.5 times as many samples are processed at
-   * once, and at most as many have evidence images in memory.
+   * The policies' requests in flight. About 1.5 times as many samples are processed at once, and at most as many
+   * have evidence images in memory.
+   * @default 32
    */
   concurrency?: number
-  /** Of extraction, rewards and faults: 'reference' unless given. */
+  /**
+   * Of extraction, rewards and faults; see answerReward.
+   * @default 'reference'
+   */
   rules?: RewardRules
-  /** The perceiver's image size and the crops, as in Perceiver. */
-  evidence?: Omit<PerceiverOptions, 'temperature' | 'maxTokens' | 'prompts'>
+  /**
+   * The perceiver's image size and the crops; see collectEvidence.
+   * @default {}
+   */
+  evidence?: EvidenceOptions
+  /**
+   * Templates instead of the default prompts.
+   * @default {}
+   */
   prompts?: PromptOverrides
-  /** 1024 and 2048 unless given. */
+  /**
+   * The longest output of each role, in tokens.
+   * @default { perceiver: 1024, reasoner: 2048 }
+   */
   maxTokens?: Partial<Record<Role, number>>
-  /** Steps already made by the run that this one continues. */
+  /**
+   * Steps already made by the run that this one continues.
+   * @default 0
+   */
   step?: number
 }
 
+/** Options of paperSettings. */
+export interface PaperSettingsOptions {
+  /**
+   * Samples of a stage, each seen once.
+   * @default 10_000
+   */
+  samples?: number
+  /**
+   * Samples a step.
+   * @default 64
+   */
+  batch?: number
+}
+
+/** Options of alternatingSettings. */
+export interface AlternatingSettingsOptions {
+  /**
+   * Steps of each phase.
+   * @default 1
+   */
+  steps?: number
+}
+
+const roleNames: Names<Record<Role, unknown>> = { perceiver: true, reasoner: true }
+const settingNames: Names<PraGrpoSettings> = {
+  groupSize: true,
+  schedule: true,
+  rounds: true,
+  estimator: true,
+  loss: true,
+  temperature: true,
+}
+const optionNames: Names<PraGrpoOptions> = {
+  ...settingNames,
+  perceiver: true,
+  reasoner: true,
+  verifier: true,
+  device: true,
+  concurrency: true,
+  rules: true,
+  evidence: true,
+  prompts: true,
+  maxTokens: true,
+  step: true,
+}
+const paperNames: Names<PaperSettingsOptions> = { samples: true, batch: true }
+const alternatingNames: Names<AlternatingSettingsOptions> = { steps: true }
+const rolloutNames: Names<RolloutOptions> = { signal: true }
+const trainedNames: Names<TrainedModel> = { ...modelNames, refLogProbs: true, oldLogProbs: true }
+
 /**
  * The paper's training: one perceiver stage, then one reasoner stage, each an epoch of `samples` in
- * batches of `batch`. Its loss is grpoStep's default: PPO with clip 0.2 and dual clip 3, mean over tokens,
- * k3 with 0.01 to the weights that the stage began with, where their log-probabilities are given.
+ * batches of `batch`.
+ *
+ * Its loss is grpoStep's default: PPO with clip 0.2 and dual clip 3, mean over tokens, k3 with 0.01 to the
+ * weights that the stage began with, where their log-probabilities are given.
  * Source: Perceive-to-Reason, example/qwen3_vl_4b_p2r.
+ *
+ * @throws ERR_VALUE for wrong options.
+ * @example
+ * import { paperSettings } from 'p2r-kernels'
+ *
+ * const { schedule, groupSize } = paperSettings({ samples: 1000, batch: 50 })
+ * console.log(schedule, groupSize) // { perceiver: 20, reasoner: 20 } 8
  */
-export function p2r(
-  options: { samples?: number; batch?: number } = {},
-): Required<
-  Pick<PraGrpoSettings, 'groupSize' | 'schedule' | 'rounds' | 'estimator' | 'loss' | 'temperature'>
-> {
+export function paperSettings(options: PaperSettingsOptions = {}): Required<PraGrpoSettings> {
+  const op = 'paperSettings'
+  checkArguments(options, paperNames, op)
   const { samples = 10_000, batch = 64 } = options
-  for (const [name, value] of Object.entries({ samples, batch })) checkPositive(value, name, 'p2r')
+  for (const [name, value] of Object.entries({ samples, batch })) checkPositive(value, name, op)
   // verl leaves out a last batch that is not full.
   const steps = Math.max(1, Math.floor(samples / batch))
   return {
@@ -97,30 +236,55 @@ export function p2r(
   }
 }
 
-/** The paper's settings, but phases of `steps` steps, 1 unless given, and unlimited rounds. */
-export function alternating(options: { steps?: number } = {}): PraGrpoSettings {
-  const steps = checkPositive(options.steps ?? 1, 'steps', 'alternating')
-  const { rounds: _, ...settings } = p2r()
+/**
+ * The paper's settings, but short phases and unlimited rounds: the roles take turns.
+ *
+ * @throws ERR_VALUE for wrong options.
+ * @example
+ * import { alternatingSettings } from 'p2r-kernels'
+ *
+ * const { schedule, rounds } = alternatingSettings({ steps: 2 })
+ * console.log(schedule, rounds) // { perceiver: 2, reasoner: 2 } undefined
+ */
+export function alternatingSettings(
+  options: AlternatingSettingsOptions = {},
+): Omit<Required<PraGrpoSettings>, 'rounds'> {
+  const op = 'alternatingSettings'
+  checkArguments(options, alternatingNames, op)
+  const steps = checkPositive(options.steps ?? 1, 'steps', op)
+  const { rounds: _, ...settings } = paperSettings()
   return { ...settings, schedule: { perceiver: steps, reasoner: steps } }
 }
 
-/** RolloutMetrics and the loss's own, of a role's latest step. */
-export type RoleMetrics = RolloutMetrics &
-  LossMetrics & {
-    step: number
-    /**
-     * The mean of -log p of the sampled tokens, in nats: an estimate of the policy's entropy without
-     * extra cost. `entropy` is exact if the loss has an entropyCoef, else 0.
-     */
-    sampledEntropy: number
-  }
+/** What is known of a role's latest step: its batch's metrics, and the loss's. */
+export interface RoleMetrics extends RolloutMetrics, LossMetrics {
+  /** Which step it was, counted from 0 over both roles. */
+  step: number
+  /**
+   * The mean of -log p of the sampled tokens, in nats: an estimate of the policy's entropy without
+   * extra cost. `entropy` is exact if the loss has an entropyCoef, else 0.
+   */
+  sampledEntropy: number
+}
+
+/** Log-probabilities of a batch's tokens under other weights than the current ones. */
+export interface StepLogProbs {
+  /** f32 [T]: of the weights that the stage began with. The loss has its KL term then. */
+  refLogProbs?: Tensor<'f32'>
+  /**
+   * f32 [T]: of the weights that sampled the tokens.
+   * @default the batch's, which the server computed in its own precision
+   */
+  oldLogProbs?: Tensor<'f32'>
+}
 
 /** What the trained role's engine gives for the tokens of a batch, in their order. */
-export type TrainedModel = GrpoModel & {
-  /** f32 [T]: of the weights that the stage began with. The loss has its KL term then. */
-  refLogProbs?: Tensor
-  /** f32 [T]: replaces the batch's, which the server computed in its own precision. */
-  oldLogProbs?: Tensor
+export type TrainedModel = GrpoModel & StepLogProbs
+
+/** Options of PraGrpo's `rollout`. */
+export interface RolloutOptions {
+  /** An abort rejects with the signal's reason. */
+  signal?: AbortSignalLike
 }
 
 /**
@@ -130,7 +294,28 @@ export type TrainedModel = GrpoModel & {
  *
  * Serving and training engines are the caller's: `rollout` calls the policies, `step` takes the trained
  * role's log-probabilities (or logits, or hidden states and head) and returns their gradient. The caller
- * serves the new weights before the next rollout.
+ * serves the new weights before the next rollout. Source: Perceive-to-Reason, verl/trainer.
+ *
+ * @throws ERR_VALUE for wrong options.
+ * @example
+ * import { functionPolicy, openDevice, PraGrpo } from 'p2r-kernels'
+ *
+ * const device = openDevice('cpu')
+ * let count = 0
+ * const trainer = new PraGrpo({
+ *   perceiver: functionPolicy(() => ({ text: '[]', tokens: [1, 2], logProbs: [-0.5, -0.5] })),
+ *   reasoner: functionPolicy(() => `<answer>${'AB'[count++ % 2]}</answer>`),
+ *   device,
+ *   groupSize: 4,
+ * })
+ * const image = device.zeros([48, 64, 3], 'u8')
+ * const batch = await trainer.rollout([{ image, question: 'Which?', answerForm: 'mca', truth: 'B' }])
+ * // The engine's log-probabilities of batch.tokens, here those of the sampling itself.
+ * const step = trainer.step(batch, { logProbs: batch.oldLogProbs })
+ * console.log(step.dLogProbs.shape, batch.metrics.rewardMean, trainer.role) // [ 8 ] 0.5 reasoner
+ * step.dispose()
+ * batch.dispose()
+ * device.dispose()
  */
 export class PraGrpo {
   readonly #options: PraGrpoOptions
@@ -144,15 +329,34 @@ export class PraGrpo {
 
   constructor(options: PraGrpoOptions) {
     const op = 'PraGrpo'
+    checkArguments(options, optionNames, op)
     const { schedule = { perceiver: 1, reasoner: 1 }, groupSize = 8, temperature = 1 } = options
+    const { estimator, loss, verifier, evidence, maxTokens } = options
     checkDevice(options.device, op)
     checkPositive(groupSize, 'groupSize', op)
+    checkNonNegative(temperature, 'temperature', op)
     if (options.rounds !== undefined) checkPositive(options.rounds, 'rounds', op)
+    checkArguments(schedule, roleNames, op, 'schedule')
     for (const role of ['perceiver', 'reasoner'] as const)
       checkInteger(schedule[role], 0, `schedule.${role}`, op)
     if (schedule.perceiver + schedule.reasoner === 0)
       refuse('ERR_VALUE', op, 'schedule must give one of the roles a step')
-    this.#options = options
+    // Checked before the first rollout, because rollouts are what costs.
+    if (estimator !== undefined) choice(estimator, estimators, 'estimator', op)
+    if (loss !== undefined) checkArguments(loss, lossNames, op, 'loss')
+    if (verifier !== undefined) checkFunction(verifier, 'verifier', op)
+    rulesOf(options.rules, op)
+    promptsOf(options.prompts, op)
+    if (evidence !== undefined) {
+      checkArguments(evidence, evidenceNames, op, 'evidence')
+      checkEvidenceOptions(evidence, op)
+    }
+    if (maxTokens !== undefined) {
+      checkArguments(maxTokens, roleNames, op, 'maxTokens')
+      for (const [role, tokens] of Object.entries(maxTokens))
+        if (tokens !== undefined) checkPositive(tokens, `maxTokens.${role}`, op)
+    }
+    this.#options = { ...options }
     this.#settings = { groupSize, schedule, temperature }
     this.#policies = {
       perceiver: checkPolicy(options.perceiver, 'perceiver', op),
@@ -165,28 +369,33 @@ export class PraGrpo {
 
   /** Steps so far, of both roles together: the option `step` of a run that continues this one. */
   get steps(): number {
+    PraGrpo.#check(this, 'steps')
     return this.#step
   }
 
   /** Completed rounds. */
   get round(): number {
+    PraGrpo.#check(this, 'round')
     const { perceiver, reasoner } = this.#settings.schedule
     return Math.floor(this.#step / (perceiver + reasoner))
   }
 
   /** Whether all rounds are over. */
   get finished(): boolean {
+    PraGrpo.#check(this, 'finished')
     return this.#options.rounds !== undefined && this.round >= this.#options.rounds
   }
 
   /** The role of the current phase. */
   get role(): Role {
+    PraGrpo.#check(this, 'role')
     const { perceiver, reasoner } = this.#settings.schedule
     return this.#step % (perceiver + reasoner) < perceiver ? 'perceiver' : 'reasoner'
   }
 
-  /** Of each role's latest step. Rejects as the step's own reads do. */
+  /** Metrics of each role's latest step; none before its first. Rejects as the step's own reads do. */
   async metrics(): Promise<Partial<Record<Role, RoleMetrics>>> {
+    PraGrpo.#check(this, 'metrics')
     const all: Partial<Record<Role, RoleMetrics>> = {}
     for (const role of ['perceiver', 'reasoner'] as const) {
       const metrics = await this.#metrics[role]
@@ -199,17 +408,18 @@ export class PraGrpo {
    * Rollouts and rewards of one batch for the current role. A rollout that fails, because of the policy,
    * the other role or the verifier, is an item with an `error` that the batch's tensors leave out. An
    * abort rejects.
+   *
+   * @throws ERR_VALUE for wrong arguments, and when all rounds are over.
    */
-  async rollout(
-    samples: readonly Sample[],
-    options: { signal?: AbortSignalLike } = {},
-  ): Promise<RolloutBatch> {
+  async rollout(samples: readonly Sample[], options: RolloutOptions = {}): Promise<RolloutBatch> {
     const op = 'rollout'
+    PraGrpo.#check(this, op)
+    checkArguments(options, rolloutNames, op)
+    const signal = checkSignal(options.signal, op)
     const { role } = this
     if (this.finished) refuse('ERR_VALUE', op, `all ${this.#options.rounds} rounds are over`)
     checkArray(samples, 'samples', op)
     for (const [i, sample] of samples.entries()) this.#checkSample(sample, i, op)
-    const { signal } = options
     const groups: RolloutItem[][] = []
     const roll = role === 'perceiver' ? this.#perceive : this.#reason
     const rolled = mapUnordered(samples, this.#depth, async (sample, at) => ({
@@ -225,11 +435,29 @@ export class PraGrpo {
   /**
    * Loss and gradient of a batch under the trained role's current model; advances the schedule.
    *
+   * @returns as grpoStep: the gradient is taken with respect to what the model gives.
    * @throws ERR_VALUE for a batch of the other role, or one that was stepped already; ERR_POLICY for one
-   *   without token ids.
+   *   without token ids; ERR_VALUE, ERR_SHAPE, ERR_DTYPE and ERR_DEVICE for a wrong model.
    */
+  step(batch: RolloutBatch, model: LogProbsModel & StepLogProbs): LogProbsStep
+  step<D extends FloatDType>(
+    batch: RolloutBatch,
+    model: LogitsModel<D> & StepLogProbs,
+  ): LogitsStep<D>
+  step<D extends FloatDType>(
+    batch: RolloutBatch,
+    model: BiasedHeadModel<D> & StepLogProbs,
+  ): BiasedHeadStep<D>
+  step<D extends FloatDType>(
+    batch: RolloutBatch,
+    model: UnbiasedHeadModel<D> & StepLogProbs,
+  ): HeadStep<D>
+  step(batch: RolloutBatch, model: TrainedModel): GrpoStep
   step(batch: RolloutBatch, model: TrainedModel): GrpoStep {
     const op = 'step'
+    PraGrpo.#check(this, op)
+    checkBatch(batch, op)
+    checkArguments(model, trainedNames, op, 'model')
     if (batch.role !== this.role)
       refuse('ERR_VALUE', op, `it is the ${this.role}'s turn, got a batch of the ${batch.role}`)
     if (this.finished) refuse('ERR_VALUE', op, `all ${this.#options.rounds} rounds are over`)
@@ -243,7 +471,7 @@ export class PraGrpo {
       )
     const { estimator, loss } = this.#options
     const oldLogProbs = model.oldLogProbs ?? batch.oldLogProbs
-    const made = grpoStep({
+    const made = stepAs(op, {
       ...loss,
       ...model,
       rewards,
@@ -256,7 +484,7 @@ export class PraGrpo {
     const step = this.#step++
     // Read now, because the caller may dispose the step.
     const read = Promise.all([made.metrics(), made.logProbs.read()]).then(([metrics, logProbs]) => {
-      const sum = (logProbs as Float32Array).reduce((s, x) => s - x, 0)
+      const sum = logProbs.reduce((s, x) => s - x, 0)
       const sampledEntropy = logProbs.length ? sum / logProbs.length : 0
       return { ...batch.metrics, ...metrics, step, sampledEntropy }
     })
@@ -265,9 +493,15 @@ export class PraGrpo {
     return made
   }
 
+  static #check(value: unknown, op: string): void {
+    checkReceiver(isObject(value) && #settings in value, 'PraGrpo', op)
+  }
+
+  /** Other fields are the caller's. */
   #checkSample(sample: Sample, i: number, op: string): void {
-    handleOf(sample?.image, `samples[${i}].image`, op)
-    const form = checkForm(sample.answerForm, op)
+    checkObject(sample, `samples[${i}]`, op)
+    imageSize(sample.image, op, `samples[${i}].image`)
+    const form = checkForm(sample.answerForm, `samples[${i}].answerForm`, op)
     for (const name of ['question', 'truth'] as const)
       checkString(sample[name], `samples[${i}].${name}`, op)
     if (form === 'free_form' && !this.#options.verifier)

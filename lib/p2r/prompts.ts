@@ -1,29 +1,41 @@
-import { checkString, choice } from '../arguments.js'
+import { checkArguments, checkString, choice, type Names } from '../arguments.js'
 
-/** @internal */
 export const answerForms = ['mca', 'na', 'free_form'] as const
-/** Multiple choice, answered by a letter; a number; any text. */
+/** Multiple choice, answered by a letter ('mca'); a number ('na'); any text ('free_form'). */
 export type AnswerForm = (typeof answerForms)[number]
 
 /**
- * The prompts of the roles, templates in which {question} is replaced. The reasoner's is `reason` or
- * `reasonWithoutEvidence`, followed by the instruction of its answer form.
+ * The prompts of the roles: templates, in which {question} is replaced.
  *
  * The meaning is that of Perceive-to-Reason's own prompts (verl/utils/dataset/p2r_dataset.py). For a model
  * that was trained on other wording, give that wording as templates.
  */
 export interface Prompts {
+  /** The system prompt of both roles. */
   system: string
+  /** The perceiver's prompt. */
   perceive: string
+  /** The reasoner's prompt where the evidence has crops; the instruction of the answer form follows. */
   reason: string
-  /** For evidence without crops. */
+  /** The reasoner's prompt where the evidence has no crops; likewise. */
   reasonWithoutEvidence: string
+  /** The instruction of each answer form: where and how the answer is written. */
   forms: Readonly<Record<AnswerForm, string>>
 }
 
 const inTags =
   'Write down your reasoning in full between <think> and </think>, and after it, between <answer> and </answer>,'
 
+/**
+ * The prompts that are used where none are given.
+ *
+ * @example
+ * import { defaultPrompts, functionPolicy, Reasoner } from 'p2r-kernels'
+ *
+ * const forms = { ...defaultPrompts.forms, na: 'Answer with a number between <answer> and </answer>.' }
+ * const reasoner = new Reasoner(functionPolicy(() => '<answer>7</answer>'), { prompts: { forms } })
+ * console.log(defaultPrompts.system) // You are a helpful assistant.
+ */
 export const defaultPrompts: Prompts = Object.freeze({
   system: 'You are a helpful assistant.',
   perceive:
@@ -45,27 +57,55 @@ export const defaultPrompts: Prompts = Object.freeze({
   }),
 })
 
-/** Templates that replace the defaults. */
-export type PromptOverrides = Partial<Omit<Prompts, 'forms'>> & {
+/** Templates that replace those of defaultPrompts; what is left out stays. */
+export interface PromptOverrides {
+  /** As in Prompts. */
+  system?: string
+  /** As in Prompts. */
+  perceive?: string
+  /** As in Prompts. */
+  reason?: string
+  /** As in Prompts. */
+  reasonWithoutEvidence?: string
+  /** As in Prompts, each form for itself. */
   forms?: Partial<Record<AnswerForm, string>>
 }
 
-/** @internal */
+const promptNames: Names<Prompts> = {
+  system: true,
+  perceive: true,
+  reason: true,
+  reasonWithoutEvidence: true,
+  forms: true,
+}
+const formNames: Names<Record<AnswerForm, string>> = { mca: true, na: true, free_form: true }
+
+/** @internal The default prompts with some of them replaced. */
 export function promptsOf(overrides: PromptOverrides | undefined, op: string): Prompts {
-  const all = {
-    ...defaultPrompts,
-    ...overrides,
-    forms: { ...defaultPrompts.forms, ...overrides?.forms },
+  if (overrides === undefined) return defaultPrompts
+  checkArguments(overrides, promptNames, op, 'prompts')
+  const { forms } = overrides
+  if (forms !== undefined) checkArguments(forms, formNames, op, 'prompts.forms')
+  return {
+    ...withTemplates(defaultPrompts, overrides, 'prompts', op),
+    forms: withTemplates(defaultPrompts.forms, forms ?? {}, 'prompts.forms', op),
   }
-  for (const [name, template] of Object.entries({ ...all, ...all.forms }))
-    if (name !== 'forms') checkString(template, `prompts.${name}`, op)
+}
+
+function withTemplates<T extends object>(defaults: T, given: object, path: string, op: string): T {
+  const all = { ...defaults }
+  for (const [name, template] of Object.entries(given))
+    if (template !== undefined && name !== 'forms')
+      Object.assign(all, { [name]: checkString(template, `${path}.${name}`, op) })
   return all
 }
 
+/** @internal */
 export function perceivePrompt(prompts: Prompts, question: string): string {
   return fill(prompts.perceive, question)
 }
 
+/** @internal */
 export function reasonPrompt(
   prompts: Prompts,
   a: { question: string; form: AnswerForm; hasEvidence: boolean },
@@ -75,8 +115,8 @@ export function reasonPrompt(
 }
 
 /** @internal */
-export function checkForm(form: AnswerForm, op: string): AnswerForm {
-  return choice(form, answerForms, 'answerForm', op)
+export function checkForm(form: AnswerForm, name: string, op: string): AnswerForm {
+  return choice(form, answerForms, name, op)
 }
 
 // split and join, because replaceAll would interpret $& in a question.

@@ -1,11 +1,12 @@
 import { createHash } from 'node:crypto'
 import { appendFile, readFile } from 'node:fs/promises'
-import { describeValue } from '../arguments.js'
+import { checkReceiver, checkString, describeValue, isObject } from '../arguments.js'
 import { refuse } from '../errors.js'
 import type { Tensor } from '../tensor.js'
 import {
   type Completion,
   checkPolicy,
+  checkRequest,
   messageOf,
   type Policy,
   type PolicyRequest,
@@ -23,16 +24,33 @@ interface Line {
   completions: Completion[]
 }
 
+const construct = Symbol('construct')
+
 /**
  * Replays recorded completions instead of calling a model: for tests, and to compute rewards again.
  *
  * A request takes the next completions recorded for its role, system, prompt and images, in the order of
  * the recording, and starts over after the last. How many requests recorded them does not matter.
+ *
+ * @example
+ * import { mkdtempSync, writeFileSync } from 'node:fs'
+ * import { tmpdir } from 'node:os'
+ * import { join } from 'node:path'
+ * import { RecordedPolicy } from 'p2r-kernels'
+ *
+ * const path = join(mkdtempSync(join(tmpdir(), 'p2r-')), 'recording.jsonl')
+ * const line = { role: 'reasoner', prompt: 'How many?', completions: [{ text: 'three' }] }
+ * writeFileSync(path, JSON.stringify(line))
+ * const policy = await RecordedPolicy.load(path)
+ * const request = { role: 'reasoner', system: '', prompt: 'How many?', images: [] }
+ * console.log(await policy.generate(request)) // [ { text: 'three' } ]
  */
 export class RecordedPolicy implements Policy {
   readonly #lines = new Map<string, (Line & { next: number })[]>()
 
-  private constructor(lines: readonly Line[]) {
+  private constructor(key: typeof construct, lines: readonly Line[]) {
+    if (key !== construct)
+      refuse('ERR_VALUE', 'RecordedPolicy', 'a RecordedPolicy is made by RecordedPolicy.load()')
     for (const line of lines) {
       const key = JSON.stringify([line.role, line.prompt])
       const known = this.#lines.get(key) ?? []
@@ -55,6 +73,7 @@ export class RecordedPolicy implements Policy {
    */
   static async load(path: string): Promise<RecordedPolicy> {
     const op = 'RecordedPolicy'
+    checkString(path, 'path', op)
     const text = await readFile(path, 'utf8').catch((cause) =>
       refuse('ERR_IO', op, `${path} could not be read: ${messageOf(cause)}`, { cause }),
     )
@@ -68,11 +87,18 @@ export class RecordedPolicy implements Policy {
       }
       return [checkLine(value, `${path}:${i + 1}`, op)]
     })
-    return new RecordedPolicy(lines)
+    return new RecordedPolicy(construct, lines)
   }
 
+  /**
+   * The next n completions recorded for such a request.
+   *
+   * @throws ERR_POLICY where there are none.
+   */
   async generate(request: PolicyRequest): Promise<Completion[]> {
-    const { n = 1, signal } = request
+    const op = 'RecordedPolicy'
+    checkReceiver(isObject(this) && #lines in this, 'RecordedPolicy', op)
+    const { n = 1, signal } = checkRequest(request, op)
     signal?.throwIfAborted()
     const { role, system, prompt } = request
     const images = await Promise.all(request.images.map(imageHash))
@@ -86,7 +112,7 @@ export class RecordedPolicy implements Policy {
     if (!recorded?.completions.length)
       refuse(
         'ERR_POLICY',
-        'RecordedPolicy',
+        op,
         `no recorded rollout of the ${role} for this prompt and its ${images.length} images: ${describeValue(prompt.slice(0, 80))}`,
       )
     return Array.from({ length: n }, () => {
@@ -100,13 +126,30 @@ export class RecordedPolicy implements Policy {
 /**
  * A policy that also appends each request and its completions to a file, one line of JSON a request, for
  * RecordedPolicy. Failures are not recorded.
+ *
+ * @throws ERR_VALUE for wrong arguments; the policy rejects with ERR_IO where the file cannot be written.
+ * @example
+ * import { mkdtempSync, readFileSync } from 'node:fs'
+ * import { tmpdir } from 'node:os'
+ * import { join } from 'node:path'
+ * import { functionPolicy, recordPolicy } from 'p2r-kernels'
+ *
+ * const path = join(mkdtempSync(join(tmpdir(), 'p2r-')), 'recording.jsonl')
+ * const policy = recordPolicy(
+ *   functionPolicy(() => 'three'),
+ *   path,
+ * )
+ * await policy.generate({ role: 'reasoner', system: '', prompt: 'How many?', images: [] })
+ * console.log(JSON.parse(readFileSync(path, 'utf8')).completions) // [ { text: 'three' } ]
  */
 export function recordPolicy(policy: Policy, path: string): Policy {
   const op = 'recordPolicy'
   checkPolicy(policy, 'policy', op)
+  checkString(path, 'path', op)
   let written: Promise<unknown> = Promise.resolve()
   return {
     async generate(request) {
+      checkRequest(request, op)
       const hashes = Promise.all(request.images.map(imageHash))
       hashes.catch(() => {})
       const completions = await policy.generate(request)
@@ -139,7 +182,7 @@ function checkLine(value: unknown, where: string, op: string): Line {
   return line as Line
 }
 
-async function imageHash(image: Tensor): Promise<string> {
+async function imageHash(image: Tensor<'u8'>): Promise<string> {
   const hash = createHash('sha256').update(JSON.stringify(image.shape))
   return hash.update(await image.read()).digest('hex')
 }

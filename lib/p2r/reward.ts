@@ -1,4 +1,13 @@
-import { checkString, choice, describeValue } from '../arguments.js'
+import {
+  checkArguments,
+  checkArray,
+  checkNumbers,
+  checkPositive,
+  checkString,
+  choice,
+  describeValue,
+  type Names,
+} from '../arguments.js'
 import { refuse } from '../errors.js'
 import type { EvidenceBox } from './boxes.js'
 import { findQuantity, type Quantity, readQuantity, sameNumber } from './numbers.js'
@@ -12,20 +21,119 @@ import { strip, words } from './python_text.js'
  */
 export type RewardRules = 'reference' | 'strict'
 
-/** Whether an answer means the same as the truth. */
-export type Verifier = (a: { question: string; answer: string; truth: string }) => Promise<boolean>
+/** What a verifier judges. */
+export interface VerifierArgs {
+  /** The question, with its options, if it has any. */
+  question: string
+  /** The answer to judge. */
+  answer: string
+  /** The right answer. */
+  truth: string
+}
 
-function rulesOf(rules: RewardRules | undefined, op: string): RewardRules {
+/** Resolves to whether an answer means the same as the truth. */
+export type Verifier = (a: VerifierArgs) => Promise<boolean>
+
+/** Options of extractAnswer. */
+export interface ExtractAnswerOptions {
+  /**
+   * Which tags hold the answer.
+   * @default 'reference'
+   */
+  rules?: RewardRules
+}
+
+/** The arguments of answerReward. */
+export interface AnswerRewardArgs {
+  /** What extractAnswer returned. */
+  answer: string
+  /** The right answer. */
+  truth: string
+  /** How answers are compared: as letters ('mca'), numbers ('na') or by the verifier ('free_form'). */
+  form: AnswerForm
+  /**
+   * For the verifier.
+   * @default ''
+   */
+  question?: string
+  /** Judges answers of free form, which need one. */
+  verifier?: Verifier
+  /**
+   * Of comparing.
+   * @default 'reference'
+   */
+  rules?: RewardRules
+}
+
+/** Options of perceptionFault. */
+export interface PerceptionFaultOptions {
+  /**
+   * Of judging labels.
+   * @default 'reference'
+   */
+  rules?: RewardRules
+}
+
+/** Options of modelVerifier. */
+export interface ModelVerifierOptions {
+  /**
+   * Of reading the reply.
+   * @default 'reference'
+   */
+  rules?: RewardRules
+  /**
+   * A template, in which {question}, {answer} and {truth} are replaced.
+   * @default asks for "Yes" or "No"
+   */
+  prompt?: string
+  /**
+   * The longest reply, in tokens.
+   * @default 64
+   */
+  maxTokens?: number
+}
+
+const rulesNames: Names<{ rules?: RewardRules }> = { rules: true }
+const rewardNames: Names<AnswerRewardArgs> = {
+  answer: true,
+  truth: true,
+  form: true,
+  question: true,
+  verifier: true,
+  rules: true,
+}
+const verifierOptionNames: Names<ModelVerifierOptions> = {
+  ...rulesNames,
+  prompt: true,
+  maxTokens: true,
+}
+const verifierNames: Names<VerifierArgs> = { question: true, answer: true, truth: true }
+
+/** @internal */
+export function rulesOf(rules: RewardRules | undefined, op: string): RewardRules {
   return choice(rules ?? 'reference', ['reference', 'strict'], 'rules', op)
 }
 
 /**
- * The answer in a reasoner's output. 'reference': the content of the first <answer> tags, else the whole
- * text. 'strict': the content of the last tags after the thinking, tags in any case; a truncated answer
- * counts, unfinished thinking gives ''. Never throws for a text.
+ * The answer in a reasoner's output.
+ *
+ * 'reference': the content of the first <answer> tags, else the whole text. 'strict': the content of the last
+ * tags after the thinking, tags in any case; a truncated answer counts, unfinished thinking gives ''.
+ * Source: Perceive-to-Reason, verl/utils/reward_score/p2r_reward.py.
+ *
+ * @returns the answer without surrounding blanks; '' for anything but a text. No text throws.
+ * @throws ERR_VALUE for wrong options.
+ * @example
+ * import { extractAnswer } from 'p2r-kernels'
+ *
+ * const text = '<think>Is it <answer>A</answer>? No.</think><answer> B </answer>'
+ * console.log(extractAnswer(text)) // A
+ * console.log(extractAnswer(text, { rules: 'strict' })) // B
  */
-export function extractAnswer(text: string, options: { rules?: RewardRules } = {}): string {
-  const rules = rulesOf(options.rules, 'extractAnswer')
+export function extractAnswer(text: string, options: ExtractAnswerOptions = {}): string {
+  const op = 'extractAnswer'
+  checkArguments(options, rulesNames, op)
+  const rules = rulesOf(options.rules, op)
   if (typeof text !== 'string') return ''
   if (rules === 'reference') {
     const open = text.indexOf('<answer>')
@@ -61,28 +169,37 @@ function afterThinking(text: string): string {
  *   number in a sentence. Texts that are not numbers are compared as texts ('reference').
  * - 'free_form': the verifier's verdict; its errors are passed on.
  *
- * @param a.answer what extractAnswer returned.
+ * Source: Perceive-to-Reason, verl/utils/reward_score/p2r_reward.py.
+ *
  * @throws ERR_VALUE for 'free_form' without a verifier, and for wrong arguments.
+ * @example
+ * import { answerReward } from 'p2r-kernels'
+ *
+ * console.log(await answerReward({ answer: '1/2', truth: '50 %', form: 'na' })) // 1
+ * console.log(await answerReward({ answer: 'Apple', truth: 'A', form: 'mca' })) // 1
+ * console.log(await answerReward({ answer: 'Apple', truth: 'A', form: 'mca', rules: 'strict' })) // 0
  */
-export async function answerReward(a: {
-  answer: string
-  truth: string
-  form: AnswerForm
-  question?: string
-  verifier?: Verifier
-  rules?: RewardRules
-}): Promise<number> {
+export async function answerReward(a: AnswerRewardArgs): Promise<number> {
   const op = 'answerReward'
+  checkArguments(a, rewardNames, op)
   const { truth, question = '', verifier } = a
   const rules = rulesOf(a.rules, op)
-  const form = checkForm(a.form, op)
+  const form = checkForm(a.form, 'form', op)
   checkString(truth, 'truth', op)
+  checkString(question, 'question', op)
   const answer = typeof a.answer === 'string' ? a.answer : ''
   if (form === 'mca') return +optionMatches[rules](answer, truth)
   if (form === 'na') return +numberMatches[rules](answer, truth)
   if (typeof verifier !== 'function')
     refuse('ERR_VALUE', op, `'free_form' needs a verifier, got ${describeValue(verifier)}`)
-  return +(await verifier({ question, answer, truth }))
+  const verdict: unknown = await verifier({ question, answer, truth })
+  if (typeof verdict !== 'boolean')
+    refuse(
+      'ERR_POLICY',
+      op,
+      `the verifier must resolve to true or false, got ${describeValue(verdict)}`,
+    )
+  return +verdict
 }
 
 /** Phrases that the reference removes everywhere, in this order. */
@@ -166,12 +283,31 @@ function plainText(text: string): string {
  * Why a perceiver's output has reward 0 whatever the answer: two boxes overlap by more than half (IoU >
  * 0.5), or a label is missing or the placeholder 'description'; null otherwise, also without boxes.
  * 'strict' also rejects blank labels and the placeholder in brackets.
+ *
+ * Source: Perceive-to-Reason, verl/utils/reward_score/p2r_reward.py.
+ *
+ * @param boxes all that parseBoxes returned.
+ * @throws ERR_VALUE for boxes without four numbers and a label, and for wrong options.
+ * @example
+ * import { parseBoxes, perceptionFault } from 'p2r-kernels'
+ *
+ * const box = (x0, label) => ({ bbox_2d: [x0, 0, x0 + 100, 100], label })
+ * const faultOf = (...boxes) => perceptionFault(parseBoxes(JSON.stringify(boxes)))
+ * console.log(faultOf(box(0, 'sign'), box(20, 'sign'))) // overlap
+ * console.log(faultOf(box(0, ''))) // label
+ * console.log(faultOf(box(0, 'sign'), box(200, 'door'))) // null
  */
 export function perceptionFault(
   boxes: readonly EvidenceBox[],
-  options: { rules?: RewardRules } = {},
+  options: PerceptionFaultOptions = {},
 ): 'overlap' | 'label' | null {
-  const strict = rulesOf(options.rules, 'perceptionFault') === 'strict'
+  const op = 'perceptionFault'
+  checkArguments(options, rulesNames, op)
+  const strict = rulesOf(options.rules, op) === 'strict'
+  for (const [i, box] of checkArray(boxes, 'boxes', op).entries()) {
+    checkNumbers(box?.bbox2d, 4, `boxes[${i}].bbox2d`, op)
+    checkString(box.label, `boxes[${i}].label`, op)
+  }
   for (let i = 0; i < boxes.length; i++)
     for (let j = 0; j < i; j++)
       if (boxIoU(boxes[i]!.bbox2d, boxes[j]!.bbox2d) > 0.5) return 'overlap'
@@ -183,8 +319,18 @@ export function perceptionFault(
   return null
 }
 
-/** Intersection over union; 0 for boxes without area. */
+/**
+ * Intersection over union of two boxes, x0, y0, x1, y1 in any unit; 0 for boxes without area.
+ *
+ * @throws ERR_VALUE for anything but four numbers.
+ * @example
+ * import { boxIoU } from 'p2r-kernels'
+ *
+ * console.log(boxIoU([0, 0, 100, 100], [50, 0, 150, 100])) // 0.3333333333333333
+ */
 export function boxIoU(a: EvidenceBox['bbox2d'], b: EvidenceBox['bbox2d']): number {
+  checkNumbers(a, 4, 'a', 'boxIoU')
+  checkNumbers(b, 4, 'b', 'boxIoU')
   const width = Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0]))
   const height = Math.max(0, Math.min(a[3], b[3]) - Math.max(a[1], b[1]))
   const area = (c: EvidenceBox['bbox2d']) => (c[2] - c[0]) * (c[3] - c[1])
@@ -194,18 +340,31 @@ export function boxIoU(a: EvidenceBox['bbox2d'], b: EvidenceBox['bbox2d']): numb
 }
 
 /**
- * A verifier that asks a model. 'reference': correct if 'yes' occurs anywhere in the reply outside the
- * thinking ('Eyes' too). 'strict': the reply must begin with yes or no, and is ERR_POLICY otherwise.
+ * A verifier that asks a model.
+ *
+ * 'reference': correct if 'yes' occurs anywhere in the reply outside the thinking ('Eyes' too). 'strict': the
+ * reply must begin with yes or no, and is ERR_POLICY otherwise.
+ *
+ * @throws ERR_VALUE for wrong arguments. The verifier rejects with ERR_POLICY where the policy fails.
+ * @example
+ * import { functionPolicy, modelVerifier } from 'p2r-kernels'
+ *
+ * const judge = functionPolicy(({ prompt }) => (prompt.includes('a feline') ? 'Yes' : 'No'))
+ * const verifier = modelVerifier(judge, { rules: 'strict' })
+ * console.log(await verifier({ question: 'What is it?', answer: 'a feline', truth: 'a cat' })) // true
  */
-export function modelVerifier(
-  policy: Policy,
-  options: { rules?: RewardRules; prompt?: string; maxTokens?: number } = {},
-): Verifier {
+export function modelVerifier(policy: Policy, options: ModelVerifierOptions = {}): Verifier {
   const op = 'modelVerifier'
   checkPolicy(policy, 'policy', op)
+  checkArguments(options, verifierOptionNames, op)
   const rules = rulesOf(options.rules, op)
-  const { prompt = verifierPrompt, maxTokens = 64 } = options
-  return async ({ question, answer, truth }) => {
+  const { maxTokens = 64 } = options
+  const prompt = checkString(options.prompt ?? verifierPrompt, 'prompt', op)
+  checkPositive(maxTokens, 'maxTokens', op)
+  return async (a) => {
+    const { question, answer, truth } = checkArguments(a, verifierNames, op)
+    for (const [name, text] of Object.entries({ question, answer, truth }))
+      checkString(text, name, op)
     const given: Record<string, string> = { question, answer, truth }
     const { text } = await askOnce(
       policy,

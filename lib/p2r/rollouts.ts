@@ -1,27 +1,34 @@
 // Batches of rollouts: what PraGrpo's `rollout` makes, its `step` takes and saveRollouts writes.
+import { checkArray, choice, describeValue, isObject } from '../arguments.js'
 import type { Device } from '../device.js'
+import { refuse } from '../errors.js'
 import { type AdvantageEstimator, groupAdvantages } from '../ops/advantages.js'
-import type { Tensor } from '../tensor.js'
+import { handleOf, type Tensor } from '../tensor.js'
 import type { Evidence } from './evidence.js'
 import type { Completion, Role } from './policy.js'
 import type { AnswerForm } from './prompts.js'
 
 /** A question about an image whose answer is known. */
 export interface Sample {
-  image: Tensor
+  /** u8 [height, width, 3]. It stays the caller's, and must outlive the batch's evidence. */
+  image: Tensor<'u8'>
+  /** The question, with its options, if it has any. */
   question: string
+  /** How it is answered: by a letter ('mca'), a number ('na') or in words ('free_form'). */
   answerForm: AnswerForm
+  /** The right answer. */
   truth: string
 }
 
+/** One rollout of the trained role with its reward, or with the error for which it has none. */
 export interface RolloutItem {
-  /** Index of the sample. */
+  /** Index of the sample in those given to `rollout`. */
   sample: number
-  /** Of the trained role; its text is '' if it failed. */
+  /** The trained role's output; its text is '' if it failed. */
   completion: Completion
-  /** Its images are computed again on access; the sample's image must be alive then. */
+  /** What the reasoner was shown. Its images are computed again on access; the sample's image must be alive then. */
   evidence?: Evidence
-  /** Why the reward of a perception is 0 whatever the answer; the reasoner was not called. */
+  /** Why the reward of a perception is 0 whatever the answer; the reasoner was not called. See perceptionFault. */
   fault?: 'overlap' | 'label'
   /** The other role's output: the reasoner's to this perception, or the perception reasoned about. */
   counterpart?: string
@@ -29,38 +36,58 @@ export interface RolloutItem {
   answer?: string
   /** Why there is no reward. Such an item belongs to no group. */
   error?: Error
-  /** NaN where there is an error. */
+  /** 1 or 0; NaN where there is an error. */
   reward: number
 }
 
-/** Of one batch, known once it is rolled out. */
+/** What is known of a batch once it is rolled out. */
 export interface RolloutMetrics {
   /** Over the items without an error; 0 where there are none. */
   rewardMean: number
   /** Share of groups whose rewards are all equal, so that their gradient is 0; without groups of one. */
   groupsWithoutSignal: number
-  /** Items with a fault, of each kind, and items with an error. */
+  /** Number of items with a fault, of each kind. */
   faults: { overlap: number; label: number }
+  /** Number of items with an error. */
   errors: number
+  /** Number of all items. */
   items: number
 }
 
+/** The rollouts of one role for a list of samples, as `step` takes them. */
 export interface RolloutBatch extends Disposable {
+  /** The trained role. */
   role: Role
+  /** All rollouts, sample by sample. */
   items: readonly RolloutItem[]
-  /** Over the items without an error, in their order; a group is one sample under one role. */
+  /** [B], over the items without an error, in their order; a group is one sample under one role. */
   groups: Int32Array
   /** f32 [B], one an item without an error. */
-  rewards: Tensor
-  advantages: Tensor
-  /** Of the completions' tokens, when the policy gives token ids. Training without them is ERR_POLICY. */
+  rewards: Tensor<'f32'>
+  /** f32 [B], of the option `estimator`. */
+  advantages: Tensor<'f32'>
+  /** [B + 1]: where each completion's tokens begin, when the policy gives token ids. Training needs them. */
   cuSeqlens?: Int32Array
+  /** [T]: the completions' tokens, when the policy gives token ids. */
   tokens?: Int32Array
-  /** f32 [T], when it gives log-probabilities. */
-  oldLogProbs?: Tensor
+  /** f32 [T], when the policy gives log-probabilities. */
+  oldLogProbs?: Tensor<'f32'>
+  /** Of this batch. */
   metrics: RolloutMetrics
-  /** Frees tensors and evidence. The samples' images are the caller's. */
+  /** Frees tensors and evidence. The samples' images are the caller's. A second call does nothing. */
   dispose(): void
+}
+
+/** @internal The argument `batch`. */
+export function checkBatch(value: unknown, op: string): RolloutBatch {
+  const batch = value as Partial<RolloutBatch> | null | undefined
+  if (!isObject(batch) || Array.isArray(batch) || !(batch.groups instanceof Int32Array))
+    refuse('ERR_VALUE', op, `batch must be a RolloutBatch, got ${describeValue(value)}`)
+  choice(batch.role as Role, ['perceiver', 'reasoner'], 'batch.role', op)
+  checkArray(batch.items as readonly RolloutItem[], 'batch.items', op)
+  handleOf(batch.rewards, 'batch.rewards', op)
+  handleOf(batch.advantages, 'batch.advantages', op)
+  return batch as RolloutBatch
 }
 
 /** @internal The batch of a role's items: groups, advantages and packed tokens of those without an error. */
@@ -100,12 +127,12 @@ export class Rollouts implements RolloutBatch {
   readonly role: Role
   readonly items: readonly RolloutItem[]
   readonly groups: Int32Array
-  readonly rewards: Tensor
-  readonly advantages: Tensor
+  readonly rewards: Tensor<'f32'>
+  readonly advantages: Tensor<'f32'>
   readonly metrics: RolloutMetrics
   readonly cuSeqlens?: Int32Array
   readonly tokens?: Int32Array
-  readonly oldLogProbs?: Tensor
+  readonly oldLogProbs?: Tensor<'f32'>
 
   constructor(parts: Omit<RolloutBatch, 'dispose' | typeof Symbol.dispose>) {
     this.role = parts.role

@@ -11,10 +11,20 @@
  */
 import { readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { checkString, describeValue, isJsonObject } from '../arguments.js'
+import {
+  checkArguments,
+  checkArray,
+  checkBoolean,
+  checkReceiver,
+  checkString,
+  describeValue,
+  isJsonObject,
+  isObject,
+  type Names,
+} from '../arguments.js'
 import { composite } from '../composite.js'
 import { checkDevice, type Device } from '../device.js'
-import type { DType } from '../dtype.js'
+import { checkFloatDType, type FloatDType, isFloatDType } from '../dtype.js'
 import { P2RError, refuse } from '../errors.js'
 import { checkGrids, type Grid } from '../grid.js'
 import { attention, attentionMass } from '../ops/attention.js'
@@ -28,49 +38,179 @@ import { loadSome } from '../safetensors.js'
 import { scope } from '../scope.js'
 import { type Held, handleOf, held, type Tensor } from '../tensor.js'
 
+/** The sizes of a vision tower, from its config.json. */
 export interface VisionTowerConfig {
+  /** Number of blocks. */
   depth: number
+  /** Width of a patch's state. */
   hiddenSize: number
+  /** Attention heads of a block. */
   heads: number
+  /** Width of a head: hiddenSize / heads. */
   headDim: number
-  /** Of a merged token: the language model's width. */
+  /** Width of a merged token, which is the language model's. */
   outHiddenSize: number
+  /** Side of a patch in pixels. */
   patchSize: number
+  /** Frames of a patch; an image is repeated. */
   temporalPatchSize: number
+  /** Side, in patches, of the square that becomes one merged token. */
   mergeSize: number
   /** After which blocks, counted from 0, a DeepStack merger reads the patches. */
   deepstack: readonly number[]
 }
 
-/** A tower's results for T patches, which are M = T / mergeSize² merged tokens. */
-export interface VisionEncoding {
-  /** [M, outHiddenSize] */
+/** Options of VisionTower.load. */
+export interface VisionTowerOptions {
+  /**
+   * The type in which weights are held and activations computed; sums are f32 always.
+   * @default as stored
+   */
+  dtype?: FloatDType
+}
+
+/** The arguments of VisionTower's `encode`. */
+export interface EncodeArgs<
+  H extends boolean = boolean,
+  M extends readonly number[] | undefined = readonly number[] | undefined,
+> {
+  /**
+   * [T, 3 · temporalPatchSize · patchSize²], as the function pixelValues makes them; rounded to the tower's type
+   * where they have another.
+   */
+  pixelValues: Tensor<FloatDType>
+  /** The patches [t, h, w] of each image or video, T = Σ t·h·w in all; h and w are multiples of mergeSize. */
+  gridThw: readonly Grid[]
+  /**
+   * Whether to return every block's state too, as `hidden`.
+   * @default false
+   */
+  hiddenStates?: H
+  /**
+   * The blocks, counted from 0, whose attention is summed over its queries (`attentionMass`), as `mass`.
+   * @default none
+   */
+  massOf?: M
+}
+
+/** What every encoding of T patches has: M = T / mergeSize² merged tokens, in the tower's type. */
+export interface EncodedPatches {
+  /** [M, outHiddenSize]: the language model's input. */
   merged: Tensor
   /** One [M, outHiddenSize] for each entry of the config's deepstack. */
   deepstack: Tensor[]
+}
+
+/** What an encoding has where `hiddenStates` is true. */
+export interface EncodedStates {
   /** depth + 1 states [T, hiddenSize]: block 0's input, then each block's output. */
-  hidden?: Tensor[]
-  /** For each layer of massOf, how much probability each patch receives from its frame: f32 [heads, T]. */
-  mass?: Tensor[]
+  hidden: Tensor[]
+}
+
+/** What an encoding has where `massOf` is given. */
+export interface EncodedMass {
+  /** For each block of massOf, how much probability each patch receives from its frame: f32 [heads, T]. */
+  mass: Tensor<'f32'>[]
+}
+
+/** A tower's results; `hidden` and `mass` where the arguments ask for them. */
+export type VisionEncoding<
+  H extends boolean = boolean,
+  M extends readonly number[] | undefined = readonly number[] | undefined,
+> = EncodedPatches &
+  (boolean extends H ? Partial<EncodedStates> : H extends true ? EncodedStates : unknown) &
+  (undefined extends M ? (M extends undefined ? unknown : Partial<EncodedMass>) : EncodedMass)
+
+const optionNames: Names<VisionTowerOptions> = { dtype: true }
+const encodeNames: Names<EncodeArgs> = {
+  pixelValues: true,
+  gridThw: true,
+  hiddenStates: true,
+  massOf: true,
 }
 
 type Weights = Record<string, Tensor>
-type TowerType = 'f32' | 'f16' | 'bf16'
 type Activation = 'none' | 'tanh'
 
-const types: readonly DType[] = ['f32', 'f16', 'bf16']
 /** Hugging Face's names of the two forms of GELU. */
 const activations: Record<string, Activation> = { gelu: 'none', gelu_pytorch_tanh: 'tanh' }
 const opName = 'VisionTower'
+const construct = Symbol('construct')
 
-export class VisionTower {
+/**
+ * The vision tower of Qwen3-VL (Qwen team, 2025), loaded from a checkpoint's folder.
+ *
+ * @example
+ * import { writeFileSync, mkdtempSync } from 'node:fs'
+ * import { tmpdir } from 'node:os'
+ * import { join } from 'node:path'
+ * import { openDevice, saveTensors, VisionTower } from 'p2r-kernels'
+ *
+ * const device = openDevice('cpu')
+ * // Stands for a checkpoint: one small block, all weights 0.
+ * const config = {
+ *   depth: 1,
+ *   hidden_size: 16,
+ *   num_heads: 2,
+ *   intermediate_size: 32,
+ *   out_hidden_size: 24,
+ *   patch_size: 4,
+ *   num_position_embeddings: 16,
+ * }
+ * const shapes = {
+ *   'patch_embed.proj.weight': [16, 96],
+ *   'patch_embed.proj.bias': [16],
+ *   'pos_embed.weight': [16, 16],
+ *   'blocks.0.norm1.weight': [16],
+ *   'blocks.0.norm1.bias': [16],
+ *   'blocks.0.norm2.weight': [16],
+ *   'blocks.0.norm2.bias': [16],
+ *   'blocks.0.attn.qkv.weight': [48, 16],
+ *   'blocks.0.attn.qkv.bias': [48],
+ *   'blocks.0.attn.proj.weight': [16, 16],
+ *   'blocks.0.attn.proj.bias': [16],
+ *   'blocks.0.mlp.linear_fc1.weight': [32, 16],
+ *   'blocks.0.mlp.linear_fc1.bias': [32],
+ *   'blocks.0.mlp.linear_fc2.weight': [16, 32],
+ *   'blocks.0.mlp.linear_fc2.bias': [16],
+ *   'merger.norm.weight': [16],
+ *   'merger.norm.bias': [16],
+ *   'merger.linear_fc1.weight': [64, 64],
+ *   'merger.linear_fc1.bias': [64],
+ *   'merger.linear_fc2.weight': [24, 64],
+ *   'merger.linear_fc2.bias': [24],
+ * }
+ * const zeros = Object.entries(shapes).map(([name, shape]) => [name, device.zeros(shape)])
+ * const folder = mkdtempSync(join(tmpdir(), 'p2r-'))
+ * writeFileSync(join(folder, 'config.json'), JSON.stringify(config))
+ * await saveTensors(join(folder, 'model.safetensors'), Object.fromEntries(zeros))
+ *
+ * const tower = await VisionTower.load(folder, device)
+ * const pixelValues = device.zeros([64, 96]) // as evidence.pixelValues() returns them
+ * const { merged, mass } = tower.encode({ pixelValues, gridThw: [[1, 8, 8]], massOf: [0] })
+ * console.log(merged.shape, mass[0].shape) // [ 16, 24 ] [ 2, 64 ]
+ * tower.dispose()
+ * device.dispose()
+ */
+export class VisionTower implements Disposable {
+  /** Its sizes. */
   readonly config: VisionTowerConfig
+  /** Where its weights are. */
   readonly device: Device
-  readonly dtype: TowerType
+  /** In which its weights are held and its activations computed. */
+  readonly dtype: FloatDType
   readonly #weights: Weights
   readonly #activation: Activation
 
-  private constructor(device: Device, read: Config, weights: Weights, dtype: TowerType) {
+  private constructor(
+    key: typeof construct,
+    device: Device,
+    read: Config,
+    weights: Weights,
+    dtype: FloatDType,
+  ) {
+    if (key !== construct)
+      refuse('ERR_VALUE', opName, 'a VisionTower is made by VisionTower.load()')
     const { activation, intermediateSize: _, positions: __, ...config } = read
     this.config = Object.freeze(config)
     this.device = device
@@ -84,21 +224,19 @@ export class VisionTower {
    * safetensors: those that model.safetensors.index.json names for the tower, else all in the
    * folder. Names are Hugging Face's, with any prefix; other weights are not loaded.
    *
-   * @param options.dtype the type in which weights are held and activations computed (sums are f32
-   *   always); as stored unless given.
-   * @throws ERR_IO for files that cannot be read, ERR_FORMAT for a config or weights that are not those
-   *   of a Qwen3-VL vision tower.
+   * @throws ERR_VALUE and ERR_DTYPE for wrong arguments; ERR_IO for files that cannot be read; ERR_FORMAT for a
+   *   config or weights that are not those of a Qwen3-VL vision tower.
    */
   static async load(
     path: string,
     device: Device,
-    options: { dtype?: TowerType } = {},
+    options: VisionTowerOptions = {},
   ): Promise<VisionTower> {
     checkString(path, 'path', opName)
     checkDevice(device, opName)
+    checkArguments(options, optionNames, opName)
     const { dtype } = options
-    if (dtype !== undefined && !types.includes(dtype))
-      refuse('ERR_VALUE', opName, `dtype must be f32, f16 or bf16, got ${describeValue(dtype)}`)
+    if (dtype !== undefined) checkFloatDType(dtype, 'dtype', opName)
     const config = readConfig(await readJson(join(path, 'config.json')), join(path, 'config.json'))
     const expected = shapesOf(config)
     const wanted = new Set(expected.keys())
@@ -111,11 +249,11 @@ export class VisionTower {
           stored[name]?.dispose()
           stored[name] = tensor
         }
-      const type = dtype ?? (stored['patch_embed.proj.weight']?.dtype as TowerType | undefined)
+      const type = dtype ?? (stored['patch_embed.proj.weight']?.dtype as FloatDType | undefined)
       for (const [name, shape] of expected) {
         const tensor = stored[name]
         if (!tensor) refuse('ERR_FORMAT', opName, `${path}: there is no weight '${name}'`)
-        if (!types.includes(tensor.dtype))
+        if (!isFloatDType(tensor.dtype))
           refuse(
             'ERR_FORMAT',
             opName,
@@ -131,11 +269,11 @@ export class VisionTower {
         tensor.dispose()
         stored[name] = flat
         if (flat.dtype !== type) {
-          stored[name] = flat.cast(type as TowerType)
+          stored[name] = flat.cast(type as FloatDType)
           flat.dispose()
         }
       }
-      return new VisionTower(device, config, stored, type as TowerType)
+      return new VisionTower(construct, device, config, stored, type as FloatDType)
     } catch (error) {
       for (const tensor of Object.values(stored)) tensor.dispose()
       throw error
@@ -143,25 +281,19 @@ export class VisionTower {
   }
 
   /**
-   * Encodes the patches of images and videos, as `pixelValues` makes them.
+   * Encodes the patches of images and videos.
    *
-   * @param a.pixelValues [T, 3 · temporalPatchSize · patchSize²], rounded to the tower's type where it
-   *   has another.
-   * @param a.gridThw the patches [t, h, w] of each image or video, T = Σ t·h·w in all.
-   * @param a.hiddenStates also returns every block's state.
-   * @param a.massOf the blocks, counted from 0, whose attention is summed over its queries
-   *   (`attentionMass`), in that order.
    * @throws ERR_SHAPE, ERR_DTYPE, ERR_DEVICE for patches that do not fit; ERR_VALUE for the rest.
    */
-  encode(a: {
-    pixelValues: Tensor
-    gridThw: readonly Grid[]
-    hiddenStates?: boolean
-    massOf?: readonly number[]
-  }): Held<VisionEncoding> {
+  encode<H extends boolean = false, M extends readonly number[] | undefined = undefined>(
+    a: EncodeArgs<H, M>,
+  ): Held<VisionEncoding<H, M>> {
+    checkReceiver(isObject(this) && #weights in this, 'VisionTower', opName)
+    checkArguments(a, encodeNames, opName)
     const { depth, hiddenSize, heads, headDim, patchSize, temporalPatchSize, mergeSize } =
       this.config
     handleOf(a.pixelValues, 'pixelValues', opName)
+    if (a.hiddenStates !== undefined) checkBoolean(a.hiddenStates, 'hiddenStates', opName)
     const grids = checkGrids(a.gridThw, mergeSize, opName)
     const patches = grids.reduce((n, [t, h, w]) => n + t * h * w, 0)
     const inputs = 3 * temporalPatchSize * patchSize ** 2
@@ -172,10 +304,14 @@ export class VisionTower {
         opName,
         `pixelValues must be [${patches}, ${inputs}] for these grids, got [${shape.join(', ')}]`,
       )
-    const massOf = a.massOf ?? []
+    const massOf: readonly number[] = checkArray(a.massOf ?? [], 'massOf', opName)
     for (const layer of massOf)
       if (!Number.isInteger(layer) || layer < 0 || layer >= depth)
-        refuse('ERR_VALUE', opName, `massOf must hold blocks from 0 to ${depth - 1}, got ${layer}`)
+        refuse(
+          'ERR_VALUE',
+          opName,
+          `massOf must hold blocks from 0 to ${depth - 1}, got ${describeValue(layer)}`,
+        )
 
     return composite(opName, () => {
       const parts = scope(() => {
@@ -225,12 +361,13 @@ export class VisionTower {
           ...(a.massOf ? { mass: massOf.map((layer) => masses.get(layer) as Tensor) } : {}),
         }
       })
-      return held<VisionEncoding>(parts)
+      return held(parts as VisionEncoding<H, M> & object)
     })
   }
 
-  /** Frees the weights. */
+  /** Frees the weights. A second call does nothing. */
   dispose(): void {
+    checkReceiver(isObject(this) && #weights in this, 'VisionTower', 'dispose')
     for (const tensor of Object.values(this.#weights)) tensor.dispose()
   }
 
