@@ -1,12 +1,12 @@
 import {
-  alternating,
+  alternatingSettings,
   functionPolicy,
   grpoStep,
   informativeGroups,
   type Policy,
   PraGrpo,
   type PraGrpoOptions,
-  p2r,
+  paperSettings,
   type Sample,
   type Tensor,
 } from 'p2r-kernels'
@@ -189,7 +189,73 @@ onEveryBackend('PraGrpo', (b) => {
     )
   })
 
-  test('schedules: phases and rounds of p2r and alternating; a continued run', async () => {
+  test('a wrong model is blamed by its own names, and the batch can still be stepped', async () => {
+    const perceiver = sampler(() => boxes('x')).policy
+    const pra = trainer({ perceiver })
+    using batch = await pra.rollout([sample('q')])
+    const T = batch.tokens!.length
+    const good = batch.oldLogProbs!
+    const targets = b.device.tensor(batch.tokens!, [T])
+    const wrong: [model: object, code: string, message: string][] = [
+      [
+        { logProbs: b.device.zeros([T + 1]) },
+        'ERR_SHAPE',
+        `logProbs must be [${T}], because cuSeqlens ends at ${T} tokens, got [${T + 1}]`,
+      ],
+      [{ logProbs: b.device.zeros([T], 'f16') }, 'ERR_DTYPE', 'logProbs must be'],
+      [
+        { logits: b.device.zeros([T - 1, 9]), targets },
+        'ERR_SHAPE',
+        `logits must be [${T}, V], because`,
+      ],
+      [
+        { logits: b.device.zeros([T, 9]), targets: targets.slice(1) },
+        'ERR_SHAPE',
+        `targets must be [${T}], because`,
+      ],
+      [
+        { hidden: b.device.zeros([2, 4]), weight: b.device.zeros([9, 4]), targets },
+        'ERR_SHAPE',
+        `hidden must be [${T}, C], because`,
+      ],
+      [{ hidden: b.device.zeros([T, 4]), targets }, 'ERR_VALUE', 'weight must be a Tensor'],
+      [{ logProbs: good, refLogProbs: good.slice(1) }, 'ERR_SHAPE', 'refLogProbs'],
+      [{ logProbs: good, oldLogProbs: good.slice(1) }, 'ERR_SHAPE', 'oldLogProbs'],
+      [{}, 'ERR_VALUE', 'got none of them'],
+      [
+        { logProbs: good, logits: b.device.zeros([T, 9]), targets },
+        'ERR_VALUE',
+        'got logProbs and logits',
+      ],
+      [
+        { logProbs: good, temperature: 2 },
+        'ERR_VALUE',
+        'temperature does not belong to a model of logProbs',
+      ],
+      [
+        { logits: b.device.zeros([T, 9]), targets, bias: good },
+        'ERR_VALUE',
+        'bias does not belong to a model of logits',
+      ],
+      [
+        { logProb: good },
+        'ERR_VALUE',
+        "unknown option 'model.logProb'; did you mean 'model.logProbs'?",
+      ],
+      [good, 'ERR_VALUE', 'model must be an object, got a Tensor'],
+    ]
+    for (const [model, code, message] of wrong) {
+      expect(() => pra.step(batch, model as never)).toThrow(
+        expect.objectContaining({ code, op: 'step', message: expect.stringContaining(message) }),
+      )
+      expect(pra.role).toBe('perceiver')
+    }
+    // Undefined is as if left out.
+    pra.step(batch, { logProbs: good, logits: undefined } as never).dispose()
+    expect(pra.role).toBe('reasoner')
+  })
+
+  test('schedules: phases and rounds of the recipes; a continued run', async () => {
     const policies = {
       perceiver: sampler(() => boxes('x')).policy,
       reasoner: sampler(() => '<answer>A</answer>').policy,
@@ -207,11 +273,11 @@ onEveryBackend('PraGrpo', (b) => {
     expect(await turns(trainer({ ...policies, schedule }), 7)).toBe('pprpprp')
     expect(await turns(trainer({ ...policies, schedule, rounds: 2 }), 99)).toBe('pprppr')
     expect(await turns(trainer({ ...policies, schedule, step: 2 }), 3)).toBe('rpp')
-    expect(await turns(trainer({ ...policies, ...alternating() }), 4)).toBe('prpr')
-    expect(await turns(trainer({ ...policies, ...p2r({ samples: 130, batch: 64 }) }), 99)).toBe(
-      'pprr',
-    )
-    expect(p2r()).toMatchObject({
+    expect(await turns(trainer({ ...policies, ...alternatingSettings() }), 4)).toBe('prpr')
+    expect(
+      await turns(trainer({ ...policies, ...paperSettings({ samples: 130, batch: 64 }) }), 99),
+    ).toBe('pprr')
+    expect(paperSettings()).toMatchObject({
       groupSize: 8,
       schedule: { perceiver: 156, reasoner: 156 },
       rounds: 1,
@@ -332,12 +398,27 @@ onEveryBackend('PraGrpo', (b) => {
     wrong({ schedule: { perceiver: -1, reasoner: 2 } }, /schedule.perceiver/)
     wrong({ reasoner: null }, /reasoner/)
     wrong({ step: -1 }, /step/)
-    expectRefusal(() => p2r({ batch: 0 }), 'ERR_VALUE', 'p2r', /batch/)
+    wrong({ temperature: -1 }, /temperature/)
+    wrong({ estimator: 'ppo' }, /estimator/)
+    wrong({ verifier: 'yes' }, /verifier must be a function/)
+    wrong({ maxTokens: { reasoner: 0 } }, /maxTokens.reasoner/)
+    wrong({ evidence: { padding: [0.1] } }, /padding/)
+    wrong({ rules: 'lax' }, /rules/)
+    wrong({ prompts: { perceive: 3 } }, /prompts.perceive/)
+    expectRefusal(() => paperSettings({ batch: 0 }), 'ERR_VALUE', 'paperSettings', /batch/)
     const pra = trainer({})
     await expect(pra.rollout([{ ...sample('q'), question: 3 } as never])).rejects.toMatchObject({
       code: 'ERR_VALUE',
       message: expect.stringMatching(/samples\[0\].question/),
     })
+    for (const [extra, message] of [
+      [{ image: b.device.zeros([4, 4]) }, /samples\[0\].image must be \[height, width, 3\]/],
+      [{ answerForm: 'letter' }, /samples\[0\].answerForm/],
+    ] as const)
+      await expect(pra.rollout([{ ...sample('q'), ...extra } as never])).rejects.toMatchObject({
+        op: 'rollout',
+        message: expect.stringMatching(message),
+      })
     await expect(pra.rollout('x' as never)).rejects.toMatchObject({ code: 'ERR_VALUE' })
     using batch = await pra.rollout([sample('q')])
     expectRefusal(

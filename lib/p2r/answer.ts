@@ -1,5 +1,5 @@
 import { type AbortSignalLike, checkSignal } from '../abort.js'
-import { checkArguments, checkString, type Names } from '../arguments.js'
+import { checkArguments, checkReceiver, checkString, type Names } from '../arguments.js'
 import { imageSize, type Tensor } from '../tensor.js'
 import type { Evidence } from './evidence.js'
 import { checkPerceiver, type Perceiver } from './perceiver.js'
@@ -106,6 +106,7 @@ class EvidencedAnswer implements Answer {
   }
 
   dispose(): void {
+    checkReceiver(this instanceof EvidencedAnswer, 'Answer', 'dispose')
     this.evidence.dispose()
   }
 

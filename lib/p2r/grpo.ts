@@ -55,7 +55,12 @@ export interface HeadModel<D extends FloatDType = FloatDType> extends LinearHead
 }
 
 /** What the caller's engine gives for the tokens of a batch. The gradient is taken with respect to the same. */
-export type GrpoModel = LogProbsModel | LogitsModel | HeadModel
+export type GrpoModel =
+  | LogProbsModel
+  | LogitsModel
+  | HeadModel<'f32'>
+  | HeadModel<'f16'>
+  | HeadModel<'bf16'>
 
 /** A HeadModel that has a bias, and one that has none. */
 export type BiasedHeadModel<D extends FloatDType = FloatDType> = HeadModel<D> &

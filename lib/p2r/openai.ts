@@ -124,7 +124,10 @@ const encodedAhead = 8
  *
  * // Stands for a server of vLLM or SGLang.
  * const choices = [{ index: 0, message: { role: 'assistant', content: 'three' }, finish_reason: 'stop' }]
- * const server = createServer((_, response) => response.end(JSON.stringify({ choices })))
+ * const server = createServer((_, response) => {
+ *   response.setHeader('content-type', 'application/json')
+ *   response.end(JSON.stringify({ choices }))
+ * })
  * await new Promise((resolve) => server.listen(0, '127.0.0.1', resolve))
  *
  * const baseURL = `http://127.0.0.1:${server.address().port}/v1`
@@ -132,6 +135,7 @@ const encodedAhead = 8
  * const request = { role: 'reasoner', system: '', prompt: 'How many?', images: [], tokens: false }
  * console.log(await policy.generate(request)) // [ { text: 'three' } ]
  * server.close()
+ * server.closeAllConnections()
  */
 export class OpenAIPolicy implements Policy {
   readonly #options: Required<Omit<OpenAIPolicyOptions, 'baseURL'>>

@@ -92,7 +92,7 @@ const argumentNames: Names<PerceiveArgs> = { image: true, question: true, n: tru
  * const image = device.zeros([480, 640, 3], 'u8')
  * const policy = functionPolicy(() => '[{"bbox_2d": [400, 300, 600, 500], "label": "sign"}]')
  * const [{ evidence }] = await new Perceiver(policy).perceive({ image, question: 'What is shown?' })
- * console.log(evidence.boxes[0].label, evidence.crops[0].shape) // sign [ 192, 256, 3 ]
+ * console.log(evidence.boxes[0].label, evidence.crops[0].shape) // sign [ 193, 256, 3 ]
  * evidence.dispose()
  * device.dispose()
  */

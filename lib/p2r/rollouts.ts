@@ -1,5 +1,5 @@
 // Batches of rollouts: what PraGrpo's `rollout` makes, its `step` takes and saveRollouts writes.
-import { checkArray, choice, describeValue, isObject } from '../arguments.js'
+import { checkArray, checkReceiver, choice, describeValue, isObject } from '../arguments.js'
 import type { Device } from '../device.js'
 import { refuse } from '../errors.js'
 import { type AdvantageEstimator, groupAdvantages } from '../ops/advantages.js'
@@ -147,6 +147,7 @@ export class Rollouts implements RolloutBatch {
   }
 
   dispose(): void {
+    checkReceiver(this instanceof Rollouts, 'RolloutBatch', 'dispose')
     this.rewards.dispose()
     this.advantages.dispose()
     this.oldLogProbs?.dispose()

@@ -1,6 +1,7 @@
 // Images, boxes and evidence, as a strict consumer calls them. It is compiled, never run.
 import {
   type AbortSignalLike,
+  type CollectEvidenceArgs,
   type Color,
   collectEvidence,
   cropResample,
@@ -8,6 +9,8 @@ import {
   drawBoxes,
   type Evidence,
   type EvidenceBox,
+  type EvidenceOptions,
+  type EvidencePixelValuesOptions,
   type EvidenceSizes,
   encodeImage,
   type Filter,
@@ -43,10 +46,13 @@ export function patches(image: Tensor): readonly Grid[] {
   return [...all.gridThw, ...one.gridThw]
 }
 
-export function evidenceOf(image: Tensor, text: string): Tensor[] {
+export function evidenceOf(image: Tensor<'u8'>, text: string): Tensor[] {
   const boxes: EvidenceBox[] = parseBoxes(text)
   const sizes: EvidenceSizes = { maxPixels: 1 << 20 }
-  using evidence: Evidence = collectEvidence({ image, boxes, padding: [0.1, 0.1], ...sizes })
-  const made = evidence.pixelValues({ ...sizes, dtype: 'f16' })
+  const options: EvidenceOptions = { padding: [0.1, 0.1], ...sizes }
+  const a: CollectEvidenceArgs = { image, boxes, ...options }
+  using evidence: Evidence = collectEvidence(a)
+  const patches: EvidencePixelValuesOptions<'f16'> = { ...sizes, dtype: 'f16' }
+  const made = evidence.pixelValues(patches)
   return evidence.hasEvidence ? [evidence.annotated, ...evidence.crops] : [made.pixelValues]
 }

@@ -4,6 +4,10 @@ import {
   add,
   clipGradNorm,
   type Device,
+  type EncodeArgs,
+  type EncodedMass,
+  type EncodedPatches,
+  type EncodedStates,
   type Grid,
   gatherRows,
   gatherRowsBackward,
@@ -23,6 +27,7 @@ import {
   type VisionEncoding,
   VisionTower,
   type VisionTowerConfig,
+  type VisionTowerOptions,
   visionPositions,
 } from 'p2r-kernels'
 
@@ -78,9 +83,21 @@ export async function files(device: Device, x: Tensor): Promise<Tensor | undefin
 }
 
 export async function tower(device: Device, pixelValues: Tensor): Promise<Tensor[]> {
-  using loaded = await VisionTower.load('folder', device, { dtype: 'bf16' })
+  const options: VisionTowerOptions = { dtype: 'bf16' }
+  using loaded = await VisionTower.load('folder', device, options)
   const config: VisionTowerConfig = loaded.config
   const gridThw: Grid[] = [[1, config.mergeSize, 2]]
-  const out: VisionEncoding = loaded.encode({ pixelValues, gridThw, massOf: [config.depth - 1] })
-  return [out.merged, ...out.deepstack, visionPositions({ table: pixelValues, gridThw })]
+  const a: EncodeArgs = { pixelValues, gridThw, massOf: [config.depth - 1] }
+  const out: VisionEncoding = loaded.encode(a)
+  const states: EncodedStates = loaded.encode({ pixelValues, gridThw, hiddenStates: true })
+  const { mass }: EncodedMass = loaded.encode({ pixelValues, gridThw, massOf: [0] })
+  const merged: EncodedPatches = loaded.encode({ pixelValues, gridThw })
+  return [
+    ...states.hidden,
+    ...mass,
+    merged.merged,
+    out.merged,
+    ...out.deepstack,
+    visionPositions({ table: pixelValues, gridThw }),
+  ]
 }

@@ -1,16 +1,21 @@
 // Perceive-to-Reason on served models, as a strict consumer uses it. It is compiled, never run.
 import {
   type AbortSignalLike,
+  type AlternatingSettingsOptions,
   type Answer,
+  type AnswerArgs,
   type AnswerForm,
-  alternating,
+  type AnswerRewardArgs,
+  alternatingSettings,
   answer,
   answerReward,
   boxIoU,
   type Completion,
   type Device,
   defaultPrompts,
+  type EvaluateArgs,
   type EvidenceBox,
+  type ExtractAnswerOptions,
   evaluate,
   extractAnswer,
   functionPolicy,
@@ -19,23 +24,31 @@ import {
   type Judged,
   loadMetadata,
   loadRollouts,
+  type ModelVerifierOptions,
   modelVerifier,
-  type OpenAIOptions,
   OpenAIPolicy,
+  type OpenAIPolicyOptions,
+  type PaperSettingsOptions,
+  type PerceiveArgs,
   Perceiver,
   type PerceiverOptions,
+  type Perception,
+  type PerceptionFaultOptions,
   type Policy,
+  type PolicyFunction,
   type PolicyRequest,
   PraGrpo,
   type PraGrpoOptions,
   type PraGrpoSettings,
   type PromptOverrides,
   type Prompts,
-  p2r,
+  paperSettings,
   perceptionFault,
   type Question,
+  type ReasonArgs,
   Reasoner,
   type ReasonerOptions,
+  type Reasoning,
   RecordedPolicy,
   type RewardRules,
   type Role,
@@ -43,13 +56,16 @@ import {
   type RolloutBatch,
   type RolloutItem,
   type RolloutMetrics,
+  type RolloutOptions,
   recordPolicy,
   type Sample,
   type Schedule,
+  type StepLogProbs,
   saveRollouts,
   type Tensor,
   type TrainedModel,
   type Verifier,
+  type VerifierArgs,
 } from 'p2r-kernels'
 
 class Echo implements Policy {
@@ -58,11 +74,15 @@ class Echo implements Policy {
   }
 }
 
-const options: OpenAIOptions = { baseURL: 'http://localhost:8000/v1', model: 'm', concurrency: 8 }
+const options: OpenAIPolicyOptions = {
+  baseURL: 'http://localhost:8000/v1',
+  model: 'm',
+  concurrency: 8,
+}
 const form: AnswerForm = 'mca'
 const rules: RewardRules = 'strict'
 
-export async function ask(image: Tensor, signal: AbortSignalLike): Promise<Answer> {
+export async function ask(image: Tensor<'u8'>, signal: AbortSignalLike): Promise<Answer> {
   const served = recordPolicy(new OpenAIPolicy(options), 'a.jsonl')
   const replayed = await RecordedPolicy.load('a.jsonl')
   const prompts: PromptOverrides = { perceive: defaultPrompts.perceive, forms: { na: 'number' } }
@@ -70,26 +90,40 @@ export async function ask(image: Tensor, signal: AbortSignalLike): Promise<Answe
   const thinks: ReasonerOptions = { rules, maxTokens: 100 }
   const perceiver = new Perceiver(served, sees)
   const reasoner = new Reasoner(replayed, thinks)
-  const [perceived] = await perceiver.perceive({ image, question: 'q', n: 2, signal })
+  const asked: PerceiveArgs = { image, question: 'q', n: 2, signal }
+  const [perceived]: Perception[] = await perceiver.perceive(asked)
   if (perceived) {
     const { evidence } = perceived
-    await reasoner.reason({ evidence, question: 'q', answerForm: form, n: 2, signal })
+    const shown: ReasonArgs = { evidence, question: 'q', answerForm: form, n: 2, signal }
+    const reasoned: Reasoning[] = await reasoner.reason(shown)
+    if (!reasoned[0]?.answer) evidence.dispose()
   }
-  return answer({ perceiver, reasoner, image, question: 'q', answerForm: form, signal })
+  const a: AnswerArgs = { perceiver, reasoner, image, question: 'q', answerForm: form, signal }
+  using made: Answer = await answer(a)
+  return made.evidence.hasEvidence ? made : answer(a)
 }
 
 export async function score(boxes: EvidenceBox[], text: string): Promise<number> {
-  const verifier: Verifier = modelVerifier(
-    functionPolicy(() => 'yes'),
-    { rules },
-  )
-  const fault: 'overlap' | 'label' | null = perceptionFault(boxes, { rules })
+  const judge: PolicyFunction = () => 'yes'
+  const judging: ModelVerifierOptions = { rules, maxTokens: 8 }
+  const verifier: Verifier = modelVerifier(functionPolicy(judge), judging)
+  const judged: VerifierArgs = { question: 'q', answer: 'a', truth: 'A' }
+  const faults: PerceptionFaultOptions = { rules }
+  const fault: 'overlap' | 'label' | null = perceptionFault(boxes, faults)
+  if (await verifier(judged)) return 1
   const [a, b] = boxes
   if (fault || (a && b && boxIoU(a.bbox2d, b.bbox2d) > 0.5)) return 0
-  return answerReward({ answer: extractAnswer(text), truth: 'A', form, verifier })
+  const extract: ExtractAnswerOptions = { rules }
+  const scored: AnswerRewardArgs = {
+    answer: extractAnswer(text, extract),
+    truth: 'A',
+    form,
+    verifier,
+  }
+  return answerReward(scored)
 }
 
-export async function run(image: Tensor): Promise<Judged<Question>[]> {
+export async function run(image: Tensor<'u8'>): Promise<Judged<Question>[]> {
   const [perceiver, reasoner] = [new Perceiver(new Echo()), new Reasoner(new Echo())]
   const question: Question = {
     question: 'q',
@@ -98,23 +132,31 @@ export async function run(image: Tensor): Promise<Judged<Question>[]> {
     load: async () => image,
   }
   const all: Judged<Question>[] = []
-  for await (const judged of evaluate({ perceiver, reasoner, questions: [question] }))
-    all.push(judged)
+  const a: EvaluateArgs = { perceiver, reasoner, questions: [question] }
+  for await (const judged of evaluate(a)) all.push(judged)
   return all
 }
 
 export async function train(device: Device, samples: Sample[], model: TrainedModel) {
   const schedule: Schedule = { perceiver: 2, reasoner: 1 }
-  const settings: PraGrpoSettings = { ...p2r(), ...alternating({ steps: 3 }), schedule }
+  const paper: PaperSettingsOptions = { samples: 100 }
+  const turns: AlternatingSettingsOptions = { steps: 3 }
+  const settings: PraGrpoSettings = {
+    ...paperSettings(paper),
+    ...alternatingSettings(turns),
+    schedule,
+  }
   const made: PraGrpoOptions = { ...settings, perceiver: new Echo(), reasoner: new Echo(), device }
   const trainer = new PraGrpo(made)
   const role: Role = trainer.role
-  using batch: RolloutBatch = await trainer.rollout(samples)
+  const stops: RolloutOptions = {}
+  using batch: RolloutBatch = await trainer.rollout(samples, stops)
   const items: readonly RolloutItem[] = batch.items
   const metrics: RolloutMetrics = batch.metrics
   await saveRollouts('b.safetensors', batch)
   using loaded = await loadRollouts('b.safetensors', device)
-  using step = trainer.step(loaded, model)
+  const others: StepLogProbs = loaded.oldLogProbs ? { oldLogProbs: loaded.oldLogProbs } : {}
+  using step = trainer.step(loaded, { ...model, ...others })
   const all: Partial<Record<Role, RoleMetrics>> = await trainer.metrics()
   return [role, items.length, metrics.errors, all, (await step.metrics()).loss, trainer.finished]
 }

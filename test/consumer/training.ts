@@ -6,17 +6,26 @@ import {
   attention,
   attentionBackward,
   attentionMass,
+  type BiasedHeadModel,
+  type BiasedHeadStep,
   type Device,
   type GroupAdvantages,
   type GrpoBatch,
   type GrpoModel,
   type GrpoStep,
+  type GrpoStepArgs,
   groupAdvantages,
   grpoStep,
+  type HeadModel,
+  type HeadStep,
   informativeGroups,
   kernels,
+  type LogitsModel,
+  type LogitsStep,
   type LogProbsBackward,
+  type LogProbsModel,
   type LogProbsShard,
+  type LogProbsStep,
   type LossAggregation,
   type LossMetrics,
   mergeLogProbs,
@@ -28,6 +37,7 @@ import {
   tokenLogProbsBackward,
   tokenLogProbsShard,
   trlDefaults,
+  type UnbiasedHeadModel,
   visionRotary,
   windowLayout,
 } from 'p2r-kernels'
@@ -68,6 +78,25 @@ export async function loss(tokens: Tensor, rewards: Tensor): Promise<LossMetrics
   using own = policyLoss(given)
   const batch: GrpoBatch = { rewards, groups: [0, 0, 1, 1], cuSeqlens, ...options }
   const model: GrpoModel = { logProbs: tokens }
-  using step: GrpoStep & { advantages: Tensor } = grpoStep({ ...model, ...batch })
+  const args: GrpoStepArgs = { ...model, ...batch }
+  using step: GrpoStep & { advantages: Tensor } = grpoStep(args)
   return [await own.metrics(), await step.metrics()]
+}
+
+export function gradients(
+  batch: GrpoBatch,
+  hidden: Tensor<'bf16'>,
+  targets: Tensor<'i32'>,
+  logProbs: Tensor<'f32'>,
+): Tensor[] {
+  const plain: LogProbsModel = { logProbs }
+  const logits: LogitsModel<'bf16'> = { logits: hidden, targets }
+  const head: UnbiasedHeadModel<'bf16'> = { hidden, weight: hidden, targets }
+  const biased: BiasedHeadModel<'bf16'> = { ...head, bias: logProbs }
+  const any: HeadModel = biased
+  using a: LogProbsStep = grpoStep({ ...plain, ...batch })
+  using b: LogitsStep<'bf16'> = grpoStep({ ...logits, ...batch })
+  using c: HeadStep<'bf16'> = grpoStep({ ...head, ...batch })
+  using d: BiasedHeadStep<'bf16'> = grpoStep({ ...biased, ...batch })
+  return [a.dLogProbs, b.dLogits, c.dHidden, d.dBias, any.hidden]
 }
