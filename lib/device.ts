@@ -175,7 +175,7 @@ export class Device implements Disposable {
 
   /** @internal */
   get handle(): DeviceHandle {
-    return this.#handle
+    return checkDevice(this, 'handle', 'this').#handle
   }
 
   /**
@@ -224,7 +224,9 @@ export class Device implements Disposable {
    * @throws P2RError ERR_DEVICE for memory of the other backend, or that CUDA cannot open; ERR_IO and ERR_FORMAT
    *   for a file that is missing or too short; ERR_VALUE for anything but a handle's fields.
    */
-  fromIpcHandle<D extends DType = DType>(handle: IpcDescription & { dtype: D }): Tensor<D> {
+  fromIpcHandle<D extends DType>(
+    handle: IpcDescription & { dtype: D },
+  ): DType extends D ? Tensor : Tensor<D> {
     const own = checkDevice(this, 'fromIpcHandle', 'this')
     return wrap(this, openShared(own.handle, own.info.backend, handle))
   }

@@ -72,7 +72,7 @@ const uncloneable = Symbol(
  * ```
  */
 // biome-ignore lint/suspicious/noExplicitAny: a bare Tensor has a dtype known only at run time, and is accepted everywhere
-export class Tensor<D extends DType = any> implements Disposable {
+export class Tensor<out D extends DType = any> implements Disposable {
   /** @internal */
   readonly uncloneable: symbol = uncloneable
   readonly device: Device

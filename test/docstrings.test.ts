@@ -13,7 +13,7 @@ const folder = join(root, 'build', 'examples')
 mkdirSync(folder, { recursive: true })
 afterAll(() => rmSync(folder, { recursive: true }))
 
-const files = ['p2r', 'vision'].flatMap((part) => {
+const files = ['.', 'ops', 'p2r', 'vision'].flatMap((part) => {
   const path = join(root, 'dist', 'lib', part)
   return readdirSync(path)
     .filter((name) => name.endsWith('.d.ts'))

@@ -1,4 +1,4 @@
-import { gelu, geluBackward } from 'p2r-kernels'
+import { gelu, geluBackward, type Tensor } from 'p2r-kernels'
 import { expect, test } from 'vitest'
 import {
   expectClose,
@@ -87,7 +87,12 @@ onEveryBackend('gelu', (b) => {
 
   test('refuses other than float tensors of one shape', () => {
     using x = b.device.zeros([4])
-    expectRefusal(() => gelu({ x: b.device.zeros([2], 'u8') }), 'ERR_DTYPE', 'gelu', /got u8/)
+    expectRefusal(
+      () => gelu({ x: b.device.zeros([2], 'u8') as Tensor }),
+      'ERR_DTYPE',
+      'gelu',
+      /got u8/,
+    )
     expectRefusal(() => gelu({ x: [1] as never }), 'ERR_VALUE', 'gelu', /must be a Tensor/)
     expectRefusal(() => gelu({ x, approximate: 'fast' as never }), 'ERR_VALUE', 'gelu')
     expectRefusal(

@@ -1,4 +1,4 @@
-import { linear, linearBackward, openDevice, type Tensor } from 'p2r-kernels'
+import { type DType, linear, linearBackward, openDevice, type Tensor } from 'p2r-kernels'
 import { expect, test } from 'vitest'
 import {
   type Backend,
@@ -354,8 +354,7 @@ onEveryBackend('linear', (b) => {
   })
 
   test('refuses mismatched arguments', () => {
-    const z = (shape: number[], dtype: 'f32' | 'f16' | 'bf16' | 'i32' = 'f32') =>
-      b.device.zeros(shape, dtype)
+    const z = (shape: number[], dtype: DType = 'f32'): Tensor => b.device.zeros(shape, dtype)
     const x = z([2, 4])
     const weight = z([3, 4])
     const refused = (a: object, code: string, message: RegExp) =>

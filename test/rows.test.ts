@@ -5,6 +5,7 @@ import {
   meanPool,
   meanPoolBackward,
   openDevice,
+  type Tensor,
 } from 'p2r-kernels'
 import { describe, expect, test } from 'vitest'
 import {
@@ -158,7 +159,7 @@ onEveryBackend('rows', (b) => {
     const x = b.device.zeros([4, 3])
     expectRefusal(() => add({ x, y: b.device.zeros([4]) }), 'ERR_SHAPE', 'add', /got \[4\]/)
     expectRefusal(() => add({ x, y: b.device.zeros([1, 4, 3]) }), 'ERR_SHAPE', 'add')
-    expectRefusal(() => add({ x, y: b.device.zeros([3], 'f16') }), 'ERR_DTYPE', 'add')
+    expectRefusal(() => add({ x, y: b.device.zeros([3], 'f16') as Tensor }), 'ERR_DTYPE', 'add')
     expectRefusal(() => add({ x, y: 1 as never }), 'ERR_VALUE', 'add', /y must be a Tensor/)
     const at = (index: unknown) => () => gatherRows({ x, index: index as number[] })
     expectRefusal(at([0, 4]), 'ERR_VALUE', 'gatherRows', /index\[1\] .* from 0 to 3, got 4/)

@@ -58,7 +58,7 @@ onEveryBackend('tensor', (b) => {
 
   test('the default dtype follows from the data', () => {
     const types = sources.map(([name, data]) => {
-      using x = b.device.tensor(data, [6])
+      using x = b.device.tensor(data as number[], [6])
       return [name, x.dtype]
     })
     expect(Object.fromEntries(types)).toEqual({

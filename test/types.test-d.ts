@@ -78,7 +78,7 @@ describe('tensors', () => {
 
   test('a bare tensor has a type of the list, and is accepted everywhere', async () => {
     expectTypeOf(bare.dtype).toEqualTypeOf<DType>()
-    expectTypeOf(gelu({ x: bare })).toBeAny
+    expectTypeOf(gelu({ x: bare }).dtype).toEqualTypeOf<DType>()
     expectTypeOf(bare).toExtend<Tensor<'f32'>>()
     expectTypeOf(f32).toExtend<Tensor>()
     expectTypeOf(await loadTensors('x', device)).toEqualTypeOf<Record<string, Tensor>>()
@@ -94,7 +94,6 @@ describe('tensors', () => {
   })
 
   test('the fields of the implementation are not part of the types', () => {
-    expectTypeOf<keyof Tensor>().not.toEqualTypeOf<'uncloneable' | keyof Tensor>()
     // @ts-expect-error internal
     void device.handle
     // @ts-expect-error internal

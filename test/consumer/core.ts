@@ -1,7 +1,10 @@
 // Devices, tensors, scopes and errors as a strict consumer uses them. It is compiled, never run.
 import {
+  type CpuFeatures,
+  type CudaStatus,
   cudaStatus,
   type Device,
+  type DeviceId,
   type DeviceInfo,
   type DType,
   devices,
@@ -10,6 +13,7 @@ import {
   type HostArray,
   type HostOf,
   type Ints,
+  type MemoryUse,
   type OpenOptions,
   openDevice,
   P2RError,
@@ -19,11 +23,14 @@ import {
 } from 'p2r-kernels'
 
 export const infos: DeviceInfo[] = devices()
-export const reason: string = cudaStatus().reason
-const options: OpenOptions = { threads: 2, simd: 'scalar', features: { bf16: false } }
+export const status: CudaStatus = cudaStatus()
+export const reason: string = status.reason
+const features: CpuFeatures = { bf16: false }
+const options: OpenOptions = { threads: 2, simd: 'scalar', features }
+const id: DeviceId = 'cpu'
 
 export async function tensors(): Promise<void> {
-  using device: Device = openDevice('cpu', options)
+  using device: Device = openDevice(id, options)
   const plain: Tensor<'f32'> = device.tensor([1, 2, 3, 4], [2, 2])
   const half: Tensor<'bf16'> = device.tensor(new Uint16Array(4), [4], 'bf16')
   const bits: Uint16Array = await half.read()
@@ -38,7 +45,7 @@ export async function tensors(): Promise<void> {
   const dtype: DType = any.dtype
   const shape: readonly number[] = any.shape
   const home: Device = any.to(device).device
-  const { liveBytes, peakBytes, reservedBytes }: Record<string, number> = home.memory()
+  const { liveBytes, peakBytes, reservedBytes }: MemoryUse = home.memory()
   home.resetPeak()
   const ms: number = await device.time(() => plain.cast('f16').dispose())
   await device.synchronize()

@@ -2,32 +2,32 @@
 import {
   type GrpoModel,
   grpoStep,
-  type HeadGradients,
   type LinearHead,
-  type LinearLogProbsBackward,
-  type LinearPolicyLoss,
+  type LinearLogProbsBackwardArgs,
+  type LinearPolicyLossArgs,
   linearLogProbs,
   linearLogProbsBackward,
   linearPolicyLoss,
   type Tensor,
+  type WeightGradients,
 } from 'p2r-kernels'
 
-export function evaluate(head: LinearHead, dLogProbs: Tensor, into: HeadGradients): Tensor[] {
+export function evaluate(head: LinearHead, dLogProbs: Tensor, into: WeightGradients): Tensor[] {
   using forward = linearLogProbs({ ...head, temperature: 0.7, entropy: true })
   const { logProbs, stats, entropy } = forward
-  const back: LinearLogProbsBackward = { ...head, stats, dLogProbs, into }
+  const back: LinearLogProbsBackwardArgs = { ...head, stats, dLogProbs, into }
   const { dHidden, dWeight, dBias } = linearLogProbsBackward(back)
   return [logProbs, entropy ?? stats, dHidden, dWeight, ...(dBias ? [dBias] : [])]
 }
 
 export async function train(head: LinearHead, advantages: Tensor): Promise<number> {
-  const a: LinearPolicyLoss = { ...head, advantages, cuSeqlens: [0, 8], objective: 'cispo' }
+  const a: LinearPolicyLossArgs = { ...head, advantages, cuSeqlens: [0, 8], objective: 'cispo' }
   using step = linearPolicyLoss(a)
   const tensors: Tensor[] = [step.loss, step.logProbs, step.dHidden, step.dWeight]
   return (await step.metrics()).loss + tensors.length
 }
 
-export function step(head: LinearHead, rewards: Tensor): Tensor | undefined {
+export function step(head: LinearHead<'bf16'>, rewards: Tensor): Tensor | undefined {
   const model: GrpoModel = head
   return grpoStep({ ...model, rewards, groups: [0, 0], cuSeqlens: [0, 4, 8] }).dHidden
 }

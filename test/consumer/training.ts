@@ -9,7 +9,7 @@ import {
   type BiasedHeadModel,
   type BiasedHeadStep,
   type Device,
-  type GroupAdvantages,
+  type GroupAdvantagesArgs,
   type GrpoBatch,
   type GrpoModel,
   type GrpoStep,
@@ -22,17 +22,17 @@ import {
   kernels,
   type LogitsModel,
   type LogitsStep,
-  type LogProbsBackward,
   type LogProbsModel,
   type LogProbsShard,
   type LogProbsStep,
   type LossAggregation,
   type LossMetrics,
   mergeLogProbs,
-  type PolicyLossInput,
+  type PolicyLossArgs,
   type PolicyLossOptions,
   policyLoss,
   type Tensor,
+  type TokenLogProbsBackwardArgs,
   tokenLogProbs,
   tokenLogProbsBackward,
   tokenLogProbsShard,
@@ -62,19 +62,19 @@ export function logProbs(logits: Tensor, targets: Tensor): Tensor {
   using merged = mergeLogProbs([shard, shard])
   const { stats } = merged
   const dLogProbs = whole.entropy ?? merged.logProbs
-  const back: LogProbsBackward = { logits, targets, stats, dLogProbs, inPlace: true }
+  const back: TokenLogProbsBackwardArgs = { logits, targets, stats, dLogProbs, inPlace: true }
   return tokenLogProbsBackward(back)
 }
 
 export async function loss(tokens: Tensor, rewards: Tensor): Promise<LossMetrics[]> {
   const estimator: AdvantageEstimator = 'rloo'
-  const input: GroupAdvantages = { rewards, groups: [0, 0, 1, 1], estimator, singleton: 'zero' }
+  const input: GroupAdvantagesArgs = { rewards, groups: [0, 0, 1, 1], estimator, singleton: 'zero' }
   const advantages = groupAdvantages(input)
   informativeGroups({ rewards, groups: Int32Array.of(0, 0, 1, 1) }).dispose()
   const aggregation: LossAggregation = 'seq-mean-token-mean'
   const options: PolicyLossOptions = { ...trlDefaults, aggregation, dualClip: false }
   const cuSeqlens = [0, 1, 2, 3, 4]
-  const given: PolicyLossInput = { logProbs: tokens, advantages, cuSeqlens, ...options }
+  const given: PolicyLossArgs = { logProbs: tokens, advantages, cuSeqlens, ...options }
   using own = policyLoss(given)
   const batch: GrpoBatch = { rewards, groups: [0, 0, 1, 1], cuSeqlens, ...options }
   const model: GrpoModel = { logProbs: tokens }
