@@ -3,10 +3,15 @@ import { refuse } from './errors.js'
 
 /** The part of AbortSignal that the library uses, so that its types need neither Node's nor the DOM's. */
 export interface AbortSignalLike {
+  /** Whether it has aborted. */
   readonly aborted: boolean
+  /** Why: what a promise rejects with. */
   readonly reason: unknown
+  /** Throws the reason if it has aborted. */
   throwIfAborted(): void
+  /** Calls the listener when it aborts. */
   addEventListener(type: 'abort', listener: () => void): void
+  /** Forgets a listener. */
   removeEventListener(type: 'abort', listener: () => void): void
 }
 

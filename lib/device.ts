@@ -7,6 +7,7 @@ import { defaultDType, type HostArray, hostData, type Tensor, wrap } from './ten
 
 /** What a device is. */
 export interface DeviceInfo {
+  /** Which of the library's backends computes. */
   backend: 'cpu' | 'cuda'
   /** 'cpu', 'cuda:0', ...: what `openDevice` takes. */
   id: string
@@ -87,10 +88,9 @@ const featureNames: Names<CpuFeatures> = { bf16: true, vnni: true }
  *
  * @throws P2RError ERR_NATIVE where the addon cannot be loaded.
  * @example
- * ```js
  * import { devices } from 'p2r-kernels'
+ *
  * for (const { id, name } of devices()) console.log(id, name)
- * ```
  */
 export function devices(): DeviceInfo[] {
   return native().devices()
@@ -101,11 +101,10 @@ export function devices(): DeviceInfo[] {
  *
  * @throws P2RError ERR_NATIVE where the addon cannot be loaded.
  * @example
- * ```js
  * import { cudaStatus } from 'p2r-kernels'
+ *
  * const { available, reason } = cudaStatus()
  * console.log(available, reason)
- * ```
  */
 export function cudaStatus(): CudaStatus {
   return native().cudaStatus()
@@ -123,12 +122,11 @@ export type DeviceId = 'cpu' | 'cuda' | `cuda:${number}` | (string & {})
  * @throws P2RError ERR_DEVICE for a device that does not exist or is not available; ERR_VALUE for wrong
  *   options; ERR_NATIVE where the addon cannot be loaded.
  * @example
- * ```js
  * import { openDevice } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu', { threads: 2 })
  * console.log(device.info.threads) // 2
  * device.dispose()
- * ```
  */
 export function openDevice(id?: DeviceId, options: OpenOptions = {}): Device {
   const op = 'openDevice'
@@ -151,14 +149,13 @@ const uncloneable = Symbol('a Device belongs to its thread; open one there: a De
  * One device with its queue and memory pool. Operations on its tensors run asynchronously, in order.
  *
  * @example
- * ```js
  * import { gelu, openDevice } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const x = device.zeros([1000])
  * const milliseconds = await device.time(() => gelu({ x }))
  * console.log(milliseconds >= 0, device.memory().liveBytes)
  * device.dispose()
- * ```
  */
 export class Device implements Disposable {
   /** @internal */

@@ -25,8 +25,8 @@ export type ErrorCode =
  * Every error that the library throws. Messages read `[operation] what, expected, got`.
  *
  * @example
- * ```js
  * import { gelu, openDevice, P2RError } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * try {
  *   gelu({ x: device.zeros([3], 'i32') })
@@ -34,7 +34,6 @@ export type ErrorCode =
  *   console.log(error instanceof P2RError, error.code, error.op) // true ERR_DTYPE gelu
  * }
  * device.dispose()
- * ```
  */
 export class P2RError extends Error {
   /** Why, from a closed list. */

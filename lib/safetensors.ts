@@ -30,15 +30,14 @@ const maxTransfer = 1 << 30
  * @throws P2RError ERR_IO, with its cause, when the file cannot be written; ERR_VALUE for anything but
  *   tensors and strings by name; a fault of a tensor as by `read`.
  * @example
- * ```js
  * import { tmpdir } from 'node:os'
  * import { loadTensors, openDevice, saveTensors } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const path = `${tmpdir()}/p2r-example.safetensors`
  * await saveTensors(path, { weight: device.tensor([1, 2], [2], 'bf16') }, { step: '7' })
  * console.log(String((await loadTensors(path, device)).weight)) // Tensor bf16 [2] on cpu
  * device.dispose()
- * ```
  */
 export async function saveTensors(
   path: string,
@@ -101,16 +100,15 @@ export async function saveTensors(
  * @throws P2RError ERR_IO, with its cause, for a file that cannot be read; ERR_FORMAT for one that is not a
  *   safetensors file or holds another type; ERR_VALUE for wrong arguments; ERR_MEMORY.
  * @example
- * ```js
  * import { tmpdir } from 'node:os'
  * import { loadTensors, openDevice, saveTensors } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const path = `${tmpdir()}/p2r-example.safetensors`
  * await saveTensors(path, { bias: device.tensor([0.5], [1]) })
  * const { bias } = await loadTensors(path, device)
- * console.log(await bias.read()) // Float32Array [0.5]
+ * console.log(await bias.read()) // Float32Array(1) [ 0.5 ]
  * device.dispose()
- * ```
  */
 export async function loadTensors(path: string, device: Device): Promise<Record<string, Tensor>> {
   return loadSome('loadTensors', path, device, (name) => name)
@@ -152,15 +150,14 @@ export async function loadSome(
  *
  * @throws P2RError as `loadTensors`.
  * @example
- * ```js
  * import { tmpdir } from 'node:os'
  * import { loadMetadata, openDevice, saveTensors } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const path = `${tmpdir()}/p2r-example.safetensors`
  * await saveTensors(path, { x: device.zeros([1]) }, { step: '7' })
  * console.log(await loadMetadata(path)) // { step: '7' }
  * device.dispose()
- * ```
  */
 export async function loadMetadata(path: string): Promise<Record<string, string>> {
   const op = 'loadMetadata'

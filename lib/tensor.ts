@@ -62,14 +62,13 @@ const uncloneable = Symbol(
  * runs, as of a file, and is accepted everywhere.
  *
  * @example
- * ```js
  * import { openDevice } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const x = device.tensor([1, 2, 3, 4, 5, 6], [2, 3])
  * console.log(String(x)) // Tensor f32 [2, 3] on cpu
- * console.log(await x.slice(1, 2).cast('i32').read()) // Int32Array [4, 5, 6]
+ * console.log(await x.slice(1, 2).cast('i32').read()) // Int32Array(3) [ 4, 5, 6 ]
  * device.dispose()
- * ```
  */
 // biome-ignore lint/suspicious/noExplicitAny: a bare Tensor has a dtype known only at run time, and is accepted everywhere
 export class Tensor<out D extends DType = any> implements Disposable {

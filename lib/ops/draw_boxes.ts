@@ -61,14 +61,13 @@ const names: Names<DrawBoxesArgs> = { ...outlineNames, image: true }
  * @throws P2RError ERR_VALUE for coordinates that are not integers; ERR_SHAPE and ERR_DTYPE for an image that
  *   is not u8 [height, width, 3]; ERR_DISPOSED.
  * @example
- * ```js
  * import { drawBoxes, openDevice } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const image = device.zeros([32, 32, 3], 'u8')
  * const marked = drawBoxes({ image, boxes: [[4, 4, 20, 20]], width: 1 })
- * console.log((await marked.read()).filter((v) => v === 255).length) // 64 red pixels
+ * console.log((await marked.read()).filter((v) => v === 255).length) // 64
  * device.dispose()
- * ```
  */
 export function drawBoxes(a: DrawBoxesArgs): Tensor<'u8'> {
   const op = 'drawBoxes'

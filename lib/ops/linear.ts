@@ -22,14 +22,13 @@ const names: Names<LinearArgs> = { x: true, weight: true, bias: true }
  * @returns [..., F], of x's type.
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
  * @example
- * ```js
  * import { linear, openDevice } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const x = device.tensor([1, 2], [1, 2])
  * const weight = device.tensor([1, 0, 0, 1, 1, 1], [3, 2])
- * console.log(await linear({ x, weight }).read()) // 1, 2, 3
+ * console.log(await linear({ x, weight }).read()) // Float32Array(3) [ 1, 2, 3 ]
  * device.dispose()
- * ```
  */
 export function linear<D extends FloatDType>(a: LinearArgs<D>): Tensor<D> {
   const op = 'linear'
@@ -97,16 +96,15 @@ const backwardNames: Names<LinearBackwardArgs> = {
  * @returns dX and dWeight; dBias exactly if a bias is given.
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
  * @example
- * ```js
  * import { linearBackward, openDevice } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const x = device.tensor([1, 2], [1, 2])
  * const weight = device.tensor([1, 0, 0, 1, 1, 1], [3, 2])
  * const dOut = device.tensor([1, 1, 1], [1, 3])
  * const { dX, dWeight } = linearBackward({ dOut, x, weight })
- * console.log(await dX.read(), dWeight.shape) // 2, 2 and [3, 2]
+ * console.log(await dX.read(), dWeight.shape) // Float32Array(2) [ 2, 2 ] [ 3, 2 ]
  * device.dispose()
- * ```
  */
 export function linearBackward<D extends FloatDType>(
   a: LinearBackwardArgs<D> & { bias: Tensor },

@@ -68,15 +68,14 @@ const names: Names<LinearLogProbsArgs> = { ...headNames, entropy: true }
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the temperature and, where a
  *   result is read, for a target outside the vocabulary; ERR_DEVICE; ERR_MEMORY; ERR_DISPOSED.
  * @example
- * ```js
  * import { linearLogProbs, openDevice } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const hidden = device.tensor([1, 0], [1, 2])
  * const weight = device.zeros([4, 2]) // a vocabulary of 4
  * const targets = device.tensor(Int32Array.of(2), [1])
- * console.log(await linearLogProbs({ hidden, weight, targets }).logProbs.read()) // ln 1/4
+ * console.log(await linearLogProbs({ hidden, weight, targets }).logProbs.read()) // about -1.386, ln 1/4
  * device.dispose()
- * ```
  */
 export function linearLogProbs<D extends FloatDType>(
   a: LinearLogProbsArgs<D> & { entropy: true },
@@ -140,8 +139,8 @@ const backwardNames: Names<LinearLogProbsBackwardArgs> = {
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the temperature and, where a
  *   result is read, for a target outside the vocabulary; ERR_DEVICE; ERR_MEMORY; ERR_DISPOSED.
  * @example
- * ```js
  * import { linearLogProbs, linearLogProbsBackward, openDevice } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const head = {
  *   hidden: device.tensor([1, 0], [1, 2]),
@@ -150,9 +149,8 @@ const backwardNames: Names<LinearLogProbsBackwardArgs> = {
  * }
  * const { stats } = linearLogProbs(head)
  * const back = linearLogProbsBackward({ ...head, stats, dLogProbs: device.tensor([1], [1]) })
- * console.log(await back.dWeight.read()) // -0.5, 0, 0.5, 0
+ * console.log(await back.dWeight.read()) // about -0.5, 0, 0.5, 0
  * device.dispose()
- * ```
  */
 export function linearLogProbsBackward<D extends FloatDType>(
   a: LinearLogProbsBackwardArgs<D> & { bias: Tensor },
@@ -212,8 +210,8 @@ const policyLossNames: Names<LinearPolicyLossArgs> = { ...headNames, ...lossName
  *   is read, for a target outside the vocabulary or a mask value other than 0 and 1; ERR_DEVICE; ERR_MEMORY;
  *   ERR_DISPOSED.
  * @example
- * ```js
  * import { linearPolicyLoss, openDevice } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const step = linearPolicyLoss({
  *   hidden: device.tensor([1, 0, 0, 1], [2, 2]),
@@ -222,9 +220,8 @@ const policyLossNames: Names<LinearPolicyLossArgs> = { ...headNames, ...lossName
  *   advantages: device.tensor([1], [1]),
  *   cuSeqlens: [0, 2],
  * })
- * console.log((await step.metrics()).tokens, step.dWeight.shape) // 2 and [4, 2]
+ * console.log((await step.metrics()).tokens, step.dWeight.shape) // 2 [ 4, 2 ]
  * device.dispose()
- * ```
  */
 export function linearPolicyLoss<D extends FloatDType>(
   a: LinearPolicyLossArgs<D> & { bias: Tensor },

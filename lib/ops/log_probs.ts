@@ -68,15 +68,14 @@ const names: Names<TokenLogProbsArgs> = {
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the temperature and, where a
  *   result is read, for a target outside the vocabulary; ERR_DEVICE; ERR_DISPOSED.
  * @example
- * ```js
  * import { openDevice, tokenLogProbs } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const logits = device.tensor([0, 0, 0, Math.log(3)], [2, 2])
  * const targets = device.tensor(Int32Array.of(0, 1), [2])
  * const { logProbs, entropy } = tokenLogProbs({ logits, targets, entropy: true })
- * console.log(await logProbs.read(), await entropy.read()) // ln 1/2, ln 3/4; 0.693, 0.562
+ * console.log(await logProbs.read(), await entropy.read()) // about -0.693, -0.288 and 0.693, 0.562
  * device.dispose()
- * ```
  */
 export function tokenLogProbs(
   a: TokenLogProbsArgs & { entropy: true },
@@ -149,16 +148,15 @@ const shardNames: Names<TokenLogProbsShardArgs> = { ...names, vocabOffset: true 
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the numbers and, where a
  *   result is read, for a negative target; ERR_DEVICE; ERR_DISPOSED.
  * @example
- * ```js
  * import { mergeLogProbs, openDevice, tokenLogProbsShard } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const targets = device.tensor(Int32Array.of(3), [1]) // in the second half of a vocabulary of 4
  * const shards = [0, 2].map((vocabOffset) =>
  *   tokenLogProbsShard({ logits: device.zeros([1, 2]), targets, vocabOffset }),
  * )
- * console.log(await mergeLogProbs(shards).logProbs.read()) // ln 1/4
+ * console.log(await mergeLogProbs(shards).logProbs.read()) // about -1.386, ln 1/4
  * device.dispose()
- * ```
  */
 export function tokenLogProbsShard(
   a: TokenLogProbsShardArgs & { entropy: true },
@@ -196,15 +194,14 @@ const partNames: Names<LogProbsShard> = { stats: true, targetLogit: true, moment
  * @returns logProbs and stats; entropy exactly if the shards have moments.
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for parts that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
  * @example
- * ```js
  * import { mergeLogProbs, openDevice, tokenLogProbsShard } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const targets = device.tensor(Int32Array.of(0), [1])
  * const part = { logits: device.zeros([1, 2]), targets, entropy: true }
  * const shards = [0, 2].map((vocabOffset) => tokenLogProbsShard({ ...part, vocabOffset }))
- * console.log(await mergeLogProbs(shards).entropy.read()) // ln 4
+ * console.log(await mergeLogProbs(shards).entropy.read()) // about 1.386, ln 4
  * device.dispose()
- * ```
  */
 export function mergeLogProbs(
   shards: readonly Required<LogProbsShard>[],
@@ -288,16 +285,15 @@ const backwardNames: Names<TokenLogProbsBackwardArgs> = {
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the numbers and, where the
  *   result is read, for a target outside the vocabulary; ERR_DEVICE; ERR_DISPOSED.
  * @example
- * ```js
  * import { openDevice, tokenLogProbs, tokenLogProbsBackward } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const logits = device.zeros([1, 2])
  * const targets = device.tensor(Int32Array.of(1), [1])
  * const { stats } = tokenLogProbs({ logits, targets })
  * const dLogProbs = device.tensor([1], [1])
- * console.log(await tokenLogProbsBackward({ logits, targets, stats, dLogProbs }).read()) // -0.5, 0.5
+ * console.log(await tokenLogProbsBackward({ logits, targets, stats, dLogProbs }).read()) // about -0.5, 0.5
  * device.dispose()
- * ```
  */
 export function tokenLogProbsBackward<D extends FloatDType>(
   a: TokenLogProbsBackwardArgs<D>,

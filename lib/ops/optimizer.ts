@@ -24,14 +24,13 @@ const clipNames: Names<ClipGradNormArgs> = { grads: true, maxNorm: true }
  * @throws P2RError ERR_DTYPE for another type; ERR_VALUE for no gradient, a negative norm or common memory;
  *   ERR_DEVICE; ERR_DISPOSED.
  * @example
- * ```js
  * import { clipGradNorm, openDevice } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const grad = device.tensor([3, 4], [2])
- * console.log(await clipGradNorm({ grads: [grad], maxNorm: 1 }).read()) // 5
- * console.log(await grad.read()) // 0.6, 0.8
+ * console.log(await clipGradNorm({ grads: [grad], maxNorm: 1 }).read()) // Float32Array(1) [ 5 ]
+ * console.log(await grad.read()) // about 0.6, 0.8
  * device.dispose()
- * ```
  */
 export function clipGradNorm(a: ClipGradNormArgs): Tensor<'f32'> {
   const op = 'clipGradNorm'
@@ -92,14 +91,13 @@ const adamNames: Names<AdamWArgs> = {
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for rates out of range, lists
  *   of different lengths or common memory; ERR_DEVICE; ERR_DISPOSED.
  * @example
- * ```js
  * import { adamW, openDevice } from 'p2r-kernels'
+ *
  * const device = openDevice('cpu')
  * const [param, grad] = [device.tensor([1], [1]), device.tensor([0.5], [1])]
  * adamW({ params: [param], grads: [grad], moments: [device.zeros([2, 1])], step: 1, lr: 0.1 })
- * console.log(await param.read()) // 0.899: one step of lr, and the weight decay
+ * console.log(await param.read()) // about 0.899: one step of lr, and the weight decay
  * device.dispose()
- * ```
  */
 export function adamW(a: AdamWArgs): void {
   const op = 'adamW'
