@@ -57,8 +57,8 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
   Napi::Value Reshape(const Napi::CallbackInfo& info);
   Napi::Value Slice(const Napi::CallbackInfo& info);
   Napi::Value Read(const Napi::CallbackInfo& info);
-  // The values as f64 if they can be had without waiting: on the CPU, with an idle queue and no
-  // raised fault; else undefined.
+  // The values as f64 if they are there at once (1 ms at most): on the CPU, with an idle queue and
+  // no raised fault; else undefined.
   Napi::Value Peek(const Napi::CallbackInfo& info);
   Napi::Value Write(const Napi::CallbackInfo& info);
   Napi::Value CopyFrom(const Napi::CallbackInfo& info);

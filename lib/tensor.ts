@@ -130,7 +130,8 @@ export class Tensor<out D extends DType = any> implements Disposable {
    * @throws P2RError ERR_SHAPE for a shape of another size; ERR_VALUE for anything but a shape; ERR_DISPOSED.
    */
   reshape(shape: readonly number[]): Tensor<D> {
-    return wrap(this.device, handleOf(this, 'this', 'reshape').reshape(shape))
+    const handle = handleOf(this, 'this', 'reshape')
+    return wrap(this.device, handle.reshape(shape))
   }
 
   /**
@@ -219,7 +220,7 @@ export class Tensor<out D extends DType = any> implements Disposable {
 
   /** @internal As toString, with the values of a small tensor of the CPU whose queue is idle. */
   [customInspect](_depth?: unknown, options?: InspectOptions): string {
-    // console.log(Tensor.prototype) comes here too, and printing must not throw.
+    // Printing must not throw, whatever has this prototype.
     return Tensor.is(this) ? inspectTensor(this, this.#handle, options ?? {}) : 'Tensor {}'
   }
 

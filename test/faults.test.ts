@@ -1,5 +1,21 @@
 // A value that a kernel must refuse: here a target outside the vocabulary.
-import { type Device, gelu, openDevice, type Tensor, tokenLogProbs } from 'p2r-kernels'
+import {
+  type Device,
+  gelu,
+  groupAdvantages,
+  grpoStep,
+  informativeGroups,
+  linearLogProbs,
+  linearLogProbsBackward,
+  linearPolicyLoss,
+  openDevice,
+  policyLoss,
+  sample,
+  type Tensor,
+  tokenLogProbs,
+  tokenLogProbsBackward,
+  tokenLogProbsShard,
+} from 'p2r-kernels'
 import { expect, test } from 'vitest'
 import { onEveryBackend } from './harness.js'
 
@@ -8,7 +24,7 @@ const fault = { name: 'P2RError', code: 'ERR_VALUE', op: 'tokenLogProbs' }
 function logProbs(device: Device, target: number): Tensor<'f32'> {
   const logits = device.tensor([0, 1, 2, 3, 2, 1], [2, 3])
   const targets = device.tensor(Int32Array.of(0, target), [2])
-  return tokenLogProbs({ logits, targets }).logProbs as Tensor<'f32'>
+  return tokenLogProbs({ logits, targets }).logProbs
 }
 const bad = (device: Device): Tensor<'f32'> => logProbs(device, 7)
 const good = (device: Device): Tensor<'f32'> => logProbs(device, 1)
@@ -24,6 +40,105 @@ onEveryBackend('faults', (b) => {
       await expect(x.toFloat32()).rejects.toMatchObject(fault)
     }
     await expect(x.read()).rejects.toThrow(/^\[tokenLogProbs\] /)
+  })
+
+  test('name the first row or token at fault and its value', async () => {
+    using device = open()
+    const count = 300
+    const rows = (value: (i: number) => number) => Array.from({ length: count }, (_, i) => value(i))
+    const targets = device.tensor(Int32Array.from(rows((i) => (i === 17 || i > 40 ? 3 + i : 0))), [
+      count,
+    ])
+    const hidden = device.zeros([count, 8])
+    const weight = device.zeros([3, 8])
+    const logits = device.zeros([count, 3])
+    const zeros = device.zeros([count])
+    const target = 'targets[17] = 20 is not a token of 3, nor -100'
+    const { stats } = tokenLogProbs({ logits, targets: device.zeros([count], 'i32') })
+    const mask = device.tensor(Uint8Array.from(rows((i) => (i >= 290 ? 250 : 1))), [count])
+    const cuSeqlens = [0, 5, count]
+    const advantages = device.zeros([2])
+    const rewards = device.tensor(
+      rows((i) => (i === 123 ? Number.NaN : i === 200 ? 1 / 0 : 0)),
+      [count],
+    )
+    const kinds = device.tensor([0, 1, 2, 0, Number.NEGATIVE_INFINITY, 0], [3, 2])
+    const odd = (values: number[]) => device.tensor([0, 1, ...values, 1, 1], [3, 2])
+    const negative = device.tensor(Int32Array.of(0, -100, -7), [3])
+    const head = { hidden, weight, targets }
+    const cases: [Tensor, string][] = [
+      [tokenLogProbs({ logits, targets }).logProbs, target],
+      [tokenLogProbsBackward({ logits, targets, stats, dLogProbs: zeros }), target],
+      [linearLogProbs(head).logProbs, target],
+      [linearLogProbsBackward({ ...head, stats, dLogProbs: zeros }).dWeight, target],
+      [linearPolicyLoss({ ...head, advantages, cuSeqlens }).loss, target],
+      [
+        linearPolicyLoss({
+          ...head,
+          targets: device.zeros([count], 'i32'),
+          advantages,
+          cuSeqlens,
+          mask,
+        }).loss,
+        'mask[290] = 250 is neither 0 nor 1',
+      ],
+      [
+        tokenLogProbsShard({ logits: device.zeros([3, 4]), targets: negative, vocabOffset: 4 })
+          .stats,
+        'targets[2] = -7 is negative, and not -100',
+      ],
+      [
+        policyLoss({ logProbs: zeros, advantages, cuSeqlens, mask }).loss,
+        'mask[290] = 250 is neither 0 nor 1',
+      ],
+      [
+        groupAdvantages({ rewards, groups: rows((i) => i % 7) }),
+        'rewards[123] = NaN is not finite',
+      ],
+      [
+        groupAdvantages({
+          rewards: kinds,
+          groups: [1, 1, 1],
+          estimator: 'gdpo',
+          lengths: [1, 1, 1],
+        }),
+        'rewards[2, 0] = -infinity is not finite',
+      ],
+      [informativeGroups({ rewards, groups: rows((i) => -i) }), 'rewards[123] = NaN is not finite'],
+      [
+        sample({ logits: odd([Number.NaN, 3]), seed: 1 }),
+        'logits[1] holds NaN: nothing can be drawn',
+      ],
+      [
+        sample({ logits: odd([0, Number.POSITIVE_INFINITY]), seed: 1 }),
+        'logits[1] holds infinity: nothing can be drawn',
+      ],
+      [
+        sample({ logits: odd([Number.NEGATIVE_INFINITY, Number.NEGATIVE_INFINITY]), seed: 1 }),
+        'logits[1] holds nothing but -infinity: nothing can be drawn',
+      ],
+    ]
+    for (const [x, message] of cases) {
+      const error = await x.read().then(
+        () => undefined,
+        (thrown) => thrown,
+      )
+      expect(error).toMatchObject({ code: 'ERR_VALUE', message: `[${error.op}] ${message}` })
+    }
+  })
+
+  test('of a composite name what the operation at fault found', async () => {
+    using device = open()
+    const rewards = device.tensor([1, 0], [2])
+    const batch = { rewards, groups: [0, 0], cuSeqlens: [0, 2, 4] }
+    const targets = device.tensor(Int32Array.of(0, 1, 5, 9), [4])
+    const step = grpoStep({ logits: device.zeros([4, 5]), targets, ...batch })
+    await expect(step.loss.read()).rejects.toThrow(
+      '[grpoStep] targets[2] = 5 is not a token of 5, nor -100',
+    )
+    const mask = device.tensor(Uint8Array.of(1, 1, 2, 1), [4])
+    const masked = grpoStep({ logProbs: device.zeros([4]), mask, ...batch, estimator: 'opo' })
+    await expect(masked.loss.read()).rejects.toThrow('[grpoStep] mask[2] = 2 is neither 0 nor 1')
   })
 
   test('propagate to results computed from them, and to nothing else', async () => {

@@ -161,8 +161,8 @@ onEveryBackend('rotary', (b) => {
     const { device } = b
     const make = (a: object) => () =>
       visionRotary({ gridThw: [[1, 4, 4]], headDim: 64, device, ...a })
-    expectRefusal(make({ headDim: 12 }), 'ERR_SHAPE', 'visionRotary', /multiple of 8.*got 12/)
-    expectRefusal(make({ headDim: 136 }), 'ERR_SHAPE', 'visionRotary')
+    expectRefusal(make({ headDim: 12 }), 'ERR_VALUE', 'visionRotary', /multiple of 8.*got 12/)
+    expectRefusal(make({ headDim: 136 }), 'ERR_VALUE', 'visionRotary')
     expectRefusal(make({ headDim: 'x' }), 'ERR_VALUE', 'visionRotary')
     expectRefusal(make({ gridThw: [[1, 3, 4]] }), 'ERR_VALUE', 'visionRotary', /divides, got 3 x 4/)
     expectRefusal(make({ gridThw: [[1, -2, 4]] }), 'ERR_VALUE', 'visionRotary')
