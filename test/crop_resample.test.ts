@@ -488,7 +488,10 @@ describe('every instruction set gives the bytes of the scalar one', () => {
           overlay,
         }
       })
-      if (c.patchSize === 0) return cropResample({ image, regions, filter: c.filter })
+      if (c.patchSize === 0) {
+        const plain = regions.map(({ box, height, width }) => ({ box, height, width }))
+        return cropResample({ image, regions: plain, filter: c.filter })
+      }
       const { filter, patchSize, mergeSize, temporalPatchSize, dtype } = c
       const overlay = c.outlines && { boxes: c.outlines }
       const sizes = { patchSize, mergeSize, temporalPatchSize, dtype, filter }
