@@ -86,7 +86,7 @@ export function native(): Native {
 }
 
 /** The platforms that the package holds a prebuild for, made by scripts/prebuild.mjs. */
-export const prebuilt = ['linux-x64', 'linux-arm64']
+export const prebuilt: readonly string[] = ['linux-x64', 'linux-arm64']
 
 /**
  * The file that P2R_ADDON names; or what was built from source in the package; or the prebuild of this

@@ -1,4 +1,4 @@
-// What the types of the public surface promise. Compiled by vitest's typecheck, never run.
+// What the types of operations and tensors promise: compiled by `tsc -p test`, never run.
 import {
   type AttentionArgs,
   attention,
