@@ -342,8 +342,8 @@ int multiprocessors(Device& device) { return static_cast<CudaDevice&>(device).mu
 
 namespace p2r {
 
-// Asking never fails and never keeps the addon from loading: the runtime is part of it, and looks for
-// the driver when it is first called.
+// Asking never fails and never keeps the addon from loading: the runtime is part of it, and looks
+// for the driver when it is first called.
 CudaStatus cuda_status() {
   const auto dotted = [](int version) {
     return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
