@@ -1,6 +1,7 @@
 // Everything that is checked without running the library, one line for each: formatting and lint of
 // TypeScript, the types of library and tests, formatting of C++ and CUDA, a build in which warnings are
-// errors and no kernel spills, and the package's manifest and types as its users resolve them.
+// errors, no kernel spills and exponentials overlap products where a kernel demands it, and the
+// package's manifest and types as its users resolve them.
 import { spawnSync } from 'node:child_process'
 import { mkdtempSync, readdirSync, rmSync } from 'node:fs'
 import { createRequire } from 'node:module'
@@ -58,7 +59,7 @@ check(`clang-format: ${sources.length} files`, 'clang-format', ['--dry-run', '-W
 node('tsc: library, examples, benchmarks', bin('typescript', 'bin/tsc'), '--noEmit')
 node('tsc: declarations of the library', bin('typescript', 'bin/tsc'), '-p', 'lib')
 const built = node(
-  'build: no warnings, no spills, no serialised wgmma',
+  'build: no warnings, no spills, no serialised wgmma, overlaps as demanded',
   join(root, 'scripts/build.mjs'),
   '--strict',
 )
