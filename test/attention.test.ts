@@ -104,9 +104,9 @@ const cases: Case[] = [
   { d: 88, heads: 1, lengths: [20, 70] },
   { d: 104, heads: 2, lengths: [33, 20], scale: 0 },
   { d: 128, heads: 1, lengths: [40, 90] },
-  // Several steps and several tiles of the Hopper kernels, ragged and not.
+  // Several steps and several tiles, of either size, of the Hopper kernels, ragged and not.
   { d: 64, heads: 1, lengths: [260, 0, 1] },
-  { d: 72, heads: 1, lengths: [1, 225] },
+  { d: 72, heads: 1, lengths: [1, 258] },
   { d: 80, heads: 1, lengths: [193] },
   { d: 128, heads: 1, lengths: [129, 128] },
 ]

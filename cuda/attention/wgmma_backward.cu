@@ -19,10 +19,21 @@
 // zeroed in shared memory, comes first.
 //
 // Prediction (no GPU has run this yet; H200, TFLOP/s of the 10 T^2 D H that a backward counts, at
-// 8k tokens and more): products at 60 % of their peak would make 989 * 0.6 * 5 / 7 = 420, but S and
-// dP read both operands from shared memory, for 128 rows a step at 96 bytes a clock of the 128 that
-// there are and for 64 at all 128. So 300 at 64, 72 and 80 columns, where the exponentials are
-// also computed twice, and 360 at 128.
+// 8k tokens and more). 128 keys by 128 queries, in clocks of the tensor cores and of the
+// exponential unit, both passes together:
+//
+//   D 64: 3584 / 2048    72: 4288 / 2048    80: 4480 / 2048    128: 7168 / 2048
+//
+// In the machine code dKV's exponentials all stand where a product is in flight, dQ's 54 of 64 (a
+// further 10 are scheduled after the wait). Shared memory is read for less time than the tensor
+// cores take, 96 bytes a clock of 128 for S and dP and 64 for the others. FlashAttention-3's
+// backward, which has 5 products, keeps the tensor cores busy for half of the time; so do these,
+// without its additions in L2, for 350 at 64, 300 at 72, 320 at 80 and 360 at 128. The 515 that
+// FlashAttention-3 reaches at 64 in a fixed order would be 76 % of this kernel's ceiling of 676: it
+// takes one pass of 5 products whose additions to dQ wait for their turn.
+//
+// ptxas: attention_d_kv_wgmma_kernel overlaps 100 % of its exponentials
+// ptxas: attention_d_q_wgmma_kernel overlaps 84 % of its exponentials
 #include "cuda/attention/wgmma_backward.cuh"
 
 namespace p2r::cuda {
@@ -32,10 +43,12 @@ using namespace attention_wgmma;
 namespace {
 
 // Rows a step, as many as 232 registers a thread hold: S and dP take rows / 2 each until they are
-// packed into half of that, the gradients D / 2 each.
+// packed into half of that, the gradients D / 2 each. At 80 columns there are some left to issue
+// dV's product before dS is computed.
 template <int D>
 struct KeysOwned {
   static constexpr int rows = D <= 72 ? 128 : D == 80 ? 96 : 64;
+  static constexpr bool dv_before_ds = D == 80;
 };
 template <int D>
 struct QueriesOwned {
@@ -89,14 +102,17 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
               ptx::smem_u32(memory) + 2 * Tile::owned_bytes + 2 * stage * Tile::bytes;
           const uint32_t dout = q + Tile::bytes;
           barriers.ring.wait_full(step);
-          recompute_p_ds<T, D, N, N>(p, ds, s, dp, own_k, q, own_v, dout, statistics[stage],
-                                     scale_log2);
-          ptx::wgmma_keep(dv);
+          compute_p_ds<T, D, N, N, KeysOwned<D>::dv_before_ds>(dv, ds, p, s, dp, own_k, q, own_v,
+                                                               dout, statistics[stage], scale_log2,
+                                                               barriers.ring, step);
           ptx::wgmma_keep(dk);
-          keep_operand<N>(p);
           keep_operand<N>(ds);
+          if constexpr (!KeysOwned<D>::dv_before_ds) {
+            ptx::wgmma_keep(dv);
+            keep_operand<N>(p);
+          }
           ptx::wgmma_fence();
-          gemm_rs<T, D, N>(dv, p, dout);
+          if constexpr (!KeysOwned<D>::dv_before_ds) gemm_rs<T, D, N>(dv, p, dout);
           gemm_rs<T, D, N>(dk, ds, q);
           ptx::wgmma_commit();
           ptx::wgmma_wait<0>();
@@ -169,6 +185,7 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
           issue_scores<T, D, N, N>(s, dp, own_q, k, own_dout, k + Tile::bytes);
 #pragma unroll
           for (int i = 0; i < N / 2; ++i) s[i] = ptx::ex2(s[i] * scale_log2 - lse_row[i / 2 % 2]);
+          end_basic_block(s, barriers.ring, step);
           ptx::wgmma_wait<0>();
           ptx::wgmma_keep(dp);
 #pragma unroll

@@ -160,14 +160,29 @@ __device__ __forceinline__ void issue_scores(float (&s)[Chunk / 2], float (&dp)[
   ptx::wgmma_keep(s);
 }
 
+// ptxas moves instructions within a basic block only, and would move a wgmma wait up, above the
+// exponentials that are to run while a product is in flight. This ends the block: `step` is loaded
+// already, so it does not wait.
+template <int Count>
+__device__ __forceinline__ void end_basic_block(float (&s)[Count], const Ring<kStages>& ring,
+                                                uint32_t step) {
+  ptx::wgmma_keep(s);
+  ring.wait_full(step);
+}
+
 // P^T and dS^T, both rounded to T, for 64 owned keys and a step of N queries, of which Chunk at a
-// time; s and dp are its accumulators.
-template <class T, int D, int N, int Chunk>
-__device__ __forceinline__ void recompute_p_ds(uint32_t (&p)[N / 16][4], uint32_t (&ds)[N / 16][4],
-                                               float (&s)[Chunk / 2], float (&dp)[Chunk / 2],
-                                               uint32_t k, uint32_t q, uint32_t v, uint32_t dout,
-                                               const RowStatistics<N>& statistics,
-                                               float scale_log2) {
+// time; s and dp are its accumulators. With IssueDv, p is that of a chunk, and dV += P^T dO is
+// issued before dP is waited for, so that dS is computed while that product is in flight: it is
+// left so. That takes registers for P as numbers and as an operand at once. Without, p is packed as
+// those of s and dp become free, and dV is the caller's.
+template <class T, int D, int N, int Chunk, bool IssueDv>
+__device__ __forceinline__ void compute_p_ds(float (&dv)[D / 2], uint32_t (&ds)[N / 16][4],
+                                             uint32_t (&p)[Chunk / 16][4], float (&s)[Chunk / 2],
+                                             float (&dp)[Chunk / 2], uint32_t k, uint32_t q,
+                                             uint32_t v, uint32_t dout,
+                                             const RowStatistics<N>& statistics, float scale_log2,
+                                             const Ring<kStages>& ring, uint32_t step) {
+  static_assert(IssueDv || Chunk == N);
 #pragma unroll
   for (int first = 0; first < N; first += Chunk) {
     const int row = first * Panels<D>::row_bytes;
@@ -182,10 +197,20 @@ __device__ __forceinline__ void recompute_p_ds(uint32_t (&p)[N / 16][4], uint32_
         float* x = s + 4 * t + 2 * h;
         x[0] = ptx::ex2(x[0] * scale_log2 - lse_pair.x);
         x[1] = ptx::ex2(x[1] * scale_log2 - lse_pair.y);
-        p[first / 16 + t / 2][t % 2 * 2 + h] = ptx::pack2<T>(x[0], x[1]);
       }
     }
-    ptx::wgmma_wait<0>();
+    if constexpr (IssueDv) {
+      pack_operand<T, Chunk>(p, s);
+      ptx::wgmma_keep(dv);
+      keep_operand<Chunk>(p);
+      ptx::wgmma_fence();
+      gemm_rs<T, D, Chunk, N>(dv, p, dout + row);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();
+    } else {
+      end_basic_block(s, ring, step);
+      ptx::wgmma_wait<0>();
+    }
     ptx::wgmma_keep(dp);
 #pragma unroll
     for (int t = 0; t < Chunk / 8; ++t) {
@@ -193,6 +218,7 @@ __device__ __forceinline__ void recompute_p_ds(uint32_t (&p)[N / 16][4], uint32_
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float *x = s + 4 * t + 2 * h, *dx = dp + 4 * t + 2 * h;
+        if constexpr (!IssueDv) p[t / 2][t % 2 * 2 + h] = ptx::pack2<T>(x[0], x[1]);
         ds[first / 16 + t / 2][t % 2 * 2 + h] =
             ptx::pack2<T>(x[0] * (dx[0] - delta_pair.x), x[1] * (dx[1] - delta_pair.y));
       }

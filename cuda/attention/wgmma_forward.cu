@@ -12,14 +12,27 @@
 // memory, since they are the next sequence's and a NaN there times a probability of 0 is NaN.
 // Queries beyond the end are computed and not stored.
 //
+// The size of a tile is chosen for each call: blocks finish together only if the tiles fill their
+// last round. 8192 tokens of 16 heads are 688 tiles of 192 queries, 5.2 rounds of 132
+// multiprocessors that take 6, or 1024 of 128, 7.8 of 8: the small ones take 8 * 128 / (6 * 192) =
+// 89 % of the time.
+//
 // Traffic: a tile reads its sequence's K and V once, 4 D bytes a key for 4 D FLOP a query and key,
 // so 192 queries make 192 FLOP a byte, and L2, which holds the head that all blocks are at, has to
-// give 450e12 / 192 = 2.3 TB/s. Out and lse are written once, from registers.
+// give 500e12 / 192 = 2.6 TB/s, or 3.9 for 128 queries. Out and lse are written once, from
+// registers.
 //
 // Prediction (no GPU has run this yet; H200, useful TFLOP/s at 8k tokens and more): a logit costs
-// 2 D / 2048 clocks of the tensor cores and 1/16 of the exponential unit, the same at D = 64, so
-// the two have to overlap wholly for half of the peak. 450 at D = 64, 400 at 72 (the product over d
-// runs 80 long, 5 % more than useful), 420 at 80, 600 at 128.
+// 2 D / 2048 clocks of the tensor cores and 1/16 of the exponential unit, the same at D = 64. One
+// after the other they would make half of the peak, 495, less some 5 instructions a logit for
+// maximum, sum, rescaling and packing. In the machine code all exponentials of a step stand between
+// its S and the wait for P V (below), so that a warpgroup's own products hide them as well as the
+// other groups' do: 500 at D = 64, 400 at 72 (the product over d runs 80 long, 5 % more than
+// useful, and products 72 wide are the least like what others have measured), 420 at 80, 620 at
+// 128, where a product comes with half as many exponentials.
+//
+// The exponentials of a tile's first step, half of those in the code, have no product to overlap.
+// ptxas: attention_wgmma_kernel overlaps 50 % of its exponentials
 #include <numbers>
 
 #include "cuda/attention/wgmma.cuh"
@@ -32,10 +45,14 @@ namespace {
 
 // Consumer warpgroups and keys a step. With three, keys are read for half as many queries again as
 // with two, but each thread has 160 registers, of which S takes keys / 2, the packed P keys / 4 and
-// O D / 2: enough for 128 keys at 64 and 72 columns. With two it has 232.
+// O D / 2: enough for 128 keys at 64 and 72 columns. With two it has 232. The keys of a step do not
+// depend on the number of groups, so neither does a result.
 template <int D>
+constexpr int kMaxGroups = D <= 72 ? 3 : 2;
+
+template <int D, int Groups>
 struct Forward {
-  static constexpr int groups = D <= 72 ? 3 : 2, queries = 64 * groups;
+  static constexpr int groups = Groups, queries = 64 * groups;
   static constexpr int keys = D == 80 ? 160 : 128;
   static constexpr int stages = 2;
   static constexpr int query_bytes = Panels<D>::bytes(queries), key_bytes = Panels<D>::bytes(keys);
@@ -103,14 +120,14 @@ struct OnlineSoftmax {
   }
 };
 
-template <class T, int D>
-__global__ void __launch_bounds__(Roles<Forward<D>::groups>::threads, 1)
+template <class T, int D, int Groups>
+__global__ void __launch_bounds__(Roles<Groups>::threads, 1)
     attention_wgmma_kernel(const __grid_constant__ TensorMap q_map,
                            const __grid_constant__ TensorMap k_map,
                            const __grid_constant__ TensorMap v_map, WorkList list, T* out,
                            float* lse, int64_t tokens, float scale_log2) {
   if constexpr (ptx::on_sm90a) {
-    using F = Forward<D>;
+    using F = Forward<D, Groups>;
     using R = Roles<F::groups>;
     constexpr int N = F::keys;
     SMEM_DYN(memory);
@@ -225,8 +242,11 @@ __global__ void __launch_bounds__(Roles<Forward<D>::groups>::threads, 1)
           ptx::wgmma_wait<1>();
           ptx::wgmma_keep(s);
           arrive_warp(keys.empty_bar(next));
-          if (next == last) arrive_warp(q_empty);
           softmax.update(s, rescale);
+          // Here, although Q is free before the softmax: a branch ends the basic block, and within
+          // one ptxas would move the wait above the exponentials.
+          ptx::wgmma_keep(s);
+          if (next == last) arrive_warp(q_empty);
           ptx::wgmma_wait<0>();
           ptx::wgmma_keep(o);
           arrive_warp(values.empty_bar(step));
@@ -284,16 +304,23 @@ void wgmma_attention(const AttentionArgs& a, Device& device) {
     const AttentionProblem<T>& p = call.problem();
     with_wgmma_head_dim(in.head_dim, [&](auto dim) {
       constexpr int D = decltype(dim)::value;
-      using F = Forward<D>;
-      const WorkOnDevice work(a.cu_seqlens, F::queries, in.heads, device);
-      const unsigned blocks = work.blocks(device);
-      if (blocks == 0) return;
-      launch(attention_wgmma_kernel<T, D>, blocks, Roles<F::groups>::threads, F::shared,
-             stream_of(device), attention_map<T, D, F::queries>(p.q, p.qk_row, in.tokens, in.heads),
-             attention_map<T, D, F::keys>(p.k, p.qk_row, in.tokens, in.heads),
-             attention_map<T, D, F::keys>(p.v, p.v_row, in.tokens, in.heads), work.list(),
-             a.out.as<T>(), a.lse.as<float>(), in.tokens,
-             static_cast<float>(a.scale * std::numbers::log2e));
+      const auto run = [&](auto groups) {
+        using F = Forward<D, decltype(groups)::value>;
+        const WorkOnDevice work(a.cu_seqlens, F::queries, in.heads, device);
+        const unsigned blocks = work.blocks(device);
+        if (blocks == 0) return;
+        launch(attention_wgmma_kernel<T, D, F::groups>, blocks, Roles<F::groups>::threads,
+               F::shared, stream_of(device),
+               attention_map<T, D, F::queries>(p.q, p.qk_row, in.tokens, in.heads),
+               attention_map<T, D, F::keys>(p.k, p.qk_row, in.tokens, in.heads),
+               attention_map<T, D, F::keys>(p.v, p.v_row, in.tokens, in.heads), work.list(),
+               a.out.as<T>(), a.lse.as<float>(), in.tokens,
+               static_cast<float>(a.scale * std::numbers::log2e));
+      };
+      if constexpr (kMaxGroups<D> == 3)
+        if (!prefers_small_tiles(a.cu_seqlens, 128, 192, in.heads, multiprocessors(device)))
+          return run(std::integral_constant<int, 3>());
+      run(std::integral_constant<int, 2>());
     });
   });
 }

@@ -30,13 +30,23 @@
 // 8k tokens and more). A step of 128 keys by 128 queries (by 64 at 128 columns), in clocks of the
 // tensor cores / of shared memory at 128 bytes each, of which storing dQ is a sixth:
 //
-//   D 64: 2560 / 2820    72: 3010 / 3300    80: 3200 / 3780    128: 2560 / 2940
+//   D 64: 2560 / 3080    72: 3010 / 3560    80: 3200 / 3780    128: 2560 / 2940
 //
-// Add to the larger 1024 clocks of exponentials (512 at 128), half of them overlapped, and
-// what kernels of this kind lose by synchronising, in all some 2700 (2000 at 128). At 1.75 GHz
-// that makes 440 at 64, 460 at 72 and 80 and 490 at 128; 400, 410 and 440 if the additions in L2
-// take a tenth. The two passes, by the same count, have 3600 to 4500 clocks of the tensor cores a
-// step and twice the exponentials: this is 1.2 to 1.25 times as fast.
+// Of 1024 clocks of exponentials (512 at 128) and 320 of dS = P (dP - delta), those at 64, 72 and
+// 80 all stand where a product is in flight: dV's is issued before dP is waited for. That takes
+// registers for P both as numbers and as an operand, so S and dP are computed for 64 queries at a
+// time, which costs 256 clocks of shared memory at 64 and 72. At 128 registers do not suffice, and
+// 18 of 32 exponentials precede the wait. Add to the larger number what kernels of this kind lose
+// by synchronising and by what is not overlapped, in all some 1900 (2000 at 128). At 1.75 GHz that
+// makes 490 at 64, 500 at 72, 530 at 80 and 490 at 128; a tenth less if the additions in L2 take
+// it, and at 72 and 80, whose rows are swizzled as nobody has measured, a fifth less again: 440,
+// 360, 380 and 440. The two passes, by the same count, have 3600 to 4500 clocks of the tensor cores
+// a step and twice the exponentials: this is 1.2 to 1.25 times as fast.
+//
+// ptxas: attention_one_pass_wgmma_kernel<64> overlaps 100 % of its exponentials
+// ptxas: attention_one_pass_wgmma_kernel<72> overlaps 100 % of its exponentials
+// ptxas: attention_one_pass_wgmma_kernel<80> overlaps 100 % of its exponentials
+// ptxas: attention_one_pass_wgmma_kernel<128> overlaps 56 % of its exponentials
 #include "cuda/attention/wgmma_one_pass.cuh"
 
 namespace p2r::cuda {
@@ -49,7 +59,8 @@ namespace {
 // a warpgroup computes for 64 of them.
 template <int D>
 struct OnePass {
-  static constexpr int queries = D == 128 ? 64 : 128, queries_at_once = D >= 80 ? 64 : 128;
+  static constexpr int queries = D == 128 ? 64 : 128, queries_at_once = 64;
+  static constexpr bool dv_before_ds = D != 128;
   static constexpr int width = D == 128 ? 64 : D, parts = D / width;
   static constexpr int ds_bytes = kOwned * queries * 2, dq_bytes = 64 * width * 4;
   static constexpr int ds_offset = Tiles<D, queries>::shared;
@@ -137,7 +148,7 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
         if (work.head < 0) break;
         const uint32_t end = step + (work.length + N - 1) / N;
         float dk[D / 2], dv[D / 2], dq[Width / 2], s[Chunk / 2], dp[Chunk / 2];
-        uint32_t p[N / 16][4], ds[N / 16][4];
+        uint32_t p[Chunk / 16][4], ds[N / 16][4];
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
 
@@ -146,15 +157,18 @@ __global__ void __launch_bounds__(Roles<kGroups>::threads, 1)
           const uint32_t q = k + 2 * Tile::owned_bytes + 2 * stage * Tile::bytes;
           const uint32_t dout = q + Tile::bytes;
           barriers.ring.wait_full(step);
-          recompute_p_ds<T, D, N, Chunk>(p, ds, s, dp, own_k, q, own_v, dout, statistics[stage],
-                                         scale_log2);
+          compute_p_ds<T, D, N, Chunk, Pass::dv_before_ds>(dv, ds, p, s, dp, own_k, q, own_v, dout,
+                                                           statistics[stage], scale_log2,
+                                                           barriers.ring, step);
           if (const int inside = work.length - work.first - group * 64; inside < 64)
             zero_rows<N>(ds, inside);
-          ptx::wgmma_keep(dv);
-          keep_operand<N>(p);
-          ptx::wgmma_fence();
-          gemm_rs<T, D, N>(dv, p, dout);
-          ptx::wgmma_commit();
+          if constexpr (!Pass::dv_before_ds) {
+            ptx::wgmma_keep(dv);
+            keep_operand<N>(p);
+            ptx::wgmma_fence();
+            gemm_rs<T, D, N>(dv, p, dout);
+            ptx::wgmma_commit();
+          }
 
           ptx::mbar_wait(barriers.ds_empty, step % 2 ^ 1);
           store_ds<N>(memory + Pass::ds_offset, ds);

@@ -163,6 +163,15 @@ export const planted = [
     variant: 'plain',
   },
   {
+    bug: 'attentionBackward on Hopper: dS is computed before dP is complete',
+    file: 'cuda/attention/wgmma_backward.cuh',
+    compile: 'cuda/attention/wgmma_one_pass.cu',
+    search: 'ptx::wgmma_wait<1>();\n    } else {',
+    replace: 'ptx::wgmma_wait<2>();\n    } else {',
+    cases: /^attention-backward/,
+    variant: 'plain',
+  },
+  {
     bug: 'attentionBackward on Hopper, one pass: rows past the end are added to the next sequence',
     file: 'cuda/attention/wgmma_one_pass.cu',
     search: 'work.length - row < 16 ? work.length - row : 16;',
@@ -302,8 +311,8 @@ export const plantedLayouts = [
     bug: 'attention: P V has half of the leading offset',
     file: 'cuda/attention/wgmma.cuh',
     compile: inAttention,
-    search: 'K * P::row_bytes, P::group_bytes, P::swizzle),\n        true);',
-    replace: 'K * P::row_bytes / 2, P::group_bytes, P::swizzle),\n        true);',
+    search: 'P::group_bytes, XRows * P::row_bytes,',
+    replace: 'P::group_bytes, XRows * P::row_bytes / 2,',
   },
   {
     bug: 'attention: a step of P V advances by 8 keys',
