@@ -1,6 +1,6 @@
 import { attention, attentionBackward, attentionMass, type Tensor } from 'p2r-kernels'
 import { type Block, bf16Bits, evenly, normals } from './data.js'
-import type { Benchmark, Workload } from './harness.js'
+import type { Backend, Benchmark, Workload } from './harness.js'
 import { attentionOnCuda } from './large/attention.js'
 import { attentions } from './peers/onnxruntime.js'
 import { scaledDotProductAttention } from './peers/pytorch.js'
@@ -26,19 +26,20 @@ const products = ({ batch, length, heads, headDim }: Shape): number =>
 function workload(
   s: Shape,
   backward: boolean,
-  { dtype = 'f32', slow = false }: { dtype?: 'f32' | 'bf16'; slow?: boolean } = {},
+  options: { dtype?: 'f32' | 'bf16'; slow?: boolean; backend?: Backend; kernel?: string } = {},
 ): Workload {
+  const { dtype = 'f32', kernel } = options
   const width = dtype === 'f32' ? 4 : 2
   const tokens = s.batch * s.length
   const size = tokens * s.heads * s.headDim
   const dims = [tokens, s.heads, s.headDim]
   const cuSeqlens = evenly(s.batch, s.length)
   return {
-    name: `${s.batch}x${s.length}x${s.heads}x${s.headDim} ${dtype} ${backward ? 'fwd+bwd' : 'fwd'}`,
+    name: `${s.batch}x${s.length}x${s.heads}x${s.headDim} ${dtype} ${backward ? 'fwd+bwd' : 'fwd'}${kernel ? ` by ${kernel}` : ''}`,
     flops: products(s) * (backward ? 6 : 2),
     products: dtype,
     traffic: { read: size * width * (backward ? 4 : 3), write: size * width * (backward ? 4 : 1) },
-    slow,
+    ...options,
     inputs(seed) {
       const [q, k, v, dOut] = [0, 1, 2, 3].map((i) => normals(size, 4 * seed + i)) as [
         Float32Array,
@@ -59,6 +60,7 @@ function workload(
             k: device.tensor(k, dims, dtype),
             v: device.tensor(v, dims, dtype),
             cuSeqlens,
+            ...(kernel ? { kernel } : {}),
           }
           const gradient: Tensor | undefined = backward
             ? device.tensor(dOut, dims, dtype)
@@ -75,14 +77,17 @@ function workload(
             },
           }
         },
-        peers: [
-          ...(backward || dtype !== 'f32' || s.batch > 1000 ? [] : attentions(s, q, k, v)),
-          scaledDotProductAttention(
-            '',
-            { q: block(q), k: block(k), v: block(v), dOut: block(dOut) },
-            { sequences: s.batch, pass: backward ? 'fwd+bwd' : 'fwd', last: 0 },
-          ),
-        ],
+        // Peers are compared with the default kernel only.
+        peers: kernel
+          ? []
+          : [
+              ...(backward || dtype !== 'f32' || s.batch > 1000 ? [] : attentions(s, q, k, v)),
+              scaledDotProductAttention(
+                '',
+                { q: block(q), k: block(k), v: block(v), dOut: block(dOut) },
+                { sequences: s.batch, pass: backward ? 'fwd+bwd' : 'fwd', last: 0 },
+              ),
+            ],
       }
     },
   }
@@ -130,5 +135,15 @@ export default {
     workload(shape(1, 1024, 16, 64), true, { dtype: 'bf16' }),
     mass(shape(1, 1024, 16, 64)),
     ...attentionOnCuda,
+    // Windows for which 'wgmma' is not the default, on Hopper.
+    ...[false, true].map((backward) =>
+      workload(shape(4096, 64, 2, 80), backward, {
+        dtype: 'bf16',
+        slow: true,
+        backend: 'cuda',
+        kernel: 'wgmma',
+      }),
+    ),
+    workload(shape(4096, 64, 2, 80), true, { dtype: 'bf16', slow: true, backend: 'cuda' }),
   ],
 } satisfies Benchmark

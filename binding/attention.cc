@@ -55,15 +55,16 @@ double scale_of(Call& call, const Shape& shape) {
   return call.number("scale", -HUGE_VAL, HUGE_VAL);
 }
 
-// The index of the kernel given by name, or of the first that supports the input.
-int64_t kernel_of(Call& call, DType dtype, const Shape& shape) {
+// The index of the kernel given by name, or of the first that supports and suits the input.
+int64_t kernel_of(Call& call, DType dtype, const Shape& shape, const Ints& cu_seqlens) {
   const bool given = call.given();
   const std::string name = given ? call.text("kernel") : "";
   const std::vector<KernelChoice> choices = kernel_choices("attention", call.device().info());
   std::vector<const char*> names;
   for (size_t i = 0; i < choices.size(); ++i) {
     if (!choices[i].supports(dtype, shape[-1])) continue;
-    if (!given || name == choices[i].name) return static_cast<int64_t>(i);
+    if (given ? name == choices[i].name : choices[i].suits(cu_seqlens))
+      return static_cast<int64_t>(i);
     names.push_back(choices[i].name);
   }
   throw Error(Code::value, "kernel must be " + quoted_list(names) + " for " + to_string(dtype) +
@@ -79,7 +80,7 @@ Napi::Value attention(Call& call) {
   const DType dtype = a.qkv ? a.qkv.dtype : a.q.dtype;
   a.cu_seqlens = call.cu_seqlens("cuSeqlens", shape[0]);
   a.scale = scale_of(call, shape);
-  a.kernel = kernel_of(call, dtype, shape);
+  a.kernel = kernel_of(call, dtype, shape, a.cu_seqlens);
   a.out = call.result(dtype, shape);
   a.lse = call.result(DType::f32, {shape[1], shape[0]});
   return call.run(&Kernels::attention, a);
@@ -100,7 +101,7 @@ Napi::Value attention_backward(Call& call) {
   a.cu_seqlens = call.cu_seqlens("cuSeqlens", shape[0]);
   a.scale = scale_of(call, shape);
   a.deterministic = call.flag("deterministic");
-  a.kernel = kernel_of(call, dtype, shape);
+  a.kernel = kernel_of(call, dtype, shape, a.cu_seqlens);
   if (a.qkv) {
     a.d_qkv = call.result(dtype, a.qkv.shape);
   } else {

@@ -12,10 +12,12 @@ struct KernelChoice {
   const char* capability;  // CUDA: the only compute capability it runs on, "" for any
   const char* name;
   bool (*supports)(DType dtype, int64_t head_dim);
+  // Whether it is a good choice for sequences of these lengths, if it supports the input.
+  bool (*suits)(const Ints& cu_seqlens);
 };
 
-// In order of preference: the default is the first that supports the input. Empty for an operation
-// with a single kernel.
+// In order of preference: the default is the first that supports and suits the input. Empty for an
+// operation with a single kernel.
 std::vector<KernelChoice> kernel_choices(const std::string& op, const DeviceInfo& device);
 
 }  // namespace p2r

@@ -60,7 +60,8 @@ export interface AttentionKernelOption {
   /**
    * One of `kernels('attention', device)`.
    *
-   * @default the first of them that supports D and the type
+   * @default the first of them that supports D and the type, but 'mma' rather than 'wgmma' where most of the
+   *   work is in sequences of up to 64 tokens
    */
   kernel?: AttentionKernel
 }

@@ -2,7 +2,8 @@
 // reported.
 #include <cmath>
 
-#include "cuda/tensor_map.cuh"
+#include "cuda/attention/wgmma.cuh"
+#include "ops/kernel_choice.h"
 #include "test/twin/harness.h"
 
 HARNESS_SANITIZER_OPTIONS
@@ -426,10 +427,59 @@ __global__ void intrinsics(int* o) {
   o[0] = good && ptx::pack2<__half>(1.5f, -2.f) == 0xC0003E00u && ptx::ex2(3.f) == 8.f;
 }
 
+// ---- choices of attention's launchers ----
+// cuSeqlens of sequences of these lengths, `count` times.
+p2r::Ints packed(const std::vector<int64_t>& lengths, int64_t count = 1) {
+  p2r::Ints cu{0};
+  for (int64_t i = 0; i < count; ++i)
+    for (const int64_t n : lengths) cu.push_back(cu.back() + n);
+  return cu;
+}
+
+// The default is an H200 and a vision tower's 16 heads.
+bool small_tiles(const p2r::Ints& cu_seqlens, int64_t heads = 16, int multiprocessors = 132) {
+  return attention_wgmma::prefers_small_tiles(cu_seqlens, 128, 192, heads, multiprocessors);
+}
+
+std::string default_kernel(const char* capability, const p2r::Ints& cu_seqlens,
+                           p2r::DType dtype = p2r::DType::bf16, int64_t head_dim = 80) {
+  p2r::DeviceInfo device;
+  device.backend = "cuda";
+  device.capability = capability;
+  for (const p2r::KernelChoice& c : p2r::kernel_choices("attention", device))
+    if (c.supports(dtype, head_dim) && c.suits(cu_seqlens)) return c.name;
+  return "";
+}
+
 }  // namespace
 
 int main() {
   const char* ok = nullptr;
+  const auto holds = [](const char* name, bool held) { report(held, name, "does not hold"); };
+  // 8192 tokens: 5.2 rounds of 192 queries take 6, 7.8 of 128 take 8.
+  const auto rounds_of = [](int64_t step) {
+    return attention_wgmma::scheduled_work(packed({8192}), step, 16, 132) / double(step * 8192);
+  };
+  holds("rounds of tiles of 192", std::abs(rounds_of(192) - 6) < 1e-9);
+  holds("rounds of tiles of 128", std::abs(rounds_of(128) - 8) < 1e-9);
+  holds("small tiles for a better last round", small_tiles(packed({8192})));
+  holds("large tiles where rounds are as good", !small_tiles(packed({8836})) &&
+                                                    !small_tiles(packed({15376})) &&
+                                                    !small_tiles(packed({62500})));
+  holds("large tiles where they are full", !small_tiles(packed({192}, 1000)));
+  holds("small tiles where large ones would be padding", small_tiles(packed({128}, 1000)));
+  holds("tiles by the number of multiprocessors",
+        !small_tiles(packed({192}), 1, 1) && small_tiles(packed({192}), 1, 2));
+  holds("no tiles", !small_tiles(packed({0}, 3)) && !small_tiles(packed({})));
+  holds("wgmma for long sequences", default_kernel("9.0", packed({8192})) == "wgmma");
+  holds("mma for windows of 64 tokens", default_kernel("9.0", packed({64}, 128)) == "mma");
+  holds("wgmma for windows above 64 tokens", default_kernel("9.0", packed({65}, 128)) == "wgmma");
+  holds("wgmma for windows beside a long sequence",
+        default_kernel("9.0", packed({64, 64, 4096})) == "wgmma");
+  holds("mma for windows and their ragged rests",
+        default_kernel("9.0", packed({64, 64, 100, 16})) == "mma");
+  holds("mma where there is no wgmma", default_kernel("8.0", packed({8192})) == "mma");
+  holds("plain for f32", default_kernel("9.0", packed({64}), p2r::DType::f32) == "plain");
   expect("exited threads do not count for a barrier", ok, [] { return run(early_exit, 128, out); });
   expect("named barrier with arrive", ok,
          [] { return run(producer_consumer, 64, out) && out[0] == 7 && out[31] == 38; });
