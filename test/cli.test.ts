@@ -105,6 +105,15 @@ describe('the command', () => {
     const { code, out, err } = await run('evaluate')
     expect({ code, out }).toEqual({ code: 2, out: '' })
     expect(err).toMatch(/^p2r-kernels: missing required argument 'data.jsonl'/)
+    for (const [args, near] of [
+      [['evaluate', 'a.jsonl', '--retris', '3'], '--retries'],
+      [['answer', 'a.png', 'q', '--max-pixel', '9'], '--max-pixels'],
+      [['evalute'], 'evaluate'],
+    ] as const) {
+      const misspelt = await run(...args)
+      expect(misspelt.code).toBe(2)
+      expect(misspelt.err).toContain(`Did you mean ${near}?`)
+    }
     for (const args of [
       ['frobnicate'],
       ['answer', 'a.png', 'q', '--form', 'haiku'],

@@ -250,8 +250,12 @@ onEveryBackend('grpo', (b) => {
       refuses({ advantagesPer: 'token' }, 'ERR_VALUE', /advantagesPer/)
       refuses({ targets: f32([1]) }, 'ERR_DTYPE', /targets/)
       refuses({ temperature: 0 }, 'ERR_VALUE', /temperature/)
-      refuses({ hidden: undefined }, 'ERR_VALUE', /hidden/)
-      refuses({ hidden: b.device.zeros([T, 2]), weight: f32([1]) }, 'ERR_SHAPE', /weight/)
+      const head = { logits: undefined, hidden: b.device.zeros([T, 2]), weight: f32([1]) }
+      refuses(head, 'ERR_SHAPE', /weight/)
+      refuses({ hidden: head.hidden }, 'ERR_VALUE', /got logits and hidden/)
+      refuses({ logits: logits().slice(1) }, 'ERR_SHAPE', /logits must be \[20, V\]/)
+      refuses({ clipHi: 0.3 }, 'ERR_VALUE', /did you mean 'clipHigh'/)
+      grpoStep({ ...a, hidden: undefined } as never)
       expectRefusal(
         () => grpoStep({ ...inputs(), logProbs: undefined } as never),
         'ERR_VALUE',

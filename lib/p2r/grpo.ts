@@ -1,6 +1,6 @@
 import { checkArguments, hostInts, type Names } from '../arguments.js'
 import { composite } from '../composite.js'
-import type { FloatDType } from '../dtype.js'
+import type { DType, FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import { type AdvantageEstimator, advantagesAs } from '../ops/advantages.js'
 import {
@@ -259,15 +259,15 @@ export function grpoStep(a: GrpoStepArgs): GrpoStep {
 
 /** @internal For PraGrpo, under its name. */
 export function stepAs(op: string, a: GrpoStepArgs): GrpoStep {
-  checkModel(a, a.cuSeqlens, op)
+  checkModel(op, a)
   return scope(() => composite(op, () => step(op, a)))
 }
 
 /**
- * One kind of model, of as many tokens as the batch has: so that it is what the caller gave that is refused,
- * and not the part of the batch with which an inner operation compares it.
+ * One kind of model, of as many tokens as the batch has. The operations would compare the batch's tensors with
+ * the model's, and so blame the batch for a model of the wrong length.
  */
-function checkModel(a: GrpoModel, cuSeqlens: Ints, op: string): void {
+function checkModel(op: string, a: GrpoStepArgs): void {
   const kinds = (['logProbs', 'logits', 'hidden'] as const).filter((name) => a[name] !== undefined)
   const [kind] = kinds
   if (kind === undefined || kinds.length > 1)
@@ -276,36 +276,54 @@ function checkModel(a: GrpoModel, cuSeqlens: Ints, op: string): void {
       op,
       `the model must be logProbs, or logits and targets, or hidden, weight and targets; got ${kinds.join(' and ') || 'none of them'}`,
     )
-  handleOf(a[kind], kind, op)
   const parts = { logProbs: [], logits: ['targets'], hidden: ['targets', 'weight'] } as const
-  for (const name of parts[kind]) handleOf(a[name], name, op)
-  for (const name of ['targets', 'weight', 'bias', 'temperature'] as const)
-    if (a[name] !== undefined && (kind === 'logProbs' || (kind === 'logits' && !isOfLogits(name))))
+  for (const name of [kind, ...parts[kind]]) handleOf(a[name], name, op)
+  for (const name of foreign[kind])
+    if (a[name] !== undefined)
       refuse('ERR_VALUE', op, `${name} does not belong to a model of ${kind}`)
-  const tokens = tokensOf(hostInts(cuSeqlens, 'cuSeqlens', op))
-  if (tokens === undefined) return
-  for (const name of [kind, 'targets'] as const) {
-    const shape = a[name]?.shape
-    const rank = name === 'logits' || name === 'hidden' ? 2 : 1
-    if (shape === undefined || (shape.length === rank && shape[0] === tokens)) continue
-    const wanted = { logProbs: '', targets: '', logits: ', V', hidden: ', C' }[name]
+
+  const tokens = tokensOf(hostInts(a.cuSeqlens, 'cuSeqlens', op))
+  const lengths = [
+    kind,
+    'targets',
+    'oldLogProbs',
+    'refLogProbs',
+    'mask',
+    'importanceWeights',
+  ] as const
+  // Where nothing is as long as cuSeqlens says, they are what is wrong, and refused by the operations.
+  if (tokens === undefined || !lengths.some((name) => a[name]?.shape?.[0] === tokens)) return
+  for (const [name, dtypes, columns] of [
+    ['logProbs', ['f32'], ''],
+    ['logits', ['f32', 'f16', 'bf16'], ', V'],
+    ['hidden', ['f32', 'f16', 'bf16'], ', C'],
+    ['targets', ['i32'], ''],
+  ] as ['logProbs' | 'logits' | 'hidden' | 'targets', DType[], string][]) {
+    const tensor: Tensor | undefined = a[name]
+    if (!tensor || !dtypes.includes(tensor.dtype)) continue
+    const { shape } = tensor
+    if (shape.length === (columns ? 2 : 1) && shape[0] === tokens) continue
+    const given = `[${shape.join(', ')}]`
     refuse(
       'ERR_SHAPE',
       op,
-      `${name} must be [${tokens}${wanted}], because cuSeqlens ends at ${tokens} tokens, got [${shape.join(', ')}]`,
+      `${name} must be [${tokens}${columns}], because cuSeqlens ends at ${tokens} tokens, got ${given}`,
     )
   }
 }
+
+/** The fields of other models. */
+const foreign = {
+  logProbs: ['targets', 'weight', 'bias', 'temperature'],
+  logits: ['weight', 'bias'],
+  hidden: [],
+} as const
 
 /** T of well-formed cuSeqlens; undefined for others, which the operations refuse. */
 function tokensOf(cuSeqlens: Float64Array): number | undefined {
   if (cuSeqlens[0] !== 0 || !cuSeqlens.every(Number.isInteger)) return undefined
   for (let b = 1; b < cuSeqlens.length; b++) if (cuSeqlens[b]! < cuSeqlens[b - 1]!) return undefined
   return cuSeqlens.at(-1)
-}
-
-function isOfLogits(name: string): boolean {
-  return name === 'targets' || name === 'temperature'
 }
 
 function step(op: string, a: GrpoStepArgs): GrpoStep {

@@ -9,6 +9,7 @@ import {
   type DType,
   devices,
   type ErrorCode,
+  type FloatDType,
   type Held,
   type HostArray,
   type HostOf,
@@ -61,6 +62,7 @@ openDevice('cpu', { simd: 'sse' })
 openDevice('cpu', { threads: undefined })
 
 export const read = <D extends DType>(x: Tensor<D>): Promise<HostOf<D>> => x.read()
+export const half: FloatDType = 'bf16'
 export const lengths: Ints = new Uint32Array(2)
 export const kept: Tensor = scope(() => openDevice().zeros([2]))
 export const later: Promise<Tensor<'u8'>> = scopeAsync(async () => openDevice().zeros([2], 'u8'))
