@@ -144,8 +144,6 @@ export {
 } from './p2r/evidence.js'
 export { loadRollouts, saveRollouts } from './p2r/exchange.js'
 export {
-  type BiasedHeadModel,
-  type BiasedHeadStep,
   type GrpoBatch,
   type GrpoModel,
   type GrpoStep,
@@ -157,7 +155,6 @@ export {
   type LogitsStep,
   type LogProbsModel,
   type LogProbsStep,
-  type UnbiasedHeadModel,
 } from './p2r/grpo.js'
 export { OpenAIPolicy, type OpenAIPolicyOptions } from './p2r/openai.js'
 export {

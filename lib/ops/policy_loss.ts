@@ -237,7 +237,7 @@ export interface EntropyGradient {
 }
 
 /** @internal */
-export const lossNames: Names<PolicyLossInputs> = {
+export const lossOptionNames: Names<PolicyLossOptions> = {
   objective: true,
   clipLow: true,
   clipHigh: true,
@@ -254,6 +254,10 @@ export const lossNames: Names<PolicyLossInputs> = {
   lossScale: true,
   normalizer: true,
   advantagesPer: true,
+}
+/** @internal */
+export const lossNames: Names<PolicyLossInputs> = {
+  ...lossOptionNames,
   oldLogProbs: true,
   refLogProbs: true,
   importanceWeights: true,

@@ -9,10 +9,15 @@ import {
   isObject,
   type Names,
 } from '../arguments.js'
-import { checkFloatDType, type FloatDType } from '../dtype.js'
+import { checkDType, type FloatDType, floatTypes } from '../dtype.js'
 import { refuse } from '../errors.js'
-import type { Grid } from '../grid.js'
-import { pixelValues, type Region, resample, smartResize } from '../ops/crop_resample.js'
+import {
+  type PixelValuesResult,
+  pixelValues,
+  type Region,
+  resample,
+  smartResize,
+} from '../ops/crop_resample.js'
 import { drawBoxes, type Outlines, type PixelBox } from '../ops/draw_boxes.js'
 import { holds } from '../scope.js'
 import { type Held, imageSize, type Tensor } from '../tensor.js'
@@ -93,7 +98,7 @@ export interface Evidence extends Disposable {
    */
   pixelValues<D extends FloatDType = 'f32'>(
     options?: EvidencePixelValuesOptions<D>,
-  ): Held<{ pixelValues: Tensor<D>; gridThw: Grid[] }>
+  ): Held<PixelValuesResult<D>>
 }
 
 const sizeNames: Names<EvidenceSizes> = { minPixels: true, maxPixels: true, cropMaxPixels: true }
@@ -211,11 +216,11 @@ class Collected implements Evidence {
 
   pixelValues<D extends FloatDType = 'f32'>(
     options: EvidencePixelValuesOptions<D> = {},
-  ): Held<{ pixelValues: Tensor<D>; gridThw: Grid[] }> {
+  ): Held<PixelValuesResult<D>> {
     Collected.#check(this)
     const op = 'pixelValues'
     checkArguments(options, pixelValuesNames, op)
-    if (options.dtype !== undefined) checkFloatDType(options.dtype, 'dtype', op)
+    if (options.dtype !== undefined) checkDType(options.dtype, op, floatTypes)
     const sizes = sizesOf(options, op, this.#sizes)
     const { minPixels, maxPixels, cropMaxPixels = maxPixels } = sizes
     const regions: Region[] = [

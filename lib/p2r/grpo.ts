@@ -2,20 +2,17 @@ import { checkArguments, hostInts, type Names } from '../arguments.js'
 import { composite } from '../composite.js'
 import type { DType, FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
-import { type AdvantageEstimator, advantagesAs } from '../ops/advantages.js'
+import { type AdvantageOptions, advantagesAs } from '../ops/advantages.js'
+import type { BiasGradient } from '../ops/linear.js'
 import {
+  type HeadGradients,
   type LinearHead,
   linearLogProbs,
   linearLogProbsBackward,
   linearLossAs,
 } from '../ops/linear_log_probs.js'
 import { tokenLogProbs, tokenLogProbsBackward } from '../ops/log_probs.js'
-import {
-  type LossMetrics,
-  lossAs,
-  type PolicyLossInputs,
-  type PolicyLossOptions,
-} from '../ops/policy_loss.js'
+import { type LossMetrics, lossAs, lossNames, type PolicyLossInputs } from '../ops/policy_loss.js'
 import { heldBy, scope } from '../scope.js'
 import { handleOf, held, type Ints, Tensor } from '../tensor.js'
 
@@ -62,13 +59,6 @@ export type GrpoModel =
   | HeadModel<'f16'>
   | HeadModel<'bf16'>
 
-/** A HeadModel that has a bias, and one that has none. */
-export type BiasedHeadModel<D extends FloatDType = FloatDType> = HeadModel<D> &
-  Required<Pick<HeadModel<D>, 'bias'>>
-export type UnbiasedHeadModel<D extends FloatDType = FloatDType> = Omit<HeadModel<D>, 'bias'> & {
-  bias?: never
-}
-
 /** The results of a step whatever its input, with the gradients that some inputs give. */
 export interface GrpoStep extends Disposable {
   /** f32 [1]. */
@@ -108,89 +98,22 @@ export interface LogitsStep<D extends FloatDType = FloatDType> extends CommonRes
   readonly dLogits: Tensor<D>
 }
 
-/** The results of a step on hidden states and a head without bias. */
-export interface HeadStep<D extends FloatDType = FloatDType> extends CommonResults {
-  /** The gradient of the loss, as the hidden states in shape and type. */
-  readonly dHidden: Tensor<D>
-  /** f32 [V, C]. */
-  readonly dWeight: Tensor<'f32'>
-}
-
-/** The results of a step on hidden states and a head with a bias. */
-export interface BiasedHeadStep<D extends FloatDType = FloatDType> extends HeadStep<D> {
-  /** f32 [V]. */
-  readonly dBias: Tensor<'f32'>
-}
+/** The results of a step on hidden states; with a bias also `BiasGradient`. */
+export interface HeadStep<D extends FloatDType = FloatDType>
+  extends CommonResults,
+    Readonly<HeadGradients<D>> {}
 
 /** The batch and the options of grpoStep, beside the model. */
-export interface GrpoBatch extends PolicyLossOptions {
+export interface GrpoBatch extends AdvantageOptions, Omit<PolicyLossInputs, 'advantages'> {
   /** f32 [B], or [B, K] of K kinds for 'gdpo'. Must be finite. */
   rewards: Tensor<'f32'>
-  /** The group (prompt) of each sequence: B ids, in any order. */
+  /** The group (prompt) of each of the B sequences: any integers in any order. */
   groups: Ints
-  /** [B + 1]: sequence b has the tokens cuSeqlens[b] to cuSeqlens[b + 1] of T, from 0 and not falling. */
-  cuSeqlens: Ints
-  /**
-   * u8 [T]: 1 keeps a token, 0 excludes it.
-   * @default keeps all
-   */
-  mask?: Tensor<'u8'>
-  /**
-   * f32 [T]: the log-probabilities with which the tokens were sampled.
-   * @default on-policy, a ratio of 1
-   */
-  oldLogProbs?: Tensor<'f32'>
-  /** f32 [T]: those of the reference policy. The loss has its KL term where they are given. */
-  refLogProbs?: Tensor<'f32'>
-  /**
-   * f32 [T]: multiply the policy term.
-   * @default 1
-   */
-  importanceWeights?: Tensor<'f32'>
-  /**
-   * How advantages are computed; see groupAdvantages. Spelled as verl does.
-   * @default 'grpo'
-   */
-  estimator?: AdvantageEstimator
-  /**
-   * Added to a group's standard deviation.
-   * @default 1e-6
-   */
-  epsilon?: number
-  /**
-   * What a group of one gets: its 'reward' (verl) or 'zero' (TRL).
-   * @default 'reward'
-   */
-  singleton?: 'reward' | 'zero'
-  /**
-   * Of the K kinds of rewards, for 'gdpo'.
-   * @default 1 each
-   */
-  weights?: readonly number[]
 }
 
 /** The arguments of grpoStep: a batch, and the model's part, which decides the gradients returned. */
 export type GrpoStepArgs = GrpoModel & GrpoBatch
 
-/** @internal */
-export const lossNames: Names<PolicyLossOptions> = {
-  objective: true,
-  clipLow: true,
-  clipHigh: true,
-  dualClip: true,
-  tauPositive: true,
-  tauNegative: true,
-  kl: true,
-  klCoef: true,
-  klClamp: true,
-  entropyCoef: true,
-  aggregation: true,
-  termAggregation: true,
-  emptyRows: true,
-  lossScale: true,
-  normalizer: true,
-  advantagesPer: true,
-}
 /** @internal */
 export const modelNames: Names<GrpoModel> = {
   logProbs: true,
@@ -201,16 +124,12 @@ export const modelNames: Names<GrpoModel> = {
   targets: true,
   temperature: true,
 }
+const { advantages: _, ...batchNames } = lossNames
 const argumentNames: Names<GrpoStepArgs> = {
-  ...lossNames,
+  ...batchNames,
   ...modelNames,
   rewards: true,
   groups: true,
-  cuSeqlens: true,
-  mask: true,
-  oldLogProbs: true,
-  refLogProbs: true,
-  importanceWeights: true,
   estimator: true,
   epsilon: true,
   singleton: true,
@@ -248,8 +167,12 @@ const argumentNames: Names<GrpoStepArgs> = {
  */
 export function grpoStep(a: LogProbsModel & GrpoBatch): LogProbsStep
 export function grpoStep<D extends FloatDType>(a: LogitsModel<D> & GrpoBatch): LogitsStep<D>
-export function grpoStep<D extends FloatDType>(a: BiasedHeadModel<D> & GrpoBatch): BiasedHeadStep<D>
-export function grpoStep<D extends FloatDType>(a: UnbiasedHeadModel<D> & GrpoBatch): HeadStep<D>
+export function grpoStep<D extends FloatDType>(
+  a: HeadModel<D> & GrpoBatch & { bias: Tensor },
+): HeadStep<D> & BiasGradient
+export function grpoStep<D extends FloatDType>(
+  a: HeadModel<D> & GrpoBatch & { bias?: never },
+): HeadStep<D>
 export function grpoStep(a: GrpoStepArgs): GrpoStep
 export function grpoStep(a: GrpoStepArgs): GrpoStep {
   const op = 'grpoStep'
@@ -337,12 +260,7 @@ function step(op: string, a: GrpoStepArgs): GrpoStep {
   })
   if (a.advantagesPer === 'token')
     refuse('ERR_VALUE', op, "advantagesPer must be 'sequence': an advantage belongs to a reward")
-  const options: Options = {
-    ...pickDefined(a, lossInputs),
-    cuSeqlens: a.cuSeqlens,
-    advantages,
-    advantagesPer: 'sequence',
-  }
+  const options = { ...a, advantages, advantagesPer: 'sequence' as const }
 
   if (a.logProbs !== undefined) {
     const { loss, dLogProbs, metrics, hidden } = withHidden(
@@ -370,15 +288,8 @@ function step(op: string, a: GrpoStepArgs): GrpoStep {
   return held({ loss, logProbs: forward.logProbs, dLogits, advantages, metrics }, hidden)
 }
 
-type Options = PolicyLossInputs
-
-const lossInputs = [
-  ...(Object.keys(lossNames) as (keyof PolicyLossOptions)[]),
-  ...(['mask', 'oldLogProbs', 'refLogProbs', 'importanceWeights'] as const),
-]
-
 /** In one pass if each token's gradient depends on that token only, else log-probs first. */
-function stepOnHead(op: string, a: LinearHead, options: Options): GrpoStep {
+function stepOnHead(op: string, a: LinearHead, options: PolicyLossInputs): GrpoStep {
   const { advantages } = options
   const head: LinearHead = {
     hidden: a.hidden,

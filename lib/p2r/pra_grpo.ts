@@ -9,15 +9,16 @@ import {
   checkPositive,
   checkReceiver,
   checkString,
-  choice,
   isObject,
   type Names,
 } from '../arguments.js'
 import { checkDevice, type Device } from '../device.js'
 import type { FloatDType } from '../dtype.js'
 import { P2RError, refuse } from '../errors.js'
-import { type AdvantageEstimator, estimators } from '../ops/advantages.js'
-import type { LossMetrics, PolicyLossOptions } from '../ops/policy_loss.js'
+import type { AdvantageEstimator } from '../ops/advantages.js'
+import type { BiasGradient } from '../ops/linear.js'
+import { type LossMetrics, lossOptionNames, type PolicyLossOptions } from '../ops/policy_loss.js'
+import { scope } from '../scope.js'
 import { imageSize, type Tensor } from '../tensor.js'
 import {
   checkEvidenceOptions,
@@ -27,19 +28,16 @@ import {
   evidenceNames,
 } from './evidence.js'
 import {
-  type BiasedHeadModel,
-  type BiasedHeadStep,
   type GrpoModel,
   type GrpoStep,
+  type HeadModel,
   type HeadStep,
   type LogitsModel,
   type LogitsStep,
   type LogProbsModel,
   type LogProbsStep,
-  lossNames,
   modelNames,
   stepAs,
-  type UnbiasedHeadModel,
 } from './grpo.js'
 import { Perceiver } from './perceiver.js'
 import {
@@ -342,8 +340,8 @@ export class PraGrpo {
     if (schedule.perceiver + schedule.reasoner === 0)
       refuse('ERR_VALUE', op, 'schedule must give one of the roles a step')
     // Checked before the first rollout, because rollouts are what costs.
-    if (estimator !== undefined) choice(estimator, estimators, 'estimator', op)
-    if (loss !== undefined) checkArguments(loss, lossNames, op, 'loss')
+    if (loss !== undefined) checkArguments(loss, lossOptionNames, op, 'loss')
+    checkOnEmptyBatch(op, options.device, { ...loss, ...(estimator && { estimator }) })
     if (verifier !== undefined) checkFunction(verifier, 'verifier', op)
     rulesOf(options.rules, op)
     promptsOf(options.prompts, op)
@@ -446,11 +444,11 @@ export class PraGrpo {
   ): LogitsStep<D>
   step<D extends FloatDType>(
     batch: RolloutBatch,
-    model: BiasedHeadModel<D> & StepLogProbs,
-  ): BiasedHeadStep<D>
+    model: HeadModel<D> & StepLogProbs & { bias: Tensor },
+  ): HeadStep<D> & BiasGradient
   step<D extends FloatDType>(
     batch: RolloutBatch,
-    model: UnbiasedHeadModel<D> & StepLogProbs,
+    model: HeadModel<D> & StepLogProbs & { bias?: never },
   ): HeadStep<D>
   step(batch: RolloutBatch, model: TrainedModel): GrpoStep
   step(batch: RolloutBatch, model: TrainedModel): GrpoStep {
@@ -651,6 +649,26 @@ export class PraGrpo {
       reward: Number.NaN,
     }))
   }
+}
+
+/** A step without tokens: the operations refuse the options that they would refuse at the first real one. */
+function checkOnEmptyBatch(
+  op: string,
+  device: Device,
+  options: PolicyLossOptions & { estimator?: AdvantageEstimator },
+): void {
+  scope(() => {
+    const none = device.zeros([0])
+    const targets = device.zeros([0], 'i32')
+    const given = {
+      oldLogProbs: none,
+      refLogProbs: none,
+      rewards: none,
+      groups: [],
+      cuSeqlens: [0],
+    }
+    stepAs(op, { ...options, ...given, logits: device.zeros([0, 1]), targets })
+  })
 }
 
 /** Tokens are requested only where they are trained on. */

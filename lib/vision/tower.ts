@@ -24,7 +24,7 @@ import {
 } from '../arguments.js'
 import { composite } from '../composite.js'
 import { checkDevice, type Device } from '../device.js'
-import { checkFloatDType, type FloatDType, isFloatDType } from '../dtype.js'
+import { checkDType, type DType, type FloatDType, floatTypes } from '../dtype.js'
 import { P2RError, refuse } from '../errors.js'
 import { checkGrids, type Grid } from '../grid.js'
 import { attention, attentionMass } from '../ops/attention.js'
@@ -236,7 +236,7 @@ export class VisionTower implements Disposable {
     checkDevice(device, opName)
     checkArguments(options, optionNames, opName)
     const { dtype } = options
-    if (dtype !== undefined) checkFloatDType(dtype, 'dtype', opName)
+    if (dtype !== undefined) checkDType(dtype, opName, floatTypes)
     const config = readConfig(await readJson(join(path, 'config.json')), join(path, 'config.json'))
     const expected = shapesOf(config)
     const wanted = new Set(expected.keys())
@@ -253,7 +253,7 @@ export class VisionTower implements Disposable {
       for (const [name, shape] of expected) {
         const tensor = stored[name]
         if (!tensor) refuse('ERR_FORMAT', opName, `${path}: there is no weight '${name}'`)
-        if (!isFloatDType(tensor.dtype))
+        if (!(floatTypes as readonly DType[]).includes(tensor.dtype))
           refuse(
             'ERR_FORMAT',
             opName,

@@ -6,8 +6,6 @@ import {
   attention,
   attentionBackward,
   attentionMass,
-  type BiasedHeadModel,
-  type BiasedHeadStep,
   type Device,
   type GroupAdvantagesArgs,
   type GrpoBatch,
@@ -37,7 +35,6 @@ import {
   tokenLogProbsBackward,
   tokenLogProbsShard,
   trlDefaults,
-  type UnbiasedHeadModel,
   visionRotary,
   windowLayout,
 } from 'p2r-kernels'
@@ -91,12 +88,12 @@ export function gradients(
 ): Tensor[] {
   const plain: LogProbsModel = { logProbs }
   const logits: LogitsModel<'bf16'> = { logits: hidden, targets }
-  const head: UnbiasedHeadModel<'bf16'> = { hidden, weight: hidden, targets }
-  const biased: BiasedHeadModel<'bf16'> = { ...head, bias: logProbs }
-  const any: HeadModel = biased
+  const head = { hidden, weight: hidden, targets }
+  const biased = { ...head, bias: logProbs }
+  const any: HeadModel<'bf16'> = biased
   using a: LogProbsStep = grpoStep({ ...plain, ...batch })
   using b: LogitsStep<'bf16'> = grpoStep({ ...logits, ...batch })
   using c: HeadStep<'bf16'> = grpoStep({ ...head, ...batch })
-  using d: BiasedHeadStep<'bf16'> = grpoStep({ ...biased, ...batch })
+  using d = grpoStep({ ...biased, ...batch })
   return [a.dLogProbs, b.dLogits, c.dHidden, d.dBias, any.hidden]
 }
