@@ -50,8 +50,9 @@ const names: Names<AnswerArgs> = {
  *
  * A failure frees what was allocated. Source: Perceive-to-Reason, evaluation/p2r_utils.py.
  *
- * @throws ERR_VALUE, ERR_SHAPE and ERR_DTYPE for wrong arguments; ERR_POLICY if a policy fails or declines.
+ * @throws P2RError ERR_VALUE, ERR_SHAPE and ERR_DTYPE for wrong arguments; ERR_POLICY if a policy fails or declines.
  * @example
+ * ```js
  * import { answer, functionPolicy, openDevice, Perceiver, Reasoner } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -66,6 +67,7 @@ const names: Names<AnswerArgs> = {
  * console.log(made.answer, made.evidence.crops.length) // B 1
  * made.dispose()
  * device.dispose()
+ * ```
  */
 export async function answer(a: AnswerArgs): Promise<Answer> {
   const op = 'answer'

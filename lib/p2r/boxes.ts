@@ -24,10 +24,12 @@ const key = '"bbox_2d"'
  *
  * @returns the boxes in their order; none for a text without boxes, or for anything but a text. Never throws.
  * @example
+ * ```js
  * import { parseBoxes } from 'p2r-kernels'
  *
  * const boxes = parseBoxes('The sign: [{"bbox_2d": [400, 300, 600, 500], "label": "sign"}]')
  * console.log(boxes) // [ { bbox2d: [ 400, 300, 600, 500 ], label: 'sign' } ]
+ * ```
  */
 export function parseBoxes(text: string): EvidenceBox[] {
   if (typeof text !== 'string') return []

@@ -88,8 +88,9 @@ const argumentNames: Names<EvaluateArgs> = {
  *
  * A failure concerns one question only, whose `error` it is. Memory does not grow with the number of questions.
  *
- * @throws ERR_VALUE for wrong arguments, at the call.
+ * @throws P2RError ERR_VALUE for wrong arguments, at the call.
  * @example
+ * ```js
  * import { evaluate, functionPolicy, openDevice, Perceiver, Reasoner } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -106,6 +107,7 @@ const argumentNames: Names<EvaluateArgs> = {
  * }
  * console.log(`${right} of ${questions.length}`) // 1 of 2
  * device.dispose()
+ * ```
  */
 export function evaluate<Q extends Question>(
   a: EvaluateArgs<Q>,

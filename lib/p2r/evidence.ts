@@ -9,7 +9,7 @@ import {
   isObject,
   type Names,
 } from '../arguments.js'
-import { checkDType, type FloatDType, floatTypes } from '../dtype.js'
+import { checkFloatDType, type FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import {
   type PixelValuesResult,
@@ -94,7 +94,7 @@ export interface Evidence extends Disposable {
    *
    * @returns pixelValues [P, 1536], and the grid [1, height / 16, width / 16] of each image; see the function
    *   pixelValues.
-   * @throws ERR_VALUE for wrong options; ERR_DISPOSED after dispose().
+   * @throws P2RError ERR_VALUE for wrong options; ERR_DISPOSED after dispose().
    */
   pixelValues<D extends FloatDType = 'f32'>(
     options?: EvidencePixelValuesOptions<D>,
@@ -118,9 +118,10 @@ const pixelValuesNames: Names<EvidencePixelValuesOptions> = { ...sizeNames, dtyp
  * Crops that are empty, or that smartResize refuses, are dropped; if none remains the evidence is the original
  * image, with hasEvidence false. Source: Perceive-to-Reason, evaluation/p2r_utils.py.
  *
- * @throws ERR_VALUE for boxes with coordinates that are not finite, and for sizes that are not positive
+ * @throws P2RError ERR_VALUE for boxes with coordinates that are not finite, and for sizes that are not positive
  *   integers; ERR_SHAPE and ERR_DTYPE for an image that is not u8 [height, width, 3].
  * @example
+ * ```js
  * import { collectEvidence, openDevice, parseBoxes } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -133,6 +134,7 @@ const pixelValuesNames: Names<EvidencePixelValuesOptions> = { ...sizeNames, dtyp
  * patches.dispose()
  * evidence.dispose()
  * device.dispose()
+ * ```
  */
 export function collectEvidence(a: CollectEvidenceArgs): Evidence {
   const op = 'collectEvidence'
@@ -220,7 +222,7 @@ class Collected implements Evidence {
     Collected.#check(this)
     const op = 'pixelValues'
     checkArguments(options, pixelValuesNames, op)
-    if (options.dtype !== undefined) checkDType(options.dtype, op, floatTypes)
+    if (options.dtype !== undefined) checkFloatDType(options.dtype, 'dtype', op)
     const sizes = sizesOf(options, op, this.#sizes)
     const { minPixels, maxPixels, cropMaxPixels = maxPixels } = sizes
     const regions: Region[] = [

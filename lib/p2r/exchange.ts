@@ -17,8 +17,9 @@ const version = '1'
  * the batch has them `tokens` i32 [T], `cu_seqlens` i32 [B + 1] and `old_log_probs` f32 [T]. The header
  * holds the role, the metrics and the items, without images. The file is replaced atomically.
  *
- * @throws ERR_VALUE for wrong arguments; ERR_IO, with its cause, when the file cannot be written.
+ * @throws P2RError ERR_VALUE for wrong arguments; ERR_IO, with its cause, when the file cannot be written.
  * @example
+ * ```js
  * import { mkdtempSync } from 'node:fs'
  * import { tmpdir } from 'node:os'
  * import { join } from 'node:path'
@@ -37,6 +38,7 @@ const version = '1'
  * console.log((await loadMetadata(path)).role) // perceiver
  * batch.dispose()
  * device.dispose()
+ * ```
  */
 export async function saveRollouts(path: string, batch: RolloutBatch): Promise<void> {
   const op = 'saveRollouts'
@@ -75,9 +77,10 @@ export async function saveRollouts(path: string, batch: RolloutBatch): Promise<v
  * A batch that saveRollouts wrote, for PraGrpo's `step` in another process. Its items have no evidence:
  * the images are not in the file, the boxes are (`parseBoxes` of a perceiver's completion).
  *
- * @throws ERR_VALUE for wrong arguments; ERR_IO for a file that cannot be read; ERR_FORMAT for one that holds no
+ * @throws P2RError ERR_VALUE for wrong arguments; ERR_IO for a file that cannot be read; ERR_FORMAT for one that holds no
  *   batch.
  * @example
+ * ```js
  * import { mkdtempSync } from 'node:fs'
  * import { tmpdir } from 'node:os'
  * import { join } from 'node:path'
@@ -102,6 +105,7 @@ export async function saveRollouts(path: string, batch: RolloutBatch): Promise<v
  * console.log(loaded.tokens.length, await step.loss.read())
  * for (const each of [step, loaded, batch]) each.dispose()
  * device.dispose()
+ * ```
  */
 export async function loadRollouts(path: string, device: Device): Promise<RolloutBatch> {
   const op = 'loadRollouts'

@@ -146,9 +146,10 @@ const argumentNames: Names<GrpoStepArgs> = {
  *
  * @returns the loss, the advantages, the log-probabilities, and the gradient for what was given: dLogProbs,
  *   dLogits, or dHidden and dWeight, with dBias if there is a bias.
- * @throws ERR_VALUE, ERR_SHAPE, ERR_DTYPE and ERR_DEVICE for wrong arguments; a fault on the device, such as a
+ * @throws P2RError ERR_VALUE, ERR_SHAPE, ERR_DTYPE and ERR_DEVICE for wrong arguments; a fault on the device, such as a
  *   token outside the vocabulary, is thrown by the reads.
  * @example
+ * ```js
  * import { grpoStep, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -164,6 +165,7 @@ const argumentNames: Names<GrpoStepArgs> = {
  * console.log((await step.metrics()).tokens) // 8
  * step.dispose()
  * device.dispose()
+ * ```
  */
 export function grpoStep(a: LogProbsModel & GrpoBatch): LogProbsStep
 export function grpoStep<D extends FloatDType>(a: LogitsModel<D> & GrpoBatch): LogitsStep<D>

@@ -117,8 +117,9 @@ const encodedAhead = 8
  * `return_token_ids` or `return_tokens_as_token_ids`, whichever the server supports; log-probabilities
  * are the server's, which for vLLM are those of temperature 1 unless it was started otherwise.
  *
- * @throws ERR_VALUE for wrong options.
+ * @throws P2RError ERR_VALUE for wrong options.
  * @example
+ * ```js
  * import { createServer } from 'node:http'
  * import { OpenAIPolicy } from 'p2r-kernels'
  *
@@ -136,6 +137,7 @@ const encodedAhead = 8
  * console.log(await policy.generate(request)) // [ { text: 'three' } ]
  * server.close()
  * server.closeAllConnections()
+ * ```
  */
 export class OpenAIPolicy implements Policy {
   readonly #options: Required<Omit<OpenAIPolicyOptions, 'baseURL'>>
@@ -167,7 +169,7 @@ export class OpenAIPolicy implements Policy {
   /**
    * Sends one request, and again where it fails in a way that may pass.
    *
-   * @throws ERR_VALUE for a wrong request; ERR_POLICY, with its cause, when the last attempt failed.
+   * @throws P2RError ERR_VALUE for a wrong request; ERR_POLICY, with its cause, when the last attempt failed.
    */
   async generate(request: PolicyRequest): Promise<Completion[]> {
     checkReceiver(isObject(this) && #options in this, 'OpenAIPolicy', op)

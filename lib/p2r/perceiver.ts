@@ -84,8 +84,9 @@ const argumentNames: Names<PerceiveArgs> = { image: true, question: true, n: tru
  * The image that the policy sees is reduced to maxPixels, if given; the evidence is cut from the full image.
  * Source: Perceive-to-Reason, evaluation/p2r_utils.py.
  *
- * @throws ERR_VALUE for a policy without `generate`, and for wrong options.
+ * @throws P2RError ERR_VALUE for a policy without `generate`, and for wrong options.
  * @example
+ * ```js
  * import { functionPolicy, openDevice, Perceiver } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -95,6 +96,7 @@ const argumentNames: Names<PerceiveArgs> = { image: true, question: true, n: tru
  * console.log(evidence.boxes[0].label, evidence.crops[0].shape) // sign [ 193, 256, 3 ]
  * evidence.dispose()
  * device.dispose()
+ * ```
  */
 export class Perceiver {
   readonly #policy: Policy
@@ -114,7 +116,7 @@ export class Perceiver {
   /**
    * Samples n outputs, and collects the evidence of each.
    *
-   * @throws ERR_VALUE, ERR_SHAPE and ERR_DTYPE for wrong arguments; ERR_POLICY when the policy fails, or
+   * @throws P2RError ERR_VALUE, ERR_SHAPE and ERR_DTYPE for wrong arguments; ERR_POLICY when the policy fails, or
    *   declines the only rollout. Of several that it declines, each has a `refusal` and evidence without boxes.
    */
   async perceive(a: PerceiveArgs): Promise<Perception[]> {

@@ -109,9 +109,10 @@ export function checkSampling(a: { temperature?: number; maxTokens?: number }, o
  * A policy that calls a function of the request. Sampling is up to the function.
  *
  * @param f called once a request; see PolicyFunction.
- * @throws ERR_VALUE for anything but a function. The policy rejects with ERR_POLICY if the function's result is
+ * @throws P2RError ERR_VALUE for anything but a function. The policy rejects with ERR_POLICY if the function's result is
  *   no completion, or not as many as requested.
  * @example
+ * ```js
  * import { functionPolicy } from 'p2r-kernels'
  *
  * const policy = functionPolicy(({ prompt }) => `You asked: ${prompt}`)
@@ -122,6 +123,7 @@ export function checkSampling(a: { temperature?: number; maxTokens?: number }, o
  *   images: [],
  * })
  * console.log(completion.text) // You asked: How many?
+ * ```
  */
 export function functionPolicy(f: PolicyFunction): Policy {
   const op = 'functionPolicy'

@@ -210,12 +210,14 @@ const trainedNames: Names<TrainedModel> = { ...modelNames, refLogProbs: true, ol
  * weights that the stage began with, where their log-probabilities are given.
  * Source: Perceive-to-Reason, example/qwen3_vl_4b_p2r.
  *
- * @throws ERR_VALUE for wrong options.
+ * @throws P2RError ERR_VALUE for wrong options.
  * @example
+ * ```js
  * import { paperSettings } from 'p2r-kernels'
  *
  * const { schedule, groupSize } = paperSettings({ samples: 1000, batch: 50 })
  * console.log(schedule, groupSize) // { perceiver: 20, reasoner: 20 } 8
+ * ```
  */
 export function paperSettings(options: PaperSettingsOptions = {}): Required<PraGrpoSettings> {
   const op = 'paperSettings'
@@ -237,12 +239,14 @@ export function paperSettings(options: PaperSettingsOptions = {}): Required<PraG
 /**
  * The paper's settings, but short phases and unlimited rounds: the roles take turns.
  *
- * @throws ERR_VALUE for wrong options.
+ * @throws P2RError ERR_VALUE for wrong options.
  * @example
+ * ```js
  * import { alternatingSettings } from 'p2r-kernels'
  *
  * const { schedule, rounds } = alternatingSettings({ steps: 2 })
  * console.log(schedule, rounds) // { perceiver: 2, reasoner: 2 } undefined
+ * ```
  */
 export function alternatingSettings(
   options: AlternatingSettingsOptions = {},
@@ -294,8 +298,9 @@ export interface RolloutOptions {
  * role's log-probabilities (or logits, or hidden states and head) and returns their gradient. The caller
  * serves the new weights before the next rollout. Source: Perceive-to-Reason, verl/trainer.
  *
- * @throws ERR_VALUE for wrong options.
+ * @throws P2RError ERR_VALUE for wrong options.
  * @example
+ * ```js
  * import { functionPolicy, openDevice, PraGrpo } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -314,6 +319,7 @@ export interface RolloutOptions {
  * step.dispose()
  * batch.dispose()
  * device.dispose()
+ * ```
  */
 export class PraGrpo {
   readonly #options: PraGrpoOptions
@@ -407,7 +413,7 @@ export class PraGrpo {
    * the other role or the verifier, is an item with an `error` that the batch's tensors leave out. An
    * abort rejects.
    *
-   * @throws ERR_VALUE for wrong arguments, and when all rounds are over.
+   * @throws P2RError ERR_VALUE for wrong arguments, and when all rounds are over.
    */
   async rollout(samples: readonly Sample[], options: RolloutOptions = {}): Promise<RolloutBatch> {
     const op = 'rollout'
@@ -434,7 +440,7 @@ export class PraGrpo {
    * Loss and gradient of a batch under the trained role's current model; advances the schedule.
    *
    * @returns as grpoStep: the gradient is taken with respect to what the model gives.
-   * @throws ERR_VALUE for a batch of the other role, or one that was stepped already; ERR_POLICY for one
+   * @throws P2RError ERR_VALUE for a batch of the other role, or one that was stepped already; ERR_POLICY for one
    *   without token ids; ERR_VALUE, ERR_SHAPE, ERR_DTYPE and ERR_DEVICE for a wrong model.
    */
   step(batch: RolloutBatch, model: LogProbsModel & StepLogProbs): LogProbsStep

@@ -30,11 +30,13 @@ const inTags =
  * The prompts that are used where none are given.
  *
  * @example
+ * ```js
  * import { defaultPrompts, functionPolicy, Reasoner } from 'p2r-kernels'
  *
  * const forms = { ...defaultPrompts.forms, na: 'Answer with a number between <answer> and </answer>.' }
  * const reasoner = new Reasoner(functionPolicy(() => '<answer>7</answer>'), { prompts: { forms } })
  * console.log(defaultPrompts.system) // You are a helpful assistant.
+ * ```
  */
 export const defaultPrompts: Prompts = Object.freeze({
   system: 'You are a helpful assistant.',

@@ -96,8 +96,9 @@ const argumentNames: Names<ReasonArgs> = {
  *
  * Source: Perceive-to-Reason, evaluation/p2r_utils.py.
  *
- * @throws ERR_VALUE for a policy without `generate`, and for wrong options.
+ * @throws P2RError ERR_VALUE for a policy without `generate`, and for wrong options.
  * @example
+ * ```js
  * import { collectEvidence, functionPolicy, openDevice, Reasoner } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -112,6 +113,7 @@ const argumentNames: Names<ReasonArgs> = {
  * console.log(reasoned.answer) // 2
  * evidence.dispose()
  * device.dispose()
+ * ```
  */
 export class Reasoner {
   readonly #policy: Policy
@@ -131,7 +133,7 @@ export class Reasoner {
   /**
    * Samples n answers. The images computed for this belong to the evidence and are freed with it.
    *
-   * @throws ERR_VALUE for wrong arguments; ERR_POLICY when the policy fails, or declines the only rollout. Of
+   * @throws P2RError ERR_VALUE for wrong arguments; ERR_POLICY when the policy fails, or declines the only rollout. Of
    *   several that it declines, each has a `refusal` and an empty answer.
    */
   async reason(a: ReasonArgs): Promise<Reasoning[]> {

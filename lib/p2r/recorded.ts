@@ -33,6 +33,7 @@ const construct = Symbol('construct')
  * the recording, and starts over after the last. How many requests recorded them does not matter.
  *
  * @example
+ * ```js
  * import { mkdtempSync, writeFileSync } from 'node:fs'
  * import { tmpdir } from 'node:os'
  * import { join } from 'node:path'
@@ -44,6 +45,7 @@ const construct = Symbol('construct')
  * const policy = await RecordedPolicy.load(path)
  * const request = { role: 'reasoner', system: '', prompt: 'How many?', images: [] }
  * console.log(await policy.generate(request)) // [ { text: 'three' } ]
+ * ```
  */
 export class RecordedPolicy implements Policy {
   readonly #lines = new Map<string, (Line & { next: number })[]>()
@@ -68,7 +70,7 @@ export class RecordedPolicy implements Policy {
    * Reads a recording: JSON, one line a request, as recordPolicy writes it. A line without `system` or
    * `images` matches any.
    *
-   * @throws ERR_IO, with its cause, for a file that cannot be read; ERR_FORMAT, with the line's number,
+   * @throws P2RError ERR_IO, with its cause, for a file that cannot be read; ERR_FORMAT, with the line's number,
    *   for one that is not a recording.
    */
   static async load(path: string): Promise<RecordedPolicy> {
@@ -93,7 +95,7 @@ export class RecordedPolicy implements Policy {
   /**
    * The next n completions recorded for such a request.
    *
-   * @throws ERR_POLICY where there are none.
+   * @throws P2RError ERR_POLICY where there are none.
    */
   async generate(request: PolicyRequest): Promise<Completion[]> {
     const op = 'RecordedPolicy'
@@ -127,8 +129,9 @@ export class RecordedPolicy implements Policy {
  * A policy that also appends each request and its completions to a file, one line of JSON a request, for
  * RecordedPolicy. Failures are not recorded.
  *
- * @throws ERR_VALUE for wrong arguments; the policy rejects with ERR_IO where the file cannot be written.
+ * @throws P2RError ERR_VALUE for wrong arguments; the policy rejects with ERR_IO where the file cannot be written.
  * @example
+ * ```js
  * import { mkdtempSync, readFileSync } from 'node:fs'
  * import { tmpdir } from 'node:os'
  * import { join } from 'node:path'
@@ -141,6 +144,7 @@ export class RecordedPolicy implements Policy {
  * )
  * await policy.generate({ role: 'reasoner', system: '', prompt: 'How many?', images: [] })
  * console.log(JSON.parse(readFileSync(path, 'utf8')).completions) // [ { text: 'three' } ]
+ * ```
  */
 export function recordPolicy(policy: Policy, path: string): Policy {
   const op = 'recordPolicy'

@@ -122,13 +122,15 @@ export function rulesOf(rules: RewardRules | undefined, op: string): RewardRules
  * Source: Perceive-to-Reason, verl/utils/reward_score/p2r_reward.py.
  *
  * @returns the answer without surrounding blanks; '' for anything but a text. No text throws.
- * @throws ERR_VALUE for wrong options.
+ * @throws P2RError ERR_VALUE for wrong options.
  * @example
+ * ```js
  * import { extractAnswer } from 'p2r-kernels'
  *
  * const text = '<think>Is it <answer>A</answer>? No.</think><answer> B </answer>'
  * console.log(extractAnswer(text)) // A
  * console.log(extractAnswer(text, { rules: 'strict' })) // B
+ * ```
  */
 export function extractAnswer(text: string, options: ExtractAnswerOptions = {}): string {
   const op = 'extractAnswer'
@@ -171,13 +173,15 @@ function afterThinking(text: string): string {
  *
  * Source: Perceive-to-Reason, verl/utils/reward_score/p2r_reward.py.
  *
- * @throws ERR_VALUE for 'free_form' without a verifier, and for wrong arguments.
+ * @throws P2RError ERR_VALUE for 'free_form' without a verifier, and for wrong arguments.
  * @example
+ * ```js
  * import { answerReward } from 'p2r-kernels'
  *
  * console.log(await answerReward({ answer: '1/2', truth: '50 %', form: 'na' })) // 1
  * console.log(await answerReward({ answer: 'Apple', truth: 'A', form: 'mca' })) // 1
  * console.log(await answerReward({ answer: 'Apple', truth: 'A', form: 'mca', rules: 'strict' })) // 0
+ * ```
  */
 export async function answerReward(a: AnswerRewardArgs): Promise<number> {
   const op = 'answerReward'
@@ -287,8 +291,9 @@ function plainText(text: string): string {
  * Source: Perceive-to-Reason, verl/utils/reward_score/p2r_reward.py.
  *
  * @param boxes all that parseBoxes returned.
- * @throws ERR_VALUE for boxes without four numbers and a label, and for wrong options.
+ * @throws P2RError ERR_VALUE for boxes without four numbers and a label, and for wrong options.
  * @example
+ * ```js
  * import { parseBoxes, perceptionFault } from 'p2r-kernels'
  *
  * const box = (x0, label) => ({ bbox_2d: [x0, 0, x0 + 100, 100], label })
@@ -296,6 +301,7 @@ function plainText(text: string): string {
  * console.log(faultOf(box(0, 'sign'), box(20, 'sign'))) // overlap
  * console.log(faultOf(box(0, ''))) // label
  * console.log(faultOf(box(0, 'sign'), box(200, 'door'))) // null
+ * ```
  */
 export function perceptionFault(
   boxes: readonly EvidenceBox[],
@@ -322,11 +328,13 @@ export function perceptionFault(
 /**
  * Intersection over union of two boxes, x0, y0, x1, y1 in any unit; 0 for boxes without area.
  *
- * @throws ERR_VALUE for anything but four numbers.
+ * @throws P2RError ERR_VALUE for anything but four numbers.
  * @example
+ * ```js
  * import { boxIoU } from 'p2r-kernels'
  *
  * console.log(boxIoU([0, 0, 100, 100], [50, 0, 150, 100])) // 0.3333333333333333
+ * ```
  */
 export function boxIoU(a: EvidenceBox['bbox2d'], b: EvidenceBox['bbox2d']): number {
   checkNumbers(a, 4, 'a', 'boxIoU')
@@ -345,13 +353,15 @@ export function boxIoU(a: EvidenceBox['bbox2d'], b: EvidenceBox['bbox2d']): numb
  * 'reference': correct if 'yes' occurs anywhere in the reply outside the thinking ('Eyes' too). 'strict': the
  * reply must begin with yes or no, and is ERR_POLICY otherwise.
  *
- * @throws ERR_VALUE for wrong arguments. The verifier rejects with ERR_POLICY where the policy fails.
+ * @throws P2RError ERR_VALUE for wrong arguments. The verifier rejects with ERR_POLICY where the policy fails.
  * @example
+ * ```js
  * import { functionPolicy, modelVerifier } from 'p2r-kernels'
  *
  * const judge = functionPolicy(({ prompt }) => (prompt.includes('a feline') ? 'Yes' : 'No'))
  * const verifier = modelVerifier(judge, { rules: 'strict' })
  * console.log(await verifier({ question: 'What is it?', answer: 'a feline', truth: 'a cat' })) // true
+ * ```
  */
 export function modelVerifier(policy: Policy, options: ModelVerifierOptions = {}): Verifier {
   const op = 'modelVerifier'

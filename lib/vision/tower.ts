@@ -24,7 +24,7 @@ import {
 } from '../arguments.js'
 import { composite } from '../composite.js'
 import { checkDevice, type Device } from '../device.js'
-import { checkDType, type DType, type FloatDType, floatTypes } from '../dtype.js'
+import { checkFloatDType, type FloatDType, isFloatDType } from '../dtype.js'
 import { P2RError, refuse } from '../errors.js'
 import { checkGrids, type Grid } from '../grid.js'
 import { attention, attentionMass } from '../ops/attention.js'
@@ -141,6 +141,7 @@ const construct = Symbol('construct')
  * The vision tower of Qwen3-VL (Qwen team, 2025), loaded from a checkpoint's folder.
  *
  * @example
+ * ```js
  * import { writeFileSync, mkdtempSync } from 'node:fs'
  * import { tmpdir } from 'node:os'
  * import { join } from 'node:path'
@@ -191,6 +192,7 @@ const construct = Symbol('construct')
  * console.log(merged.shape, mass[0].shape) // [ 16, 24 ] [ 2, 64 ]
  * tower.dispose()
  * device.dispose()
+ * ```
  */
 export class VisionTower implements Disposable {
   /** Its sizes. */
@@ -224,7 +226,7 @@ export class VisionTower implements Disposable {
    * safetensors: those that model.safetensors.index.json names for the tower, else all in the
    * folder. Names are Hugging Face's, with any prefix; other weights are not loaded.
    *
-   * @throws ERR_VALUE and ERR_DTYPE for wrong arguments; ERR_IO for files that cannot be read; ERR_FORMAT for a
+   * @throws P2RError ERR_VALUE and ERR_DTYPE for wrong arguments; ERR_IO for files that cannot be read; ERR_FORMAT for a
    *   config or weights that are not those of a Qwen3-VL vision tower.
    */
   static async load(
@@ -236,7 +238,7 @@ export class VisionTower implements Disposable {
     checkDevice(device, opName)
     checkArguments(options, optionNames, opName)
     const { dtype } = options
-    if (dtype !== undefined) checkDType(dtype, opName, floatTypes)
+    if (dtype !== undefined) checkFloatDType(dtype, 'dtype', opName)
     const config = readConfig(await readJson(join(path, 'config.json')), join(path, 'config.json'))
     const expected = shapesOf(config)
     const wanted = new Set(expected.keys())
@@ -253,7 +255,7 @@ export class VisionTower implements Disposable {
       for (const [name, shape] of expected) {
         const tensor = stored[name]
         if (!tensor) refuse('ERR_FORMAT', opName, `${path}: there is no weight '${name}'`)
-        if (!(floatTypes as readonly DType[]).includes(tensor.dtype))
+        if (!isFloatDType(tensor.dtype))
           refuse(
             'ERR_FORMAT',
             opName,
@@ -283,7 +285,7 @@ export class VisionTower implements Disposable {
   /**
    * Encodes the patches of images and videos.
    *
-   * @throws ERR_SHAPE, ERR_DTYPE, ERR_DEVICE for patches that do not fit; ERR_VALUE for the rest.
+   * @throws P2RError ERR_SHAPE, ERR_DTYPE, ERR_DEVICE for patches that do not fit; ERR_VALUE for the rest.
    */
   encode<H extends boolean = false, M extends readonly number[] | undefined = undefined>(
     a: EncodeArgs<H, M>,
