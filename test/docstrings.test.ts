@@ -84,7 +84,7 @@ describe.each(exported)('$name', ({ name, file, examples }) => {
     // Node 20 has no `using`.
     expect(example).not.toMatch(/\busing\b/)
     const path = join(folder, `${basename(file, '.d.ts')}-${name}.mjs`)
-    writeFileSync(path, example!)
+    writeFileSync(path, example!.replace(/^```(?:js)?$/gm, ''))
     const { status, output } = await run(path)
     expect(status, output).toBe(0)
     const lines = output.trimEnd().split('\n')

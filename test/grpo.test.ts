@@ -63,6 +63,7 @@ onEveryBackend('grpo', (b) => {
       test(`${estimator}${masked ? ', masked' : ''}: equals its parts`, async () => {
         const { mask, ...rest } = inputs()
         const batch = masked ? { ...rest, mask } : rest
+        const { rewards: _, groups: __, ...inLoss } = batch
         const options = { estimator, epsilon: 1e-4 }
         const loss = { klCoef: 0.2, entropyCoef: 0.05, clipHigh: 0.3 }
         const advantages = groupAdvantages({
@@ -78,7 +79,7 @@ onEveryBackend('grpo', (b) => {
           entropy: true,
         })
         const { entropy, logProbs } = forward
-        const l = policyLoss({ ...batch, ...loss, logProbs, entropy: entropy!, advantages })
+        const l = policyLoss({ ...inLoss, ...loss, logProbs, entropy: entropy!, advantages })
         const dLogits = tokenLogProbsBackward({
           logits: logits(),
           targets: targets(),
@@ -103,7 +104,7 @@ onEveryBackend('grpo', (b) => {
         expect(await step.metrics()).toEqual(await l.metrics())
         expect(step).not.toHaveProperty('dLogProbs')
 
-        const own = policyLoss({ ...batch, logProbs, advantages })
+        const own = policyLoss({ ...inLoss, logProbs, advantages })
         using direct = recorded(b, `grpo step ${estimator} ${masked}`, bound, () =>
           grpoStep({ ...batch, ...options, logProbs }),
         )

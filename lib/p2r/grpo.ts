@@ -170,7 +170,7 @@ const argumentNames: Names<GrpoStepArgs> = {
 export function grpoStep(a: LogProbsModel & GrpoBatch): LogProbsStep
 export function grpoStep<D extends FloatDType>(a: LogitsModel<D> & GrpoBatch): LogitsStep<D>
 export function grpoStep<D extends FloatDType>(
-  a: HeadModel<D> & GrpoBatch & { bias: Tensor },
+  a: HeadModel<D> & GrpoBatch & Required<Pick<HeadModel<D>, 'bias'>>,
 ): HeadStep<D> & BiasGradient
 export function grpoStep<D extends FloatDType>(
   a: HeadModel<D> & GrpoBatch & { bias?: never },

@@ -450,7 +450,7 @@ export class PraGrpo {
   ): LogitsStep<D>
   step<D extends FloatDType>(
     batch: RolloutBatch,
-    model: HeadModel<D> & StepLogProbs & { bias: Tensor },
+    model: HeadModel<D> & StepLogProbs & Required<Pick<HeadModel<D>, 'bias'>>,
   ): HeadStep<D> & BiasGradient
   step<D extends FloatDType>(
     batch: RolloutBatch,
