@@ -140,7 +140,7 @@ test.skipIf(driverless)(
 )
 
 test('there is a prebuild for what the error lists', async () => {
-  const { prebuilt } = (await import('../dist/lib/native.js')) as { prebuilt: string[] }
+  const { prebuilt } = (await import('../dist/lib/native.js')) as { prebuilt: readonly string[] }
   const { platforms } = await import('../scripts/prebuild.mjs')
   expect(prebuilt).toEqual(platforms)
   expect(existsSync(addon)).toBe(true)
