@@ -88,9 +88,11 @@ const featureNames: Names<CpuFeatures> = { bf16: true, vnni: true }
  *
  * @throws P2RError ERR_NATIVE where the addon cannot be loaded.
  * @example
+ * ```js
  * import { devices } from 'p2r-kernels'
  *
  * for (const { id, name } of devices()) console.log(id, name)
+ * ```
  */
 export function devices(): DeviceInfo[] {
   return native().devices()
@@ -101,10 +103,12 @@ export function devices(): DeviceInfo[] {
  *
  * @throws P2RError ERR_NATIVE where the addon cannot be loaded.
  * @example
+ * ```js
  * import { cudaStatus } from 'p2r-kernels'
  *
  * const { available, reason } = cudaStatus()
  * console.log(available, reason)
+ * ```
  */
 export function cudaStatus(): CudaStatus {
   return native().cudaStatus()
@@ -122,11 +126,13 @@ export type DeviceId = 'cpu' | 'cuda' | `cuda:${number}` | (string & {})
  * @throws P2RError ERR_DEVICE for a device that does not exist or is not available; ERR_VALUE for wrong
  *   options; ERR_NATIVE where the addon cannot be loaded.
  * @example
+ * ```js
  * import { openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu', { threads: 2 })
  * console.log(device.info.threads) // 2
  * device.dispose()
+ * ```
  */
 export function openDevice(id?: DeviceId, options: OpenOptions = {}): Device {
   const op = 'openDevice'
@@ -149,6 +155,7 @@ const uncloneable = Symbol('a Device belongs to its thread; open one there: a De
  * One device with its queue and memory pool. Operations on its tensors run asynchronously, in order.
  *
  * @example
+ * ```js
  * import { gelu, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -156,10 +163,12 @@ const uncloneable = Symbol('a Device belongs to its thread; open one there: a De
  * const milliseconds = await device.time(() => gelu({ x }))
  * console.log(milliseconds >= 0, device.memory().liveBytes)
  * device.dispose()
+ * ```
  */
 export class Device implements Disposable {
   /** @internal */
   readonly uncloneable: symbol = uncloneable
+  /** What it is. */
   readonly info: DeviceInfo
   readonly #handle: DeviceHandle
 

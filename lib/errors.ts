@@ -25,15 +25,17 @@ export type ErrorCode =
  * Every error that the library throws. Messages read `[operation] what, expected, got`.
  *
  * @example
- * import { gelu, openDevice, P2RError } from 'p2r-kernels'
+ * ```js
+ * import { add, openDevice, P2RError } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * try {
- *   gelu({ x: device.zeros([3], 'i32') })
+ *   add({ x: device.zeros([2]), y: device.zeros([3]) })
  * } catch (error) {
- *   console.log(error instanceof P2RError, error.code, error.op) // true ERR_DTYPE gelu
+ *   if (error instanceof P2RError) console.log(error.code, error.op) // ERR_SHAPE add
  * }
  * device.dispose()
+ * ```
  */
 export class P2RError extends Error {
   /** Why, from a closed list. */

@@ -72,12 +72,14 @@ const loadNames: Names<LoadImageOptions> = {
  *   image, truncated, animated, CMYK or of more than 8 bits a channel; ERR_VALUE for wrong arguments;
  *   ERR_NATIVE where the package sharp cannot be loaded.
  * @example
+ * ```js
  * import { encodeImage, loadImage, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const png = await encodeImage(device.zeros([4, 6, 3], 'u8'))
  * console.log((await loadImage(png, device)).shape) // [ 4, 6, 3 ]
  * device.dispose()
+ * ```
  */
 export async function loadImage(
   source: string | Uint8Array,
@@ -206,6 +208,7 @@ const extensions: Record<string, string> = {
  * @throws P2RError ERR_VALUE for another extension; ERR_IO (with cause) when the file cannot be written;
  *   ERR_SHAPE and ERR_DTYPE for a tensor that is no image; ERR_NATIVE where the package sharp cannot be loaded.
  * @example
+ * ```js
  * import { tmpdir } from 'node:os'
  * import { loadImage, openDevice, saveImage } from 'p2r-kernels'
  *
@@ -214,6 +217,7 @@ const extensions: Record<string, string> = {
  * await saveImage(device.zeros([4, 6, 3], 'u8'), path)
  * console.log((await loadImage(path, device)).shape) // [ 4, 6, 3 ]
  * device.dispose()
+ * ```
  */
 export async function saveImage(image: Tensor<'u8'>, path: string): Promise<void> {
   const op = 'saveImage'
@@ -252,12 +256,14 @@ const encodeNames: Names<EncodeImageOptions> = { format: true, quality: true }
  * @throws P2RError ERR_SHAPE and ERR_DTYPE for a tensor that is no image; ERR_VALUE for wrong options;
  *   ERR_NATIVE where the package sharp cannot be loaded.
  * @example
+ * ```js
  * import { encodeImage, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const jpeg = await encodeImage(device.zeros([4, 6, 3], 'u8'), { format: 'jpeg', quality: 80 })
  * console.log(jpeg[0] === 0xff && jpeg[1] === 0xd8) // true
  * device.dispose()
+ * ```
  */
 export async function encodeImage(
   image: Tensor<'u8'>,

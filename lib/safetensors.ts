@@ -30,6 +30,7 @@ const maxTransfer = 1 << 30
  * @throws P2RError ERR_IO, with its cause, when the file cannot be written; ERR_VALUE for anything but
  *   tensors and strings by name; a fault of a tensor as by `read`.
  * @example
+ * ```js
  * import { tmpdir } from 'node:os'
  * import { loadTensors, openDevice, saveTensors } from 'p2r-kernels'
  *
@@ -38,6 +39,7 @@ const maxTransfer = 1 << 30
  * await saveTensors(path, { weight: device.tensor([1, 2], [2], 'bf16') }, { step: '7' })
  * console.log(String((await loadTensors(path, device)).weight)) // Tensor bf16 [2] on cpu
  * device.dispose()
+ * ```
  */
 export async function saveTensors(
   path: string,
@@ -100,6 +102,7 @@ export async function saveTensors(
  * @throws P2RError ERR_IO, with its cause, for a file that cannot be read; ERR_FORMAT for one that is not a
  *   safetensors file or holds another type; ERR_VALUE for wrong arguments; ERR_MEMORY.
  * @example
+ * ```js
  * import { tmpdir } from 'node:os'
  * import { loadTensors, openDevice, saveTensors } from 'p2r-kernels'
  *
@@ -109,6 +112,7 @@ export async function saveTensors(
  * const { bias } = await loadTensors(path, device)
  * console.log(await bias.read()) // Float32Array(1) [ 0.5 ]
  * device.dispose()
+ * ```
  */
 export async function loadTensors(path: string, device: Device): Promise<Record<string, Tensor>> {
   return loadSome('loadTensors', path, device, (name) => name)
@@ -150,6 +154,7 @@ export async function loadSome(
  *
  * @throws P2RError as `loadTensors`.
  * @example
+ * ```js
  * import { tmpdir } from 'node:os'
  * import { loadMetadata, openDevice, saveTensors } from 'p2r-kernels'
  *
@@ -158,6 +163,7 @@ export async function loadSome(
  * await saveTensors(path, { x: device.zeros([1]) }, { step: '7' })
  * console.log(await loadMetadata(path)) // { step: '7' }
  * device.dispose()
+ * ```
  */
 export async function loadMetadata(path: string): Promise<Record<string, string>> {
   const op = 'loadMetadata'

@@ -54,6 +54,7 @@ export function heldBy(value: object): Iterable<unknown> {
  *
  * @throws P2RError ERR_VALUE for anything but a function. An error of f is thrown as it is.
  * @example
+ * ```js
  * import { gelu, openDevice, scope } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -63,6 +64,7 @@ export function heldBy(value: object): Iterable<unknown> {
  * })
  * console.log(y.shape, device.memory().liveBytes) // [ 3 ] 12
  * device.dispose()
+ * ```
  */
 export function scope<R>(f: () => R): R {
   checkFunction(f, 'f', 'scope')
@@ -81,12 +83,14 @@ export function scope<R>(f: () => R): R {
  *
  * @throws P2RError ERR_VALUE for anything but a function. An error of f is thrown as it is.
  * @example
+ * ```js
  * import { openDevice, scopeAsync } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const values = await scopeAsync(async () => device.tensor([1, 2], [2]).cast('f16').toFloat32())
  * console.log(values, device.memory().liveBytes) // Float32Array(2) [ 1, 2 ] 0
  * device.dispose()
+ * ```
  */
 export async function scopeAsync<R>(f: () => Promise<R>): Promise<R> {
   checkFunction(f, 'f', 'scopeAsync')

@@ -62,6 +62,7 @@ const uncloneable = Symbol(
  * runs, as of a file, and is accepted everywhere.
  *
  * @example
+ * ```js
  * import { openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -69,14 +70,17 @@ const uncloneable = Symbol(
  * console.log(String(x)) // Tensor f32 [2, 3] on cpu
  * console.log(await x.slice(1, 2).cast('i32').read()) // Int32Array(3) [ 4, 5, 6 ]
  * device.dispose()
+ * ```
  */
 // biome-ignore lint/suspicious/noExplicitAny: a bare Tensor has a dtype known only at run time, and is accepted everywhere
 export class Tensor<out D extends DType = any> implements Disposable {
   /** @internal */
   readonly uncloneable: symbol = uncloneable
+  /** Where its values are. */
   readonly device: Device
   /** The sizes of the axes, at most 8; [] is a scalar. */
   readonly shape: readonly number[]
+  /** The type of its values. */
   readonly dtype: Spelled<D>
   /** The number of elements: the product of the shape. */
   readonly size: number

@@ -78,12 +78,14 @@ const names: Names<GroupAdvantagesArgs> = {
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for rewards that do not fit; ERR_VALUE for the rest and, where the
  *   result is read, for a reward that is not finite; ERR_DISPOSED.
  * @example
+ * ```js
  * import { groupAdvantages, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const rewards = device.tensor([1, 0, 1, 1], [4])
  * console.log(await groupAdvantages({ rewards, groups: [7, 7, 8, 8] }).read()) // about 0.707, -0.707, 0, 0
  * device.dispose()
+ * ```
  */
 export function groupAdvantages(a: GroupAdvantagesArgs): Tensor<'f32'> {
   const op = 'groupAdvantages'
@@ -128,12 +130,14 @@ const informativeNames: Names<InformativeGroupsArgs> = { rewards: true, groups: 
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for rewards that do not fit; ERR_VALUE for groups and, where the result
  *   is read, for a reward that is not finite; ERR_DISPOSED.
  * @example
+ * ```js
  * import { informativeGroups, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const rewards = device.tensor([1, 0, 1, 1], [4])
  * console.log(await informativeGroups({ rewards, groups: [7, 7, 8, 8] }).read()) // Uint8Array(4) [ 1, 1, 0, 0 ]
  * device.dispose()
+ * ```
  */
 export function informativeGroups(a: InformativeGroupsArgs): Tensor<'u8'> {
   const op = 'informativeGroups'

@@ -102,6 +102,7 @@ const names: Names<AttentionArgs> = { ...headNames, ...optionNames, kernel: true
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for cuSeqlens, scale, kernel,
  *   or both forms of input at once; ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { attention, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -109,6 +110,7 @@ const names: Names<AttentionArgs> = { ...headNames, ...optionNames, kernel: true
  * const { out, lse } = attention({ qkv, cuSeqlens: [0, 2, 6] }) // two sequences, of 2 and 4 tokens
  * console.log(out.shape, lse.shape) // [ 6, 2, 8 ] [ 2, 6 ]
  * device.dispose()
+ * ```
  */
 export function attention<D extends FloatDType>(a: AttentionArgs<D>): Held<AttentionResult<D>> {
   const op = 'attention'
@@ -174,6 +176,7 @@ const backwardNames: Names<AttentionBackwardArgs> = {
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for cuSeqlens, scale, kernel,
  *   or both forms of input at once; ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { attention, attentionBackward, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -183,6 +186,7 @@ const backwardNames: Names<AttentionBackwardArgs> = {
  * const { dQkv } = attentionBackward({ qkv, cuSeqlens, out, lse, dOut: device.zeros([6, 2, 8]) })
  * console.log(dQkv.shape) // [ 6, 3, 2, 8 ]
  * device.dispose()
+ * ```
  */
 export function attentionBackward<D extends FloatDType>(
   a: SeparateHeads<D> & AttentionBackwardArgs<D>,
@@ -238,6 +242,7 @@ const massNames: Names<AttentionMassArgs & { v: unknown }> = {
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for cuSeqlens and scale;
  *   ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { attention, attentionMass, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -245,6 +250,7 @@ const massNames: Names<AttentionMassArgs & { v: unknown }> = {
  * const { lse } = attention({ qkv, cuSeqlens: [0, 4] })
  * console.log(await attentionMass({ qkv, lse, cuSeqlens: [0, 4] }).read()) // about 1, 1, 1, 1
  * device.dispose()
+ * ```
  */
 export function attentionMass<D extends FloatDType>(a: AttentionMassArgs<D>): Tensor<'f32'> {
   const op = 'attentionMass'
@@ -301,11 +307,13 @@ export type KernelOperation = 'attention' | (string & {})
  * @param op 'attention' is the only one with a choice.
  * @throws P2RError ERR_VALUE for an operation without a choice; ERR_DISPOSED.
  * @example
+ * ```js
  * import { kernels, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * console.log(kernels('attention', device)) // [ 'tiled' ]
  * device.dispose()
+ * ```
  */
 export function kernels(op: KernelOperation, device: Device): readonly string[] {
   checkString(op, 'op', 'kernels')
@@ -345,10 +353,12 @@ const windowNames: Names<WindowLayoutArgs> = { gridThw: true, window: true, merg
  *
  * @throws P2RError ERR_VALUE for a grid or window that does not fit; ERR_SHAPE for 2^31 patches or more.
  * @example
+ * ```js
  * import { windowLayout } from 'p2r-kernels'
  *
  * const { index, cuSeqlens } = windowLayout({ gridThw: [[1, 4, 4]], window: 1, mergeSize: 2 })
  * console.log(index.length, cuSeqlens) // 16 Int32Array(5) [ 0, 4, 8, 12, 16 ]
+ * ```
  */
 export function windowLayout(a: WindowLayoutArgs): WindowLayout {
   const op = 'windowLayout'

@@ -79,6 +79,7 @@ const cropNames: Names<CropResampleArgs> = { image: true, regions: true, filter:
  * @throws P2RError ERR_VALUE for an empty or inverted box, a size of 0 or one that is too large; ERR_SHAPE
  *   and ERR_DTYPE for an image that is not u8 [height, width, 3]; ERR_DISPOSED.
  * @example
+ * ```js
  * import { cropResample, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -86,6 +87,7 @@ const cropNames: Names<CropResampleArgs> = { image: true, regions: true, filter:
  * const [crop] = cropResample({ image, regions: [{ box: [10, 10, 30, 20], height: 20, width: 40 }] })
  * console.log(crop.shape) // [ 20, 40, 3 ]
  * device.dispose()
+ * ```
  */
 export function cropResample(a: CropResampleArgs): Tensor<'u8'>[] {
   const op = 'cropResample'
@@ -210,14 +212,19 @@ const pixelNames: Names<PixelValuesArgs> = {
  *   dtype that is not floating point; ERR_SHAPE and ERR_DTYPE for an image that is not u8 [height, width, 3];
  *   ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { openDevice, pixelValues, smartResize } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const image = device.zeros([100, 150, 3], 'u8')
- * const region = { box: [0, 0, 150, 100], ...smartResize(100, 150) }
- * const patches = pixelValues({ image, regions: [region], dtype: 'bf16' })
+ * const patches = pixelValues({
+ *   image,
+ *   regions: [{ ...smartResize(100, 150), box: [0, 0, 150, 100] }],
+ *   dtype: 'bf16',
+ * })
  * console.log(patches.gridThw, String(patches.pixelValues)) // [ [ 1, 6, 10 ] ] Tensor bf16 [60, 1536] on cpu
  * device.dispose()
+ * ```
  */
 export function pixelValues<D extends FloatDType = 'f32'>(
   a: PixelValuesArgs<D>,
@@ -337,9 +344,11 @@ const resizeNames: Names<SmartResizeOptions> = {
  * @param width of the image, in pixels.
  * @throws P2RError ERR_VALUE for an aspect ratio over 200, and for sizes that are not positive integers.
  * @example
+ * ```js
  * import { smartResize } from 'p2r-kernels'
  *
  * console.log(smartResize(1000, 700)) // { height: 992, width: 704 }
+ * ```
  */
 export function smartResize(
   height: number,

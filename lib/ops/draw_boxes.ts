@@ -61,6 +61,7 @@ const names: Names<DrawBoxesArgs> = { ...outlineNames, image: true }
  * @throws P2RError ERR_VALUE for coordinates that are not integers; ERR_SHAPE and ERR_DTYPE for an image that
  *   is not u8 [height, width, 3]; ERR_DISPOSED.
  * @example
+ * ```js
  * import { drawBoxes, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -68,6 +69,7 @@ const names: Names<DrawBoxesArgs> = { ...outlineNames, image: true }
  * const marked = drawBoxes({ image, boxes: [[4, 4, 20, 20]], width: 1 })
  * console.log((await marked.read()).filter((v) => v === 255).length) // 64
  * device.dispose()
+ * ```
  */
 export function drawBoxes(a: DrawBoxesArgs): Tensor<'u8'> {
   const op = 'drawBoxes'

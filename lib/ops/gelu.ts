@@ -26,12 +26,14 @@ const names: Names<GeluArgs> = { x: true, approximate: true }
  * @returns as x in shape and type.
  * @throws P2RError ERR_DTYPE for a type that is not floating point; ERR_VALUE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { gelu, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const x = device.tensor([-1, 0, 1], [3])
  * console.log(await gelu({ x }).read()) // about -0.159, 0, 0.841
  * device.dispose()
+ * ```
  */
 export function gelu<D extends FloatDType>(a: GeluArgs<D>): Tensor<D> {
   const op = 'gelu'
@@ -62,6 +64,7 @@ const backwardNames: Names<GeluBackwardArgs> = { dOut: true, x: true, approximat
  * @returns as x in shape and type.
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { geluBackward, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -69,6 +72,7 @@ const backwardNames: Names<GeluBackwardArgs> = { dOut: true, x: true, approximat
  * const dOut = device.tensor([1, 1, 1], [3])
  * console.log(await geluBackward({ dOut, x }).read()) // about -0.083, 0.5, 1.083
  * device.dispose()
+ * ```
  */
 export function geluBackward<D extends FloatDType>(a: GeluBackwardArgs<D>): Tensor<D> {
   const op = 'geluBackward'

@@ -35,6 +35,7 @@ const names: Names<LayerNormArgs> = { x: true, weight: true, bias: true, eps: tr
  *
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { layerNorm, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -42,6 +43,7 @@ const names: Names<LayerNormArgs> = { x: true, weight: true, bias: true, eps: tr
  * const [weight, bias] = [device.tensor([1, 1], [2]), device.zeros([2])]
  * console.log(await layerNorm({ x, weight, bias }).out.read()) // about -1, 1, -1, 1
  * device.dispose()
+ * ```
  */
 export function layerNorm<D extends FloatDType>(a: LayerNormArgs<D>): Held<LayerNormResult<D>> {
   const op = 'layerNorm'
@@ -90,6 +92,7 @@ const backwardNames: Names<LayerNormBackwardArgs> = {
  *
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { layerNorm, layerNormBackward, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -99,6 +102,7 @@ const backwardNames: Names<LayerNormBackwardArgs> = {
  * const dOut = device.tensor([1, 0, 0, 1], [2, 2])
  * console.log(await layerNormBackward({ dOut, x, weight, stats }).dBias.read()) // Float32Array(2) [ 1, 1 ]
  * device.dispose()
+ * ```
  */
 export function layerNormBackward<D extends FloatDType>(
   a: LayerNormBackwardArgs<D>,

@@ -22,6 +22,7 @@ const names: Names<LinearArgs> = { x: true, weight: true, bias: true }
  * @returns [..., F], of x's type.
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { linear, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -29,6 +30,7 @@ const names: Names<LinearArgs> = { x: true, weight: true, bias: true }
  * const weight = device.tensor([1, 0, 0, 1, 1, 1], [3, 2])
  * console.log(await linear({ x, weight }).read()) // Float32Array(3) [ 1, 2, 3 ]
  * device.dispose()
+ * ```
  */
 export function linear<D extends FloatDType>(a: LinearArgs<D>): Tensor<D> {
   const op = 'linear'
@@ -57,7 +59,7 @@ export interface LinearBackwardArgs<D extends FloatDType = FloatDType> {
   x: Tensor<D>
   /** As given to `linear`. */
   weight: Tensor<NoInfer<D>>
-  /** The layer's bias, if it has one: dBias is then a result. Its values are not read. */
+  /** [F], the layer's bias, if it has one: dBias is then a result. Its values are not read. */
   bias?: Tensor<NoInfer<D> | 'f32'>
   /**
    * The gradients of weight and bias are added to these tensors; the results are new handles on the same
@@ -96,6 +98,7 @@ const backwardNames: Names<LinearBackwardArgs> = {
  * @returns dX and dWeight; dBias exactly if a bias is given.
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { linearBackward, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -105,6 +108,7 @@ const backwardNames: Names<LinearBackwardArgs> = {
  * const { dX, dWeight } = linearBackward({ dOut, x, weight })
  * console.log(await dX.read(), dWeight.shape) // Float32Array(2) [ 2, 2 ] [ 3, 2 ]
  * device.dispose()
+ * ```
  */
 export function linearBackward<D extends FloatDType>(
   a: LinearBackwardArgs<D> & { bias: Tensor },

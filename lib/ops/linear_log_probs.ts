@@ -68,14 +68,16 @@ const names: Names<LinearLogProbsArgs> = { ...headNames, entropy: true }
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the temperature and, where a
  *   result is read, for a target outside the vocabulary; ERR_DEVICE; ERR_MEMORY; ERR_DISPOSED.
  * @example
+ * ```js
  * import { linearLogProbs, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const hidden = device.tensor([1, 0], [1, 2])
  * const weight = device.zeros([4, 2]) // a vocabulary of 4
  * const targets = device.tensor(Int32Array.of(2), [1])
- * console.log(await linearLogProbs({ hidden, weight, targets }).logProbs.read()) // about -1.386, ln 1/4
+ * console.log(await linearLogProbs({ hidden, weight, targets }).logProbs.read()) // about -1.386
  * device.dispose()
+ * ```
  */
 export function linearLogProbs<D extends FloatDType>(
   a: LinearLogProbsArgs<D> & { entropy: true },
@@ -139,6 +141,7 @@ const backwardNames: Names<LinearLogProbsBackwardArgs> = {
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the temperature and, where a
  *   result is read, for a target outside the vocabulary; ERR_DEVICE; ERR_MEMORY; ERR_DISPOSED.
  * @example
+ * ```js
  * import { linearLogProbs, linearLogProbsBackward, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -151,6 +154,7 @@ const backwardNames: Names<LinearLogProbsBackwardArgs> = {
  * const back = linearLogProbsBackward({ ...head, stats, dLogProbs: device.tensor([1], [1]) })
  * console.log(await back.dWeight.read()) // about -0.5, 0, 0.5, 0
  * device.dispose()
+ * ```
  */
 export function linearLogProbsBackward<D extends FloatDType>(
   a: LinearLogProbsBackwardArgs<D> & { bias: Tensor },
@@ -210,6 +214,7 @@ const policyLossNames: Names<LinearPolicyLossArgs> = { ...headNames, ...lossName
  *   is read, for a target outside the vocabulary or a mask value other than 0 and 1; ERR_DEVICE; ERR_MEMORY;
  *   ERR_DISPOSED.
  * @example
+ * ```js
  * import { linearPolicyLoss, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -222,6 +227,7 @@ const policyLossNames: Names<LinearPolicyLossArgs> = { ...headNames, ...lossName
  * })
  * console.log((await step.metrics()).tokens, step.dWeight.shape) // 2 [ 4, 2 ]
  * device.dispose()
+ * ```
  */
 export function linearPolicyLoss<D extends FloatDType>(
   a: LinearPolicyLossArgs<D> & { bias: Tensor },

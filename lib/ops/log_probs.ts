@@ -68,6 +68,7 @@ const names: Names<TokenLogProbsArgs> = {
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the temperature and, where a
  *   result is read, for a target outside the vocabulary; ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { openDevice, tokenLogProbs } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -76,6 +77,7 @@ const names: Names<TokenLogProbsArgs> = {
  * const { logProbs, entropy } = tokenLogProbs({ logits, targets, entropy: true })
  * console.log(await logProbs.read(), await entropy.read()) // about -0.693, -0.288 and 0.693, 0.562
  * device.dispose()
+ * ```
  */
 export function tokenLogProbs(
   a: TokenLogProbsArgs & { entropy: true },
@@ -148,6 +150,7 @@ const shardNames: Names<TokenLogProbsShardArgs> = { ...names, vocabOffset: true 
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the numbers and, where a
  *   result is read, for a negative target; ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { mergeLogProbs, openDevice, tokenLogProbsShard } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -155,8 +158,9 @@ const shardNames: Names<TokenLogProbsShardArgs> = { ...names, vocabOffset: true 
  * const shards = [0, 2].map((vocabOffset) =>
  *   tokenLogProbsShard({ logits: device.zeros([1, 2]), targets, vocabOffset }),
  * )
- * console.log(await mergeLogProbs(shards).logProbs.read()) // about -1.386, ln 1/4
+ * console.log(await mergeLogProbs(shards).logProbs.read()) // about -1.386
  * device.dispose()
+ * ```
  */
 export function tokenLogProbsShard(
   a: TokenLogProbsShardArgs & { entropy: true },
@@ -194,14 +198,18 @@ const partNames: Names<LogProbsShard> = { stats: true, targetLogit: true, moment
  * @returns logProbs and stats; entropy exactly if the shards have moments.
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for parts that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { mergeLogProbs, openDevice, tokenLogProbsShard } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const targets = device.tensor(Int32Array.of(0), [1])
- * const part = { logits: device.zeros([1, 2]), targets, entropy: true }
- * const shards = [0, 2].map((vocabOffset) => tokenLogProbsShard({ ...part, vocabOffset }))
- * console.log(await mergeLogProbs(shards).entropy.read()) // about 1.386, ln 4
+ * const logits = device.zeros([1, 2]) // of each half of a vocabulary of 4
+ * const shards = [0, 2].map((vocabOffset) =>
+ *   tokenLogProbsShard({ logits, targets, vocabOffset, entropy: true }),
+ * )
+ * console.log(await mergeLogProbs(shards).entropy.read()) // about 1.386
  * device.dispose()
+ * ```
  */
 export function mergeLogProbs(
   shards: readonly Required<LogProbsShard>[],
@@ -285,6 +293,7 @@ const backwardNames: Names<TokenLogProbsBackwardArgs> = {
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the numbers and, where the
  *   result is read, for a target outside the vocabulary; ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { openDevice, tokenLogProbs, tokenLogProbsBackward } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -294,6 +303,7 @@ const backwardNames: Names<TokenLogProbsBackwardArgs> = {
  * const dLogProbs = device.tensor([1], [1])
  * console.log(await tokenLogProbsBackward({ logits, targets, stats, dLogProbs }).read()) // about -0.5, 0.5
  * device.dispose()
+ * ```
  */
 export function tokenLogProbsBackward<D extends FloatDType>(
   a: TokenLogProbsBackwardArgs<D>,

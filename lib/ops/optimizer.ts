@@ -6,7 +6,7 @@ import { handlesOf, type Tensor, wrap } from '../tensor.js'
 
 /** The arguments of `clipGradNorm`. */
 export interface ClipGradNormArgs {
-  /** At least one tensor, f32 | f16 | bf16, without common memory; scaled in place. */
+  /** At least one tensor of any shape, f32 | f16 | bf16, without common memory; scaled in place. */
   grads: readonly Tensor<FloatDType>[]
   /** The largest joint norm, at least 0; Infinity only measures. */
   maxNorm: number
@@ -24,6 +24,7 @@ const clipNames: Names<ClipGradNormArgs> = { grads: true, maxNorm: true }
  * @throws P2RError ERR_DTYPE for another type; ERR_VALUE for no gradient, a negative norm or common memory;
  *   ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { clipGradNorm, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -31,6 +32,7 @@ const clipNames: Names<ClipGradNormArgs> = { grads: true, maxNorm: true }
  * console.log(await clipGradNorm({ grads: [grad], maxNorm: 1 }).read()) // Float32Array(1) [ 5 ]
  * console.log(await grad.read()) // about 0.6, 0.8
  * device.dispose()
+ * ```
  */
 export function clipGradNorm(a: ClipGradNormArgs): Tensor<'f32'> {
   const op = 'clipGradNorm'
@@ -43,7 +45,7 @@ export function clipGradNorm(a: ClipGradNormArgs): Tensor<'f32'> {
 
 /** The arguments of `adamW`. */
 export interface AdamWArgs {
-  /** f32 | f16 | bf16; updated in place. A half parameter is rounded at every step. */
+  /** Any shapes, f32 | f16 | bf16; updated in place. A half parameter is rounded at every step. */
   params: readonly Tensor<FloatDType>[]
   /** One of each parameter's shape, of its type or f32. */
   grads: readonly Tensor<FloatDType>[]
@@ -91,6 +93,7 @@ const adamNames: Names<AdamWArgs> = {
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for rates out of range, lists
  *   of different lengths or common memory; ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { adamW, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -98,6 +101,7 @@ const adamNames: Names<AdamWArgs> = {
  * adamW({ params: [param], grads: [grad], moments: [device.zeros([2, 1])], step: 1, lr: 0.1 })
  * console.log(await param.read()) // about 0.899: one step of lr, and the weight decay
  * device.dispose()
+ * ```
  */
 export function adamW(a: AdamWArgs): void {
   const op = 'adamW'

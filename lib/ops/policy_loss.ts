@@ -139,6 +139,7 @@ export interface PolicyLossOptions {
  * klCoef 0.
  *
  * @example
+ * ```js
  * import { openDevice, policyLoss, trlDefaults } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -147,6 +148,7 @@ export interface PolicyLossOptions {
  * const { loss } = policyLoss({ ...trlDefaults, logProbs, advantages, cuSeqlens: [0, 2] })
  * console.log(await loss.read()) // Float32Array(1) [ -1 ]
  * device.dispose()
+ * ```
  */
 export const trlDefaults: Readonly<PolicyLossOptions> = Object.freeze({
   objective: 'ppo',
@@ -276,14 +278,16 @@ const names: Names<PolicyLossArgs> = { ...lossNames, logProbs: true, entropy: tr
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for options and, where a result
  *   is read, for a mask value other than 0 and 1; ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { openDevice, policyLoss } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const logProbs = device.tensor([-1, -2, -3], [3])
  * const advantages = device.tensor([1, -1], [2])
  * const step = policyLoss({ logProbs, advantages, cuSeqlens: [0, 2, 3] })
- * console.log(await step.dLogProbs.read()) // about -1/3, -1/3, 1/3
+ * console.log(await step.dLogProbs.read()) // about -0.333, -0.333, 0.333
  * device.dispose()
+ * ```
  */
 export function policyLoss(
   a: PolicyLossArgs & { entropy: Tensor },

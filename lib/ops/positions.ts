@@ -29,6 +29,7 @@ const names: Names<VisionPositionsArgs> = { table: true, gridThw: true, mergeSiz
  * @throws P2RError ERR_SHAPE for a table whose rows are no square number; ERR_DTYPE; ERR_VALUE for a grid
  *   that does not fit; ERR_DISPOSED.
  * @example
+ * ```js
  * import { openDevice, visionPositions } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -36,6 +37,7 @@ const names: Names<VisionPositionsArgs> = { table: true, gridThw: true, mergeSiz
  * const positions = visionPositions({ table, gridThw: [[1, 2, 2]], mergeSize: 1 })
  * console.log(await positions.read()) // Float32Array(4) [ 0, 1, 2, 3 ]
  * device.dispose()
+ * ```
  */
 export function visionPositions<D extends FloatDType>(a: VisionPositionsArgs<D>): Tensor<D> {
   const op = 'visionPositions'

@@ -51,12 +51,14 @@ const visionNames: Names<VisionRotaryArgs> = {
  * @returns tables of T = Σ t·h·w tokens in merge-block order.
  * @throws P2RError ERR_VALUE for another head dimension or a grid that does not fit; ERR_DISPOSED.
  * @example
+ * ```js
  * import { openDevice, visionRotary } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const { cos, sin } = visionRotary({ gridThw: [[1, 4, 4]], headDim: 64, device })
  * console.log(cos.shape, sin.shape) // [ 16, 64 ] [ 16, 64 ]
  * device.dispose()
+ * ```
  */
 export function visionRotary(a: VisionRotaryArgs): Held<RotaryTables> {
   const op = 'visionRotary'
@@ -95,6 +97,7 @@ const applyNames: Names<ApplyRotaryArgs> = { x: true, cos: true, sin: true, inve
  * @returns as x in shape and type.
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { applyRotary, openDevice, visionRotary } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -102,6 +105,7 @@ const applyNames: Names<ApplyRotaryArgs> = { x: true, cos: true, sin: true, inve
  * const x = device.zeros([4, 1, 8])
  * console.log(applyRotary({ x, cos, sin }).shape) // [ 4, 1, 8 ]
  * device.dispose()
+ * ```
  */
 export function applyRotary<D extends FloatDType>(a: ApplyRotaryArgs<D>): Tensor<D> {
   const op = 'applyRotary'

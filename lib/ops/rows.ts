@@ -20,6 +20,7 @@ const addNames: Names<AddArgs> = { x: true, y: true }
  * @returns as x in shape and type.
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
  * @example
+ * ```js
  * import { add, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
@@ -27,6 +28,7 @@ const addNames: Names<AddArgs> = { x: true, y: true }
  * const y = device.tensor([10, 20], [2])
  * console.log(await add({ x, y }).read()) // Float32Array(4) [ 11, 22, 13, 24 ]
  * device.dispose()
+ * ```
  */
 export function add<D extends FloatDType>(a: AddArgs<D>): Tensor<D> {
   checkArguments(a, addNames, 'add')
@@ -50,12 +52,14 @@ const gatherNames: Names<GatherRowsArgs> = { x: true, index: true }
  * @returns [index.length, ...], of x's type.
  * @throws P2RError ERR_VALUE for an index out of range; ERR_SHAPE for a scalar; ERR_DISPOSED.
  * @example
+ * ```js
  * import { gatherRows, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const x = device.tensor([1, 2, 3, 4], [2, 2])
  * console.log(await gatherRows({ x, index: [1, 1, 0] }).read()) // Float32Array(6) [ 3, 4, 3, 4, 1, 2 ]
  * device.dispose()
+ * ```
  */
 export function gatherRows<D extends DType>(a: GatherRowsArgs<D>): Tensor<D> {
   const op = 'gatherRows'
@@ -84,12 +88,14 @@ const gatherBackwardNames: Names<GatherRowsBackwardArgs> = { dOut: true, index: 
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for an index out of range;
  *   ERR_DISPOSED.
  * @example
+ * ```js
  * import { gatherRowsBackward, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const dOut = device.tensor([1, 10, 100], [3, 1])
  * console.log(await gatherRowsBackward({ dOut, index: [1, 1, 0], rows: 3 }).read()) // Float32Array(3) [ 100, 11, 0 ]
  * device.dispose()
+ * ```
  */
 export function gatherRowsBackward<D extends FloatDType>(a: GatherRowsBackwardArgs<D>): Tensor<D> {
   const op = 'gatherRowsBackward'
@@ -119,12 +125,14 @@ const poolNames: Names<MeanPoolArgs> = { x: true, cuSeqlens: true }
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for a tensor that does not fit; ERR_VALUE for cuSeqlens that break
  *   their rule; ERR_DISPOSED.
  * @example
+ * ```js
  * import { meanPool, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const x = device.tensor([1, 3, 10], [3, 1])
  * console.log(await meanPool({ x, cuSeqlens: [0, 2, 3] }).read()) // Float32Array(2) [ 2, 10 ]
  * device.dispose()
+ * ```
  */
 export function meanPool<D extends FloatDType>(a: MeanPoolArgs<D>): Tensor<D> {
   const op = 'meanPool'
@@ -153,12 +161,14 @@ const poolBackwardNames: Names<MeanPoolBackwardArgs> = { dOut: true, cuSeqlens: 
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for a tensor that does not fit; ERR_VALUE for cuSeqlens that break
  *   their rule; ERR_DISPOSED.
  * @example
+ * ```js
  * import { meanPoolBackward, openDevice } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const dOut = device.tensor([2, 10], [2, 1])
  * console.log(await meanPoolBackward({ dOut, cuSeqlens: [0, 2, 3] }).read()) // Float32Array(3) [ 1, 1, 10 ]
  * device.dispose()
+ * ```
  */
 export function meanPoolBackward<D extends FloatDType>(a: MeanPoolBackwardArgs<D>): Tensor<D> {
   const op = 'meanPoolBackward'

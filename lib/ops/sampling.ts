@@ -28,12 +28,14 @@ const names: Names<SampleArgs> = { logits: true, temperature: true, seed: true }
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for logits that do not fit; ERR_VALUE, where the result is read too;
  *   ERR_DISPOSED.
  * @example
+ * ```js
  * import { openDevice, sample } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
  * const logits = device.tensor([0, 5, 0, 1, 2, 9], [2, 3])
  * console.log(await sample({ logits, temperature: 0, seed: 1 }).read()) // Int32Array(2) [ 1, 2 ]
  * device.dispose()
+ * ```
  */
 export function sample(a: SampleArgs): Tensor<'i32'> {
   const op = 'sample'

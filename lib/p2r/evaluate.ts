@@ -95,17 +95,19 @@ const argumentNames: Names<EvaluateArgs> = {
  *
  * const device = openDevice('cpu')
  * const load = async () => device.zeros([48, 64, 3], 'u8')
- * const questions = ['A', 'B'].map((truth) => ({ question: 'Which?', answerForm: 'mca', truth, load }))
  * let right = 0
  * for await (const { reward, error } of evaluate({
  *   perceiver: new Perceiver(functionPolicy(() => '[]')),
  *   reasoner: new Reasoner(functionPolicy(() => '<answer>A</answer>')),
- *   questions,
+ *   questions: [
+ *     { question: 'Which?', answerForm: 'mca', truth: 'A', load },
+ *     { question: 'Where?', answerForm: 'mca', truth: 'B', load },
+ *   ],
  * })) {
  *   if (error) throw error
- *   right += reward
+ *   right += reward ?? 0
  * }
- * console.log(`${right} of ${questions.length}`) // 1 of 2
+ * console.log(right) // 1
  * device.dispose()
  * ```
  */

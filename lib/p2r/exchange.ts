@@ -94,15 +94,17 @@ export async function saveRollouts(path: string, batch: RolloutBatch): Promise<v
  *   groupSize: 4,
  * }
  * const image = device.zeros([48, 64, 3], 'u8')
- * const sample = { image, question: 'Which?', answerForm: 'mca', truth: 'B' }
  * const path = join(mkdtempSync(join(tmpdir(), 'p2r-')), 'batch.safetensors')
- * const batch = await new PraGrpo(options).rollout([sample])
+ * const batch = await new PraGrpo(options).rollout([
+ *   { image, question: 'Which?', answerForm: 'mca', truth: 'B' },
+ * ])
  * await saveRollouts(path, batch)
  *
  * // In another process:
  * const loaded = await loadRollouts(path, device)
- * const step = new PraGrpo(options).step(loaded, { logProbs: loaded.oldLogProbs })
- * console.log(loaded.tokens.length, await step.loss.read())
+ * const logProbs = device.tensor(new Float32Array(8).fill(-0.5), [8]) // the trained model's
+ * const step = new PraGrpo(options).step(loaded, { logProbs })
+ * console.log(loaded.tokens?.length, step.dLogProbs.shape) // 8 [8]
  * for (const each of [step, loaded, batch]) each.dispose()
  * device.dispose()
  * ```

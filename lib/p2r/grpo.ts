@@ -161,7 +161,8 @@ const argumentNames: Names<GrpoStepArgs> = {
  *   cuSeqlens: [0, 2, 4, 6, 8],
  *   clipHigh: 0.28,
  * })
- * console.log(await step.dLogProbs.read()) // negative where the answer was right
+ * // The gradient is negative where the answer was right.
+ * console.log(await step.dLogProbs.read())
  * console.log((await step.metrics()).tokens) // 8
  * step.dispose()
  * device.dispose()

@@ -120,23 +120,17 @@ const encodedAhead = 8
  * @throws P2RError ERR_VALUE for wrong options.
  * @example
  * ```js
- * import { createServer } from 'node:http'
  * import { OpenAIPolicy } from 'p2r-kernels'
  *
- * // Stands for a server of vLLM or SGLang.
- * const choices = [{ index: 0, message: { role: 'assistant', content: 'three' }, finish_reason: 'stop' }]
- * const server = createServer((_, response) => {
- *   response.setHeader('content-type', 'application/json')
- *   response.end(JSON.stringify({ choices }))
+ * // vLLM or SGLang listens there.
+ * const policy = new OpenAIPolicy({ baseURL: 'http://localhost:8000/v1', model: 'P2R-4B' })
+ * const completions = await policy.generate({
+ *   role: 'reasoner',
+ *   system: 'You are a helpful assistant.',
+ *   prompt: 'How many continents are there?',
+ *   images: [],
  * })
- * await new Promise((resolve) => server.listen(0, '127.0.0.1', resolve))
- *
- * const baseURL = `http://127.0.0.1:${server.address().port}/v1`
- * const policy = new OpenAIPolicy({ baseURL, model: 'Qwen/Qwen3-VL-4B-Instruct', maxRetries: 1 })
- * const request = { role: 'reasoner', system: '', prompt: 'How many?', images: [], tokens: false }
- * console.log(await policy.generate(request)) // [ { text: 'three' } ]
- * server.close()
- * server.closeAllConnections()
+ * console.log(completions[0]?.text)
  * ```
  */
 export class OpenAIPolicy implements Policy {

@@ -244,8 +244,7 @@ export function paperSettings(options: PaperSettingsOptions = {}): Required<PraG
  * ```js
  * import { alternatingSettings } from 'p2r-kernels'
  *
- * const { schedule, rounds } = alternatingSettings({ steps: 2 })
- * console.log(schedule, rounds) // { perceiver: 2, reasoner: 2 } undefined
+ * console.log(alternatingSettings({ steps: 2 }).schedule) // { perceiver: 2, reasoner: 2 }
  * ```
  */
 export function alternatingSettings(
@@ -313,8 +312,9 @@ export interface RolloutOptions {
  * })
  * const image = device.zeros([48, 64, 3], 'u8')
  * const batch = await trainer.rollout([{ image, question: 'Which?', answerForm: 'mca', truth: 'B' }])
- * // The engine's log-probabilities of batch.tokens, here those of the sampling itself.
- * const step = trainer.step(batch, { logProbs: batch.oldLogProbs })
+ * // The trained model's log-probabilities of batch.tokens.
+ * const logProbs = device.tensor(new Float32Array(8).fill(-0.5), [8])
+ * const step = trainer.step(batch, { logProbs })
  * console.log(step.dLogProbs.shape, batch.metrics.rewardMean, trainer.role) // [ 8 ] 0.5 reasoner
  * step.dispose()
  * batch.dispose()

@@ -43,8 +43,13 @@ const construct = Symbol('construct')
  * const line = { role: 'reasoner', prompt: 'How many?', completions: [{ text: 'three' }] }
  * writeFileSync(path, JSON.stringify(line))
  * const policy = await RecordedPolicy.load(path)
- * const request = { role: 'reasoner', system: '', prompt: 'How many?', images: [] }
- * console.log(await policy.generate(request)) // [ { text: 'three' } ]
+ * const [completion] = await policy.generate({
+ *   role: 'reasoner',
+ *   system: '',
+ *   prompt: 'How many?',
+ *   images: [],
+ * })
+ * console.log(completion?.text) // three
  * ```
  */
 export class RecordedPolicy implements Policy {

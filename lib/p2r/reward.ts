@@ -296,11 +296,10 @@ function plainText(text: string): string {
  * ```js
  * import { parseBoxes, perceptionFault } from 'p2r-kernels'
  *
- * const box = (x0, label) => ({ bbox_2d: [x0, 0, x0 + 100, 100], label })
- * const faultOf = (...boxes) => perceptionFault(parseBoxes(JSON.stringify(boxes)))
- * console.log(faultOf(box(0, 'sign'), box(20, 'sign'))) // overlap
- * console.log(faultOf(box(0, ''))) // label
- * console.log(faultOf(box(0, 'sign'), box(200, 'door'))) // null
+ * const sign = '{"bbox_2d": [0, 0, 100, 100], "label": "sign"}'
+ * console.log(perceptionFault(parseBoxes(`[${sign}, ${sign}]`))) // overlap
+ * console.log(perceptionFault(parseBoxes('{"bbox_2d": [0, 0, 100, 100]}'))) // label
+ * console.log(perceptionFault(parseBoxes(sign))) // null
  * ```
  */
 export function perceptionFault(

@@ -142,52 +142,11 @@ const construct = Symbol('construct')
  *
  * @example
  * ```js
- * import { writeFileSync, mkdtempSync } from 'node:fs'
- * import { tmpdir } from 'node:os'
- * import { join } from 'node:path'
- * import { openDevice, saveTensors, VisionTower } from 'p2r-kernels'
+ * import { openDevice, VisionTower } from 'p2r-kernels'
  *
  * const device = openDevice('cpu')
- * // Stands for a checkpoint: one small block, all weights 0.
- * const config = {
- *   depth: 1,
- *   hidden_size: 16,
- *   num_heads: 2,
- *   intermediate_size: 32,
- *   out_hidden_size: 24,
- *   patch_size: 4,
- *   num_position_embeddings: 16,
- * }
- * const shapes = {
- *   'patch_embed.proj.weight': [16, 96],
- *   'patch_embed.proj.bias': [16],
- *   'pos_embed.weight': [16, 16],
- *   'blocks.0.norm1.weight': [16],
- *   'blocks.0.norm1.bias': [16],
- *   'blocks.0.norm2.weight': [16],
- *   'blocks.0.norm2.bias': [16],
- *   'blocks.0.attn.qkv.weight': [48, 16],
- *   'blocks.0.attn.qkv.bias': [48],
- *   'blocks.0.attn.proj.weight': [16, 16],
- *   'blocks.0.attn.proj.bias': [16],
- *   'blocks.0.mlp.linear_fc1.weight': [32, 16],
- *   'blocks.0.mlp.linear_fc1.bias': [32],
- *   'blocks.0.mlp.linear_fc2.weight': [16, 32],
- *   'blocks.0.mlp.linear_fc2.bias': [16],
- *   'merger.norm.weight': [16],
- *   'merger.norm.bias': [16],
- *   'merger.linear_fc1.weight': [64, 64],
- *   'merger.linear_fc1.bias': [64],
- *   'merger.linear_fc2.weight': [24, 64],
- *   'merger.linear_fc2.bias': [24],
- * }
- * const zeros = Object.entries(shapes).map(([name, shape]) => [name, device.zeros(shape)])
- * const folder = mkdtempSync(join(tmpdir(), 'p2r-'))
- * writeFileSync(join(folder, 'config.json'), JSON.stringify(config))
- * await saveTensors(join(folder, 'model.safetensors'), Object.fromEntries(zeros))
- *
- * const tower = await VisionTower.load(folder, device)
- * const pixelValues = device.zeros([64, 96]) // as evidence.pixelValues() returns them
+ * const tower = await VisionTower.load('P2R-4B', device) // a checkpoint's folder
+ * const pixelValues = device.zeros([64, 1536]) // as evidence.pixelValues() returns them
  * const { merged, mass } = tower.encode({ pixelValues, gridThw: [[1, 8, 8]], massOf: [0] })
  * console.log(merged.shape, mass[0].shape) // [ 16, 24 ] [ 2, 64 ]
  * tower.dispose()
