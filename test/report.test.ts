@@ -6,7 +6,7 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { expect, test } from 'vitest'
 import { html } from '../dist/bench/html.js'
-import { newest, performance, readmeWith, resultsIn } from '../dist/bench/readme.js'
+import { documents, newest, performance, resultsIn, withTables } from '../dist/bench/performance.js'
 import { emptyResults, type Results, type Row, withShare } from '../dist/bench/results.js'
 import { predictions } from '../dist/bench/targets.js'
 
@@ -158,14 +158,17 @@ test("a GPU's lengths share a line, which shows the worst of them", () => {
   expect(line).toContain('| 2.50..50.0 ms | 46..55 % of bf16 |  | missed (360 TFLOP/s) |')
 })
 
-test('the tables of the README are those of the results', () => {
-  const readme = readFileSync(join(root, 'README.md'), 'utf8')
-  expect(
-    readme === readmeWith(readme, performance(resultsIn(root), predicted)),
-    'npm run bench:readme makes them',
-  ).toBe(true)
-  expect(() => readmeWith('no place', 'tables')).toThrow(/lacks the lines/)
-})
+test.each(Object.entries(documents))(
+  'the tables of %s are those of the results',
+  (name, tables) => {
+    const document = readFileSync(join(root, name), 'utf8')
+    expect(
+      document === withTables(document, tables(resultsIn(root), predicted)),
+      'npm run docs makes them',
+    ).toBe(true)
+    expect(() => withTables('no place', 'tables')).toThrow(/lacks the lines/)
+  },
+)
 
 test('results are named by their machine and date', () => {
   const names = readdirSync(join(root, 'bench/results')).filter((name) => name.endsWith('.json'))

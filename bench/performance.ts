@@ -1,5 +1,5 @@
-// npm run bench:readme: makes the README's performance tables from the newest results of
-// each machine (bench/results/*.json) and from what was predicted.
+// npm run docs: makes the tables of docs/performance.md, and the README's few rows of them, from the
+// newest results of each machine (bench/results/*.json) and from what was predicted.
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -18,7 +18,7 @@ import {
   type Verdict,
 } from './targets.js'
 
-const start = '<!-- made by npm run bench:readme -->'
+const start = '<!-- made by npm run docs -->'
 const end = '<!-- end -->'
 
 /** The newest results of each machine, by the name of the device, newest first. */
@@ -97,39 +97,60 @@ export function performance(all: readonly Results[], { targets }: Predictions): 
 }
 
 function table(kind: string, targets: readonly Target[], results: Results | undefined): string {
-  const title = results
-    ? `${results.machine.device}${kind === 'cpu' ? `, ${results.machine.cpus} CPUs` : ''}, ` +
-      `${results.date.slice(0, 10)}, commit ${results.commit?.slice(0, 7) ?? 'unknown'}`
-    : kind === 'cpu'
-      ? 'CPU'
-      : kind
-  const lines = targets.map((target) => {
-    const work = `${target.op} ${target.case}`
-    return `| ${[work, reachOf(target), ...cells(target, results)].map(cell).join(' | ')} |`
-  })
   return [
-    `**${title}**`,
+    `**${titleOf(kind, results)}**`,
     '',
     '| Work | Predicted | Measured | Share | Best peer | |',
     '| --- | --- | --- | --- | --- | --- |',
-    ...lines,
+    ...targets.map((target) => line([workOf(target), reachOf(target), ...cells(target, results)])),
   ].join('\n')
 }
 
-/** The README with its tables updated. */
-export function readmeWith(readme: string, tables: string): string {
-  const [before, rest] = readme.split(start)
+function titleOf(kind: string, results: Results | undefined): string {
+  if (!results) return kind === 'cpu' ? 'CPU' : kind
+  const { machine, date, commit } = results
+  return (
+    `${machine.device}${kind === 'cpu' ? `, ${machine.cpus} CPUs` : ''}, ` +
+    `${date.slice(0, 10)}, commit ${commit?.slice(0, 7) ?? 'unknown'}`
+  )
+}
+
+const workOf = ({ op, case: name }: Target): string => `${op} ${name}`
+const line = (all: readonly string[]): string => `| ${all.map(cell).join(' | ')} |`
+
+/** The README's rows: the first prediction of each operation, on the CPU that was measured last. */
+export function excerpt(all: readonly Results[], { targets }: Predictions): string {
+  const results = newest(all).find(({ rows }) => rows[0]?.device === 'cpu')
+  const firsts = new Map<string, Target>()
+  for (const target of targets)
+    if (target.device === 'cpu' && !firsts.has(target.op)) firsts.set(target.op, target)
+  return [
+    `| ${titleOf('cpu', results)} | Time | Best peer | Predicted | |`,
+    '| --- | --- | --- | --- | --- |',
+    ...[...firsts.values()].map((target) => {
+      const [time, , peer, got] = cells(target, results)
+      return line([workOf(target), time!, peer!, reachOf(target), got!])
+    }),
+  ].join('\n')
+}
+
+/** A document with its tables updated. */
+export function withTables(document: string, tables: string): string {
+  const [before, rest] = document.split(start)
   const after = rest?.split(end)[1]
   if (before === undefined || after === undefined)
-    throw new Error(`README.md lacks the lines ${start} and ${end}`)
+    throw new Error(`the document lacks the lines ${start} and ${end}`)
   return `${before}${start}\n\n${tables}\n\n${end}${after}`
 }
 
+/** Which document has which tables. */
+export const documents = { 'docs/performance.md': performance, 'README.md': excerpt }
+
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const root = dirname(dirname(dirname(fileURLToPath(import.meta.url))))
-  const file = join(root, 'README.md')
-  writeFileSync(
-    file,
-    readmeWith(readFileSync(file, 'utf8'), performance(resultsIn(root), predictions(root))),
-  )
+  for (const [name, tables] of Object.entries(documents)) {
+    const file = join(root, name)
+    const text = tables(resultsIn(root), predictions(root))
+    writeFileSync(file, withTables(readFileSync(file, 'utf8'), text))
+  }
 }
