@@ -236,6 +236,7 @@ function indexPage(byFile, links) {
     lines.push(`## ${title}`)
     const rows = [...byFile]
       .filter(([file]) => relative('lib', dirname(file)) === folder)
+      .toSorted(([a], [b]) => (a < b ? -1 : 1))
       .flatMap(([, items]) => items)
       .filter(isValue)
       .map(
@@ -251,7 +252,7 @@ const firstSentence = (text) =>
   text
     .split('\n\n')[0]
     .replaceAll('\n', ' ')
-    .replace(/^(.+?[.:])(?: (?=[A-Z]).*)?$/, '$1')
+    .replace(/^(.+?)[.:](?: (?=[A-Z]).*)?$/, '$1.')
 
 const cell = (text) =>
   text.replaceAll('\n\n', '<br><br>').replaceAll('\n', ' ').replaceAll('|', '\\|')
