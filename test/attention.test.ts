@@ -522,7 +522,8 @@ onEveryBackend('attention', (b) => {
       },
       'f32',
     )
-    const parts = attention({ ...split, cuSeqlens: [0, n, 2 * n, 3 * n, 4 * n] })
+    const { q, k, v } = split
+    const parts = attention({ q, k, v, cuSeqlens: [0, n, 2 * n, 3 * n, 4 * n] })
     const [out, lse] = [await parts.out.toFloat32(), await parts.lse.read()]
     const merged = new Float64Array(x.q.length)
     const mergedLse = new Float64Array(heads * 2 * n)

@@ -646,12 +646,16 @@ onEveryBackend('linear_log_probs', (b) => {
       const back = { ...a, stats: b.device.zeros([3, 2]), dLogProbs: b.device.zeros([3]) }
       const loss = { ...a, advantages: b.device.zeros([1]), cuSeqlens: [0, 3] }
       const all = (extra: object, code: string, message: RegExp) => {
-        const calls = { linearLogProbs, linearLogProbsBackward, linearPolicyLoss }
-        for (const [op, call] of Object.entries(calls))
+        const calls = [
+          [linearLogProbs, a],
+          [linearLogProbsBackward, back],
+          [linearPolicyLoss, loss],
+        ] as const
+        for (const [call, given] of calls)
           expectRefusal(
-            () => (call as (x: object) => unknown)({ ...back, ...loss, ...extra }),
+            () => (call as (x: object) => unknown)({ ...given, ...extra }),
             code,
-            op,
+            call.name,
             message,
           )
       }
