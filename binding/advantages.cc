@@ -42,7 +42,7 @@ Napi::Value group_advantages(Call& call) {
                    ", got " + std::to_string(a.weights.size()));
     for (double w : a.weights) call.check(std::isfinite(w), Code::value, "weights must be finite");
   } else {
-    a.weights.assign(static_cast<size_t>(kinds), 1.0);
+    a.weights.assign(n ? static_cast<size_t>(kinds) : 0, 1.0);  // [0, K]: any K, in no memory
   }
   if (call.given()) {
     a.lengths = call.ints("lengths", 0, INT32_MAX);

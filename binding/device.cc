@@ -142,19 +142,19 @@ Napi::Value DeviceHandle::Info(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value DeviceHandle::Tensor(const Napi::CallbackInfo& info) {
-  std::shared_ptr<OpenDevice> device = open();
   const Shape shape = parse_shape(info[1]);
   const DType dtype = parse_dtype(info[2].ToString());
   const HostBytes source = host_bytes(info[0], dtype, shape.size());
+  std::shared_ptr<OpenDevice> device = open();
   auto storage = std::make_shared<Storage>(device, source.bytes);
   device->device->upload(storage->data, source.data, source.bytes);
   return TensorHandle::Make(info.Env(), storage, dtype, shape);
 }
 
 Napi::Value DeviceHandle::Zeros(const Napi::CallbackInfo& info) {
-  std::shared_ptr<OpenDevice> device = open();
   const Shape shape = parse_shape(info[0]);
   const DType dtype = parse_dtype(info[1].ToString());
+  std::shared_ptr<OpenDevice> device = open();
   const size_t bytes = static_cast<size_t>(shape.size()) * size_of(dtype);
   auto storage = std::make_shared<Storage>(device, bytes);
   device->device->zero(storage->data, bytes);
@@ -209,9 +209,11 @@ Napi::Value DeviceHandle::Time(const Napi::CallbackInfo& info) {
       .when_done(device, [deferred, device, from, to](Napi::Env env, const std::string& lost) {
         if (!lost.empty())
           deferred->Reject(make_error(env, Code::cuda, "time", lost).Value());
+        else if (!device->device)
+          deferred->Reject(
+              make_error(env, Code::disposed, "time", "the device was disposed").Value());
         else
-          deferred->Resolve(
-              Napi::Number::New(env, device->device ? device->device->elapsed(from, to) : 0.0));
+          deferred->Resolve(Napi::Number::New(env, device->device->elapsed(from, to)));
       });
   return deferred->Promise();
 }

@@ -84,7 +84,38 @@ bool Call::given() {
   return false;
 }
 
-View Call::tensor(const char* name, const Napi::Value& value, DTypes dtypes, int rank,
+std::string Call::Argument::label() const {
+  return index < 0 ? name : std::string(name) + "[" + std::to_string(index) + "]";
+}
+
+void Call::check_open() const {
+  check(device_ != nullptr, Code::value, "a tensor or a device is needed");
+  check(device_->device != nullptr, Code::disposed, "the device was disposed");
+}
+
+void Call::check_overlap() const {
+  if (std::none_of(arguments_.begin(), arguments_.end(),
+                   [](const Argument& a) { return a.written; }))
+    return;
+  std::vector<const Argument*> sorted;
+  for (const Argument& a : arguments_)
+    if (a.view.size()) sorted.push_back(&a);
+  const auto end = [](const Argument* a) { return a->view.element(a->view.size()); };
+  std::stable_sort(sorted.begin(), sorted.end(), [](const Argument* a, const Argument* b) {
+    return a->view.as<char>() < b->view.as<char>();
+  });
+  // Of the arguments before, those that reach furthest: of all, and of those that are written.
+  const Argument *any = nullptr, *written = nullptr;
+  for (const Argument* a : sorted) {
+    const Argument* other = a->written ? any : written;
+    if (other && a->view.as<char>() < end(other))
+      throw Error(Code::value, a->label() + " must not share memory with " + other->label());
+    if (!any || end(a) > end(any)) any = a;
+    if (a->written && (!written || end(a) > end(written))) written = a;
+  }
+}
+
+View Call::tensor(const char* name, int index, const Napi::Value& value, DTypes dtypes, int rank,
                   bool written) {
   TensorHandle* handle = TensorHandle::From(value);
   if (!handle) wrong(name, "a Tensor", value);
@@ -101,40 +132,45 @@ View Call::tensor(const char* name, const Napi::Value& value, DTypes dtypes, int
   if (rank >= 0 && view.shape.rank != rank)
     throw Error(Code::shape, std::string(name) + " must have " + std::to_string(rank) +
                                  " axes, got " + to_string(view.shape));
-  (written ? written_ : read_).push_back(handle->storage().get());
-  if (written) read_.push_back(handle->storage().get());
+  arguments_.push_back({name, index, view, written, handle->storage()});
   return view;
 }
 
 In Call::in(const char* name, DTypes dtypes, int rank) {
-  return {tensor(name, next(name), dtypes, rank, false)};
+  return {tensor(name, -1, next(name), dtypes, rank, false)};
 }
 In Call::maybe_in(const char* name, DTypes dtypes, int rank) {
   return given() ? in(name, dtypes, rank) : In{};
 }
 InOut Call::inout(const char* name, DTypes dtypes, int rank) {
-  return {tensor(name, next(name), dtypes, rank, true)};
+  return {tensor(name, -1, next(name), dtypes, rank, true)};
 }
 InOut Call::maybe_inout(const char* name, DTypes dtypes, int rank) {
   return given() ? inout(name, dtypes, rank) : InOut{};
 }
 
-std::vector<In> Call::in_list(const char* name, DTypes dtypes, int rank) {
+// All elements before the first tensor is looked up: a getter may dispose tensors.
+std::vector<Napi::Value> Call::elements(const char* name) {
   const Napi::Value value = next(name);
   if (!value.IsArray()) wrong(name, "an array of Tensors", value);
   const Napi::Array array = value.As<Napi::Array>();
+  std::vector<Napi::Value> out(array.Length());
+  for (uint32_t i = 0; i < out.size(); ++i) out[i] = array.Get(i);
+  return out;
+}
+
+std::vector<In> Call::in_list(const char* name, DTypes dtypes, int rank) {
   std::vector<In> out;
-  for (uint32_t i = 0; i < array.Length(); ++i)
-    out.push_back({tensor(name, array.Get(i), dtypes, rank, false)});
+  int index = 0;
+  for (const Napi::Value& value : elements(name))
+    out.push_back({tensor(name, index++, value, dtypes, rank, false)});
   return out;
 }
 std::vector<InOut> Call::inout_list(const char* name, DTypes dtypes, int rank) {
-  const Napi::Value value = next(name);
-  if (!value.IsArray()) wrong(name, "an array of Tensors", value);
-  const Napi::Array array = value.As<Napi::Array>();
   std::vector<InOut> out;
-  for (uint32_t i = 0; i < array.Length(); ++i)
-    out.push_back({tensor(name, array.Get(i), dtypes, rank, true)});
+  int index = 0;
+  for (const Napi::Value& value : elements(name))
+    out.push_back({tensor(name, index++, value, dtypes, rank, true)});
   return out;
 }
 
@@ -241,20 +277,22 @@ void Call::same_dtype(const char* name, const View& view, DType expected) const 
 }
 
 Out Call::result(DType dtype, const Shape& shape) {
-  check(device_ != nullptr, Code::value, "a tensor or a device is needed");
+  check_open();
+  check_size(shape);
+  if (results_.empty()) check_overlap();  // before memory is allocated
   Out out;
   out.dtype = dtype;
   out.shape = shape;
   auto storage = std::make_shared<Storage>(device_, out.bytes());
   out.data = storage->data;
-  written_.push_back(storage.get());
   results_.push_back(TensorHandle::Make(env(), storage, dtype, shape));
   held_.push_back(std::move(storage));
   return out;
 }
 
 void Call::begin() {
-  check(device_ != nullptr, Code::value, "a tensor or a device is needed");
+  check_open();
+  if (results_.empty()) check_overlap();
   if (!device_->pending.empty()) device_->settle();
 }
 
@@ -338,10 +376,12 @@ Napi::Value Call::finish(const std::shared_ptr<Case>& recorded) {
     const bool clean = f->queue == device_.get() && f->sequence <= done && !f->raised();
     if (!clean && std::find(faults.begin(), faults.end(), f) == faults.end()) faults.push_back(f);
   };
-  for (Storage* s : read_)
-    for (const auto& f : s->faults) include(f);
+  for (const Argument& a : arguments_)
+    for (const auto& f : a.storage->faults) include(f);
   if (fault_) include(fault_);
-  for (Storage* s : written_) s->faults = faults;
+  for (const Argument& a : arguments_)
+    if (a.written) a.storage->faults = faults;
+  for (const auto& storage : held_) storage->faults = faults;
   finished_ = true;
 
   if (results_.empty()) return env().Undefined();

@@ -46,7 +46,10 @@ class Call {
   const std::string& op() const { return op_; }
   Napi::Env env() const { return info_.Env(); }
   // The device of the tensors read so far.
-  const Device& device() const { return *device_->device; }
+  const Device& device() const {
+    check_open();
+    return *device_->device;
+  }
 
   // Whether the next argument is given (neither undefined nor null); skips it if not.
   bool given();
@@ -106,7 +109,13 @@ class Call {
  private:
   Napi::Value next(const char* name);
   [[noreturn]] void wrong(const char* name, const std::string& expected, const Napi::Value& got);
-  View tensor(const char* name, const Napi::Value& value, DTypes dtypes, int rank, bool written);
+  std::vector<Napi::Value> elements(const char* name);
+  View tensor(const char* name, int index, const Napi::Value& value, DTypes dtypes, int rank,
+              bool written);
+  // A getter of an argument that was read later may have disposed the device.
+  void check_open() const;
+  // What is written shares no memory with any other argument: threads read and write in any order.
+  void check_overlap() const;
   void begin();
   FaultFlag fault_flag(const FaultSource& source);
   Debug debug() const;
@@ -121,7 +130,16 @@ class Call {
   size_t at_ = 0;
   bool finished_ = false;
   std::shared_ptr<OpenDevice> device_;
-  std::vector<Storage*> read_, written_;
+  struct Argument {
+    const char* name;
+    int index;  // in a list, else -1
+    View view;
+    bool written;
+    std::shared_ptr<Storage> storage;
+
+    std::string label() const;
+  };
+  std::vector<Argument> arguments_;
   std::vector<Napi::Object> results_;
   std::vector<std::shared_ptr<Storage>> held_;  // storage of the results, during the call
   std::shared_ptr<Fault> fault_;

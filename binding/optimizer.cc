@@ -1,6 +1,5 @@
 #include "ops/optimizer.h"
 
-#include <algorithm>
 #include <limits>
 
 #include "binding/op.h"
@@ -13,32 +12,12 @@ std::string entry(const char* name, size_t i) {
   return std::string(name) + "[" + std::to_string(i) + "]";
 }
 
-struct Range {
-  const char *begin, *end;
-};
-void append(std::vector<Range>& ranges, const std::vector<InOut>& tensors) {
-  for (const View& v : tensors)
-    if (v.size()) ranges.push_back({v.as<const char>(), v.as<const char>() + v.bytes()});
-}
-
-// Several threads write at once, so the tensors they write must be disjoint.
-void check_disjoint(const Call& call, std::vector<Range> ranges, const char* names) {
-  std::sort(ranges.begin(), ranges.end(),
-            [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < ranges.size(); ++i)
-    call.check(ranges[i].begin >= ranges[i - 1].end, Code::value,
-               std::string(names) + " must not share memory with each other");
-}
-
 }  // namespace
 
 Napi::Value clip_grad_norm(Call& call) {
   ClipGradNormArgs a;
   a.grads = call.inout_list("grads", kFloats);
   a.max_norm = call.number("maxNorm", 0, std::numeric_limits<double>::max());
-  std::vector<Range> ranges;
-  append(ranges, a.grads);
-  check_disjoint(call, std::move(ranges), "grads");
   a.norm = call.result(DType::f32, {1});
   return call.run(&Kernels::clip_grad_norm, a);
 }
@@ -70,10 +49,6 @@ Napi::Value adam_w(Call& call) {
     if (!(a.moments[i].shape == moments))
       call.same_shape(entry("moments", i).c_str(), a.moments[i], moments);
   }
-  std::vector<Range> ranges;
-  append(ranges, a.params);
-  append(ranges, a.moments);
-  check_disjoint(call, std::move(ranges), "params and moments");
   return call.run(&Kernels::adam_w, a);
 }
 

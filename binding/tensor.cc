@@ -118,8 +118,8 @@ View TensorHandle::view(const char* what) const {
 }
 
 Napi::Value TensorHandle::Reshape(const Napi::CallbackInfo& info) {
-  const View v = view("the tensor");
   const Shape shape = parse_shape(info[0]);
+  const View v = view("the tensor");
   if (shape.size() != v.size())
     throw Error(Code::shape, "a tensor of " + std::to_string(v.size()) +
                                  " elements cannot be reshaped to " + std::to_string(shape.size()));
@@ -355,23 +355,27 @@ DType parse_dtype(const std::string& name) {
   throw Error(Code::dtype, "dtype must be f32, f16, bf16, i32 or u8, got '" + name + "'");
 }
 
+void check_size(const Shape& shape) {
+  if (!shape.is_representable())
+    throw Error(Code::memory, "a tensor of shape " + to_string(shape) + " is too large");
+}
+
 Shape parse_shape(const Napi::Value& value) {
   if (!value.IsArray()) throw Error(Code::value, "a shape must be an array of sizes");
   const Napi::Array array = value.As<Napi::Array>();
-  if (array.Length() > kMaxRank)
+  const uint32_t rank = array.Length();  // once: an element's getter may change it
+  if (rank > kMaxRank)
     throw Error(Code::shape, "a shape has at most " + std::to_string(kMaxRank) + " axes, got " +
-                                 std::to_string(array.Length()));
+                                 std::to_string(rank));
   Shape shape;
-  double size = 1;
-  for (uint32_t i = 0; i < array.Length(); ++i) {
+  for (uint32_t i = 0; i < rank; ++i) {
     const Napi::Value v = array.Get(i);
     const double d = v.IsNumber() ? v.As<Napi::Number>().DoubleValue() : -1;
     if (!(d >= 0 && d <= 9007199254740991.0) || d != static_cast<double>(static_cast<int64_t>(d)))
       throw Error(Code::shape, "the sizes of a shape must be integers of at least 0");
     shape.dim[shape.rank++] = static_cast<int64_t>(d);
-    size *= d;
   }
-  if (size > 9007199254740991.0 / 8) throw Error(Code::memory, "the shape is too large");
+  check_size(shape);
   return shape;
 }
 

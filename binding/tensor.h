@@ -81,6 +81,10 @@ std::string to_string(const Shape& shape);  // '[2, 3]'
 // Element i of a tensor in host memory.
 double value_of(const View& v, int64_t i);
 
+// Throws Code::memory for a shape that no tensor can have. Every shape of a new tensor goes through
+// it.
+void check_size(const Shape& shape);
+// Reads a JavaScript array, whose getters may run any code: before native objects are looked up.
 Shape parse_shape(const Napi::Value& value);
 DType parse_dtype(const std::string& name);  // throws Code::dtype
 

@@ -101,7 +101,8 @@ Tiling tiling(const Gemm& g, const CpuDevice& cpu, bool packs_b, int64_t copies 
     rows = std::min(round_up(rows, threads), ceil_div(g.m, mr));
   Tiling t{{g.m, mr, rows}, {g.n, nr, columns}, uses_pairs(cpu, g), 0, 0, 0, 0};
   const int64_t max_k = t.pairs ? 2 * kBlockK : kBlockK;
-  t.block_k = round_up(ceil_div(g.k, std::max<int64_t>(ceil_div(g.k, max_k), 1)), 8);
+  const int64_t blocks = std::max<int64_t>(ceil_div(g.k, max_k), 1);
+  t.block_k = round_up(std::max<int64_t>(ceil_div(g.k, blocks), 1), 8);      // 8 for k = 0
   const auto aligned = [](int64_t floats) { return round_up(floats, 16); };  // to cache lines
   t.a_floats = aligned(t.rows.largest() * t.depth(t.block_k));
   t.b_floats = packs_b ? aligned(t.columns.largest() * t.depth(t.block_k)) : 0;

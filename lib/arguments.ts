@@ -230,14 +230,28 @@ export function hostNumbers(value: unknown, name: string, op: string): Float64Ar
   return Float64Array.from(value as ArrayLike<number>, Number)
 }
 
+/** Memory of the host's that the engine may not have: then ERR_MEMORY, not its RangeError. */
+export function hostMemory<T>(allocate: () => T, op: string): T {
+  try {
+    return allocate()
+  } catch (cause) {
+    if (!(cause instanceof RangeError)) throw cause
+    refuse('ERR_MEMORY', op, `the host is out of memory: ${cause.message}`, { cause })
+  }
+}
+
 /** Host integers as the addon takes them; the addon checks each value. */
 export function hostInts(value: unknown, name: string, op: string): Float64Array {
   const list = value as ArrayLike<number> | null | undefined
   if (typeof list !== 'object' || list === null || typeof list.length !== 'number')
     unexpected(value, name, 'a list of integers', op)
+  const length = checkInteger(list.length, 0, `${name}.length`, op)
   // A plain loop: Float64Array.from with a function takes some 70 ns an element.
-  const out = new Float64Array(list.length)
-  for (let i = 0; i < out.length; i++) out[i] = Number(list[i])
+  const out = hostMemory(() => new Float64Array(length), op)
+  for (let i = 0; i < out.length; i++) {
+    const value: unknown = list[i]
+    out[i] = typeof value === 'number' ? value : checkNumber(value, `${name}[${i}]`, op)
+  }
   return out
 }
 

@@ -279,7 +279,10 @@ export function maybeHandle(value: unknown, name: string, op: string): TensorHan
 /** @internal The native handles of a list of tensors, whose parts are named by their index. */
 export function handlesOf(list: readonly Tensor[], name: string, op: string): TensorHandle[] {
   const tensors = checkArray(list, name, op, 'an array of Tensors')
-  return tensors.map((tensor, i) => handleOf(tensor, `${name}[${i}]`, op))
+  const handles: TensorHandle[] = []
+  // Not by the list's own methods, which run a caller's code.
+  for (let i = 0; i < tensors.length; i++) handles.push(handleOf(tensors[i], `${name}[${i}]`, op))
+  return handles
 }
 
 /** @internal Height and width of an image: u8 [height, width, 3], not empty. */

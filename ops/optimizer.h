@@ -2,7 +2,8 @@
 //
 // clip_grad_norm, as torch.nn.utils.clip_grad_norm_ has it:
 //   norm = √(Σ g² over all gradients),   g *= min(1, max_norm / (norm + 1e-6))
-// A gradient that is not finite makes norm infinite or NaN; the factor is then 0 or NaN, so that
+// A max_norm of the largest double is no limit: gradients stay as they are, finite or not. Else a
+// gradient that is not finite makes norm infinite or NaN; the factor is then 0 or NaN, so that
 // what is finite becomes 0 or NaN and the rest NaN. norm: f32 [1], of the gradients before.
 // Squares are summed in f64, over blocks of kNormBlock elements of one tensor, and the blocks in
 // order: the result does not depend on the thread count.
@@ -17,6 +18,7 @@
 // Tensors that are written must not overlap. No tensors, or tensors of size 0, are fine.
 #pragma once
 #include <cmath>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -67,6 +69,7 @@ inline AdamStep adam_step(const AdamWArgs& a) {
 
 // The factor that clips; NaN stays NaN.
 constexpr double clip_factor(double max_norm, double norm) {
+  if (max_norm == std::numeric_limits<double>::max()) return 1;
   const double factor = max_norm / (norm + 1e-6);
   return factor > 1 ? 1 : factor;
 }

@@ -21,6 +21,8 @@ constexpr const char* to_string(DType t) {
 }
 
 constexpr int kMaxRank = 8;
+// Of a tensor: any product of its axes, and its bytes, are exact in 64 bits and in a double.
+constexpr int64_t kMaxElements = int64_t{1} << 50;
 
 struct Shape {
   int rank = 0;
@@ -35,6 +37,16 @@ struct Shape {
     int64_t n = 1;
     for (int i = 0; i < rank; ++i) n *= dim[i];
     return n;
+  }
+  // Whether the product of the axes, those of size 0 left out, is at most kMaxElements: so the
+  // product of some of the axes does not overflow, even where the tensor is empty.
+  bool is_representable() const {
+    int64_t n = 1;
+    for (int i = 0; i < rank; ++i) {
+      if (dim[i] > 0 && n > kMaxElements / dim[i]) return false;
+      if (dim[i] > 0) n *= dim[i];
+    }
+    return true;
   }
   bool operator==(const Shape& o) const {
     if (rank != o.rank) return false;
