@@ -213,7 +213,7 @@ export {
   type VerifierArgs,
 } from './p2r/reward.js'
 export type { RolloutBatch, RolloutItem, RolloutMetrics, Sample } from './p2r/rollouts.js'
-export { loadMetadata, loadTensors, saveTensors } from './safetensors.js'
+export { type LoadTensorsOptions, loadMetadata, loadTensors, saveTensors } from './safetensors.js'
 export { scope, scopeAsync } from './scope.js'
 export type { Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'
 export {

@@ -1,6 +1,14 @@
 import { randomUUID } from 'node:crypto'
 import { type FileHandle, open, rename, unlink } from 'node:fs/promises'
-import { checkObject, checkString, describeValue, isJsonObject } from './arguments.js'
+import {
+  checkArguments,
+  checkFunction,
+  checkObject,
+  checkString,
+  describeValue,
+  isJsonObject,
+  type Names,
+} from './arguments.js'
 import { checkDevice, type Device } from './device.js'
 import { type DType, hostTypes } from './dtype.js'
 import { P2RError, refuse } from './errors.js'
@@ -13,6 +21,21 @@ const fileTypes = { f32: 'F32', f16: 'F16', bf16: 'BF16', i32: 'I32', u8: 'U8' }
 const dtypes = new Map<string, DType>(
   Object.entries(fileTypes).map(([dtype, stored]) => [stored, dtype as DType]),
 )
+/** Bytes an element of the format's other types, which are loaded as bytes; those of fewer than 8 bits are not. */
+const rawTypes = new Map<string, number>([
+  ['F8_E4M3', 1],
+  ['F8_E5M2', 1],
+  ['F8_E8M0', 1],
+  ['BOOL', 1],
+  ['I8', 1],
+  ['I16', 2],
+  ['U16', 2],
+  ['U32', 4],
+  ['I64', 8],
+  ['U64', 8],
+  ['F64', 8],
+  ['C64', 8],
+])
 
 /** The format's own limit on the header. */
 const maxHeader = 100_000_000
@@ -95,12 +118,28 @@ export async function saveTensors(
   }
 }
 
+/** Options of loadTensors. */
+export interface LoadTensorsOptions {
+  /**
+   * Which tensors to load, by their names; the others are neither read nor need a known type.
+   * @default all
+   */
+  only?: (name: string) => boolean
+}
+
+const loadNames: Names<LoadTensorsOptions> = { only: true }
+
 /**
- * The tensors of a safetensors file by name, on a device. f32, f16, bf16, i32 and u8; tensor by
- * tensor, so that the host holds one at a time.
+ * The tensors of a safetensors file by name, on a device; tensor by tensor, so that the host holds one
+ * at a time.
+ *
+ * F32, F16, BF16, I32 and U8 have their dtype. Types that no tensor has are loaded as their bytes, u8,
+ * unconverted: F8_E4M3, F8_E5M2, F8_E8M0, I8 and BOOL in their shape; I16, U16, U32, I64, U64, F64 and
+ * C64 with one more axis, the bytes of an element in little-endian order, e.g. [3, 8] for an I64 [3].
  *
  * @throws P2RError ERR_IO, with its cause, for a file that cannot be read; ERR_FORMAT for one that is not a
- *   safetensors file or holds another type; ERR_VALUE for wrong arguments; ERR_MEMORY.
+ *   safetensors file, and for a tensor to load of any other type; ERR_VALUE for wrong arguments; ERR_MEMORY.
+ *   An error thrown by `only` is passed on.
  * @example
  * ```js
  * import { tmpdir } from 'node:os'
@@ -108,14 +147,23 @@ export async function saveTensors(
  *
  * const device = openDevice('cpu')
  * const path = `${tmpdir()}/p2r-example.safetensors`
- * await saveTensors(path, { bias: device.tensor([0.5], [1]) })
- * const { bias } = await loadTensors(path, device)
- * console.log(await bias.read()) // Float32Array(1) [ 0.5 ]
+ * await saveTensors(path, { bias: device.tensor([0.5], [1]), weight: device.zeros([4, 4]) })
+ * const { bias } = await loadTensors(path, device, { only: (name) => name.endsWith('bias') })
+ * console.log(await bias.read()) // Float32Array [0.5]
  * device.dispose()
  * ```
  */
-export async function loadTensors(path: string, device: Device): Promise<Record<string, Tensor>> {
-  return loadSome('loadTensors', path, device, (name) => name)
+export async function loadTensors(
+  path: string,
+  device: Device,
+  options: LoadTensorsOptions = {},
+): Promise<Record<string, Tensor>> {
+  const op = 'loadTensors'
+  checkArguments(options, loadNames, op, 'options')
+  const { only } = options
+  if (only === undefined) return loadSome(op, path, device, (name) => name)
+  checkFunction(only, 'only', op)
+  return loadSome(op, path, device, (name) => (only(name) ? name : undefined))
 }
 
 /** @internal Those tensors of a file to which `rename` gives a name, under that name. */
@@ -128,25 +176,45 @@ export async function loadSome(
   checkString(path, 'path', op)
   checkDevice(device, op)
   const loaded: [string, Tensor][] = []
+  const file = await openFile(path, op)
   try {
-    const file = await open(path, 'r')
-    try {
-      const { entries, dataStart } = await readHeader(file, path, op)
-      for (const { name: stored, dtype, shape, begin, size } of entries) {
-        const name = rename(stored)
-        if (name === undefined) continue
-        const data = new hostTypes[dtype](size)
-        await readAll(file, data, dataStart + begin, path, op)
-        loaded.push([name, device.tensor(data as HostArray, shape, dtype)])
-      }
-    } finally {
-      await file.close()
+    const { entries, dataStart } = await readHeader(file, path, op)
+    for (const entry of entries) {
+      const name = rename(entry.name)
+      if (name === undefined) continue
+      const { dtype, shape } = hostForm(entry, path, op)
+      const size = entry.end - entry.begin
+      const data = new hostTypes[dtype](size / hostTypes[dtype].BYTES_PER_ELEMENT)
+      await readAll(file, data, dataStart + entry.begin, path, op)
+      loaded.push([name, device.tensor(data as HostArray, shape, dtype)])
     }
-  } catch (cause) {
+  } catch (error) {
     for (const [, tensor] of loaded) tensor.dispose()
-    fail(cause, path, 'read', op)
+    throw error
+  } finally {
+    await file.close()
   }
   return Object.fromEntries(loaded)
+}
+
+/** The dtype and shape in which an entry is loaded. */
+function hostForm(
+  { name, stored, shape }: Entry,
+  path: string,
+  op: string,
+): { dtype: DType; shape: number[] } {
+  const bad = (why: string): never =>
+    refuse('ERR_FORMAT', op, `${path}: '${name}' must have ${why}`)
+  const dtype = dtypes.get(stored)
+  const width = rawTypes.get(stored)
+  if (!dtype && !width) {
+    const known = [...dtypes.keys(), ...rawTypes.keys()].join(', ')
+    return bad(`one of the dtypes ${known}, got '${stored}'`)
+  }
+  const axes = !dtype && width! > 1 ? [...shape, width!] : shape
+  if (axes.length > maxRank)
+    bad(`a shape of at most ${maxRank} sizes${axes === shape ? '' : ', with one for its bytes'}`)
+  return { dtype: dtype ?? 'u8', shape: axes }
 }
 
 /**
@@ -168,26 +236,21 @@ export async function loadSome(
 export async function loadMetadata(path: string): Promise<Record<string, string>> {
   const op = 'loadMetadata'
   checkString(path, 'path', op)
+  const file = await openFile(path, op)
   try {
-    const file = await open(path, 'r')
-    try {
-      return (await readHeader(file, path, op)).metadata
-    } finally {
-      await file.close()
-    }
-  } catch (cause) {
-    fail(cause, path, 'read', op)
+    return (await readHeader(file, path, op)).metadata
+  } finally {
+    await file.close()
   }
 }
 
 interface Entry {
   name: string
-  dtype: DType
+  /** The type by the format's name, which may be unknown. */
+  stored: string
   shape: number[]
   begin: number
   end: number
-  /** Elements. */
-  size: number
 }
 
 /** The validated header; entries in the order of their data. */
@@ -197,7 +260,7 @@ async function readHeader(
   op: string,
 ): Promise<{ entries: Entry[]; dataStart: number; metadata: Record<string, string> }> {
   const bad = (why: string): never => refuse('ERR_FORMAT', op, `${path}: ${why}`)
-  const bytes = (await file.stat()).size
+  const bytes = (await file.stat().catch((cause) => fail(cause, path, 'read', op))).size
   if (bytes < 8) bad(`a safetensors file has at least 8 bytes, got ${bytes}`)
   const start = Buffer.alloc(8)
   await readAll(file, start, 0, path, op)
@@ -245,20 +308,21 @@ async function readHeader(
 function readEntry(name: string, entry: unknown, bad: (why: string) => never): Entry {
   if (!isJsonObject(entry)) return bad(`'${name}' must be an object, got ${describeValue(entry)}`)
   const { dtype: stored, shape, data_offsets: offsets } = entry
-  const dtype = dtypes.get(stored as string)
-  if (!dtype)
-    return bad(`'${name}' must have dtype F32, F16, BF16, I32 or U8, got ${describeValue(stored)}`)
-  if (!isSizes(shape) || shape.length > maxRank)
-    return bad(`'${name}' must have a shape of at most ${maxRank} sizes`)
+  if (typeof stored !== 'string')
+    return bad(`'${name}' must have a dtype, got ${describeValue(stored)}`)
+  if (!isSizes(shape)) return bad(`'${name}' must have a shape, a list of sizes`)
   if (!isSizes(offsets) || offsets.length !== 2)
     return bad(`'${name}' must have data_offsets of two whole numbers`)
   const [begin, end] = offsets as [number, number]
+  const dtype = dtypes.get(stored)
+  const width = dtype ? hostTypes[dtype].BYTES_PER_ELEMENT : rawTypes.get(stored)
   const size = shape.includes(0) ? 0 : shape.reduce((n, d) => n * d, 1)
-  if (end - begin !== size * hostTypes[dtype].BYTES_PER_ELEMENT)
+  // Of an unknown type only the order of its offsets can be checked.
+  if (width === undefined ? end < begin : end - begin !== size * width)
     bad(
       `'${name}', ${stored} [${shape.join(', ')}], does not fit its data_offsets [${begin}, ${end}]`,
     )
-  return { name, dtype, shape, begin, end, size }
+  return { name, stored, shape, begin, end }
 }
 
 function isSizes(value: unknown): value is number[] {
@@ -287,10 +351,16 @@ async function readAll(
   const bytes = new Uint8Array(into.buffer, into.byteOffset, into.byteLength)
   for (let at = 0; at < bytes.length; ) {
     const length = Math.min(bytes.length - at, maxTransfer)
-    const { bytesRead } = await file.read(bytes, at, length, position + at)
+    const { bytesRead } = await file
+      .read(bytes, at, length, position + at)
+      .catch((cause) => fail(cause, path, 'read', op))
     if (!bytesRead) refuse('ERR_FORMAT', op, `${path}: the file ends at byte ${position + at}`)
     at += bytesRead
   }
+}
+
+function openFile(path: string, op: string): Promise<FileHandle> {
+  return open(path, 'r').catch((cause) => fail(cause, path, 'read', op))
 }
 
 /** Rethrows errors of the library; those of the file system become ERR_IO. */

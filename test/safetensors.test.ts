@@ -1,7 +1,14 @@
 import { mkdtemp, readdir, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { type Device, loadTensors, openDevice, saveTensors, type Tensor } from 'p2r-kernels'
+import {
+  type Device,
+  loadMetadata,
+  loadTensors,
+  openDevice,
+  saveTensors,
+  type Tensor,
+} from 'p2r-kernels'
 import { afterAll, beforeAll, expect, test } from 'vitest'
 
 let device: Device
@@ -129,8 +136,17 @@ const hostile: [string, RegExp, unknown, Uint8Array?, bigint?][] = [
   ['metadata that are no strings', /__metadata__/, { __metadata__: { a: 1 } }],
   [
     'an unknown dtype',
-    /'x' must have dtype .* got 'F64'/,
-    entry('F64', [1], [0, 8]),
+    /'x' must have one of the dtypes .* got 'F4'/,
+    entry('F4', [8], [0, 4]),
+    four,
+  ],
+  ['a dtype that is no string', /must have a dtype, got 7/, entry(7 as never, [4], [0, 4]), four],
+  ['FP8 that does not fit', /does not fit/, entry('F8_E4M3', [3], [0, 4]), four],
+  ['an unknown dtype with offsets that fall', /does not fit/, entry('F4', [8], [4, 0]), four],
+  [
+    'too many axes with the bytes of I64',
+    /one for its bytes/,
+    entry('I64', [1, 1, 1, 1, 1, 1, 1, 1], [0, 8]),
     new Uint8Array(8),
   ],
   ['a dtype of Object.prototype', /dtype/, entry('constructor', [4], [0, 4]), four],
@@ -164,6 +180,60 @@ for (const [what, message, header, data, length] of hostile)
     expect((error as Error).message).toMatch(message)
     expect(device.memory().liveBytes).toBeLessThanOrEqual(before)
   })
+
+const mixed = () =>
+  file(
+    {
+      __metadata__: { step: '7' },
+      a: { dtype: 'F32', shape: [1], data_offsets: [0, 4] },
+      e4m3: { dtype: 'F8_E4M3', shape: [2], data_offsets: [4, 6] },
+      e5m2: { dtype: 'F8_E5M2', shape: [1, 2], data_offsets: [6, 8] },
+      long: { dtype: 'I64', shape: [1], data_offsets: [8, 16] },
+      packed: { dtype: 'F4', shape: [4], data_offsets: [16, 18] },
+    },
+    Uint8Array.of(0, 0, 128, 63, 5, 6, 7, 8, 254, 255, 255, 255, 255, 255, 255, 255, 9, 9),
+  )
+
+test('a type matters only where it is loaded', async () => {
+  const path = await mixed()
+  expect(await loadMetadata(path)).toEqual({ step: '7' })
+  const { a, ...others } = await loadTensors(path, device, { only: (name) => name === 'a' })
+  expect(others).toEqual({})
+  expect(await a!.read()).toEqual(Float32Array.of(1))
+  expect(await loadTensors(path, device, { only: () => false })).toEqual({})
+  await expect(loadTensors(path, device)).rejects.toMatchObject({
+    code: 'ERR_FORMAT',
+    message: expect.stringMatching(/'packed' .* got 'F4'/),
+  })
+})
+
+test('types that no tensor has are loaded as bytes', async () => {
+  const loaded = await loadTensors(await mixed(), device, { only: (name) => name !== 'packed' })
+  const bytes = async (name: string) => {
+    const { dtype, shape } = loaded[name]!
+    return [dtype, shape, ...((await loaded[name]!.read()) as Uint8Array)]
+  }
+  expect(await bytes('e4m3')).toEqual(['u8', [2], 5, 6])
+  expect(await bytes('e5m2')).toEqual(['u8', [1, 2], 7, 8])
+  expect(await bytes('long')).toEqual(['u8', [1, 8], 254, ...Array(7).fill(255)])
+})
+
+test('an error of `only` is passed on, and frees what was loaded', async () => {
+  const path = await mixed()
+  const before = device.memory().liveBytes
+  const reason = new Error('mine')
+  const only = (name: string) => {
+    if (name !== 'a') throw reason
+    return true
+  }
+  await expect(loadTensors(path, device, { only })).rejects.toBe(reason)
+  expect(device.memory().liveBytes).toBeLessThanOrEqual(before)
+  for (const options of [{ only: 'a' }, { names: [] }])
+    await expect(loadTensors(path, device, options as never)).rejects.toMatchObject({
+      code: 'ERR_VALUE',
+      op: 'loadTensors',
+    })
+})
 
 test('refuses a file of fewer than 8 bytes', async () => {
   const path = join(folder, 'short')

@@ -1,4 +1,4 @@
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { type Device, saveTensors, type Tensor, VisionTower } from 'p2r-kernels'
@@ -12,6 +12,18 @@ const root = mkdtempSync(join(tmpdir(), 'tower-'))
 afterAll(() => rmSync(root, { recursive: true, force: true }))
 
 const metaOf = (name: string) => files.json(`tower/${name}/meta.json`)
+
+/** Changes a tensor's type in a file's header, for one of the same size. */
+function setStoredType(path: string, name: string, dtype: string): void {
+  const bytes = readFileSync(path)
+  const length = Number(bytes.readBigUInt64LE())
+  const header = JSON.parse(bytes.toString('utf8', 8, 8 + length))
+  header[name].dtype = dtype
+  const text = Buffer.from(JSON.stringify(header))
+  const start = Buffer.alloc(8)
+  start.writeBigUInt64LE(BigInt(text.length))
+  writeFileSync(path, Buffer.concat([start, text, bytes.subarray(8 + length)]))
+}
 
 /** A folder as a checkpoint has it, in `parts` files. */
 async function folderOf(
@@ -29,10 +41,12 @@ async function folderOf(
     shards[at % parts]![prefix + weight] = device.tensor(data, shape, dtype)
     map[prefix + weight] = fileOf(at % parts)
   })
-  // What belongs to the language model is left alone, whatever it is.
-  shards[0]!['model.language_model.embed_tokens.weight'] = device.tensor([1, 2], [2], 'i32')
+  // What belongs to the language model is left alone, whatever its type.
+  const foreign = 'model.language_model.embed_tokens.weight'
+  shards[0]![foreign] = device.tensor([1, 2], [2], 'u8')
   for (const [i, shard] of shards.entries()) {
     await saveTensors(join(folder, fileOf(i)), shard)
+    if (i === 0) setStoredType(join(folder, fileOf(i)), foreign, 'F8_E4M3')
     for (const tensor of Object.values(shard)) tensor.dispose()
   }
   const config = { ...meta.config, ...change }
