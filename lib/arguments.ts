@@ -2,10 +2,16 @@
 // the operation; one that passes is returned with its type.
 import { refuse } from './errors.js'
 
-/** A value as error messages show it. */
+/** Characters of a text that error messages repeat. */
+const longest = 200
+
+/** A value as error messages show it; of a long text its beginning. */
 export function describeValue(value: unknown): string {
   if (value === null || value === undefined) return String(value)
-  if (typeof value === 'string') return `'${value}'`
+  if (typeof value === 'string') {
+    if (value.length <= longest) return `'${value}'`
+    return `'${value.slice(0, longest / 2)}...' (${value.length} characters)`
+  }
   if (typeof value === 'function') return 'a function'
   if (Array.isArray(value)) return 'an array'
   if (typeof value !== 'object') return String(value)
@@ -62,11 +68,11 @@ function nearestName(key: string, names: readonly string[]): string | undefined 
   let least = Number.POSITIVE_INFINITY
   for (const name of names) {
     const known = plain(name)
-    const longest = Math.max(wanted.length, known.length)
+    const longer = Math.max(wanted.length, known.length)
     // The difference in length bounds the distance, so that a very long key costs nothing.
-    if (3 * Math.abs(wanted.length - known.length) > longest) continue
+    if (3 * Math.abs(wanted.length - known.length) > longer) continue
     const distance = editDistance(wanted, known)
-    if (3 * distance > longest || distance >= least) continue
+    if (3 * distance > longer || distance >= least) continue
     nearest = name
     least = distance
   }

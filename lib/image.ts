@@ -1,5 +1,6 @@
 import { readFile, writeFile } from 'node:fs/promises'
 import { extname } from 'node:path'
+import { fileURLToPath } from 'node:url'
 import type { Sharp, SharpOptions } from 'sharp'
 import { type AbortSignalLike, onAbort } from './abort.js'
 import {
@@ -10,6 +11,7 @@ import {
   checkString,
   choice,
   describeValue,
+  isObject,
   type Names,
 } from './arguments.js'
 import { checkDevice, type Device } from './device.js'
@@ -30,6 +32,24 @@ async function codec(op: string): Promise<typeof import('sharp').default> {
   }
 }
 
+/** A file, as the global Blob and File have it. */
+export interface BlobLike {
+  /** Resolves to its bytes. */
+  arrayBuffer(): Promise<ArrayBuffer>
+}
+
+/** The address of a file: URL objects have it. */
+export interface UrlLike {
+  /** file: or data:. */
+  readonly href: string
+}
+
+/**
+ * Where an encoded image is: a path, a file: or data: URL as an object or a text, its bytes, or a Blob. Data
+ * URLs hold base64.
+ */
+export type ImageSource = string | UrlLike | Uint8Array | BlobLike
+
 /** How an image file is decoded. */
 export interface LoadImageOptions {
   /**
@@ -45,6 +65,13 @@ export interface LoadImageOptions {
    */
   alpha?: 'white' | 'drop'
   /**
+   * How 16-bit grey becomes 8-bit: 'high-byte' keeps the high byte, as 16-bit colour always does; 'clip' makes
+   * every value above 255 white, as Pillow's convert('RGB') does.
+   *
+   * @default 'high-byte'
+   */
+  grey16?: 'high-byte' | 'clip'
+  /**
    * Larger images are ERR_FORMAT, before they are decoded.
    *
    * @default 268 402 689
@@ -57,19 +84,22 @@ export interface LoadImageOptions {
 const loadNames: Names<LoadImageOptions> = {
   autoOrient: true,
   alpha: true,
+  grey16: true,
   maxPixels: true,
   signal: true,
 }
 
 /**
- * An image decoded to u8 [height, width, 3]: JPEG, PNG, WebP, TIFF (its first page) or AVIF.
+ * An image decoded to u8 [height, width, 3]: JPEG, PNG, WebP, GIF, TIFF or AVIF; the first page or frame
+ * where there are several (of an animated PNG its default image).
  *
  * Pixels are returned as stored, as Pillow reads them: EXIF orientation and colour profiles are not
- * applied; grey is repeated over the channels.
+ * applied; grey is repeated over the channels; CMYK becomes (255 - ink)(255 - black) / 255; of 16 bits a
+ * channel the high byte is kept.
  *
- * @param source a path, or the encoded bytes.
+ * @param source a path, a URL, the encoded bytes or a Blob; see ImageSource. Nothing is fetched over the network.
  * @throws P2RError ERR_IO (with cause) for a file that cannot be read; ERR_FORMAT for anything but such an
- *   image, truncated, animated, CMYK or of more than 8 bits a channel; ERR_VALUE for wrong arguments;
+ *   image, truncated, or of another depth or colour space; ERR_VALUE for wrong arguments;
  *   ERR_NATIVE where the package sharp cannot be loaded.
  * @example
  * ```js
@@ -82,24 +112,98 @@ const loadNames: Names<LoadImageOptions> = {
  * ```
  */
 export async function loadImage(
-  source: string | Uint8Array,
+  source: ImageSource,
   device: Device,
   options: LoadImageOptions = {},
 ): Promise<Tensor<'u8'>> {
   const op = 'loadImage'
   checkArguments(options, loadNames, op, 'options')
-  const { autoOrient = false, alpha = 'white', maxPixels = 268_402_689, signal } = options
-  if (typeof source !== 'string' && !(source instanceof Uint8Array))
-    refuse('ERR_VALUE', op, `source must be a path or bytes, got ${describeValue(source)}`)
+  const { autoOrient = false, alpha = 'white', grey16 = 'high-byte' } = options
+  const { maxPixels = 268_402_689, signal } = options
+  const input = inputOf(source, op)
   checkDevice(device, op)
   checkBoolean(autoOrient, 'autoOrient', op)
   choice(alpha, ['white', 'drop'], 'alpha', op)
+  choice(grey16, ['high-byte', 'clip'], 'grey16', op)
   checkPositive(maxPixels, 'maxPixels', op)
 
   signal?.throwIfAborted()
-  const decoding = decode(source, autoOrient, maxPixels, op, signal)
+  const decoding = decode(input, { autoOrient, grey16, maxPixels }, op, signal)
   const { data, width, height, channels } = await abortable(decoding, signal)
   return device.tensor(toRgb(data, channels, alpha === 'white'), [height, width, 3], 'u8')
+}
+
+/** An image to decode: how errors name it, and how its bytes are read. */
+interface Input {
+  name: string
+  read(signal: AbortSignalLike | undefined): Promise<Uint8Array>
+}
+
+/** Longer than any path; a text of this length is an image that was not decoded from base64. */
+const maxPath = 4096
+
+function inputOf(source: unknown, op: string): Input {
+  if (source instanceof Uint8Array) return { name: 'the data', read: async () => source }
+  if (typeof source === 'string') {
+    if (/^(data|file|https?):/i.test(source)) return fromUrl(source, op)
+    if (source.length > maxPath)
+      refuse(
+        'ERR_VALUE',
+        op,
+        `source has ${source.length} characters, too many for a path; base64 is decoded by Buffer.from(text, 'base64')`,
+      )
+    return fromPath(source, op)
+  }
+  if (isObject(source)) {
+    const { href, arrayBuffer } = source as Partial<UrlLike & BlobLike>
+    if (typeof href === 'string') return fromUrl(href, op)
+    if (typeof arrayBuffer === 'function')
+      return {
+        name: 'the Blob',
+        read: async () => new Uint8Array(await (source as BlobLike).arrayBuffer()),
+      }
+  }
+  refuse(
+    'ERR_VALUE',
+    op,
+    `source must be a path or bytes, a URL or a Blob, got ${describeValue(source)}`,
+  )
+}
+
+function fromPath(path: string, op: string): Input {
+  const name = describeValue(path)
+  return {
+    name,
+    read: (signal) =>
+      readFile(path, signal ? { signal: signal as AbortSignal } : {}).catch((cause) => {
+        // The system's message repeats the path.
+        const why = cause.code === undefined ? cause.message : `${cause.code}`
+        return refuse('ERR_IO', op, `${name} could not be read: ${why}`, { cause })
+      }),
+  }
+}
+
+function fromUrl(href: string, op: string): Input {
+  const scheme = href.slice(0, href.indexOf(':')).toLowerCase()
+  if (scheme === 'data') {
+    const [head] = /^data:[^,]{0,200};base64,/i.exec(href) ?? []
+    if (!head) refuse('ERR_VALUE', op, 'a data URL must hold base64: data:image/png;base64,...')
+    const bytes = Buffer.from(href.slice(head.length).replaceAll('%2B', '+'), 'base64')
+    return { name: 'the data URL', read: async () => bytes }
+  }
+  if (scheme !== 'file')
+    refuse(
+      'ERR_VALUE',
+      op,
+      `source must be a path, a file: or data: URL, got ${describeValue(href)}; download it first`,
+    )
+  let path: string
+  try {
+    path = fileURLToPath(href)
+  } catch (cause) {
+    refuse('ERR_VALUE', op, `${describeValue(href)} names no local file`, { cause })
+  }
+  return fromPath(path, op)
 }
 
 interface Decoded {
@@ -109,47 +213,77 @@ interface Decoded {
   channels: number
 }
 
+const formats = ['jpeg', 'png', 'webp', 'gif', 'tiff', 'avif']
+
 async function decode(
-  source: string | Uint8Array,
-  autoOrient: boolean,
-  maxPixels: number,
+  { name, read }: Input,
+  a: Required<Pick<LoadImageOptions, 'autoOrient' | 'grey16' | 'maxPixels'>>,
   op: string,
   signal: AbortSignalLike | undefined,
 ): Promise<Decoded> {
-  const name = typeof source === 'string' ? `'${source}'` : 'the data'
-  const bytes =
-    typeof source === 'string'
-      ? await readFile(source, signal ? { signal: signal as AbortSignal } : {}).catch((cause) =>
-          refuse('ERR_IO', op, `${name} could not be read: ${cause.message}`, { cause }),
-        )
-      : source
+  const bytes = await read(signal)
   signal?.throwIfAborted()
   const sharp = await codec(op)
   const input: SharpOptions = {
     limitInputPixels: false,
     failOn: 'error',
     ignoreIcc: true,
-    autoOrient,
+    autoOrient: a.autoOrient,
   }
+  const reject = (reason: string): never => refuse('ERR_FORMAT', op, `${name} ${reason}`)
+  if (bytes[0] === 0x42 && bytes[1] === 0x4d)
+    reject('is BMP, which is not decoded; convert it to PNG')
   try {
     const meta = await sharp(bytes, input).metadata()
-    const reject = (reason: string): never => refuse('ERR_FORMAT', op, `${name} ${reason}`)
     const format = meta.format === 'heif' && meta.compression === 'av1' ? 'avif' : meta.format
-    if (!['jpeg', 'png', 'webp', 'tiff', 'avif'].includes(format as string))
-      reject(`must be JPEG, PNG, WebP, TIFF or AVIF, got ${format}`)
-    if (format === 'webp' && (meta.pages ?? 1) > 1) reject('is animated')
-    if (meta.depth !== 'uchar') reject(`must have 8 bits a channel, got ${meta.depth}`)
-    if (!['srgb', 'rgb', 'b-w'].includes(meta.space as string))
-      reject(`must be RGB or grey, got ${meta.space}`)
-    if (meta.width * meta.height > maxPixels)
-      reject(`has ${meta.width} x ${meta.height} pixels, more than maxPixels, ${maxPixels}`)
+    if (!formats.includes(format as string))
+      reject(`must be JPEG, PNG, WebP, GIF, TIFF or AVIF, got ${format}`)
+    const { depth, space = '' } = meta
+    if (depth !== 'uchar' && depth !== 'ushort')
+      reject(`must have 8 or 16 bits a channel, got ${depth}`)
+    const known = depth === 'uchar' ? ['srgb', 'rgb', 'b-w', 'cmyk'] : ['rgb16', 'grey16']
+    if (!known.includes(space)) reject(`must be RGB, grey or 8-bit CMYK, got ${space}`)
+    if (meta.width * meta.height > a.maxPixels)
+      reject(`has ${meta.width} x ${meta.height} pixels, more than maxPixels, ${a.maxPixels}`)
     signal?.throwIfAborted()
-    const { data, info } = await sharp(bytes, input).raw().toBuffer({ resolveWithObject: true })
-    return { data, width: info.width, height: info.height, channels: info.channels }
+    const image = sharp(bytes, input)
+    const clip = space === 'grey16' && a.grey16 === 'clip' && meta.channels === 1
+    if (space === 'cmyk') image.toColourspace('cmyk').raw()
+    else if (clip) image.toColourspace('grey16').raw({ depth: 'ushort' })
+    else image.raw()
+    const { data, info } = await image.toBuffer({ resolveWithObject: true })
+    const { width, height, channels } = info
+    if (space === 'cmyk') {
+      if (channels !== 4) reject(`must have four channels of CMYK, got ${channels}`)
+      return { data: cmykToRgb(data), width, height, channels: 3 }
+    }
+    return { data: clip ? clipped(data) : data, width, height, channels }
   } catch (cause) {
     if (cause instanceof P2RError || signal?.aborted) throw cause
     refuse('ERR_FORMAT', op, `${name} could not be decoded: ${(cause as Error).message}`, { cause })
   }
+}
+
+/** 16-bit values in native order, those above 255 as 255. */
+function clipped(data: Uint8Array): Uint8Array {
+  const wide = new Uint16Array(data.buffer, data.byteOffset, data.length / 2)
+  return Uint8Array.from(wide, (v) => Math.min(v, 255))
+}
+
+/** a b / 255, rounded, as Pillow computes it. */
+function scaled(a: number, b: number): number {
+  const product = a * b + 128
+  return ((product >> 8) + product) >> 8
+}
+
+/** As Pillow converts CMYK, without a profile. */
+function cmykToRgb(data: Uint8Array): Uint8Array {
+  const out = new Uint8Array((data.length / 4) * 3)
+  for (let i = 0, p = 0; i < out.length; i += 3, p += 4) {
+    const light = 255 - data[p + 3]!
+    for (let c = 0; c < 3; c++) out[i + c] = light - scaled(data[p + c]!, light)
+  }
+  return out
 }
 
 // sharp cannot be interrupted, so an abort only ends the wait for it.
@@ -181,11 +315,7 @@ function toRgb(data: Uint8Array, channels: number, overWhite: boolean): Uint8Arr
     if (alphaAt < 0) continue
     // Pillow's paste through a mask: (v a + 255 (255 - a)) / 255, rounded.
     const a = data[p + alphaAt]!
-    if (a === 255) continue
-    for (let c = i; c < i + 3; c++) {
-      const sum = out[c]! * a + 255 * (255 - a) + 128
-      out[c] = ((sum >> 8) + sum) >> 8
-    }
+    for (let c = i; c < i + 3; c++) out[c] = scaled(out[c]!, a) + 255 - a
   }
   return out
 }

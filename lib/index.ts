@@ -15,11 +15,14 @@ export type { DType, FloatDType } from './dtype.js'
 export { type ErrorCode, P2RError } from './errors.js'
 export type { Grid } from './grid.js'
 export {
+  type BlobLike,
   type EncodeImageOptions,
   encodeImage,
+  type ImageSource,
   type LoadImageOptions,
   loadImage,
   saveImage,
+  type UrlLike,
 } from './image.js'
 export type { IpcDescription, IpcHandle } from './ipc.js'
 export {

@@ -158,6 +158,26 @@ describe('the command', () => {
     })
   })
 
+  test('--auto-orient', async () => {
+    const path = join(folder, 'turned.jpg')
+    await sharp({ create: { width: 64, height: 96, channels: 3, background: 'red' } })
+      .withMetadata({ orientation: 6 })
+      .jpeg()
+      .toFile(path)
+    const box = '[{"bbox_2d": [100, 100, 400, 500], "label": "sign"}]'
+    const args = ['evidence', path, '--boxes', box, '--out', 'turned', '--min-pixels', '1024']
+    const shapes: number[][] = []
+    using device = openDevice('cpu')
+    for (const more of [[], ['--auto-orient']]) {
+      expect((await run(...args, ...more)).code).toBe(0)
+      shapes.push([...(await loadImage(join(folder, 'turned/annotated.png'), device)).shape])
+    }
+    expect(shapes).toEqual([
+      [96, 64, 3],
+      [64, 96, 3],
+    ])
+  })
+
   test('answer', async () => {
     const image = await picture('a.png')
     server = await chatServer(obliging)

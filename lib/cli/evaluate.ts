@@ -27,6 +27,7 @@ export async function evaluateCommand(data: string, options: EvaluateOptions): P
   const roles = await rolesOf(options)
   const verifier = remaining.free ? await verifierOf(options) : undefined
   using device = openDevice(options.device)
+  const { autoOrient } = options
 
   const stop = new AbortController()
   const interrupt = (): void => {
@@ -58,7 +59,13 @@ export async function evaluateCommand(data: string, options: EvaluateOptions): P
       for await (const row of limited(readRows(data, options.form), options.limit)) {
         if (isDone(before.get(row.line))) continue
         const { question, truth, form: answerForm } = row
-        yield { row, question, truth, answerForm, load: () => loadImage(row.image, device) }
+        yield {
+          row,
+          question,
+          truth,
+          answerForm,
+          load: () => loadImage(row.image, device, { autoOrient }),
+        }
       }
     })()
     const all = evaluate({

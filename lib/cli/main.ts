@@ -60,6 +60,11 @@ const cropOptions = (command: Command): Command =>
     .option('--padding <share>', "of a region on each side, of the image's size", nonNegative, 0.1)
     .option('--max-pixels <n>', 'of the image and of each region', integerFrom(1), 4096 * 32 * 32)
     .option('--min-pixels <n>', 'likewise', integerFrom(1), 16 * 32 * 32)
+    .option(
+      '--auto-orient',
+      'applies the EXIF orientation of photos; boxes refer to the result',
+      false,
+    )
 
 /** Options of the commands that call models. */
 function servedOptions(command: Command, concurrency: number): Command {
@@ -133,7 +138,7 @@ servedOptions(
   program
     .command('answer')
     .description('answers a question about an image')
-    .argument('<image>', 'a file: JPEG, PNG, WebP, TIFF or AVIF')
+    .argument('<image>', 'a file: JPEG, PNG, WebP, GIF, TIFF or AVIF')
     .argument('<question>', 'with its options, if it has any')
     .option('--out <folder>', 'output folder for the annotated image and the crops')
     .option('--json', 'prints the whole result as JSON'),
@@ -146,7 +151,7 @@ servedOptions(
   ) => {
     const roles = await rolesOf(options)
     using device = openDevice(options.device)
-    const image = await loadImage(file, device)
+    const image = await loadImage(file, device, { autoOrient: options.autoOrient })
     const made = await answer({ ...roles, image, question, answerForm: options.form })
     const { evidence, perception, reasoning } = made
     const files = options.out === undefined ? [] : await saveEvidence(evidence, options.out)
@@ -162,7 +167,7 @@ cropOptions(
   program
     .command('evidence')
     .description('draws boxes on an image and crops them, as the reasoner sees them')
-    .argument('<image>', 'a file: JPEG, PNG, WebP, TIFF or AVIF')
+    .argument('<image>', 'a file: JPEG, PNG, WebP, GIF, TIFF or AVIF')
     .requiredOption('--boxes <json>', "a perceiver's output, or @FILE with it")
     .requiredOption('--out <folder>', 'output folder for the annotated image and the crops'),
 )
@@ -170,7 +175,10 @@ cropOptions(
   .action(
     async (
       file: string,
-      options: Pick<RoleOptions, 'maxEvidence' | 'padding' | 'maxPixels' | 'minPixels'> & {
+      options: Pick<
+        RoleOptions,
+        'maxEvidence' | 'padding' | 'maxPixels' | 'minPixels' | 'autoOrient'
+      > & {
         boxes: string
         out: string
         device?: string
@@ -185,8 +193,8 @@ cropOptions(
           'there is no box in --boxes; expected [{"bbox_2d": [x0, y0, x1, y1], "label": "..."}] in thousandths',
         )
       using device = openDevice(options.device)
-      const image = await loadImage(file, device)
-      const { maxEvidence, maxPixels, minPixels, padding } = options
+      const { autoOrient, maxEvidence, maxPixels, minPixels, padding } = options
+      const image = await loadImage(file, device, { autoOrient })
       using evidence = collectEvidence({
         image,
         boxes,

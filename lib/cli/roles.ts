@@ -23,6 +23,7 @@ export interface RoleOptions {
   minPixels: number
   maxEvidence: number
   padding: number
+  autoOrient: boolean
   imageFormat: 'jpeg' | 'png'
   rules: RewardRules
 }
