@@ -139,6 +139,7 @@ export { type EvidenceBox, parseBoxes } from './p2r/boxes.js'
 export { type EvaluateArgs, evaluate, type Judged, type Question } from './p2r/evaluate.js'
 export {
   type CollectEvidenceArgs,
+  type Coordinates,
   collectEvidence,
   type Evidence,
   type EvidenceOptions,

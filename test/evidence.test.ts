@@ -5,6 +5,7 @@ import {
   type EvidenceBox,
   parseBoxes,
   scope,
+  smartResize,
   type Tensor,
 } from 'p2r-kernels'
 import { describe, expect, test } from 'vitest'
@@ -163,6 +164,65 @@ describe('parseBoxes', () => {
 })
 
 onEveryBackend('collectEvidence', (b) => {
+  test('a side of 0 becomes one factor, in images, crops and patches', () => {
+    using thin = b.device.zeros([639, 31, 3], 'u8')
+    expect(smartResize(639, 31, { maxPixels: 15_360 }).width).toBe(0)
+    const sides: number[][] = []
+    for (const rules of ['qwen-vl-utils', 'transformers'] as const) {
+      const a = { image: thin, maxPixels: 15_360, rules }
+      using none = collectEvidence({ ...a, boxes: [] })
+      using all = collectEvidence({ ...a, boxes: [box(0, 0, 1000, 1000)] })
+      expect([all.crops.length, all.dropped]).toEqual([1, 0])
+      expect(all.crops[0]!.shape).toEqual(none.annotated.shape)
+      const [h, w] = none.annotated.shape as [number, number]
+      using patches = none.pixelValues()
+      expect(patches.gridThw).toEqual([[1, h / 16, w / 16]])
+      sides.push([h, w])
+    }
+    const { height, width } = smartResize(639, 31, { maxPixels: 15_360, rules: 'transformers' })
+    expect(sides).toEqual([
+      [height, width],
+      [height, width],
+    ])
+  })
+
+  test('the rules are those of smartResize', () => {
+    // 10 rows are nearest to 0 multiples of 32: one in one rule, and a larger image in the other.
+    using image = b.device.zeros([10, 1000, 3], 'u8')
+    for (const rules of ['qwen-vl-utils', 'transformers'] as const) {
+      using evidence = collectEvidence({ image, boxes: [], maxPixels: 1 << 20, rules })
+      const { height, width } = smartResize(10, 1000, { maxPixels: 1 << 20, rules })
+      expect(evidence.annotated.shape).toEqual([height, width, 3])
+    }
+  })
+
+  test('absolute coordinates are pixels of the image shown', () => {
+    using image = b.device.zeros([480, 640, 3], 'u8')
+    const relative = { image, boxes: [box(400, 300, 600, 500)] }
+    for (const [sizes, absolute] of [
+      [{}, [256, 144, 384, 240]],
+      // Shown as 192 x 288.
+      [{ maxPixels: 65_536 }, [115.2, 57.6, 172.8, 96]],
+    ] as const) {
+      using expected = collectEvidence({ ...relative, ...sizes })
+      using got = collectEvidence({
+        image,
+        boxes: [{ bbox2d: absolute, label: '' }],
+        coordinates: 'absolute',
+        ...sizes,
+      })
+      expect(got.crops[0]!.shape).toEqual(expected.crops[0]!.shape)
+    }
+  })
+
+  test('boxes without a crop are counted', () => {
+    using image = b.device.zeros([480, 640, 3], 'u8')
+    const boxes = [box(1300, 1400, 1500, 1600), box(0, 0, 500, 500), box(2000, 0, 2100, 100)]
+    expect(collectEvidence({ image, boxes }).dropped).toBe(2)
+    expect(collectEvidence({ image, boxes, maxEvidence: 1 }).dropped).toBe(1)
+    expect(collectEvidence({ image, boxes: [] }).dropped).toBe(0)
+  })
+
   for (const c of meta.cases.filter((c: { op: string }) => c.op === 'evidence'))
     test(c.id, async () => {
       const source = bytes(c.input.file)
@@ -411,6 +471,8 @@ onEveryBackend('collectEvidence', (b) => {
     refused({ padding: [0.1] }, 'ERR_VALUE', /padding/)
     refused({ maxEvidence: -1 }, 'ERR_VALUE', /maxEvidence/)
     refused({ maxPixels: 0 }, 'ERR_VALUE', /maxPixels/)
+    refused({ rules: 'strict' }, 'ERR_VALUE', /rules/)
+    refused({ coordinates: 'pixels' }, 'ERR_VALUE', /coordinates/)
     refused({ maxPixels: 1000 }, 'ERR_VALUE', /at least minPixels/)
   })
 })

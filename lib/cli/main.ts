@@ -14,7 +14,7 @@ import { parseBoxes } from '../p2r/boxes.js'
 import { collectEvidence, type Evidence } from '../p2r/evidence.js'
 import { type AnswerForm, answerForms } from '../p2r/prompts.js'
 import { type EvaluateOptions, evaluateCommand } from './evaluate.js'
-import { type RoleOptions, rolesOf } from './roles.js'
+import { type CropOptions, evidenceOptions, type RoleOptions, rolesOf } from './roles.js'
 import { UsageError } from './usage.js'
 
 const { version } = JSON.parse(
@@ -60,6 +60,19 @@ const cropOptions = (command: Command): Command =>
     .option('--padding <share>', "of a region on each side, of the image's size", nonNegative, 0.1)
     .option('--max-pixels <n>', 'of the image and of each region', integerFrom(1), 4096 * 32 * 32)
     .option('--min-pixels <n>', 'likewise', integerFrom(1), 16 * 32 * 32)
+    .addOption(
+      new Option('--resize-rules <rules>', 'of the sizes of images and regions')
+        .choices(['qwen-vl-utils', 'transformers'])
+        .default('qwen-vl-utils'),
+    )
+    .addOption(
+      new Option(
+        '--coordinates <unit>',
+        "of boxes: 'thousandths' (Qwen3-VL) or 'absolute', pixels of the image shown (Qwen2.5-VL)",
+      )
+        .choices(['thousandths', 'absolute'])
+        .default('thousandths'),
+    )
     .option(
       '--auto-orient',
       'applies the EXIF orientation of photos; boxes refer to the result',
@@ -175,10 +188,7 @@ cropOptions(
   .action(
     async (
       file: string,
-      options: Pick<
-        RoleOptions,
-        'maxEvidence' | 'padding' | 'maxPixels' | 'minPixels' | 'autoOrient'
-      > & {
+      options: CropOptions & {
         boxes: string
         out: string
         device?: string
@@ -190,20 +200,14 @@ cropOptions(
       const boxes = parseBoxes(text)
       if (!boxes.length)
         throw new UsageError(
-          'there is no box in --boxes; expected [{"bbox_2d": [x0, y0, x1, y1], "label": "..."}] in thousandths',
+          'there is no box in --boxes; expected [{"bbox_2d": [x0, y0, x1, y1], "label": "..."}]',
         )
       using device = openDevice(options.device)
-      const { autoOrient, maxEvidence, maxPixels, minPixels, padding } = options
-      const image = await loadImage(file, device, { autoOrient })
-      using evidence = collectEvidence({
-        image,
-        boxes,
-        maxEvidence,
-        maxPixels,
-        minPixels,
-        padding: [padding, padding],
-      })
+      const image = await loadImage(file, device, { autoOrient: options.autoOrient })
+      using evidence = collectEvidence({ image, boxes, ...evidenceOptions(options) })
       for (const path of await saveEvidence(evidence, options.out)) console.log(path)
+      if (evidence.hasEvidence && evidence.dropped)
+        console.error(`Without a crop: ${evidence.dropped}, outside the image or too thin.`)
       if (!evidence.hasEvidence)
         console.error('No box is inside the image: the reasoner would see the image unchanged.')
     },

@@ -1,11 +1,23 @@
+import type { Coordinates, EvidenceOptions } from '../p2r/evidence.js'
 import { OpenAIPolicy } from '../p2r/openai.js'
 import { Perceiver } from '../p2r/perceiver.js'
 import { Reasoner } from '../p2r/reasoner.js'
 import { modelVerifier, type RewardRules, type Verifier } from '../p2r/reward.js'
 import { UsageError } from './usage.js'
 
+/** The command line's options of images and the regions cut out of them. */
+export interface CropOptions {
+  maxPixels: number
+  minPixels: number
+  maxEvidence: number
+  padding: number
+  resizeRules: NonNullable<EvidenceOptions['rules']>
+  coordinates: Coordinates
+  autoOrient: boolean
+}
+
 /** The command line's options of the served models. */
-export interface RoleOptions {
+export interface RoleOptions extends CropOptions {
   baseUrl?: string[]
   model?: string
   perceiverUrl?: string[]
@@ -19,31 +31,26 @@ export interface RoleOptions {
   retries: number
   concurrency: number
   temperature: number
-  maxPixels: number
-  minPixels: number
-  maxEvidence: number
-  padding: number
-  autoOrient: boolean
   imageFormat: 'jpeg' | 'png'
   rules: RewardRules
+}
+
+export function evidenceOptions(options: CropOptions): EvidenceOptions {
+  const { maxPixels, minPixels, maxEvidence, padding, resizeRules, coordinates } = options
+  const square = [padding, padding] as const
+  return { maxPixels, minPixels, maxEvidence, padding: square, rules: resizeRules, coordinates }
 }
 
 export async function rolesOf(
   options: RoleOptions,
 ): Promise<{ perceiver: Perceiver; reasoner: Reasoner }> {
-  const { temperature, maxPixels, minPixels, maxEvidence, padding, rules } = options
+  const { temperature, rules } = options
   const [perceiving, reasoning] = [
     await served('perceiver', options),
     await served('reasoner', options),
   ]
   return {
-    perceiver: new Perceiver(perceiving, {
-      temperature,
-      maxPixels,
-      minPixels,
-      maxEvidence,
-      padding: [padding, padding],
-    }),
+    perceiver: new Perceiver(perceiving, { temperature, ...evidenceOptions(options) }),
     reasoner: new Reasoner(reasoning, { temperature, rules }),
   }
 }

@@ -5,6 +5,7 @@ import {
   checkInteger,
   checkPositive,
   checkReceiver,
+  choice,
   describeValue,
   isObject,
   type Names,
@@ -12,10 +13,12 @@ import {
 import { checkFloatDType, type FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import {
+  type ImageSize,
   type PixelValuesResult,
   pixelValues,
   type Region,
   resample,
+  type SmartResizeOptions,
   smartResize,
 } from '../ops/crop_resample.js'
 import { drawBoxes, type Outlines, type PixelBox } from '../ops/draw_boxes.js'
@@ -54,13 +57,28 @@ export interface EvidenceOptions extends EvidenceSizes {
    * @default [0.1, 0.1]
    */
   padding?: readonly [x: number, y: number]
+  /**
+   * smartResize's rules. Where they give a thin image a side of 0, it is 32 here.
+   * @default 'qwen-vl-utils'
+   */
+  rules?: ResizeRules
+  /**
+   * What boxes are measured in: thousandths of the image's width and height (Qwen3-VL), or pixels of the annotated
+   * image, which is what the perceiver saw (Qwen2.5-VL): with maxPixels smartResize's size, else the image's.
+   * @default 'thousandths'
+   */
+  coordinates?: Coordinates
 }
+
+type ResizeRules = NonNullable<SmartResizeOptions['rules']>
+/** The unit of a perceiver's boxes. */
+export type Coordinates = 'thousandths' | 'absolute'
 
 /** The arguments of collectEvidence. */
 export interface CollectEvidenceArgs extends EvidenceOptions {
   /** u8 [height, width, 3]. It stays the caller's, and must outlive the evidence. */
   image: Tensor<'u8'>
-  /** In thousandths of the image's size; see parseBoxes. */
+  /** In the unit of `coordinates`; see parseBoxes. */
   boxes: readonly EvidenceBox[]
 }
 
@@ -84,6 +102,11 @@ export interface Evidence extends Disposable {
   readonly crops: Tensor<'u8'>[]
   /** The boxes as they were given, those without a crop too. */
   readonly boxes: EvidenceBox[]
+  /**
+   * How many of the first `maxEvidence` boxes have no crop: outside the image, or too thin to be resampled. Many
+   * such boxes mean other coordinates than the model's.
+   */
+  readonly dropped: number
   /** Whether there is a crop. */
   readonly hasEvidence: boolean
   /** Frees the images. A second call does nothing. */
@@ -107,6 +130,8 @@ export const evidenceNames: Names<EvidenceOptions> = {
   ...sizeNames,
   maxEvidence: true,
   padding: true,
+  rules: true,
+  coordinates: true,
 }
 const argumentNames: Names<CollectEvidenceArgs> = { ...evidenceNames, image: true, boxes: true }
 const pixelValuesNames: Names<EvidencePixelValuesOptions> = { ...sizeNames, dtype: true }
@@ -115,7 +140,7 @@ const pixelValuesNames: Names<EvidencePixelValuesOptions> = { ...sizeNames, dtyp
  * The evidence of a perceiver's boxes: the image with all of them drawn, and the first `maxEvidence`
  * cropped from the original image.
  *
- * Crops that are empty, or that smartResize refuses, are dropped; if none remains the evidence is the original
+ * Crops that are empty, or that smartResize refuses, are dropped and counted; if none remains the evidence is the original
  * image, with hasEvidence false. Source: Perceive-to-Reason, evaluation/p2r_utils.py.
  *
  * @throws P2RError ERR_VALUE for boxes with coordinates that are not finite, and for sizes that are not positive
@@ -144,20 +169,30 @@ export function collectEvidence(a: CollectEvidenceArgs): Evidence {
   checkArray(boxes, 'boxes', op)
   for (let i = 0; i < boxes.length; i++)
     checkFiniteNumbers(boxes[i]?.bbox2d, 4, `boxes[${i}].bbox2d`, op)
-  const sizes = checkEvidenceOptions(a, op)
+  const sizes = { ...checkEvidenceOptions(a, op), rules: a.rules }
 
+  const whole: PixelBox = [0, 0, width, height]
+  const { minPixels, maxPixels } = sizes
+  let unit: ImageSize = { height: 1000, width: 1000 }
+  if (a.coordinates === 'absolute')
+    unit = maxPixels === undefined ? { height, width } : sized(whole, minPixels, maxPixels, a.rules)
+  const wanted = boxes.slice(0, maxEvidence)
   const crops: PixelBox[] = []
-  for (const { bbox2d } of boxes.slice(0, maxEvidence)) {
-    const crop = cropBox(bbox2d, height, width, padding)
+  for (const { bbox2d } of wanted) {
+    const crop = cropBox(bbox2d, { height, width }, padding, unit)
     if (crop[2] > crop[0] && crop[3] > crop[1] && isResizable(crop, sizes)) crops.push(crop)
   }
-  return new Collected(image, [...boxes], crops, sizes)
+  const outlines = boxes.map(({ bbox2d }) => outlineBox(bbox2d, { height, width }, unit))
+  return new Collected(image, [...boxes], outlines, crops, wanted.length - crops.length, sizes)
 }
 
 /** @internal Refuses wrong options; returns the sizes among them. */
 export function checkEvidenceOptions(a: EvidenceOptions, op: string): EvidenceSizes {
   if (a.maxEvidence !== undefined) checkInteger(a.maxEvidence, 0, 'maxEvidence', op)
   if (a.padding !== undefined) checkFiniteNumbers(a.padding, 2, 'padding', op)
+  if (a.rules !== undefined) choice(a.rules, ['qwen-vl-utils', 'transformers'], 'rules', op)
+  if (a.coordinates !== undefined)
+    choice(a.coordinates, ['thousandths', 'absolute'], 'coordinates', op)
   return sizesOf(a, op)
 }
 
@@ -169,12 +204,18 @@ export function checkEvidence(value: unknown, op: string): Evidence {
   return given as Evidence
 }
 
+interface ResizeOptions extends EvidenceSizes {
+  rules: ResizeRules | undefined
+}
+
 class Collected implements Evidence {
   readonly boxes: EvidenceBox[]
+  readonly dropped: number
   readonly hasEvidence: boolean
+  readonly #outlineBoxes: readonly PixelBox[]
   readonly #image: Tensor<'u8'>
   readonly #cropBoxes: readonly PixelBox[]
-  readonly #sizes: EvidenceSizes
+  readonly #sizes: ResizeOptions
   #annotated: Tensor<'u8'> | undefined
   #crops: Tensor<'u8'>[] | undefined
   #disposed = false
@@ -182,10 +223,14 @@ class Collected implements Evidence {
   constructor(
     image: Tensor<'u8'>,
     boxes: EvidenceBox[],
+    outlines: readonly PixelBox[],
     cropBoxes: readonly PixelBox[],
-    sizes: EvidenceSizes,
+    dropped: number,
+    sizes: ResizeOptions,
   ) {
     this.boxes = boxes
+    this.dropped = dropped
+    this.#outlineBoxes = outlines
     this.hasEvidence = cropBoxes.length > 0
     this.#image = image
     this.#cropBoxes = cropBoxes
@@ -195,9 +240,9 @@ class Collected implements Evidence {
   get annotated(): Tensor<'u8'> {
     Collected.#check(this)
     if (this.#annotated) return this.#annotated
-    const { minPixels, maxPixels } = this.#sizes
+    const { minPixels, maxPixels, rules } = this.#sizes
     if (maxPixels !== undefined) {
-      const region = sized(this.#whole, minPixels, maxPixels)
+      const region = sized(this.#whole, minPixels, maxPixels, rules)
       this.#annotated = this.#resample([region], this.#outlines)[0]!
     } else if (this.#outlines)
       this.#annotated = drawBoxes({ image: this.#image, ...this.#outlines })
@@ -207,10 +252,10 @@ class Collected implements Evidence {
 
   get crops(): Tensor<'u8'>[] {
     Collected.#check(this)
-    const { minPixels, maxPixels, cropMaxPixels = maxPixels } = this.#sizes
+    const { minPixels, maxPixels, cropMaxPixels = maxPixels, rules } = this.#sizes
     this.#crops ??= this.#resample(
       this.#cropBoxes.map((box) =>
-        cropMaxPixels === undefined ? unresized(box) : sized(box, minPixels, cropMaxPixels),
+        cropMaxPixels === undefined ? unresized(box) : sized(box, minPixels, cropMaxPixels, rules),
       ),
     )
     return this.#crops
@@ -225,10 +270,11 @@ class Collected implements Evidence {
     if (options.dtype !== undefined) checkFloatDType(options.dtype, 'dtype', op)
     const sizes = sizesOf(options, op, this.#sizes)
     const { minPixels, maxPixels, cropMaxPixels = maxPixels } = sizes
+    const { rules } = this.#sizes
     const regions: Region[] = [
-      sized(this.#whole, minPixels, maxPixels),
+      sized(this.#whole, minPixels, maxPixels, rules),
       ...this.#cropBoxes.map((box) => ({
-        ...sized(box, minPixels, cropMaxPixels),
+        ...sized(box, minPixels, cropMaxPixels, rules),
         overlay: false,
       })),
     ]
@@ -270,9 +316,7 @@ class Collected implements Evidence {
   }
 
   get #outlines(): Outlines | undefined {
-    if (!this.hasEvidence) return undefined
-    const [height, width] = this.#image.shape as [number, number]
-    return { boxes: this.boxes.map(({ bbox2d }) => outlineBox(bbox2d, height, width)) }
+    return this.hasEvidence ? { boxes: this.#outlineBoxes } : undefined
   }
 
   #resample(regions: Region[], overlay?: Outlines): Tensor<'u8'>[] {
@@ -281,29 +325,42 @@ class Collected implements Evidence {
 }
 
 // The reference's geometry, in its order of operations: c / 1000 · size is not c · size / 1000.
+// `unit` is the size of the image in the boxes' coordinates, so that a region is the same in any unit.
 
-function outlineBox(box: EvidenceBox['bbox2d'], height: number, width: number): PixelBox {
+function outlineBox(
+  box: EvidenceBox['bbox2d'],
+  { height, width }: ImageSize,
+  unit: ImageSize,
+): PixelBox {
   // Clamped because the addon takes 32-bit integers; beyond this no pixel of the image changes.
   const limit = 2 ** 30
-  const pixel = (c: number, size: number) =>
-    Math.max(-limit, Math.min(limit, Math.trunc((c / 1000) * size)))
-  return [pixel(box[0], width), pixel(box[1], height), pixel(box[2], width), pixel(box[3], height)]
+  const pixel = (c: number, size: number, whole: number) =>
+    Math.max(-limit, Math.min(limit, Math.trunc((c / whole) * size)))
+  const x = (c: number) => pixel(c, width, unit.width)
+  const y = (c: number) => pixel(c, height, unit.height)
+  return [x(box[0]), y(box[1]), x(box[2]), y(box[3])]
 }
 
 function cropBox(
   box: EvidenceBox['bbox2d'],
-  height: number,
-  width: number,
+  { height, width }: ImageSize,
   padding: readonly [number, number],
+  unit: ImageSize,
 ): PixelBox {
-  const interval = (a: number, b: number, size: number, padding: number): [number, number] => {
+  const interval = (
+    a: number,
+    b: number,
+    size: number,
+    padding: number,
+    whole: number,
+  ): [number, number] => {
     const pad = Math.min(padding, 600 / size)
-    const low = Math.max(0, Math.min(a / 1000, b / 1000) - pad)
-    const high = Math.min(1, Math.max(a / 1000, b / 1000) + pad)
+    const low = Math.max(0, Math.min(a / whole, b / whole) - pad)
+    const high = Math.min(1, Math.max(a / whole, b / whole) + pad)
     return [Math.trunc(low * size), Math.trunc(high * size)]
   }
-  const [x0, x1] = interval(box[0], box[2], width, padding[0])
-  const [y0, y1] = interval(box[1], box[3], height, padding[1])
+  const [x0, x1] = interval(box[0], box[2], width, padding[0], unit.width)
+  const [y0, y1] = interval(box[1], box[3], height, padding[1], unit.height)
   return [x0, y0, x1, y1]
 }
 
@@ -311,23 +368,29 @@ function unresized(box: PixelBox): Region {
   return { box, height: box[3] - box[1], width: box[2] - box[0] }
 }
 
-function sized(box: PixelBox, minPixels?: number, maxPixels?: number): Region {
-  const { height, width } = unresized(box)
-  const size = smartResize(height, width, {
+/** smartResize's factor, and so the smallest side. */
+const leastSide = 32
+
+function sized(
+  box: PixelBox,
+  minPixels: number | undefined,
+  maxPixels: number | undefined,
+  rules: ResizeRules | undefined,
+): Region {
+  const given = unresized(box)
+  const { height, width } = smartResize(given.height, given.width, {
     ...(minPixels !== undefined && { minPixels }),
     ...(maxPixels !== undefined && { maxPixels }),
+    ...(rules && { rules }),
   })
-  return { box, ...size }
+  return { box, height: Math.max(height, leastSide), width: Math.max(width, leastSide) }
 }
 
 /** Whether smartResize accepts a crop; without a limit on pixels crops are not resampled. */
 function isResizable(crop: PixelBox, sizes: EvidenceSizes): boolean {
-  const { minPixels, maxPixels, cropMaxPixels = maxPixels } = sizes
-  if (cropMaxPixels === undefined) return true
+  if (sizes.cropMaxPixels === undefined && sizes.maxPixels === undefined) return true
   const { height, width } = unresized(crop)
-  if (Math.max(height, width) > 200 * Math.min(height, width)) return false
-  const region = sized(crop, minPixels, cropMaxPixels)
-  return region.height > 0 && region.width > 0
+  return Math.max(height, width) <= 200 * Math.min(height, width)
 }
 
 /** The sizes given in `a`, with defaults. */
