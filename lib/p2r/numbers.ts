@@ -31,9 +31,12 @@ const unit = /^[\p{L}°²³µ'".\s/^()*·-]*(?:\^?[23])?$/u
 export function readQuantity(text: string): Quantity | undefined {
   // Bounds the time of the patterns; no answer is a longer number.
   if (text.length > 200) return undefined
-  const plain = text
-    .replace(/\\text\{([^{}]*)\}|\\mathrm\{([^{}]*)\}/g, '$1$2')
+  const plain = halfWidth(text)
+    .replace(/\\(?:boxed|fbox|mathbf|mathrm|text|textbf)(?=\s*\{)/g, '')
     .replace(/\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}/g, ' $1/$2')
+    .replace(/\\[dt]?frac\s*(\d)\s*(\d)/g, ' $1/$2')
+    .replace(/\s*(?:\\times|\\cdot|×)\s*10\s*\^\s*\{?\s*([-+−]?\d+)\s*\}?/g, 'e$1')
+    .replace(/~/g, ' ')
     .replace(/\\[,!;: ]|\\left|\\right/g, '')
     .replace(/\^\s*\{?\\circ\}?/g, '°')
     .replace(/\\([%$])/g, '$1')
@@ -41,6 +44,7 @@ export function readQuantity(text: string): Quantity | undefined {
     .replace(/[−–]/g, '-')
     .replace(/[{}*_`]/g, '')
     .trim()
+    .replace(/^\p{L}\s*=\s*/u, '')
     .replace(/^\((.*)\)$/s, '$1')
     .replace(/^([-+]) +/, '$1')
     .replace(/\.$/, '')
@@ -63,6 +67,11 @@ export function readQuantity(text: string): Quantity | undefined {
   }
   if (!Number.isFinite(value) || !unit.test(rest)) return undefined
   return { value, percent: percent !== null, unit: rest.replace(/(?<=\p{L}{2})s\b|\.$/gu, '') }
+}
+
+/** A text with the full-width forms of ASCII, which Chinese and Japanese texts use, as ASCII. */
+export function halfWidth(text: string): string {
+  return text.replace(/[\uff01-\uff5e]/g, (c) => String.fromCharCode(c.charCodeAt(0) - 0xfee0))
 }
 
 /** The only number in a text, with what follows it on its line; undefined where there are several. */

@@ -10,7 +10,7 @@ import {
 } from '../arguments.js'
 import { refuse } from '../errors.js'
 import type { EvidenceBox } from './boxes.js'
-import { findQuantity, type Quantity, readQuantity, sameNumber } from './numbers.js'
+import { findQuantity, halfWidth, type Quantity, readQuantity, sameNumber } from './numbers.js'
 import { askOnce, checkPolicy, type Policy } from './policy.js'
 import { type AnswerForm, checkForm } from './prompts.js'
 import { strip, words } from './python_text.js'
@@ -243,15 +243,20 @@ const announced = new RegExp(
   `(?:[Aa]nswer|ANSWER|[Oo]ption|OPTION|[Cc]hoice|CHOICE)(?:\\s+(?:is|IS))?\\s*:?\\s*[*_"'\`(\\[{]*(?:([A-Z])|([a-z])(?=[^${latin}\\s]|\\s*$))(?!['’]?${latin})`,
   'gu',
 )
+/** An announced letter that is declared right, whatever is said of other options. */
+const declared = new RegExp(
+  `(?:[Aa]nswer|ANSWER|(?:[Cc]orrect|[Bb]est|[Rr]ight)\\s+(?:option|choice))(?:\\s+is\\s*:?|\\s*:)\\s*[*_"'\`(\\[{]*([A-Z])(?!['’]?${latin})(?!\\s+[a-z])`,
+  'gu',
+)
 const capital = new RegExp(`(?<![${latin}'’])([A-Z])(?!['’]?${latin})(?!\\s+[a-z])`, 'gu')
 
 /** The letter of the only option that an answer names; '' if it names none or several. */
 function optionLetter(answer: string): string {
-  const text = strip(answer).slice(0, 10_000)
+  const text = strip(halfWidth(answer.slice(0, 10_000)))
   const first = (alone.exec(text) ?? leading.exec(text))?.[1]
   if (first) return first.toUpperCase()
   // 'A' before a word in lower case is an article, unless it is announced.
-  for (const pattern of [announced, capital]) {
+  for (const pattern of [declared, announced, capital]) {
     const letters = new Set(
       Array.from(text.matchAll(pattern), ([, upper, lower]) => (upper ?? lower)!.toUpperCase()),
     )
