@@ -3,7 +3,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { crc32 } from 'node:zlib'
-import { encodeImage, loadImage, openDevice, saveImage } from 'p2r-kernels'
+import { encodeImage, type ImageSource, loadImage, openDevice, saveImage } from 'p2r-kernels'
 import sharp from 'sharp'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { Random } from './harness.js'
@@ -32,7 +32,7 @@ const refused = (promise: Promise<unknown>, code: string, op: string, message: R
     op,
     message: expect.stringMatching(message),
   })
-const refusesToLoad = (source: string | Uint8Array, code: string, message: RegExp, options = {}) =>
+const refusesToLoad = (source: ImageSource, code: string, message: RegExp, options = {}) =>
   refused(loadImage(source, device, options), code, 'loadImage', message)
 
 /** Two PNGs as one animation, of which the first is also the default image. */
