@@ -149,7 +149,7 @@ const loadNames: Names<LoadTensorsOptions> = { only: true }
  * const path = `${tmpdir()}/p2r-example.safetensors`
  * await saveTensors(path, { bias: device.tensor([0.5], [1]), weight: device.zeros([4, 4]) })
  * const { bias } = await loadTensors(path, device, { only: (name) => name.endsWith('bias') })
- * console.log(await bias.read()) // Float32Array [0.5]
+ * console.log(await bias.read()) // Float32Array(1) [ 0.5 ]
  * device.dispose()
  * ```
  */
