@@ -32,9 +32,11 @@ import {
   type ChatRequest,
   type ChatServer,
   chatServer,
+  choices,
   fails,
   type Reply,
   says,
+  send,
 } from './chat_server.js'
 
 const main = fileURLToPath(new URL('../dist/lib/cli/main.js', import.meta.url))
@@ -207,6 +209,27 @@ describe('the command', () => {
       err: expect.stringMatching(/serves m, other; name the model by --model/),
     })
     await server.close()
+    server = await chatServer((request, response) =>
+      /JSON/.test(request.prompt)
+        ? obliging(request, response)
+        : send(response, 200, {
+            choices: choices(/empty/.test(request.prompt) ? '' : '<answer>B').map((choice) => ({
+              ...choice,
+              finish_reason: /empty/.test(request.prompt) ? 'stop' : 'length',
+            })),
+          }),
+    )
+    const cut = (question: string) =>
+      run('answer', image, question, '--base-url', server!.baseURL, '--model', 'm')
+    expect(await cut('q')).toMatchObject({
+      err: 'The limit of tokens cut off the output of the reasoner.\n',
+    })
+    expect(await cut('empty')).toMatchObject({
+      code: 1,
+      out: '',
+      err: expect.stringMatching(/no answer in the reasoner's output/),
+    })
+    await server.close()
     expect(await run(...args, '--retries', '0')).toMatchObject({
       code: 1,
       out: '',
@@ -280,7 +303,14 @@ describe('evaluate', () => {
       [''],
     ])
     const summary = JSON.parse(readFileSync(join(folder, 'summary.json'), 'utf8'))
-    expect(summary.overall).toEqual({ questions: 5, correct: 4, accuracy: 80, boxes: 1, failed: 0 })
+    expect(summary.overall).toEqual({
+      questions: 5,
+      correct: 4,
+      accuracy: 80,
+      boxes: 1,
+      failed: 0,
+      truncated: 0,
+    })
     expect(summary.categories['4k single'].accuracy).toBe(50)
     const made = results(join(folder, 'rows.results.jsonl')).sort((a, b) => a.line - b.line)
     expect(made.map(({ id }) => id)).toEqual(['7', '1', '3', '4', '5'])

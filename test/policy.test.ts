@@ -10,6 +10,7 @@ import {
   RecordedPolicy,
   recordPolicy,
 } from 'p2r-kernels'
+import { Agent, getGlobalDispatcher, setGlobalDispatcher } from 'undici'
 import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from 'vitest'
 import {
   type ChatServer,
@@ -38,6 +39,9 @@ const ask = (extra: Partial<PolicyRequest> = {}): PolicyRequest => ({
   ...extra,
 })
 
+/** A completion as the server's choices give it. */
+const said = (text: string) => ({ text, finishReason: 'stop' })
+
 describe('OpenAIPolicy', () => {
   let server: ChatServer
   afterEach(() => server?.close())
@@ -60,7 +64,7 @@ describe('OpenAIPolicy', () => {
     const all = [image, picture(8, 8)]
     const asked = ask({ images: all, n: 2, temperature: 0.5, maxTokens: 9 })
     const png = await policy([says('three')], { imageFormat: 'png', apiKey: 'key' })
-    expect(await png.generate(asked)).toEqual([{ text: 'three' }, { text: 'three' }])
+    expect(await png.generate(asked)).toEqual([said('three'), said('three')])
     const [request] = server.requests
     expect(request!.headers.authorization).toBe('Bearer key')
     expect(request!.body).toMatchObject({ model: 'm', n: 2, temperature: 0.5, max_tokens: 9 })
@@ -92,16 +96,19 @@ describe('OpenAIPolicy', () => {
       if (at === 3) Object.assign(choice!, { logprobs: plain })
       if (at === 4) Object.assign(choice!, { logprobs: plain, token_ids: [1, 2, 3] })
       if (at === 5) Object.assign(choice!, { logprobs: { content: [null, { token: 4 }] } })
+      if (at === 6) plain.content[1]!.logprob = null as never
+      if (at === 6) Object.assign(choice!, { logprobs: plain, token_ids: [1, 2] })
       send(response, 200, { choices: [choice] })
     }
     const p = await policy([reply])
     const expected = [
-      { text: 'a', tokens: [5, 7], logProbs: [-0.05, -0.07] },
-      { text: 'a', tokens: [1, 2], logProbs: [-1, -2] },
-      { text: 'a', tokens: [3, 4], logProbs: [-1, -2] },
-      { text: 'a', logProbs: [-1, -2] },
-      { text: 'a', tokens: [1, 2, 3] },
-      { text: 'a' },
+      { ...said('a'), tokens: [5, 7], logProbs: [-0.05, -0.07] },
+      { ...said('a'), tokens: [1, 2], logProbs: [-1, -2] },
+      { ...said('a'), tokens: [3, 4], logProbs: [-1, -2] },
+      { ...said('a'), logProbs: [-1, -2] },
+      { ...said('a'), tokens: [1, 2, 3] },
+      said('a'),
+      { ...said('a'), tokens: [1, 2], logProbs: [-1, NaN] },
     ]
     for (const one of expected) expect(await p.generate(ask())).toEqual([one])
     expect(server.requests[0]!.body).toMatchObject({
@@ -143,7 +150,7 @@ describe('OpenAIPolicy', () => {
   ])('%s: retried, then reported', async (_, reply, message) => {
     vi.spyOn(Math, 'random').mockReturnValue(-0.7 / 0.5) // 25 ms instead of half a second
     const once = await policy([reply, says('fine')], { maxRetries: 1 })
-    expect(await once.generate(ask())).toEqual([{ text: 'fine' }])
+    expect(await once.generate(ask())).toEqual([said('fine')])
     await server.close()
     const never = await policy([reply], { maxRetries: 1 })
     await expect(never.generate(ask())).rejects.toThrow(failure(message))
@@ -160,11 +167,27 @@ describe('OpenAIPolicy', () => {
     expect(server.requests.length).toBe(1)
   })
 
-  test('an error in a response of status 200 is a response without choices', async () => {
-    const p = await policy([(_, r) => send(r, 200, { error: { message: 'no such model' } })], {
-      maxRetries: 0,
-    })
-    await expect(p.generate(ask())).rejects.toThrow(failure(/no choices: no such model/))
+  test.each<[object, RegExp]>([
+    [{ error: { message: 'no such model' } }, /no such model/],
+    [{ object: 'error', message: 'At most 1 image(s)', code: 400 }, /At most 1 image\(s\)/],
+    [{ detail: 'Not authenticated' }, /Not authenticated/],
+    [{ detail: [{ loc: ['body', 'n'], msg: 'too many' }] }, /\["body","n"\],"msg":"too many"/],
+    [{ error: 'model "m" not found' }, /model "m" not found/],
+  ])('what the server says of an error is shown: %j', async (body, message) => {
+    const refused = await policy([(_, r) => send(r, 400, body)])
+    await expect(refused.generate(ask())).rejects.toThrow(failure(message))
+    await expect(refused.generate(ask())).rejects.toThrow(failure(/the server answered 400 /))
+    await server.close()
+    const fine = await policy([(_, r) => send(r, 200, body)], { maxRetries: 0 })
+    await expect(fine.generate(ask())).rejects.toThrow(failure(/no choices: /))
+    await expect(fine.generate(ask())).rejects.toThrow(failure(message))
+  })
+
+  test('an error of the request is not tried again, whatever the status of the response', async () => {
+    const body = { object: 'error', message: 'too long', code: 400 }
+    const p = await policy([(_, r) => send(r, 200, body)])
+    await expect(p.generate(ask())).rejects.toThrow(failure(/too long/))
+    expect(server.requests.length).toBe(1)
   })
 
   test('Retry-After in seconds and as a date is respected; one that is too long fails', async () => {
@@ -175,7 +198,7 @@ describe('OpenAIPolicy', () => {
       says('fine'),
     ])
     const started = performance.now()
-    expect(await p.generate(ask())).toEqual([{ text: 'fine' }])
+    expect(await p.generate(ask())).toEqual([said('fine')])
     expect(performance.now() - started).toBeGreaterThan(290)
     expect(Date.now()).toBeGreaterThanOrEqual(Date.parse(soon))
     await server.close()
@@ -199,6 +222,26 @@ describe('OpenAIPolicy', () => {
       await expect(p.generate(ask())).rejects.toThrow(failure(/no answer within 80 ms/))
       expect(performance.now() - started).toBeLessThan(2000)
       await server.close()
+    }
+  })
+
+  test('time limits of Node’s own fetch do not apply', async () => {
+    const global = getGlobalDispatcher()
+    const hasty = new Agent({ headersTimeout: 1, bodyTimeout: 1 })
+    setGlobalDispatcher(hasty)
+    try {
+      const late: Reply = async (request, response) => {
+        await new Promise((resolve) => setTimeout(resolve, 2500))
+        says('late')(request, response)
+      }
+      const p = await policy([late], { maxRetries: 0 })
+      const body = JSON.stringify({ messages: [{ role: 'user', content: [{ type: 'text' }] }] })
+      const plain = fetch(`${server.baseURL}/chat/completions`, { method: 'POST', body })
+      await expect(plain).rejects.toThrow(/fetch failed/)
+      expect(await p.generate(ask())).toEqual([said('late')])
+    } finally {
+      setGlobalDispatcher(global)
+      await hasty.close()
     }
   })
 
@@ -237,7 +280,7 @@ describe('OpenAIPolicy', () => {
     const good = await chatServer(says('good'))
     const bad = await serve(fails(500, 'down', { 'retry-after': '0' }))
     const p = new OpenAIPolicy({ baseURL: [bad, good.baseURL], model: 'm' })
-    for (let i = 0; i < 4; i++) expect(await p.generate(ask())).toEqual([{ text: 'good' }])
+    for (let i = 0; i < 4; i++) expect(await p.generate(ask())).toEqual([said('good')])
     expect(server.requests.length).toBe(4)
     expect(good.requests.length).toBe(4)
     await good.close()
@@ -248,8 +291,8 @@ describe('OpenAIPolicy', () => {
       (_, r) => send(r, 200, { choices: choices({ refusal: 'I would rather not' }, 'yes') }),
     ])
     expect(await p.generate(ask({ n: 2 }))).toEqual([
-      { text: '', refusal: 'I would rather not' },
-      { text: 'yes' },
+      { ...said(''), refusal: 'I would rather not' },
+      said('yes'),
     ])
     expect(server.requests.length).toBe(1)
   })
@@ -286,10 +329,37 @@ describe('OpenAIPolicy', () => {
       { stream: true },
     )
     expect(await p.generate(ask({ n: 2 }))).toEqual([
-      { text: 'three', tokens: [3, 4], logProbs: [-3, -4] },
-      { text: '', refusal: 'I decline' },
+      { ...said('three'), tokens: [3, 4], logProbs: [-3, -4] },
+      { ...said(''), refusal: 'I decline' },
     ])
     expect(server.requests[0]!.body.stream).toBe(true)
+  })
+
+  test('streams of thoughts, of parts and of calls', async () => {
+    const p = await policy(
+      [
+        stream(
+          delta(0, { role: 'assistant', content: null }),
+          delta(0, { reasoning: 'h' }),
+          delta(0, { reasoning_content: 'm' }),
+          delta(0, { content: [{ type: 'text', text: 'B' }] }),
+          delta(0, {}, { finish_reason: 'length' }),
+          delta(1, { tool_calls: [{ index: 0, function: { name: 'zoom', arguments: '' } }] }),
+          delta(1, { tool_calls: [{ index: 0, function: { arguments: '{}' } }] }),
+          delta(1, {}, { finish_reason: 'tool_calls' }),
+          '[DONE]',
+        ),
+      ],
+      { stream: true },
+    )
+    expect(await p.generate(ask({ n: 2 }))).toEqual([
+      { text: 'B', finishReason: 'length', reasoning: 'hm' },
+      {
+        text: '',
+        finishReason: 'tool_calls',
+        failure: expect.stringMatching(/calls of the tools 'zoom', /),
+      },
+    ])
   })
 
   test.each<[string, Reply, RegExp]>([
@@ -297,6 +367,11 @@ describe('OpenAIPolicy', () => {
     [
       'breaks off with an error',
       stream(delta(0, { content: 'th' }), { error: { message: 'out of memory' } }),
+      /out of memory/,
+    ],
+    [
+      'breaks off with a flat error',
+      stream(delta(0, { content: 'th' }), { object: 'error', message: 'out of memory', code: 500 }),
       /out of memory/,
     ],
     ['holds no JSON', stream('{"choices": [', '[DONE]'), /connection failed/],
@@ -311,10 +386,120 @@ describe('OpenAIPolicy', () => {
     await expect(p.generate(ask())).rejects.toThrow(failure(/no choices/))
   })
 
-  test('another number of choices than requested', async () => {
-    const p = await policy([(_, r) => send(r, 200, { choices: choices('a') })])
-    await expect(p.generate(ask({ n: 2 }))).rejects.toThrow(failure(/must give 2 choices, got 1/))
+  test('choices that are missing are asked for, with those that came kept', async () => {
+    vi.spyOn(Math, 'random').mockReturnValue(-0.7 / 0.5) // 25 ms instead of half a second
+    const some =
+      (...texts: string[]): Reply =>
+      (_, r) =>
+        send(r, 200, { choices: choices(...texts) })
+    const headless: Reply = (_, r) => send(r, 200, { choices: [...choices('c'), { index: 1 }] })
+    const p = await policy([some('a', 'b'), some(), fails(500, 'busy'), headless, some('d')], {
+      maxRetries: 2,
+    })
+    expect((await p.generate(ask({ n: 4 }))).map(({ text }) => text)).toEqual(['a', 'b', 'c', 'd'])
+    expect(server.requests.map(({ body }) => body.n)).toEqual([4, 2, 2, 2, undefined])
+    await server.close()
+    // A server that knows no n.
+    const one = await policy([(_, r) => send(r, 200, { choices: choices('a') })], { maxRetries: 0 })
+    expect(await one.generate(ask({ n: 3 }))).toEqual(Array(3).fill(said('a')))
+    expect(server.requests.length).toBe(3)
+    await server.close()
+    const never = await policy([some('a', 'b'), fails(500, 'down')], { maxRetries: 1 })
+    const [a, b, c] = await never.generate(ask({ n: 3 }))
+    expect([a, b]).toEqual([said('a'), said('b')])
+    expect(c).toEqual({ text: '', failure: expect.stringMatching(/500 down \(after 2 attempts\)/) })
+    await server.close()
+    const none = await policy([some()], { maxRetries: 1 })
+    await expect(none.generate(ask())).rejects.toThrow(failure(/empty list of choices.*2 attempts/))
+    await server.close()
+    const many = await policy([some('a', 'b', 'c')])
+    await expect(many.generate(ask({ n: 2 }))).rejects.toThrow(
+      failure(/must give 2 choices, got 3/),
+    )
     expect(server.requests.length).toBe(1)
+    vi.restoreAllMocks()
+  })
+
+  /** One choice with such a message, and the fields beside it. */
+  const message = (message: object, extra: object = { finish_reason: 'stop' }) => ({
+    index: 0,
+    message,
+    ...extra,
+  })
+  test.each<[string, object, object]>([
+    [
+      'a list of parts',
+      message({
+        content: [
+          { type: 'text', text: 'B' },
+          { type: 'output_text', text: 'C' },
+        ],
+      }),
+      said('BC'),
+    ],
+    [
+      'a list of parts with a thought',
+      message({ content: [{ type: 'thinking', thinking: [{ type: 'text', text: 'hm' }] }, 'B'] }),
+      { ...said('B'), reasoning: 'hm' },
+    ],
+    [
+      'a part that declines',
+      message({ content: [{ type: 'refusal', refusal: 'no' }] }),
+      { ...said(''), refusal: 'no' },
+    ],
+    ['reasoning', message({ content: 'B', reasoning: 'hm' }), { ...said('B'), reasoning: 'hm' }],
+    [
+      'reasoning_content',
+      message({ content: 'B', reasoning_content: 'hm' }),
+      { ...said('B'), reasoning: 'hm' },
+    ],
+    [
+      'a text that is cut off',
+      message({ content: 'The' }, { finish_reason: 'length' }),
+      { text: 'The', finishReason: 'length' },
+    ],
+    ['a text beside a call', message({ content: 'B', tool_calls: [{}] }), said('B')],
+    ['nothing, by a model that ended at once', message({ content: '' }), said('')],
+  ])('content: %s', async (_, choice, expected) => {
+    const p = await policy([(_, r) => send(r, 200, { choices: [choice] })])
+    expect(await p.generate(ask())).toEqual([expected])
+  })
+
+  test.each<[string, object, RegExp]>([
+    [
+      'a thought that is cut off',
+      message({ content: null, reasoning: 'hm' }, { finish_reason: 'length' }),
+      /no text: got reasoning of 2 characters, finish_reason 'length': maxTokens cut it off/,
+    ],
+    ['a thought alone', message({ content: '', reasoning_content: 'hm' }), /reasoning of 2 char/],
+    [
+      'a tool call',
+      message(
+        { content: null, tool_calls: [{ function: { name: 'zoom', arguments: '{}' } }] },
+        { finish_reason: 'tool_calls' },
+      ),
+      /calls of the tools 'zoom', finish_reason 'tool_calls'/,
+    ],
+    [
+      'filtered content',
+      message({ content: 'The' }, { finish_reason: 'content_filter' }),
+      /content that the server filtered/,
+    ],
+    ['no content', message({ content: null }), /got content null/],
+    ['content of another type', message({ content: { text: 'B' } }), /got content an object/],
+    ['parts without a text', message({ content: [{ type: 'image' }] }), /parts of type 'image'/],
+    ['a limit of no tokens', message({ content: '' }, { finish_reason: 'length' }), /cut it off/],
+  ])('no answer: %s', async (_, choice, why) => {
+    const p = await policy([
+      ({ body }, r) =>
+        send(r, 200, { choices: [choice, ...choices('B').slice(0, (body.n ?? 1) - 1)] }),
+    ])
+    await expect(p.generate(ask())).rejects.toThrow(failure(why))
+    expect(server.requests.length).toBe(1)
+    // Beside an answer it is a completion of its own.
+    const [none, some] = await p.generate(ask({ n: 2 }))
+    expect(none).toMatchObject({ text: '', failure: expect.stringMatching(why) })
+    expect(some).toEqual(said('B'))
   })
 
   test('no image leaks', async () => {

@@ -1,5 +1,6 @@
 import {
   alternatingSettings,
+  type Completion,
   functionPolicy,
   grpoStep,
   informativeGroups,
@@ -79,6 +80,7 @@ onEveryBackend('PraGrpo', (b) => {
       groupsWithoutSignal: 0,
       faults: { overlap: 2, label: 2 },
       errors: 0,
+      truncated: 0,
       items: 8,
     })
     expect(batch.items[0]).toMatchObject({ answer: 'A', counterpart: '<answer>A</answer>' })
@@ -358,6 +360,42 @@ onEveryBackend('PraGrpo', (b) => {
     expect([...batch.tokens!]).toEqual([1, 2, 3, 4])
     expect([...batch.cuSeqlens!]).toEqual([0, 1, 3, 4])
     expect(batch.oldLogProbs).toBeUndefined()
+  })
+
+  test('a rollout that lacks what the others have is an error', async () => {
+    const all = { text: boxes('x'), tokens: [1, 2], logProbs: [-1, -2] }
+    const perceiver = (...completions: Completion[]): Policy => ({
+      generate: async () => completions,
+    })
+    const rolled = (...completions: Completion[]) =>
+      trainer({ perceiver: perceiver(...completions) }).rollout([sample('q')])
+    const { logProbs: _, ...without } = all
+    const cut = { ...all, finishReason: 'length' }
+    using batch = await rolled(all, without, { ...all, logProbs: [-1, NaN] }, cut)
+    expect(batch.items.map(({ error }) => error?.message)).toEqual([
+      undefined,
+      expect.stringMatching(/perceiver gave no log-probabilities/),
+      expect.stringMatching(/no log-probability of 1 of its 2 tokens/),
+      undefined,
+    ])
+    expect(batch.items[1]!.reward).toBeNaN()
+    expect([...(await batch.oldLogProbs!.read())]).toEqual([-1, -2, -1, -2])
+    expect([...batch.tokens!]).toEqual([1, 2, 1, 2])
+    expect(batch.metrics).toMatchObject({ errors: 2, items: 4, truncated: 1, rewardMean: 1 })
+
+    const wrong = { ...all, logProbs: [-1] }
+    using second = await rolled(all, { text: boxes('x') }, wrong, { ...without, failure: 'a call' })
+    expect(second.items.map(({ error }) => error?.message)).toEqual([
+      undefined,
+      expect.stringMatching(/no token ids/),
+      expect.stringMatching(/1 log-probabilities of 2 tokens/),
+      expect.stringMatching(/perceiver gave no answer: a call/),
+    ])
+    expect([...second.groups]).toEqual([0])
+    // A policy without any is another matter.
+    using plain = await rolled(without, without, without, without)
+    expect(plain.metrics.errors).toBe(0)
+    expect(plain.oldLogProbs).toBeUndefined()
   })
 
   test('an abort rejects, and nothing leaks', async () => {

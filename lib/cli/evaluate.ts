@@ -98,6 +98,11 @@ export async function evaluateCommand(data: string, options: EvaluateOptions): P
 
   const summary = summaryOf(before.values())
   console.log(tableOf(summary))
+  const { truncated } = summary.overall
+  if (truncated)
+    console.error(
+      `${truncated} of ${total} questions were scored on an output that the limit of tokens cut off.`,
+    )
   if (options.json !== undefined)
     await writeFile(options.json, `${JSON.stringify(summary, null, 2)}\n`)
   if (stop.signal.aborted) {

@@ -166,13 +166,25 @@ servedOptions(
     using device = openDevice(options.device)
     const image = await loadImage(file, device, { autoOrient: options.autoOrient })
     const made = await answer({ ...roles, image, question, answerForm: options.form })
-    const { evidence, perception, reasoning } = made
+    const { evidence, perception, reasoning, truncated } = made
+    for (const role of truncated)
+      console.error(`The limit of tokens cut off the output of the ${role}.`)
     const files = options.out === undefined ? [] : await saveEvidence(evidence, options.out)
     if (options.json) {
       const { boxes, hasEvidence } = evidence
-      const result = { answer: made.answer, boxes, hasEvidence, perception, reasoning, files }
+      const result = {
+        answer: made.answer,
+        boxes,
+        hasEvidence,
+        perception,
+        reasoning,
+        truncated,
+        files,
+      }
       console.log(JSON.stringify(result, null, 2))
-    } else console.log(made.answer)
+    } else if (made.answer !== '') console.log(made.answer)
+    if (made.answer === '')
+      throw new Error(`there is no answer in the reasoner's output: ${reasoning}`)
   },
 )
 

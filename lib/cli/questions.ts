@@ -3,6 +3,7 @@ import { createReadStream, existsSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
 import { dirname, resolve } from 'node:path'
 import { createInterface } from 'node:readline'
+import type { Role } from '../p2r/policy.js'
 import { type AnswerForm, answerForms } from '../p2r/prompts.js'
 import { UsageError } from './usage.js'
 
@@ -28,6 +29,7 @@ export interface Result {
   answer?: string
   reward?: number
   boxes?: number
+  truncated?: readonly Role[]
   perception?: string
   reasoning?: string
   error?: string

@@ -9,6 +9,8 @@ export interface Score {
   /** Mean number of boxes in the perceiver's output. */
   boxes: number | null
   failed: number
+  /** Judged questions for which the limit of tokens cut an output off. */
+  truncated: number
 }
 
 export interface Summary {
@@ -42,6 +44,7 @@ function scoreOf(results: readonly Result[]): Score {
     accuracy: judged.length ? (100 * correct) / judged.length : null,
     boxes: judged.length ? sum(({ boxes = 0 }) => boxes) / judged.length : null,
     failed: results.length - judged.length,
+    truncated: judged.filter(({ truncated }) => truncated?.length).length,
   }
 }
 

@@ -3,6 +3,7 @@ import { checkArguments, checkReceiver, checkString, type Names } from '../argum
 import { imageSize, type Tensor } from '../tensor.js'
 import type { Evidence } from './evidence.js'
 import { checkPerceiver, type Perceiver } from './perceiver.js'
+import { type Completion, isTruncated, type Role } from './policy.js'
 import { type AnswerForm, checkForm } from './prompts.js'
 import { checkReasoner, type Reasoner } from './reasoner.js'
 
@@ -32,6 +33,8 @@ export interface Answer extends Disposable {
   readonly perception: string
   /** The reasoner's output. */
   readonly reasoning: string
+  /** The roles whose output the limit of tokens cut off, so that the answer may be missing or another. */
+  readonly truncated: readonly Role[]
   /** Frees the evidence. A second call does nothing. */
   dispose(): void
 }
@@ -82,12 +85,8 @@ export async function answer(a: AnswerArgs): Promise<Answer> {
   const { completion, evidence } = perceived!
   try {
     const [reasoned] = await reasoner.reason({ evidence, question, answerForm, ...signal })
-    return new EvidencedAnswer(
-      reasoned!.answer,
-      evidence,
-      completion.text,
-      reasoned!.completion.text,
-    )
+    const outputs = { perceiver: completion, reasoner: reasoned!.completion }
+    return new EvidencedAnswer(reasoned!.answer, evidence, outputs)
   } catch (error) {
     evidence.dispose()
     throw error
@@ -99,12 +98,16 @@ class EvidencedAnswer implements Answer {
   readonly evidence: Evidence
   readonly perception: string
   readonly reasoning: string
+  readonly truncated: readonly Role[]
 
-  constructor(answer: string, evidence: Evidence, perception: string, reasoning: string) {
+  constructor(answer: string, evidence: Evidence, outputs: Record<Role, Completion>) {
     this.answer = answer
     this.evidence = evidence
-    this.perception = perception
-    this.reasoning = reasoning
+    this.perception = outputs.perceiver.text
+    this.reasoning = outputs.reasoner.text
+    this.truncated = (['perceiver', 'reasoner'] as const).filter((role) =>
+      isTruncated(outputs[role]),
+    )
   }
 
   dispose(): void {

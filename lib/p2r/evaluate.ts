@@ -12,7 +12,7 @@ import { refuse } from '../errors.js'
 import type { Tensor } from '../tensor.js'
 import { answer } from './answer.js'
 import { checkPerceiver, type Perceiver } from './perceiver.js'
-import { messageOf } from './policy.js'
+import { messageOf, type Role } from './policy.js'
 import { type AnswerForm, checkForm } from './prompts.js'
 import { checkReasoner, type Reasoner } from './reasoner.js'
 import { answerReward, type RewardRules, rulesOf, type Verifier } from './reward.js'
@@ -42,6 +42,8 @@ export interface Judged<Q extends Question> {
   perception?: string
   /** The reasoner's output. */
   reasoning?: string
+  /** The roles whose output the limit of tokens cut off; absent where there are none. */
+  truncated?: readonly Role[]
   /** Number of boxes in the perceiver's output. */
   boxes?: number
   /** Why the question has no reward. */
@@ -142,7 +144,7 @@ export function evaluate<Q extends Question>(
       })
       const boxes = made.evidence.boxes.length
       made.dispose()
-      const { perception, reasoning } = made
+      const { perception, reasoning, truncated } = made
       const reward = await answerReward({
         answer: made.answer,
         truth,
@@ -151,7 +153,15 @@ export function evaluate<Q extends Question>(
         ...(verifier && { verifier }),
         ...(rules && { rules }),
       })
-      return { question, reward, answer: made.answer, perception, reasoning, boxes }
+      return {
+        question,
+        reward,
+        answer: made.answer,
+        perception,
+        reasoning,
+        boxes,
+        ...(truncated.length > 0 && { truncated }),
+      }
     } catch (error) {
       signal?.throwIfAborted()
       return { question, error: error instanceof Error ? error : new Error(messageOf(error)) }

@@ -71,8 +71,7 @@ export interface OpenAIPolicyOptions {
    */
   tokens?: boolean
   /**
-   * Streams responses. Node's fetch times out after 300 seconds without response headers, which a stream sends
-   * at once.
+   * Streams responses: the headers come at once, which keeps proxies from closing a connection that seems idle.
    * @default false
    */
   stream?: boolean
@@ -113,7 +112,10 @@ const encodedAhead = 8
  * the delay of Retry-After, else after 0.5 s, 1 s, 2 s, ... with jitter.
  * A final failure is ERR_POLICY with its cause; an abort rejects with the signal's reason.
  *
- * A model that declines gives completions with `refusal`. Token ids come from vLLM's
+ * Text parts are joined. A response with fewer choices than `n` is completed by further requests for those that
+ * are missing. A model that declines gives completions with `refusal`. What holds no answer (a thought that
+ * `maxTokens` cut off, tool calls, filtered content) is ERR_POLICY, or one completion's `failure` where others of the
+ * request are answers. Token ids come from vLLM's
  * `return_token_ids` or `return_tokens_as_token_ids`, whichever the server supports; log-probabilities
  * are the server's, which for vLLM are those of temperature 1 unless it was started otherwise.
  *
@@ -161,9 +163,11 @@ export class OpenAIPolicy implements Policy {
   }
 
   /**
-   * Sends one request, and again where it fails in a way that may pass.
+   * Sends one request, and again where it fails in a way that may pass, or where choices are missing.
    *
-   * @throws P2RError ERR_VALUE for a wrong request; ERR_POLICY, with its cause, when the last attempt failed.
+   * @returns n completions. Where some are answers, those that are none have a `failure`.
+   * @throws P2RError ERR_VALUE for a wrong request; ERR_POLICY, with its cause, when the last attempt failed, and when
+   *   none of the completions is an answer.
    */
   async generate(request: PolicyRequest): Promise<Completion[]> {
     checkReceiver(isObject(this) && #options in this, 'OpenAIPolicy', op)
@@ -185,7 +189,6 @@ export class OpenAIPolicy implements Policy {
             ],
           },
         ],
-        ...(n !== 1 && { n }),
         ...(temperature !== undefined && { temperature }),
         ...(maxTokens !== undefined && { max_tokens: maxTokens }),
         ...((request.tokens ?? this.#options.tokens) && {
@@ -196,7 +199,7 @@ export class OpenAIPolicy implements Policy {
         ...(stream && { stream }),
         ...extraBody,
       }
-      return this.#requests.run(() => this.#withRetries(body, n, signal), signal)
+      return this.#requests.run(() => this.#complete(body, n, signal), signal)
     }, signal)
   }
 
@@ -206,41 +209,51 @@ export class OpenAIPolicy implements Policy {
     return `data:image/${format};base64,${Buffer.from(bytes).toString('base64')}`
   }
 
-  /** The request, repeated where another attempt may help. */
-  async #withRetries(body: Body, n: number, signal?: AbortSignalLike): Promise<Completion[]> {
+  /** Requests until there are n completions, or until another attempt cannot help. */
+  async #complete(body: Body, n: number, signal?: AbortSignalLike): Promise<Completion[]> {
     const { maxRetries, timeoutMs } = this.#options
-    for (let attempt = 0; ; attempt++) {
+    const made: Completion[] = []
+    // Only attempts that give nothing count: a server that gives one choice a request is asked n times.
+    for (let attempt = 0; made.length < n; ) {
       const url = this.#urls[this.#turn++ % this.#urls.length]!
       let failure: Failure
       try {
-        return await this.#attempt(url, body, n, signal)
+        const missing = n - made.length
+        const some = await this.#attempt(
+          url,
+          { ...body, ...(missing > 1 && { n: missing }) },
+          signal,
+        )
+        if (some.length > missing)
+          refuse('ERR_POLICY', op, `the server must give ${missing} choices, got ${some.length}`)
+        made.push(...some)
+        continue
       } catch (error) {
         if (signal?.aborted) throw signal.reason
         if (error instanceof P2RError) throw error
         failure = failureOf(error, timeoutMs)
       }
       const wait = failure.after ?? Math.min(backoff.first * 2 ** attempt, backoff.most)
-      if (!failure.retry || attempt === maxRetries || wait > longestWait)
-        refuse(
-          'ERR_POLICY',
-          op,
-          `${url}, model ${this.#options.model}: ${failure.message}${
-            attempt ? ` (after ${attempt + 1} attempts)` : ''
-          }`,
-          { cause: failure.cause },
-        )
+      if (!failure.retry || attempt === maxRetries || wait > longestWait) {
+        const message = `${url}, model ${this.#options.model}: ${failure.message}${
+          attempt ? ` (after ${attempt + 1} attempts)` : ''
+        }`
+        if (!made.length) refuse('ERR_POLICY', op, message, { cause: failure.cause })
+        while (made.length < n) made.push({ text: '', failure: message })
+        break
+      }
+      attempt++
       // Retry-After is kept exactly; our own backoff is jittered, so that clients do not retry in step.
       await sleep(failure.after ?? wait * (0.75 + 0.5 * Math.random()), signal)
     }
+    const [first] = made
+    if (first?.failure !== undefined && made.every(({ failure }) => failure !== undefined))
+      refuse('ERR_POLICY', op, `model ${this.#options.model}: ${first.failure}`)
+    return made
   }
 
   /** One request with a deadline for all of it; the client's own timeout ends at the headers. */
-  async #attempt(
-    url: string,
-    body: Body,
-    n: number,
-    signal?: AbortSignalLike,
-  ): Promise<Completion[]> {
+  async #attempt(url: string, body: Body, signal?: AbortSignalLike): Promise<Completion[]> {
     const clients = await this.#load()
     const client = clients[this.#urls.indexOf(url)]!
     const deadline = new AbortController()
@@ -253,7 +266,7 @@ export class OpenAIPolicy implements Policy {
       )
       const streamed =
         typeof answer === 'object' && answer !== null && Symbol.asyncIterator in answer
-      return completionsOf(streamed ? await assemble(answer as AsyncIterable<unknown>) : answer, n)
+      return completionsOf(streamed ? await assemble(answer as AsyncIterable<unknown>) : answer)
     } catch (error) {
       throw deadline.signal.aborted && !signal?.aborted ? deadline.signal.reason : error
     } finally {
@@ -276,7 +289,10 @@ export class OpenAIPolicy implements Policy {
         )
       }
       const { apiKey } = this.#options
-      return this.#urls.map((baseURL) => new library.OpenAI({ baseURL, apiKey, logLevel: 'off' }))
+      const fetch = await patientFetch()
+      return this.#urls.map(
+        (baseURL) => new library.OpenAI({ baseURL, apiKey, fetch, logLevel: 'off' }),
+      )
     })()
     return this.#clients
   }
@@ -285,8 +301,67 @@ export class OpenAIPolicy implements Policy {
 type Body = Record<string, unknown>
 
 class TimedOut extends Error {}
-/** An invalid response, which a retry may fix. */
-class BadAnswer extends Error {}
+/** An invalid response. */
+class BadAnswer extends Error {
+  /** Whether another attempt may help. */
+  readonly retry: boolean
+  constructor(message: string, retry = true) {
+    super(message)
+    this.retry = retry
+  }
+}
+
+/**
+ * Fetch without time limits of its own (Node's ends a request after 300 s without headers or data, whatever
+ * `timeoutMs` is), whose error responses have a body that the client reads.
+ */
+async function patientFetch(): Promise<typeof globalThis.fetch> {
+  const { Agent, fetch } = await import('undici')
+  const dispatcher = new Agent({ headersTimeout: 0, bodyTimeout: 0 })
+  const patient = async (url: string, init?: object): Promise<Response> => {
+    const response = (await fetch(url, { ...init, dispatcher })) as unknown as Response
+    return response.ok ? response : withError(response)
+  }
+  return patient as typeof globalThis.fetch
+}
+
+/** An error response in the API's form. The client shows `error.message` and drops what others write. */
+async function withError(response: Response): Promise<Response> {
+  const text = await response.text()
+  const { status, headers } = response
+  let said: string | undefined
+  try {
+    said = reported(JSON.parse(text))
+  } catch {
+    // Not JSON: the client shows the text.
+  }
+  const body = said === undefined ? text : JSON.stringify({ error: { message: said } })
+  return new Response(body, { status, headers: [...headers] })
+}
+
+/**
+ * The message in a body that reports an error: the API's `error.message`; the flat `message` of SGLang and of
+ * vLLM before 0.10.1; the `detail` of FastAPI, a text or a list of faults; the `error` of Ollama, a text.
+ */
+function reported(body: unknown): string | undefined {
+  if (!isObject(body)) return undefined
+  const { error, message, detail } = body as Record<string, unknown>
+  if (typeof error === 'string') return error
+  if (isObject(error)) return reported(error) ?? JSON.stringify(error)
+  if (typeof message === 'string') return message
+  if (typeof detail === 'string') return detail
+  return detail === undefined || detail === null ? undefined : JSON.stringify(detail)
+}
+
+/** The client's status codes that a body of status 200 may carry. */
+function reportedCode(body: unknown): number | undefined {
+  const { error, code } = body as { error?: { code?: unknown }; code?: unknown }
+  const given = Number(error?.code ?? code)
+  return Number.isInteger(given) ? given : undefined
+}
+
+const mayPass = (status: number): boolean =>
+  status === 408 || status === 409 || status === 429 || status >= 500
 
 interface Failure {
   message: string
@@ -304,13 +379,12 @@ function failureOf(cause: unknown, timeoutMs: number): Failure {
     // Refused and broken connections, truncated bodies: the reason is the innermost cause.
     let reason = cause
     while ((reason as Error)?.cause) reason = (reason as Error).cause
-    const message =
-      cause instanceof BadAnswer ? cause.message : `the connection failed: ${messageOf(reason)}`
-    return { message, retry: true, cause }
+    if (cause instanceof BadAnswer) return { message: cause.message, retry: cause.retry, cause }
+    return { message: `the connection failed: ${messageOf(reason)}`, retry: true, cause }
   }
   return {
     message: `the server answered ${messageOf(cause)}`,
-    retry: status === 408 || status === 409 || status === 429 || status >= 500,
+    retry: mayPass(status),
     after: retryAfter(headers),
     cause,
   }
@@ -325,45 +399,150 @@ function retryAfter(headers: Headers | undefined): number | undefined {
   return Number.isFinite(wait) ? Math.max(0, wait) : undefined
 }
 
-/** The choices of a response, sorted by index. The response is validated. */
-function completionsOf(answer: unknown, n: number): Completion[] {
-  const choices = (answer as { choices?: unknown } | null | undefined)?.choices
+/** The choices of a response that hold a message, sorted by index. */
+function completionsOf(answer: unknown): Completion[] {
+  const { choices, prompt_token_ids } = (answer ?? {}) as {
+    choices?: unknown
+    prompt_token_ids?: unknown
+  }
   if (!Array.isArray(choices)) {
-    const reported = (answer as { error?: { message?: unknown } } | null)?.error?.message
+    const said = reported(answer)
+    const code = said === undefined ? undefined : reportedCode(answer)
     throw new BadAnswer(
-      `the answer holds no choices${typeof reported === 'string' ? `: ${reported}` : ''}, got ${
+      `the answer holds no choices${said === undefined ? '' : `: ${said}`}, got ${
         typeof answer === 'string' ? 'text instead of JSON' : describeValue(answer)
       }`,
+      code === undefined || code < 400 || mayPass(code),
     )
   }
-  if (choices.length !== n)
-    refuse('ERR_POLICY', op, `the server must give ${n} choices, got ${choices.length}`)
-  const at = (c: unknown): number => Number((c as { index?: unknown } | null)?.index) || 0
-  return [...choices].sort((a, b) => at(a) - at(b)).map(completionOf)
+  if (!choices.length) throw new BadAnswer('the answer holds an empty list of choices')
+  const whole = (choices as (Choice | null)[]).filter((c): c is Choice => isObject(c?.message))
+  // Those without a message are asked for again, as others that are missing.
+  if (!whole.length) throw new BadAnswer('a choice holds no message')
+  const at = ({ index }: Choice): number => Number(index) || 0
+  return whole
+    .sort((a, b) => at(a) - at(b))
+    .map((choice) => ({
+      ...completionOf(choice),
+      ...([choice.prompt_token_ids, prompt_token_ids].some(isTokens) && {
+        promptTokens: [choice.prompt_token_ids, prompt_token_ids].find(isTokens)!,
+      }),
+    }))
 }
 
-function completionOf(choice: unknown): Completion {
-  const { message, logprobs, ...fields } = (choice ?? {}) as {
-    message?: { content?: unknown; refusal?: unknown }
-    logprobs?: { content?: unknown }
-    [field: string]: unknown
-  }
-  const { content, refusal } = message ?? {}
-  const declined = typeof refusal === 'string' && refusal !== ''
-  // Content is null in responses that ended before the first token.
+interface Choice {
+  index?: unknown
+  finish_reason?: unknown
+  message: Message
+  logprobs?: { content?: unknown } | null
+  token_ids?: unknown
+  response_token_ids?: unknown
+  prompt_token_ids?: unknown
+}
+
+interface Message {
+  content?: unknown
+  refusal?: unknown
+  reasoning?: unknown
+  reasoning_content?: unknown
+  tool_calls?: unknown
+}
+
+function completionOf(choice: Choice): Completion {
+  const { message, logprobs } = choice
+  const parts = partsOf(message.content)
+  const refusal = [message.refusal, parts?.refusal].find(isText)
+  const reasoning = [message.reasoning, message.reasoning_content, parts?.reasoning].find(isText)
+  const finishReason = isText(choice.finish_reason) ? choice.finish_reason : undefined
+  const said = refusal === undefined ? (parts?.text ?? '') : ''
+  const failure =
+    refusal === undefined
+      ? failureIn(message, parts, { text: said, reasoning, finishReason })
+      : undefined
   const completion: Completion = {
-    text: !declined && typeof content === 'string' ? content : '',
-    ...(declined && { refusal }),
+    text: failure === undefined ? said : '',
+    ...(finishReason !== undefined && { finishReason }),
+    ...(reasoning !== undefined && { reasoning }),
+    ...(refusal !== undefined && { refusal }),
+    ...(failure !== undefined && { failure }),
   }
-  if (!declined && message === undefined) throw new BadAnswer('a choice holds no message')
   const each = Array.isArray(logprobs?.content) ? (logprobs.content as unknown[]) : undefined
-  const listed = [fields.token_ids, fields.response_token_ids].find(isNumbers)
+  const listed = [choice.token_ids, choice.response_token_ids].find(isTokens)
   const tokens = listed ?? each?.map(tokenId)
-  if (tokens && isNumbers(tokens)) completion.tokens = tokens
-  const logProbs = each?.map((entry) => (entry as { logprob?: unknown } | null)?.logprob)
-  if (isNumbers(logProbs) && (!completion.tokens || completion.tokens.length === logProbs.length))
+  if (tokens && isTokens(tokens)) completion.tokens = tokens
+  const logProbs = each?.map((entry) => {
+    const value = (entry as { logprob?: unknown } | null)?.logprob
+    return typeof value === 'number' ? value : Number.NaN
+  })
+  // Some servers list nothing but nulls. One value that is missing stays, as NaN, for the batch to refuse.
+  if (
+    logProbs &&
+    (!logProbs.length || !logProbs.every(Number.isNaN)) &&
+    (!completion.tokens || completion.tokens.length === logProbs.length)
+  )
     completion.logProbs = logProbs
   return completion
+}
+
+interface Parts {
+  text: string
+  refusal?: string
+  reasoning?: string
+  /** The types of parts that hold neither. */
+  others: string[]
+}
+
+/** The content of a message: a text, or a list of parts, whose texts are joined. */
+function partsOf(content: unknown): Parts | undefined {
+  if (typeof content === 'string') return { text: content, others: [] }
+  if (!Array.isArray(content)) return undefined
+  const joined = { text: '', refusal: '', reasoning: '' }
+  const others: string[] = []
+  for (const part of content) {
+    const { type, text, refusal, thinking } = (isObject(part) ? part : {}) as Record<
+      string,
+      unknown
+    >
+    if (typeof part === 'string') joined.text += part
+    else if (type === 'refusal' && typeof refusal === 'string') joined.refusal += refusal
+    else if (type === 'thinking' || type === 'reasoning')
+      joined.reasoning += partsOf(thinking ?? text)?.text ?? ''
+    else if (typeof text === 'string') joined.text += text
+    else others.push(describeValue(type))
+  }
+  return { ...joined, others }
+}
+
+/** Why a message holds no answer, by what it holds instead. */
+function failureIn(
+  message: Message,
+  parts: Parts | undefined,
+  got: { text: string; reasoning?: string | undefined; finishReason?: string | undefined },
+): string | undefined {
+  const { reasoning, finishReason } = got
+  const filtered = finishReason === 'content_filter'
+  const calls = Array.isArray(message.tool_calls) ? message.tool_calls : []
+  // An empty text is what a model wrote that ended at once; without a text, something else came.
+  const others = !parts || reasoning !== undefined || parts.others.length > 0 || calls.length > 0
+  if (!filtered && (got.text !== '' || !(others || finishReason === 'length'))) return undefined
+  const names = calls.map((call) =>
+    describeValue((call as { function?: { name?: unknown } } | null)?.function?.name),
+  )
+  const came = [
+    ...(reasoning === undefined ? [] : [`reasoning of ${reasoning.length} characters`]),
+    ...(calls.length ? [`calls of the tools ${names.join(', ')}`] : []),
+    ...(parts?.others.length ? [`parts of type ${parts.others.join(', ')}`] : []),
+    ...(filtered ? ['content that the server filtered'] : []),
+  ]
+  return `the answer holds no text: got ${
+    came.join(' and ') || `content ${describeValue(message.content)}`
+  }${finishReason === undefined ? '' : `, finish_reason '${finishReason}'`}${
+    finishReason === 'length' ? ': maxTokens cut it off' : ''
+  }`
+}
+
+function isText(value: unknown): value is string {
+  return typeof value === 'string' && value !== ''
 }
 
 /** The id in 'token_id:123', vLLM's form of tokens with return_tokens_as_token_ids. */
@@ -373,55 +552,67 @@ function tokenId(entry: unknown): number | undefined {
   return digits === undefined ? undefined : Number(digits)
 }
 
-function isNumbers(list: unknown): list is number[] {
-  return Array.isArray(list) && list.every((x) => typeof x === 'number')
+function isTokens(list: unknown): list is number[] {
+  return Array.isArray(list) && list.every(Number.isInteger)
 }
 
 /** The chunks of a stream as one response. */
 async function assemble(stream: AsyncIterable<unknown>): Promise<unknown> {
-  interface Chunk {
-    index?: number
-    delta?: { content?: unknown; refusal?: unknown }
-    logprobs?: { content?: unknown[] }
-    token_ids?: number[]
-    finish_reason?: unknown
+  interface Chunk extends Omit<Choice, 'message'> {
+    delta?: Message
   }
-  const choices = new Map<
-    number,
-    {
-      index: number
-      finished: boolean
-      message: { content: string; refusal?: string }
-      logprobs?: { content: unknown[] }
-      token_ids?: number[]
-    }
-  >()
+  interface Assembled extends Choice {
+    index: number
+    message: Message & { content: string | null; tool_calls?: { function: { name: unknown } }[] }
+    logprobs?: { content: unknown[] }
+    token_ids?: number[]
+  }
+  const choices = new Map<number, Assembled>()
+  let prompt: unknown
   for await (const event of stream) {
-    const { choices: chunks, error } = event as { choices?: Chunk[]; error?: { message?: string } }
-    if (error) throw new BadAnswer(`the stream broke off: ${error.message ?? 'no reason given'}`)
+    const { choices: chunks, prompt_token_ids } = event as {
+      choices?: Chunk[]
+      prompt_token_ids?: unknown
+    }
+    const said = Array.isArray(chunks) ? undefined : reported(event)
+    if (said !== undefined || isObject((event as { error?: unknown }).error))
+      throw new BadAnswer(`the stream broke off: ${said ?? reported(event) ?? 'no reason given'}`)
+    if (isTokens(prompt_token_ids)) prompt = prompt_token_ids
     for (const chunk of Array.isArray(chunks) ? chunks : []) {
       const index = Number(chunk.index) || 0
-      const choice = choices.get(index) ?? { index, finished: false, message: { content: '' } }
+      const choice: Assembled = choices.get(index) ?? { index, message: { content: null } }
       choices.set(index, choice)
-      const { content, refusal } = chunk.delta ?? {}
-      if (typeof content === 'string') choice.message.content += content
-      if (typeof refusal === 'string')
-        choice.message.refusal = (choice.message.refusal ?? '') + refusal
+      const { message } = choice
+      const { content, refusal, tool_calls: calls, ...delta } = chunk.delta ?? {}
+      const { text } = partsOf(content) ?? {}
+      if (text !== undefined) message.content = (message.content ?? '') + text
+      for (const [name, piece] of [
+        ['refusal', refusal],
+        ['reasoning', delta.reasoning ?? delta.reasoning_content],
+      ] as const)
+        if (typeof piece === 'string') message[name] = `${message[name] ?? ''}${piece}`
+      for (const call of Array.isArray(calls) ? calls : []) {
+        const name: unknown = (call as { function?: { name?: unknown } } | null)?.function?.name
+        if (!isText(name)) continue
+        message.tool_calls ??= []
+        message.tool_calls.push({ function: { name } })
+      }
       if (Array.isArray(chunk.logprobs?.content)) {
         choice.logprobs ??= { content: [] }
         choice.logprobs.content.push(...chunk.logprobs.content)
       }
-      if (isNumbers(chunk.token_ids)) {
+      if (isTokens(chunk.token_ids)) {
         choice.token_ids ??= []
         choice.token_ids.push(...chunk.token_ids)
       }
-      if (chunk.finish_reason) choice.finished = true
+      if (isTokens(chunk.prompt_token_ids)) choice.prompt_token_ids = chunk.prompt_token_ids
+      if (chunk.finish_reason) choice.finish_reason = chunk.finish_reason
     }
   }
   const all = [...choices.values()]
-  if (!all.length || !all.every(({ finished }) => finished))
+  if (!all.length || !all.every(({ finish_reason }) => finish_reason))
     throw new BadAnswer('the stream ended before the answer did')
-  return { choices: all }
+  return { choices: all, prompt_token_ids: prompt }
 }
 
 function urlsOf(baseURL: unknown): string[] {

@@ -117,7 +117,8 @@ export class Perceiver {
    * Samples n outputs, and collects the evidence of each.
    *
    * @throws P2RError ERR_VALUE, ERR_SHAPE and ERR_DTYPE for wrong arguments; ERR_POLICY when the policy fails, or
-   *   declines the only rollout. Of several that it declines, each has a `refusal` and evidence without boxes.
+   *   declines the only rollout. Of several, each that is no answer has a `refusal` or a `failure`, and evidence without
+   *   boxes.
    */
   async perceive(a: PerceiveArgs): Promise<Perception[]> {
     const op = 'perceive'

@@ -24,10 +24,18 @@ export interface Completion {
   text: string
   /** The ids of the text's tokens, where the policy gives them. Training needs them. */
   tokens?: readonly number[]
-  /** The log-probability of each token when it was sampled, in nats. */
+  /** The log-probability of each token when it was sampled, in nats; NaN where the policy gives none for a token. */
   logProbs?: readonly number[]
+  /** The ids of the prompt's tokens, images included, where the policy gives them. */
+  promptTokens?: readonly number[]
+  /** Why the text ends: 'stop' where the model ended it, 'length' where `maxTokens` cut it off, or the server's word. */
+  finishReason?: string
+  /** What the model thought, where the server separates it from the text. */
+  reasoning?: string
   /** The policy's reason for declining to answer. */
   refusal?: string
+  /** Why this is no answer, where others of the same request are; its text is ''. */
+  failure?: string
 }
 
 /** One call of a policy. */
@@ -175,8 +183,15 @@ export async function askOnce(
   return answered(completion!, request.role, op)
 }
 
-/** @internal The completion, unless the policy declined. */
+/** @internal Whether the limit of tokens cut the completion off. */
+export function isTruncated({ finishReason }: Completion): boolean {
+  return finishReason === 'length'
+}
+
+/** @internal The completion, unless the policy declined or it is no answer. */
 export function answered(completion: Completion, role: Role, op: string): Completion {
+  if (completion.failure !== undefined)
+    refuse('ERR_POLICY', op, `the ${role} gave no answer: ${completion.failure}`)
   if (completion.refusal !== undefined)
     refuse(
       'ERR_POLICY',

@@ -529,10 +529,10 @@ export class PraGrpo {
     return Promise.all(
       perceived.map(async ({ completion, evidence }): Promise<RolloutItem> => {
         const item = { sample: at, completion, evidence }
-        const fault = perceptionFault(evidence.boxes, rules ? { rules } : {})
-        if (fault) return { ...item, fault, reward: 0 }
         try {
           answered(completion, 'perceiver', 'rollout')
+          const fault = perceptionFault(evidence.boxes, rules ? { rules } : {})
+          if (fault) return { ...item, fault, reward: 0 }
           return { ...item, ...(await this.#judge(sample, evidence, signal)) }
         } catch (error) {
           signal?.throwIfAborted()

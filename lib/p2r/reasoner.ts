@@ -134,7 +134,7 @@ export class Reasoner {
    * Samples n answers. The images computed for this belong to the evidence and are freed with it.
    *
    * @throws P2RError ERR_VALUE for wrong arguments; ERR_POLICY when the policy fails, or declines the only rollout. Of
-   *   several that it declines, each has a `refusal` and an empty answer.
+   *   several, each that is no answer has a `refusal` or a `failure`, and an empty answer.
    */
   async reason(a: ReasonArgs): Promise<Reasoning[]> {
     const op = 'reason'

@@ -1,11 +1,11 @@
 // Batches of rollouts: what PraGrpo's `rollout` makes, its `step` takes and saveRollouts writes.
 import { checkArray, checkReceiver, choice, describeValue, isObject } from '../arguments.js'
 import type { Device } from '../device.js'
-import { refuse } from '../errors.js'
+import { P2RError, refuse } from '../errors.js'
 import { type AdvantageEstimator, groupAdvantages } from '../ops/advantages.js'
 import { handleOf, type Tensor } from '../tensor.js'
 import type { Evidence } from './evidence.js'
-import type { Completion, Role } from './policy.js'
+import { type Completion, isTruncated, type Role } from './policy.js'
 import type { AnswerForm } from './prompts.js'
 
 /** A question about an image whose answer is known. */
@@ -50,6 +50,8 @@ export interface RolloutMetrics {
   faults: { overlap: number; label: number }
   /** Number of items with an error. */
   errors: number
+  /** Number of items whose completion the limit of tokens cut off. They have a reward, if they have no error. */
+  truncated: number
   /** Number of all items. */
   items: number
 }
@@ -90,13 +92,17 @@ export function checkBatch(value: unknown, op: string): RolloutBatch {
   return batch as RolloutBatch
 }
 
-/** @internal The batch of a role's items: groups, advantages and packed tokens of those without an error. */
+/**
+ * @internal The batch of a role's items: groups, advantages and packed tokens of those without an error. Where some
+ * have tokens or log-probabilities, those that lack them get an error.
+ */
 export function makeBatch(
   role: Role,
-  items: RolloutItem[],
+  rolled: readonly RolloutItem[],
   device: Device,
   estimator?: AdvantageEstimator,
 ): RolloutBatch {
+  const items = withErrors(rolled, role)
   const kept = items.filter((item) => !item.error)
   // One id per (sample, role), so that groups stay distinct if batches of both roles are concatenated.
   const groups = Int32Array.from(kept, ({ sample }) => 2 * sample + +(role === 'reasoner'))
@@ -179,11 +185,43 @@ function rolloutMetrics(
       label: count(({ fault }) => fault === 'label'),
     },
     errors: count(({ error }) => error !== undefined),
+    truncated: count(({ completion }) => isTruncated(completion)),
     items: items.length,
   }
 }
 
-/** The packed tokens, if every item has them; log-probabilities likewise. */
+/** The items, of which those that cannot be trained on beside the others have an error. */
+function withErrors(items: readonly RolloutItem[], role: Role): RolloutItem[] {
+  const given = (name: 'tokens' | 'logProbs'): boolean =>
+    items.some(({ error, completion }) => !error && completion[name])
+  const wanted = { tokens: given('tokens'), logProbs: given('logProbs') }
+  return items.map((item) => {
+    const why = item.error ? undefined : missingIn(item.completion, wanted)
+    if (why === undefined) return item
+    const message = `[rollout] the ${role} gave ${why}`
+    return {
+      ...item,
+      error: new P2RError('ERR_POLICY', message, { op: 'rollout' }),
+      reward: Number.NaN,
+    }
+  })
+}
+
+function missingIn(
+  { tokens, logProbs }: Completion,
+  wanted: { tokens: boolean; logProbs: boolean },
+): string | undefined {
+  if (wanted.tokens && !tokens) return 'no token ids, but gave those of other rollouts'
+  // Without tokens there is nothing to train on, and log-probabilities do not matter.
+  if (!tokens || !wanted.logProbs) return undefined
+  if (!logProbs) return 'no log-probabilities, but gave those of other rollouts'
+  if (logProbs.length !== tokens.length)
+    return `${logProbs.length} log-probabilities of ${tokens.length} tokens`
+  const missing = logProbs.filter((x) => !Number.isFinite(x)).length
+  return missing ? `no log-probability of ${missing} of its ${tokens.length} tokens` : undefined
+}
+
+/** The packed tokens, if the items have them; log-probabilities likewise. */
 function pack(
   items: readonly RolloutItem[],
 ): { cuSeqlens: Int32Array; tokens: Int32Array; logProbs?: Float32Array } | undefined {
@@ -192,9 +230,7 @@ function pack(
   for (const [i, { completion }] of items.entries())
     cuSeqlens[i + 1] = cuSeqlens[i]! + completion.tokens!.length
   const tokens = Int32Array.from(items.flatMap(({ completion }) => [...completion.tokens!]))
-  const known = items.every(
-    ({ completion: { tokens, logProbs } }) => logProbs?.length === tokens!.length,
-  )
+  const known = items.every(({ completion }) => completion.logProbs)
   if (!known) return { cuSeqlens, tokens }
   const logProbs = Float32Array.from(items.flatMap(({ completion }) => [...completion.logProbs!]))
   return { cuSeqlens, tokens, logProbs }
