@@ -187,6 +187,7 @@ export {
   type RolloutOptions,
   type Schedule,
   type StepLogProbs,
+  type TrainedLogProbs,
   type TrainedModel,
 } from './p2r/pra_grpo.js'
 export {

@@ -53,7 +53,15 @@ onEveryBackend('batches as files', (b) => {
     const path = join(folder, 'batch.safetensors')
     await saveRollouts(path, batch)
     using loaded = await loadRollouts(path, b.device)
-    for (const name of ['role', 'groups', 'tokens', 'cuSeqlens', 'metrics'] as const)
+    for (const name of [
+      'role',
+      'groups',
+      'tokens',
+      'cuSeqlens',
+      'metrics',
+      'temperature',
+      'oldLogProbsTemperature',
+    ] as const)
       expect(loaded[name], name).toEqual(batch[name])
     for (const name of ['rewards', 'advantages', 'oldLogProbs'] as const)
       expect(await loaded[name]!.read()).toEqual(await batch[name]!.read())
@@ -98,6 +106,7 @@ onEveryBackend('batches as files', (b) => {
       { ...good, version: '2' },
       { ...good, role: 'cook' },
       { ...good, items: '{' },
+      { ...good, sampling: '{"temperature": "hot"}' },
       good,
     ] as Record<string, string>[]) {
       await saveTensors(path, { rewards }, header)

@@ -10,11 +10,13 @@ import {
   paperSettings,
   type Sample,
   type Tensor,
+  type TrainedModel,
 } from 'p2r-kernels'
 import { expect, test } from 'vitest'
 import { expectRefusal, onEveryBackend, Random } from './harness.js'
 
 const boxes = (label: string) => `[{"bbox_2d": [0, 0, 250, 500], "label": "${label}"}]`
+const eye = (n: number) => Float32Array.from({ length: n * n }, (_, i) => +(i % (n + 1) === 0))
 const overlapping = `[${['a', 'b'].map((l) => boxes(l).slice(1, -1))}]`
 
 onEveryBackend('PraGrpo', (b) => {
@@ -232,7 +234,7 @@ onEveryBackend('PraGrpo', (b) => {
       [
         { logProbs: good, temperature: 2 },
         'ERR_VALUE',
-        'temperature does not belong to a model of logProbs',
+        "the model's temperature must be 1, at which the tokens were sampled, got 2",
       ],
       [
         { logits: b.device.zeros([T, 9]), targets, bias: good },
@@ -362,6 +364,61 @@ onEveryBackend('PraGrpo', (b) => {
     expect(batch.oldLogProbs).toBeUndefined()
   })
 
+  test('the loss is of the rollouts’ temperature', async () => {
+    const temperature = 0.6
+    const logits = b.device.tensor([2, 1, 0, -1, 2, 1, 0, -1], [2, 4])
+    const targets = b.device.tensor(new Int32Array([1, 1]), [2])
+    // Token 1's log-probability at 0.6.
+    const own = -1 / 0.6 - Math.log([0, -1, -2, -3].reduce((s, x) => s + Math.exp(x / 0.6), 0))
+    const sampled: Policy = {
+      generate: async ({ n = 1 }) =>
+        Array.from({ length: n }, () => ({ text: boxes('x'), tokens: [1], logProbs: [own] })),
+    }
+    const start = (options: Partial<PraGrpoOptions> = {}) =>
+      trainer({ perceiver: sampled, groupSize: 2, temperature, ...options })
+    const oldLogProbs = b.device.tensor([own, own], [2])
+    const pra = start()
+    using batch = await pra.rollout([sample('q')])
+    expect(batch).toMatchObject({ temperature, oldLogProbsTemperature: 1 })
+    const hidden = { hidden: logits, weight: b.device.tensor(eye(4), [4, 4]), targets }
+    const refused: [model: object, message: RegExp][] = [
+      [
+        { logits, targets },
+        /log-probabilities are of temperature 1, its tokens were sampled at 0.6/,
+      ],
+      [{ logits, targets, oldLogProbs, temperature: 1 }, /temperature must be 0.6.* got 1/],
+      [{ ...hidden, oldLogProbs, temperature: 2 }, /temperature must be 0.6.* got 2/],
+      [{ logProbs: oldLogProbs, oldLogProbs }, /temperature must be 0.6.* got 1/],
+    ]
+    for (const [model, message] of refused)
+      expectRefusal(() => pra.step(batch, model as never), 'ERR_VALUE', 'step', message)
+    for (const model of [
+      { logits, targets },
+      { logits, targets, temperature },
+      hidden,
+      { logProbs: oldLogProbs, temperature },
+    ]) {
+      using step = start().step(batch, { ...model, oldLogProbs } as TrainedModel)
+      expect((await step.metrics()).ratioMean).toBeCloseTo(1, 4)
+    }
+    // Its own temperature counts, not the trainer's that steps it.
+    using elsewhere = trainer({ groupSize: 2 }).step(batch, { logits, targets, oldLogProbs })
+    expect((await elsewhere.metrics()).ratioMean).toBeCloseTo(1, 4)
+
+    const processed = start({ logProbsMode: 'processed' })
+    using declared = await processed.rollout([sample('q')])
+    using step = processed.step(declared, { logits, targets })
+    expect((await step.metrics()).ratioMean).toBeCloseTo(1, 4)
+    const greedy = start({ temperature: 0, logProbsMode: 'processed' })
+    using certain = await greedy.rollout([sample('q')])
+    expectRefusal(
+      () => greedy.step(certain, { logits, targets }),
+      'ERR_VALUE',
+      'step',
+      /sampled at temperature 0/,
+    )
+  })
+
   test('a rollout that lacks what the others have is an error', async () => {
     const all = { text: boxes('x'), tokens: [1, 2], logProbs: [-1, -2] }
     const perceiver = (...completions: Completion[]): Policy => ({
@@ -442,6 +499,7 @@ onEveryBackend('PraGrpo', (b) => {
     wrong({ maxTokens: { reasoner: 0 } }, /maxTokens.reasoner/)
     wrong({ evidence: { padding: [0.1] } }, /padding/)
     wrong({ rules: 'lax' }, /rules/)
+    wrong({ logProbsMode: 'vllm' }, /logProbsMode/)
     wrong({ prompts: { perceive: 3 } }, /prompts.perceive/)
     expectRefusal(() => paperSettings({ batch: 0 }), 'ERR_VALUE', 'paperSettings', /batch/)
     const pra = trainer({})

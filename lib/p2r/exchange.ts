@@ -15,7 +15,7 @@ const version = '1'
  *
  * It holds `rewards` and `advantages` f32 [B], `groups` i32 [B], and where
  * the batch has them `tokens` i32 [T], `cu_seqlens` i32 [B + 1] and `old_log_probs` f32 [T]. The header
- * holds the role, the metrics and the items, without images. The file is replaced atomically.
+ * holds the role, the metrics, the temperatures and the items, without images. The file is replaced atomically.
  *
  * @throws P2RError ERR_VALUE for wrong arguments; ERR_IO, with its cause, when the file cannot be written.
  * @example
@@ -45,6 +45,7 @@ export async function saveRollouts(path: string, batch: RolloutBatch): Promise<v
   checkString(path, 'path', op)
   checkBatch(batch, op)
   const { role, groups, rewards, advantages, cuSeqlens, tokens, oldLogProbs, metrics } = batch
+  const { temperature, oldLogProbsTemperature } = batch
   const made: Tensor[] = []
   const ints = (data: Int32Array): Tensor => {
     const tensor = rewards.device.tensor(data, [data.length])
@@ -66,7 +67,14 @@ export async function saveRollouts(path: string, batch: RolloutBatch): Promise<v
       ...(cuSeqlens && { cu_seqlens: ints(cuSeqlens) }),
       ...(oldLogProbs && { old_log_probs: oldLogProbs }),
     },
-    { format, version, role, metrics: JSON.stringify(metrics), items: JSON.stringify(items) },
+    {
+      format,
+      version,
+      role,
+      metrics: JSON.stringify(metrics),
+      items: JSON.stringify(items),
+      sampling: JSON.stringify({ temperature, oldLogProbsTemperature }),
+    },
   )
   // The reads are queued already and keep the storage alive.
   for (const tensor of made) tensor.dispose()
@@ -143,6 +151,7 @@ export async function loadRollouts(path: string, device: Device): Promise<Rollou
       rewards,
       advantages,
       metrics: JSON.parse(header.metrics ?? 'null'),
+      ...samplingOf(header.sampling, bad),
       ...(tokens && cuSeqlens && { tokens, cuSeqlens }),
       ...(oldLogProbs && { oldLogProbs }),
     })
@@ -150,6 +159,26 @@ export async function loadRollouts(path: string, device: Device): Promise<Rollou
     for (const tensor of Object.values(tensors)) tensor.dispose()
     if (error instanceof P2RError) throw error
     return bad('its header does not describe a batch', error)
+  }
+}
+
+/** The temperatures of a batch; none in files of earlier releases. */
+function samplingOf(
+  text: string | undefined,
+  bad: (why: string) => never,
+): Pick<RolloutBatch, 'temperature' | 'oldLogProbsTemperature'> {
+  const { temperature, oldLogProbsTemperature } = (JSON.parse(text ?? 'null') ?? {}) as Record<
+    string,
+    unknown
+  >
+  for (const value of [temperature, oldLogProbsTemperature])
+    if (value !== undefined && !(typeof value === 'number' && value >= 0))
+      return bad(`a temperature must be a number of at least 0, got ${describeValue(value)}`)
+  return {
+    ...(temperature !== undefined && { temperature: temperature as number }),
+    ...(oldLogProbsTemperature !== undefined && {
+      oldLogProbsTemperature: oldLogProbsTemperature as number,
+    }),
   }
 }
 

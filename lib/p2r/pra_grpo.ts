@@ -9,6 +9,7 @@ import {
   checkPositive,
   checkReceiver,
   checkString,
+  choice,
   isObject,
   type Names,
 } from '../arguments.js'
@@ -103,7 +104,7 @@ export interface PraGrpoSettings {
    */
   loss?: PolicyLossOptions
   /**
-   * Of the trained role's rollouts. The frozen role answers greedily.
+   * Of the trained role's rollouts, and of the log-probabilities in its loss. The frozen role answers greedily.
    * @default 1
    */
   temperature?: number
@@ -145,6 +146,13 @@ export interface PraGrpoOptions extends PraGrpoSettings {
    * @default { perceiver: 1024, reasoner: 2048 }
    */
   maxTokens?: Partial<Record<Role, number>>
+  /**
+   * What the trained role's policy gives as log-probabilities, in vLLM's words: 'raw', of temperature 1, or 'processed',
+   * of the rollouts' temperature, as vLLM's are with `--logprobs-mode processed_logprobs`. At a temperature other than
+   * 1, raw ones are no old log-probabilities, and `step` needs the trainer's.
+   * @default 'raw'
+   */
+  logProbsMode?: 'raw' | 'processed'
   /**
    * Steps already made by the run that this one continues.
    * @default 0
@@ -195,6 +203,7 @@ const optionNames: Names<PraGrpoOptions> = {
   evidence: true,
   prompts: true,
   maxTokens: true,
+  logProbsMode: true,
   step: true,
 }
 const paperNames: Names<PaperSettingsOptions> = { samples: true, batch: true }
@@ -270,17 +279,29 @@ export interface RoleMetrics extends RolloutMetrics, LossMetrics {
 
 /** Log-probabilities of a batch's tokens under other weights than the current ones. */
 export interface StepLogProbs {
-  /** f32 [T]: of the weights that the stage began with. The loss has its KL term then. */
+  /** f32 [T]: of the weights that the stage began with, at the rollouts' temperature. The loss has its KL term then. */
   refLogProbs?: Tensor<'f32'>
   /**
-   * f32 [T]: of the weights that sampled the tokens.
-   * @default the batch's, which the server computed in its own precision
+   * f32 [T]: of the weights that sampled the tokens, at the rollouts' temperature.
+   * @default the batch's, which the server computed in its own precision; refused if they are of another temperature
    */
   oldLogProbs?: Tensor<'f32'>
 }
 
-/** What the trained role's engine gives for the tokens of a batch, in their order. */
-export type TrainedModel = GrpoModel & StepLogProbs
+/** Log-probabilities as the trained model, with the temperature at which the caller computed them. */
+export interface TrainedLogProbs extends Omit<LogProbsModel, 'temperature'> {
+  /**
+   * At which the log-probabilities were computed; must be the rollouts'.
+   * @default 1
+   */
+  temperature?: number
+}
+
+/**
+ * What the trained role's engine gives for the tokens of a batch, in their order. The temperature of logits and hidden
+ * states is the rollouts', and a model that names another is refused.
+ */
+export type TrainedModel = (Exclude<GrpoModel, LogProbsModel> | TrainedLogProbs) & StepLogProbs
 
 /** Options of PraGrpo's `rollout`. */
 export interface RolloutOptions {
@@ -360,6 +381,7 @@ export class PraGrpo {
       for (const [role, tokens] of Object.entries(maxTokens))
         if (tokens !== undefined) checkPositive(tokens, `maxTokens.${role}`, op)
     }
+    choice(options.logProbsMode ?? 'raw', ['raw', 'processed'], 'logProbsMode', op)
     this.#options = { ...options }
     this.#settings = { groupSize, schedule, temperature }
     this.#policies = {
@@ -432,18 +454,24 @@ export class PraGrpo {
     }))
     for await (const { at, items } of rolled) groups[at] = items
     signal?.throwIfAborted()
-    const { device, estimator } = this.#options
-    return makeBatch(role, groups.flat(), device, estimator)
+    const { device, estimator, logProbsMode } = this.#options
+    const { temperature } = this.#settings
+    const oldLogProbsTemperature = logProbsMode === 'processed' ? temperature : 1
+    const sampling = { temperature, oldLogProbsTemperature }
+    return makeBatch(role, groups.flat(), device, sampling, estimator)
   }
 
   /**
    * Loss and gradient of a batch under the trained role's current model; advances the schedule.
    *
+   * Everything is of the temperature at which the batch was sampled: logits are divided by it.
+   *
    * @returns as grpoStep: the gradient is taken with respect to what the model gives.
    * @throws P2RError ERR_VALUE for a batch of the other role, or one that was stepped already; ERR_POLICY for one
-   *   without token ids; ERR_VALUE, ERR_SHAPE, ERR_DTYPE and ERR_DEVICE for a wrong model.
+   *   without token ids; ERR_VALUE, ERR_SHAPE, ERR_DTYPE and ERR_DEVICE for a wrong model, also one of another
+   *   temperature.
    */
-  step(batch: RolloutBatch, model: LogProbsModel & StepLogProbs): LogProbsStep
+  step(batch: RolloutBatch, model: TrainedLogProbs & StepLogProbs): LogProbsStep
   step<D extends FloatDType>(
     batch: RolloutBatch,
     model: LogitsModel<D> & StepLogProbs,
@@ -474,10 +502,11 @@ export class PraGrpo {
         `the ${batch.role}'s policy gave no token ids, and training needs them`,
       )
     const { estimator, loss } = this.#options
-    const oldLogProbs = model.oldLogProbs ?? batch.oldLogProbs
+    const sampled = batch.temperature ?? this.#settings.temperature
+    const oldLogProbs = model.oldLogProbs ?? oldLogProbsOf(batch, sampled, op)
     const made = stepAs(op, {
       ...loss,
-      ...model,
+      ...atTemperature(model, sampled, op),
       rewards,
       groups,
       cuSeqlens,
@@ -675,6 +704,37 @@ function checkOnEmptyBatch(
     }
     stepAs(op, { ...options, ...given, logits: device.zeros([0, 1]), targets })
   })
+}
+
+/** The batch's log-probabilities, which must be of the temperature that the tokens were sampled at. */
+function oldLogProbsOf(
+  { oldLogProbs, oldLogProbsTemperature = 1 }: RolloutBatch,
+  sampled: number,
+  op: string,
+): Tensor<'f32'> | undefined {
+  if (oldLogProbs && oldLogProbsTemperature !== sampled)
+    refuse(
+      'ERR_VALUE',
+      op,
+      `the batch's log-probabilities are of temperature ${oldLogProbsTemperature}, its tokens were sampled at ${sampled}: give the trainer's as oldLogProbs, or logProbsMode 'processed' to PraGrpo if the server computes them so`,
+    )
+  return oldLogProbs
+}
+
+/** The model as grpoStep takes it, at the temperature that the tokens were sampled at. */
+function atTemperature(model: TrainedModel, sampled: number, op: string): GrpoModel {
+  const { temperature, ...rest } = model
+  const own = temperature ?? (model.logProbs === undefined ? sampled : 1)
+  if (own !== sampled)
+    refuse(
+      'ERR_VALUE',
+      op,
+      `the model's temperature must be ${sampled}, at which the tokens were sampled, got ${own}`,
+    )
+  if (model.logProbs !== undefined) return rest as GrpoModel
+  if (sampled === 0)
+    refuse('ERR_VALUE', op, 'tokens that were sampled at temperature 0 have no log-probabilities')
+  return { ...rest, temperature: sampled } as GrpoModel
 }
 
 /** Tokens are requested only where they are trained on. */

@@ -74,6 +74,13 @@ export interface RolloutBatch extends Disposable {
   tokens?: Int32Array
   /** f32 [T], when the policy gives log-probabilities. */
   oldLogProbs?: Tensor<'f32'>
+  /** At which temperature the tokens were sampled. Left out: that of the trainer that steps the batch. */
+  temperature?: number
+  /**
+   * At which temperature `oldLogProbs` are.
+   * @default 1
+   */
+  oldLogProbsTemperature?: number
   /** Of this batch. */
   metrics: RolloutMetrics
   /** Frees tensors and evidence. The samples' images are the caller's. A second call does nothing. */
@@ -100,6 +107,7 @@ export function makeBatch(
   role: Role,
   rolled: readonly RolloutItem[],
   device: Device,
+  sampling: Required<Pick<RolloutBatch, 'temperature' | 'oldLogProbsTemperature'>>,
   estimator?: AdvantageEstimator,
 ): RolloutBatch {
   const items = withErrors(rolled, role)
@@ -123,6 +131,7 @@ export function makeBatch(
     rewards,
     advantages,
     metrics: rolloutMetrics(items, groups, values),
+    ...sampling,
     ...(packed && { cuSeqlens: packed.cuSeqlens, tokens: packed.tokens }),
     ...(oldLogProbs && { oldLogProbs }),
   })
@@ -139,6 +148,8 @@ export class Rollouts implements RolloutBatch {
   readonly cuSeqlens?: Int32Array
   readonly tokens?: Int32Array
   readonly oldLogProbs?: Tensor<'f32'>
+  readonly temperature?: number
+  readonly oldLogProbsTemperature?: number
 
   constructor(parts: Omit<RolloutBatch, 'dispose' | typeof Symbol.dispose>) {
     this.role = parts.role
@@ -150,6 +161,9 @@ export class Rollouts implements RolloutBatch {
     if (parts.cuSeqlens) this.cuSeqlens = parts.cuSeqlens
     if (parts.tokens) this.tokens = parts.tokens
     if (parts.oldLogProbs) this.oldLogProbs = parts.oldLogProbs
+    if (parts.temperature !== undefined) this.temperature = parts.temperature
+    if (parts.oldLogProbsTemperature !== undefined)
+      this.oldLogProbsTemperature = parts.oldLogProbsTemperature
   }
 
   dispose(): void {
