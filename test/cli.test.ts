@@ -561,6 +561,7 @@ test('evaluate scores the miniature, served in both roles, on 50 needle images',
     accuracy: 2 * right,
     boxes: 1,
     failed: 0,
+    truncated: 0,
   })
   expect(Object.keys(categories)).toEqual(['blue', 'green', 'red'])
   expect(out).toMatch(new RegExp(`all +50 +${right} `))

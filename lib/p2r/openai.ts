@@ -316,10 +316,10 @@ class BadAnswer extends Error {
  * `timeoutMs` is), whose error responses have a body that the client reads.
  */
 async function patientFetch(): Promise<typeof globalThis.fetch> {
-  const { Agent, fetch } = await import('undici')
+  const { Agent } = await import('undici')
   const dispatcher = new Agent({ headersTimeout: 0, bodyTimeout: 0 })
   const patient = async (url: string, init?: object): Promise<Response> => {
-    const response = (await fetch(url, { ...init, dispatcher })) as unknown as Response
+    const response = await fetch(url, { ...init, dispatcher } as object)
     return response.ok ? response : withError(response)
   }
   return patient as typeof globalThis.fetch
