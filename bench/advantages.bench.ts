@@ -27,5 +27,9 @@ function workload(
 
 export default {
   op: 'advantages',
-  workloads: [workload('grpo', groupAdvantages), workload('informative', informativeGroups)],
+  workloads: [
+    workload('grpo', groupAdvantages),
+    workload('pass@k', (a) => groupAdvantages({ ...a, estimator: 'grpo_passk' })),
+    workload('informative', informativeGroups),
+  ],
 } satisfies Benchmark

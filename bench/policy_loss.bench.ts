@@ -1,4 +1,4 @@
-import { policyLoss } from 'p2r-kernels'
+import { type PolicyLossOptions, policyLoss } from 'p2r-kernels'
 import { evenly, normals, uniforms } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
 import { policyLossLoop } from './peers/loops.js'
@@ -8,8 +8,13 @@ const length = 1024
 const tokens = sequences * length
 const cuSeqlens = evenly(sequences, length)
 
-/** PPO without a reference policy. Log-probabilities and mask in, the gradient out. */
-function ppo(name: string, onPolicy: boolean, cached: boolean): Workload {
+/** Without a reference policy. Log-probabilities and mask in, the gradient out. */
+function loss(
+  name: string,
+  onPolicy: boolean,
+  cached: boolean,
+  objective: NonNullable<PolicyLossOptions['objective']> = 'ppo',
+): Workload {
   const inputBytes = tokens * (onPolicy ? 5 : 9)
   return {
     name: `${sequences}x${length} ${name}`,
@@ -31,10 +36,11 @@ function ppo(name: string, onPolicy: boolean, cached: boolean): Workload {
             advantages: device.tensor(advantages, [sequences]),
             mask: device.tensor(mask, [tokens]),
             cuSeqlens,
+            objective,
           }
           return { run: () => policyLoss(a), answer: () => policyLoss(a).dLogProbs.read() }
         },
-        peers: [policyLossLoop(logProbs, old, advantages, mask)],
+        ...(objective === 'ppo' && { peers: [policyLossLoop(logProbs, old, advantages, mask)] }),
       }
     },
   }
@@ -42,5 +48,11 @@ function ppo(name: string, onPolicy: boolean, cached: boolean): Workload {
 
 export default {
   op: 'policy_loss',
-  workloads: [ppo('ppo, inputs in the cache', false, true), ppo('ppo, on-policy', true, false)],
+  workloads: [
+    loss('ppo, inputs in the cache', false, true),
+    loss('ppo, on-policy', true, false),
+    ...(['dppo_tv', 'dppo_kl', 'gmpo', 'vespo'] as const).map((objective) =>
+      loss(`${objective}, inputs in the cache`, false, true, objective),
+    ),
+  ],
 } satisfies Benchmark

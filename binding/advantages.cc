@@ -28,15 +28,28 @@ Napi::Value group_advantages(Call& call) {
   const int64_t n = a.rewards.shape[0], kinds = rank == 2 ? a.rewards.shape[1] : 1;
   a.groups = groups_of(call, n);
   a.estimator = call.choice("estimator", kEstimators);
-  call.check(
-      rank == 1 || a.estimator == Estimator::gdpo, Code::shape,
-      "rewards must be [B] unless the estimator is 'gdpo', got " + to_string(a.rewards.shape));
   a.epsilon = call.number("epsilon", 0, INFINITY);
   a.singleton_zero = call.flag("singleton");
+  a.scale = call.choice("scale", kRewardScales);
+  call.check(a.scale == RewardScale::group || takes_scale(a.estimator), Code::value,
+             "scale needs the estimator 'grpo' or 'grpo_passk'");
+  a.combine = call.choice("combine", kCombines);
+  call.check(rank == 1 || a.estimator == Estimator::gdpo || a.combine != Combine::separate,
+             Code::shape,
+             "rewards must be [B] unless the estimator is 'gdpo' or combine is given, got " +
+                 to_string(a.rewards.shape));
+  call.check(a.combine == Combine::separate ||
+                 (rank == 2 && a.estimator != Estimator::gdpo &&
+                  (a.combine == Combine::sum_then_normalize || a.estimator == Estimator::grpo)),
+             Code::value,
+             "combine needs rewards [B, K] and an estimator other than 'gdpo', "
+             "'normalize_then_sum' the estimator 'grpo'");
+  a.skip_empty = call.flag("skipEmpty");
   const bool weighted = call.given();
   if (weighted) {
     a.weights = call.numbers("weights");
-    call.check(a.estimator == Estimator::gdpo, Code::value, "weights need the estimator 'gdpo'");
+    call.check(a.estimator == Estimator::gdpo || a.combine != Combine::separate, Code::value,
+               "weights need the estimator 'gdpo' or combine");
     call.check(static_cast<int64_t>(a.weights.size()) == kinds, Code::shape,
                "weights must have one number a kind of reward, " + std::to_string(kinds) +
                    ", got " + std::to_string(a.weights.size()));
@@ -50,22 +63,43 @@ Napi::Value group_advantages(Call& call) {
                "lengths must have one number a sequence, " + std::to_string(n) + ", got " +
                    std::to_string(a.lengths.size()));
   }
-  const bool counted = call.given();
-  if (counted) {
-    a.mask = call.in("mask", kU8, 1);
-    a.cu_seqlens = call.cu_seqlens("cuSeqlens", a.mask.shape[0]);
+  a.mask = call.maybe_in("mask", kU8, 1);
+  const bool bounded = call.given();
+  if (bounded) {
+    a.cu_seqlens = call.cu_seqlens("cuSeqlens", a.mask ? a.mask.shape[0] : -1);
     call.check(static_cast<int64_t>(a.cu_seqlens.size()) == n + 1, Code::shape,
                "cuSeqlens must bound as many sequences as there are rewards, " + std::to_string(n) +
                    ", got " + std::to_string(a.cu_seqlens.size() - 1));
   }
-  call.check(!needs_lengths(a.estimator) || counted || static_cast<int64_t>(a.lengths.size()) == n,
-             Code::value, "this estimator weights by tokens and needs lengths");
-  if (!needs_lengths(a.estimator)) {
+  call.check(!a.mask || bounded, Code::value, "mask needs cuSeqlens");
+  const bool by_token = a.estimator == Estimator::opt_baseline;
+  const int64_t tokens = bounded ? a.cu_seqlens.back() : 0;
+  const auto per_token = [&](const char* name) {
+    In t = call.maybe_in(name, kF32, 1);
+    call.check(!t || by_token, Code::value,
+               std::string(name) + " needs the estimator 'opt_baseline'");
+    if (t) call.same_shape(name, t, {tokens});
+    return t;
+  };
+  a.baselines = call.maybe_in("baselines", kF32, 1);
+  if (a.baselines) call.same_shape("baselines", a.baselines, {n});
+  call.check((a.estimator == Estimator::remax) == static_cast<bool>(a.baselines), Code::value,
+             "the estimator 'remax', and no other, needs baselines");
+  a.log_probs = per_token("logProbs");
+  a.squared_probs = per_token("squaredProbs");
+  a.importance_weights = per_token("importanceWeights");
+  call.check(!by_token || (bounded && a.log_probs && a.squared_probs), Code::value,
+             "the estimator 'opt_baseline' needs logProbs, squaredProbs and cuSeqlens");
+  const bool counted = a.mask || static_cast<int64_t>(a.lengths.size()) == n;
+  call.check(counted || !needs_lengths(a.estimator), Code::value,
+             "this estimator weights by tokens and needs lengths");
+  call.check(counted || !a.skip_empty, Code::value, "skipEmpty needs lengths");
+  if (!needs_lengths(a.estimator) && !a.skip_empty && !by_token) {
     a.lengths.clear();
     a.cu_seqlens.clear();
     a.mask = In{};
   }
-  a.advantages = call.result(DType::f32, {n});
+  a.advantages = call.result(DType::f32, {by_token ? tokens : n});
   return call.run(&Kernels::group_advantages, a);
 }
 

@@ -71,10 +71,9 @@ Napi::Value linear_policy_loss(Call& call) {
   LinearPolicyLossArgs a;
   read_head(call, a);
   read_policy_loss(call, a.loss, a.hidden.shape[0]);
-  call.check(
-      a.loss.objective != Objective::gspo, Code::value,
-      "objective must not be 'gspo', whose ratios need all of a sequence: use linearLogProbs, "
-      "policyLoss and linearLogProbsBackward");
+  call.check(!by_sequence(a.loss.objective), Code::value,
+             "objective must not be 'gspo', 'luspo', 'gmpo' or 'vespo', whose ratios need all of a "
+             "sequence: use linearLogProbs, policyLoss and linearLogProbsBackward");
   read_accumulators(call, a);
   a.log_probs = call.result(DType::f32, {a.hidden.shape[0]});
   policy_loss_results(call, a.loss);

@@ -40,9 +40,15 @@ void read_policy_loss(Call& call, PolicyLossArgs& a, int64_t tokens) {
   a.clip_low = call.number("clipLow", 0, INFINITY);
   a.clip_high = call.number("clipHigh", 0, INFINITY);
   a.dual_clip = call.given() ? call.number("dualClip", 1, INFINITY) : 0;
+  a.delta = call.given() ? call.number("delta", 1e-30, INFINITY) : 0;
   a.tau_positive = call.number("tauPositive", 1e-6, INFINITY);
   a.tau_negative = call.number("tauNegative", 1e-6, INFINITY);
+  a.k_positive = call.number("vespoKPositive", 0, INFINITY);
+  a.lambda_positive = call.number("vespoLambdaPositive", 1e-4, INFINITY);
+  a.k_negative = call.number("vespoKNegative", 0, INFINITY);
+  a.lambda_negative = call.number("vespoLambdaNegative", 1e-4, INFINITY);
   a.kl = call.choice("kl", kKls);
+  a.kl_unbiased = call.flag("klUnbiased");
   a.kl_coef = call.number("klCoef", -INFINITY, INFINITY);
   a.kl_clamp = call.given() ? call.number("klClamp", 1e-30, INFINITY) : 0;
   a.entropy_coef = call.number("entropyCoef", -INFINITY, INFINITY);
@@ -58,6 +64,8 @@ void read_policy_loss(Call& call, PolicyLossArgs& a, int64_t tokens) {
     a.loss_scale = static_cast<double>(longest);
   }
   a.normalizer = call.given() ? call.number("normalizer", 1e-30, INFINITY) : 0;
+  call.check(a.normalizer == 0 || a.aggregation != Aggregation::token_sum, Code::value,
+             "normalizer must be absent with 'token-sum', which divides by nothing");
   call.check(a.kl == Kl::none || a.ref_log_probs, Code::value, "kl needs refLogProbs");
 }
 

@@ -3,7 +3,6 @@
 // not sequences, are the tasks of the threads, so one long sequence is parallel too.
 #include "ops/policy_loss.h"
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -18,7 +17,7 @@ constexpr int64_t kRunGrain = 4;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Sequence {
-  double kept = 0, log_ratio = 0;  // Σ (logp - old) over kept tokens, for gspo
+  double kept = 0, log_ratio = 0;  // the sum of its log_ratio_term
   double policy_weight = 0, term_weight = 0;
 };
 struct RunSums {
@@ -38,10 +37,17 @@ void count_run(const PolicyLossArgs& a, const LossRun& run, const Simd& simd, Ru
       break;
     }
   double log_ratio = 0;
-  if (a.objective == Objective::gspo && a.old_log_probs) {
-    const float *now = from(a.log_probs, run.begin), *old = from(a.old_log_probs, run.begin);
+  const bool weighted = a.objective == Objective::vespo && a.importance_weights;
+  if (by_sequence(a.objective) && (a.old_log_probs || weighted)) {
+    const float *now = from(a.log_probs, run.begin), *old = from(a.old_log_probs, run.begin),
+                *importance = from(a.importance_weights, run.begin);
+    const float* advantages = a.advantages.as<float>() + (a.per_token ? run.begin : run.sequence);
     for (int32_t t = 0; t < run.size; ++t)
-      if (!mask || mask[t]) log_ratio += double(now[t]) - double(old[t]);
+      if (!mask || mask[t])
+        log_ratio +=
+            log_ratio_term(a.objective, a.clip_low, a.clip_high, advantages[a.per_token ? t : 0],
+                           old ? double(now[t]) - double(old[t]) : 0,
+                           weighted ? std::log(double(importance[t])) : 0);
   }
   out.kept = static_cast<double>(kept);
   out.log_ratio = log_ratio;
@@ -88,7 +94,12 @@ void policy_loss(const PolicyLossArgs& a, Device& device) {
       for (int64_t i = begin; i < end; ++i) {
         const LossRun& run = table.runs[i];
         const Sequence& sequence = of[run.sequence];
-        const double mean = sequence.kept > 0 ? sequence.log_ratio / sequence.kept : 0;
+        const SequenceLogRatio log_ratio =
+            sequence_log_ratio(a.objective, sequence.log_ratio, sequence.kept);
+        const auto phi = [&](double k, double lambda) {
+          return static_cast<float>(
+              std::exp(lambda + k * log_ratio.value - lambda * std::exp(log_ratio.value)));
+        };
         PolicyRun r;
         r.log_probs = from(a.log_probs, run.begin);
         r.old_log_probs = from(a.old_log_probs, run.begin);
@@ -107,12 +118,19 @@ void policy_loss(const PolicyLossArgs& a, Device& device) {
         r.low = static_cast<float>(1 - a.clip_low);
         r.high = static_cast<float>(1 + a.clip_high);
         r.dual_clip = a.dual_clip > 0 ? static_cast<float>(a.dual_clip) : kInfinity;
+        r.clip_low = static_cast<float>(a.clip_low);
+        r.clip_high = static_cast<float>(a.clip_high);
+        r.delta = a.delta > 0 ? static_cast<float>(a.delta) : kInfinity;
+        r.kl_unbiased = a.kl_unbiased;
         r.tau_positive = static_cast<float>(a.tau_positive);
         r.tau_negative = static_cast<float>(a.tau_negative);
         r.kl_clamp = a.kl_clamp > 0 ? static_cast<float>(a.kl_clamp) : kInfinity;
-        r.sequence_ratio = static_cast<float>(std::exp(std::max(std::min(mean, 10.0), -20.0)));
-        if (mean != mean) r.sequence_ratio = static_cast<float>(mean);
-        r.sequence_inside = mean >= -20 && mean <= 10;
+        r.sequence_ratio = static_cast<float>(std::exp(log_ratio.value));
+        r.sequence_inside = log_ratio.inside;
+        if (a.objective == Objective::vespo) {
+          r.phi_positive = phi(a.k_positive, a.lambda_positive);
+          r.phi_negative = phi(a.k_negative, a.lambda_negative);
+        }
         r.policy_weight = static_cast<float>(sequence.policy_weight);
         r.kl_weight = static_cast<float>(a.kl_coef * sequence.term_weight);
         r.entropy_weight = static_cast<float>(-a.entropy_coef * sequence.term_weight);

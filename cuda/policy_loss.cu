@@ -13,7 +13,7 @@ namespace {
 constexpr int kBlock = 256, kWarps = kBlock / 32;
 
 struct RunSums {
-  double kept, log_ratio;  // log_ratio: Σ (logp - old) over kept tokens, for gspo
+  double kept, log_ratio;  // the latter: the sum of log_ratio_term
   double sums[kLossSums];
 };
 struct Sequence {
@@ -26,7 +26,10 @@ struct Loss {
   Objective objective;
   Kl kl;
   Aggregation aggregation, term_aggregation;
-  bool count_empty, per_token;
+  bool count_empty, per_token, kl_unbiased;
+  double clip_low, clip_high;
+  double k_positive, lambda_positive, k_negative, lambda_negative;
+  float delta;                                                                   // inf: none
   float ratio_low, ratio_high, dual_clip, tau_positive, tau_negative, kl_clamp;  // inf: no bound
   double kl_coef, entropy_coef, loss_scale, normalizer;
   const LossRun* runs;
@@ -42,7 +45,8 @@ struct Loss {
 __global__ void __launch_bounds__(kBlock) count_kept_kernel(Loss a) {
   SMEM_ARRAY(double, shared, kWarps);
   const LossRun run = a.runs[blockIdx.x];
-  const bool ratios = a.objective == Objective::gspo && a.old_log_probs;
+  const bool weighted = a.objective == Objective::vespo && a.importance;
+  const bool ratios = by_sequence(a.objective) && (a.old_log_probs || weighted);
   double kept = 0, log_ratio = 0;
   for (int64_t t = run.begin + threadIdx.x; t < run.begin + run.size; t += kBlock) {
     const int mask = a.mask ? a.mask[t] : 1;
@@ -50,7 +54,12 @@ __global__ void __launch_bounds__(kBlock) count_kept_kernel(Loss a) {
     if (!mask) continue;
     kept += 1;
     if (ratios)
-      log_ratio += static_cast<double>(a.log_probs[t]) - static_cast<double>(a.old_log_probs[t]);
+      log_ratio += log_ratio_term(
+          a.objective, a.clip_low, a.clip_high, a.advantages[a.per_token ? t : run.sequence],
+          a.old_log_probs
+              ? static_cast<double>(a.log_probs[t]) - static_cast<double>(a.old_log_probs[t])
+              : 0,
+          weighted ? log(static_cast<double>(a.importance[t])) : 0);
   }
   kept = block_sum<kWarps>(kept, shared);
   log_ratio = block_sum<kWarps>(log_ratio, shared);
@@ -119,6 +128,8 @@ __device__ Term kl_term(const Loss& a, float x) {
   switch (a.kl) {
     case Kl::k1:
       return {-x, 1};
+    case Kl::k1_plus:
+      return {-x, -x};
     case Kl::k2:
       return {0.5f * x * x, -x};
     case Kl::abs:
@@ -127,6 +138,7 @@ __device__ Term kl_term(const Loss& a, float x) {
       const bool bounded = a.kl_clamp < INFINITY;
       const float at = bounded ? clamped(x, -20, 20) : x;
       const float value = expm1_minus_x(at);
+      if (a.kl == Kl::k3_plus) return {value > a.kl_clamp ? a.kl_clamp : value, -x};
       if (bounded && (value > a.kl_clamp || x > 20 || x < -20))
         return {value > a.kl_clamp ? a.kl_clamp : value, 0};
       return {value, -(value + at)};
@@ -139,13 +151,31 @@ struct PolicyTerm {
   bool clipped, dual_clipped;
 };
 
-__device__ PolicyTerm policy_term(const Loss& a, float advantage, float log_prob, float ratio,
-                                  bool in_range) {
+// Whether the trust region of dppo excludes a token.
+__device__ bool outside_region(const Loss& a, float advantage, float log_p, float log_q) {
+  const float p = expf(log_p), q = expf(log_q);
+  const float low = static_cast<float>(a.clip_low), high = static_cast<float>(a.clip_high);
+  if (a.objective == Objective::dppo_tv) return advantage > 0 ? p - q > high : p - q < -low;
+  const float chosen = q > 0 ? q * (log_q - log_p) : 0;
+  const float not_p = -expm1f(log_p), not_q = -expm1f(log_q);
+  const float divergence = chosen + not_q * logf((not_q + 1e-8f) / (not_p + 1e-8f));
+  return advantage > 0 ? divergence > high && p > q : divergence > low && p < q;
+}
+
+// Of one sequence, for the objectives of sequences.
+struct SequenceTerm {
+  float ratio, phi_positive, phi_negative;
+  bool inside;
+};
+
+__device__ PolicyTerm policy_term(const Loss& a, float advantage, float log_prob, float log_ratio,
+                                  float old_log_prob, float ratio, bool in_range,
+                                  const SequenceTerm& sequence) {
   PolicyTerm out = {{0, 0}, false, false};
   switch (a.objective) {
     case Objective::ppo:
     case Objective::gspo: {
-      const float unclipped = -advantage * ratio;
+      const float unclipped = -advantage * (ratio > a.delta ? a.delta : ratio);
       const float bounded = -advantage * clamped(ratio, a.ratio_low, a.ratio_high);
       out.clipped = bounded > unclipped;
       out.term.value = out.clipped ? bounded : unclipped;
@@ -154,9 +184,29 @@ __device__ PolicyTerm policy_term(const Loss& a, float advantage, float log_prob
         out.dual_clipped = out.term.value > limit;
         if (out.dual_clipped) out.term.value = limit;
       }
+      if (in_range && !out.clipped && ratio > a.delta) out.dual_clipped = true;
       out.term.gradient = in_range && !out.clipped && !out.dual_clipped ? unclipped : 0;
       break;
     }
+    case Objective::dppo_tv:
+    case Objective::dppo_kl:
+      out.clipped = outside_region(a, advantage, log_prob, old_log_prob);
+      out.dual_clipped = !out.clipped && ratio > a.delta;
+      if (out.clipped) break;
+      out.term.gradient = -advantage * (ratio > a.delta ? a.delta : ratio);
+      out.term.value = out.term.gradient * log_prob;
+      break;
+    case Objective::gmpo:
+      out.clipped = advantage > 0 && log_ratio > static_cast<float>(a.clip_high);
+      out.dual_clipped = advantage < 0 && log_ratio < -static_cast<float>(a.clip_low);
+      out.term.value = -advantage * ratio;
+      out.term.gradient = in_range && !out.clipped && !out.dual_clipped ? out.term.value : 0;
+      break;
+    case Objective::vespo:
+      out.term.gradient =
+          -advantage * (advantage < 0 ? sequence.phi_negative : sequence.phi_positive);
+      out.term.value = out.term.gradient * log_prob;
+      break;
     case Objective::cispo: {
       const float clipped_ratio = clamped(ratio, a.ratio_low, a.ratio_high);
       out.clipped = clipped_ratio != ratio;
@@ -183,11 +233,18 @@ __global__ void __launch_bounds__(kBlock) loss_terms_kernel(Loss a) {
   SMEM_ARRAY(double, shared, kWarps);
   const LossRun run = a.runs[blockIdx.x];
   const Sequence sequence = a.per_sequence[run.sequence];
-  const bool by_sequence = a.objective == Objective::gspo;
-  const double mean = sequence.kept > 0 ? sequence.log_ratio / sequence.kept : 0;
-  const float sequence_ratio = static_cast<float>(exp(mean > 10    ? 10.0
-                                                      : mean < -20 ? -20.0
-                                                                   : mean));
+  const bool has_ratio = a.objective == Objective::gspo || a.objective == Objective::gmpo;
+  const SequenceLogRatio sequence_ratio =
+      sequence_log_ratio(a.objective, sequence.log_ratio, sequence.kept);
+  SequenceTerm of_sequence = {static_cast<float>(exp(sequence_ratio.value)), 0, 0,
+                              sequence_ratio.inside};
+  if (a.objective == Objective::vespo) {
+    const double m = sequence_ratio.value, w = exp(m);
+    of_sequence.phi_positive =
+        static_cast<float>(exp(a.lambda_positive + a.k_positive * m - a.lambda_positive * w));
+    of_sequence.phi_negative =
+        static_cast<float>(exp(a.lambda_negative + a.k_negative * m - a.lambda_negative * w));
+  }
   const float policy_weight = static_cast<float>(sequence.policy_weight);
   const float kl_weight = static_cast<float>(a.kl_coef * sequence.term_weight);
   const float entropy_weight = static_cast<float>(-a.entropy_coef * sequence.term_weight);
@@ -200,17 +257,23 @@ __global__ void __launch_bounds__(kBlock) loss_terms_kernel(Loss a) {
       const float advantage = a.advantages[a.per_token ? t : run.sequence];
       const float log_ratio = a.old_log_probs ? log_prob - a.old_log_probs[t] : 0;
       const float d = clamped(log_ratio, -20, 20);
-      const bool in_range =
-          by_sequence ? mean >= -20 && mean <= 10 : log_ratio >= -20 && log_ratio <= 20;
-      const float ratio = by_sequence ? sequence_ratio : a.old_log_probs ? expf(d) : 1;
-      PolicyTerm policy = policy_term(a, advantage, log_prob, ratio, in_range);
-      if (a.importance) {
+      const bool in_range = has_ratio ? of_sequence.inside : log_ratio >= -20 && log_ratio <= 20;
+      const float ratio = has_ratio ? of_sequence.ratio : a.old_log_probs ? expf(d) : 1;
+      PolicyTerm policy = policy_term(a, advantage, log_prob, log_ratio,
+                                      a.old_log_probs ? a.old_log_probs[t] : log_prob, ratio,
+                                      in_range, of_sequence);
+      if (a.importance && a.objective != Objective::vespo) {
         policy.term.value *= a.importance[t];
         policy.term.gradient *= a.importance[t];
       }
       gradient = policy.term.gradient * policy_weight;
       if (a.kl != Kl::none) {
-        const Term kl = kl_term(a, a.ref_log_probs[t] - log_prob);
+        Term kl = kl_term(a, a.ref_log_probs[t] - log_prob);
+        if (a.kl_unbiased) {
+          const float token_ratio = expf(d);
+          kl.gradient = token_ratio * (kl.gradient + (d == log_ratio ? kl.value : 0));
+          kl.value *= token_ratio;
+        }
         sums[kKlSum] += kl.value;
         if (kl_weight != 0) gradient += kl.gradient * kl_weight;
       }
@@ -270,6 +333,14 @@ void policy_loss(const PolicyLossArgs& a, Device& device) {
   p.ratio_low = static_cast<float>(1 - a.clip_low);
   p.ratio_high = static_cast<float>(1 + a.clip_high);
   p.dual_clip = bound_or_inf(a.dual_clip);
+  p.kl_unbiased = a.kl_unbiased;
+  p.clip_low = a.clip_low;
+  p.clip_high = a.clip_high;
+  p.delta = bound_or_inf(a.delta);
+  p.k_positive = a.k_positive;
+  p.lambda_positive = a.lambda_positive;
+  p.k_negative = a.k_negative;
+  p.lambda_negative = a.lambda_negative;
   p.tau_positive = static_cast<float>(a.tau_positive);
   p.tau_negative = static_cast<float>(a.tau_negative);
   p.kl_clamp = bound_or_inf(a.kl_clamp);

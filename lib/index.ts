@@ -148,6 +148,7 @@ export {
 } from './p2r/evidence.js'
 export { loadRollouts, saveRollouts } from './p2r/exchange.js'
 export {
+  type AdvantagesBatch,
   type GrpoBatch,
   type GrpoModel,
   type GrpoStep,
@@ -159,6 +160,7 @@ export {
   type LogitsStep,
   type LogProbsModel,
   type LogProbsStep,
+  type RewardsBatch,
 } from './p2r/grpo.js'
 export { OpenAIPolicy, type OpenAIPolicyOptions } from './p2r/openai.js'
 export {

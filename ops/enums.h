@@ -13,37 +13,74 @@ struct Named {
 };
 
 // Policy-gradient objectives; formulas in ops/policy_loss.h.
-enum class Objective : uint8_t { ppo, gspo, cispo, sapo, gpg };
-inline constexpr Named<Objective> kObjectives[] = {{Objective::ppo, "ppo"},
-                                                   {Objective::gspo, "gspo"},
-                                                   {Objective::cispo, "cispo"},
-                                                   {Objective::sapo, "sapo"},
-                                                   {Objective::gpg, "gpg"}};
+enum class Objective : uint8_t { ppo, gspo, cispo, sapo, gpg, dppo_tv, dppo_kl, gmpo, vespo };
+inline constexpr Named<Objective> kObjectives[] = {
+    {Objective::ppo, "ppo"},         {Objective::gspo, "gspo"}, {Objective::cispo, "cispo"},
+    {Objective::sapo, "sapo"},       {Objective::gpg, "gpg"},   {Objective::dppo_tv, "dppo_tv"},
+    {Objective::dppo_kl, "dppo_kl"}, {Objective::gmpo, "gmpo"}, {Objective::vespo, "vespo"},
+    {Objective::gspo, "luspo"}};
 
 // Estimators of the KL divergence from the reference policy; formulas in ops/policy_loss.h.
-enum class Kl : uint8_t { none, k1, k2, k3, abs };
-inline constexpr Named<Kl> kKls[] = {
-    {Kl::none, "none"}, {Kl::k1, "k1"}, {Kl::k2, "k2"}, {Kl::k3, "k3"}, {Kl::abs, "abs"}};
+enum class Kl : uint8_t { none, k1, k2, k3, abs, k1_plus, k3_plus };
+inline constexpr Named<Kl> kKls[] = {{Kl::none, "none"},  {Kl::k1, "k1"},   {Kl::k2, "k2"},
+                                     {Kl::k3, "k3"},      {Kl::abs, "abs"}, {Kl::k1_plus, "k1+"},
+                                     {Kl::k3_plus, "k3+"}};
 
 // How the losses of tokens become one; formulas in ops/policy_loss.h.
 enum class Aggregation : uint8_t {
   token_mean,
   seq_mean_token_sum,
   seq_mean_token_mean,
-  seq_mean_token_sum_norm
+  seq_mean_token_sum_norm,
+  token_sum
 };
 inline constexpr Named<Aggregation> kAggregations[] = {
     {Aggregation::token_mean, "token-mean"},
     {Aggregation::seq_mean_token_sum, "seq-mean-token-sum"},
     {Aggregation::seq_mean_token_mean, "seq-mean-token-mean"},
-    {Aggregation::seq_mean_token_sum_norm, "seq-mean-token-sum-norm"}};
+    {Aggregation::seq_mean_token_sum_norm, "seq-mean-token-sum-norm"},
+    {Aggregation::token_sum, "token-sum"}};
 
-// Advantage estimators; formulas in ops/advantages.h.
-enum class Estimator : uint8_t { grpo, dr_grpo, rloo, opo, gdpo, reinforce_pp_baseline };
+// Advantage estimators; formulas in ops/advantages.h. verl's vectorised forms are the same
+// functions under a second name.
+enum class Estimator : uint8_t {
+  grpo,
+  dr_grpo,
+  rloo,
+  opo,
+  gdpo,
+  reinforce_pp_baseline,
+  reinforce_pp,
+  gpg,
+  grpo_passk,
+  maxrl,
+  remax,
+  opt_baseline
+};
 inline constexpr Named<Estimator> kEstimators[] = {
-    {Estimator::grpo, "grpo"}, {Estimator::dr_grpo, "dr_grpo"},
-    {Estimator::rloo, "rloo"}, {Estimator::opo, "opo"},
-    {Estimator::gdpo, "gdpo"}, {Estimator::reinforce_pp_baseline, "reinforce_pp_baseline"}};
+    {Estimator::grpo, "grpo"},
+    {Estimator::dr_grpo, "dr_grpo"},
+    {Estimator::rloo, "rloo"},
+    {Estimator::opo, "opo"},
+    {Estimator::gdpo, "gdpo"},
+    {Estimator::reinforce_pp_baseline, "reinforce_pp_baseline"},
+    {Estimator::reinforce_pp, "reinforce_pp"},
+    {Estimator::gpg, "gpg"},
+    {Estimator::grpo_passk, "grpo_passk"},
+    {Estimator::maxrl, "maxrl"},
+    {Estimator::remax, "remax"},
+    {Estimator::opt_baseline, "opt_baseline"},
+    {Estimator::grpo, "grpo_vectorized"},
+    {Estimator::rloo, "rloo_vectorized"}};
+
+// What divides an advantage, and how kinds of rewards become one; formulas in ops/advantages.h.
+enum class RewardScale : uint8_t { group, batch, none };
+inline constexpr Named<RewardScale> kRewardScales[] = {
+    {RewardScale::group, "group"}, {RewardScale::batch, "batch"}, {RewardScale::none, "none"}};
+enum class Combine : uint8_t { separate, sum_then_normalize, normalize_then_sum };
+inline constexpr Named<Combine> kCombines[] = {{Combine::separate, "separate"},
+                                               {Combine::sum_then_normalize, "sum_then_normalize"},
+                                               {Combine::normalize_then_sum, "normalize_then_sum"}};
 
 // Resampling filters; formulas in ops/resample_plan.h.
 enum class Filter : uint8_t { box, bilinear, bicubic, lanczos };

@@ -40,6 +40,9 @@ std::string describe_fault(const FaultSource& source, uint64_t word) {
     case Invalid::shard_target:
       return entry("targets") + integer + " is negative, and not -100";
     case Invalid::reward:
+      if (const int64_t baseline = index - source.sequences * source.extent; baseline >= 0)
+        return "baselines[" + std::to_string(baseline) + "] = " + number_text(real) +
+               " is not finite";
       return entry("rewards") + " = " + number_text(real) + " is not finite";
     default:
       return entry("logits") + " holds " +

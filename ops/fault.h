@@ -14,10 +14,12 @@ namespace p2r {
 
 enum class Invalid : uint8_t { target, shard_target, reward, logits };
 
-// What an operation may find at fault besides a mask. extent: V of targets, K of rewards [B, K].
+// What an operation may find at fault besides a mask. extent: V of targets, K of rewards [B, K],
+// whose sequences are B; an index of B K and beyond is that of a baseline.
 struct FaultSource {
   Invalid what = Invalid::target;
   int64_t extent = 0;
+  int64_t sequences = 0;
 };
 
 constexpr uint64_t fault_word(int64_t index, uint32_t value, bool of_mask) {

@@ -11,19 +11,43 @@
 //   cispo  -c(r) A logp, c(r) held constant (MiniMax 2025)         -c(r) A
 //   sapo   -A (4/τ) σ(τ (r - 1)), τ by the sign of A (Gao 2025)    -A 4 σ (1 - σ) r, 0 past ±20
 //   gpg    -A logp                                                 -A
+//   dppo   -A min(r, delta) logp, min(r, delta) held constant;     -A min(r, delta) likewise
+//          0 past the threshold of a divergence, p = e^logp,
+//          q = e^old (Qi et al. 2026, arXiv:2602.04879)
+//     dppo_tv   A > 0: p - q > clip_high, else p - q < -clip_low
+//     dppo_kl   A > 0: p > q and D > clip_high, else p < q and D > clip_low, for
+//               D = q (old - logp) + (1 - q) log((1 - q + 1e-8) / (1 - p + 1e-8))
+//   gmpo   -A e^m, m = clamp(mean of the sequence's u, -20, 10),   -A e^m where u = logp - old
+//          u = min(logp - old, clip_high) for A > 0, for A < 0     and m was not clamped, else 0
+//          max(logp - old, -clip_low), 0 for A = 0 (Zhao et al. 2025, arXiv:2507.20673)
+//   vespo  -A φ logp, φ held constant: φ = e^(λ + k m - λ e^m),    -A φ
+//          m = clamp(Σ d + Σ clamp(log w, log 1e-8, 20), log 1e-8, 20) over the sequence, with k
+//          and λ by the sign of A (A = 0: positive); w does not multiply the loss again
+//
+// delta (inf: none) bounds ppo's and gspo's r before its product with A, with gradient 0 where it
+// does: TRL's two-sided clipping. luspo is gspo with seq_mean_token_sum (arXiv:2602.05261).
 //
 // gspo's gradient is that of GSPO-token: it equals the derivative where A w is constant over the
-// sequence. KL of a token, x = ref - logp, and its gradient:
+// sequence; so is gmpo's. KL of a token, x = ref - logp, and its gradient:
 //
 //   k1 -x: 1    abs |x|: sign(-x)    k2 x²/2: -x    k3 e^x - x - 1: 1 - e^x (Schulman 2020)
+//   k1+, k3+: the value of k1 and k3, the gradient of k2 (verl's straight-through estimators)
 //
 // With kl_clamp, k3 takes x clamped to ±20 and is at most kl_clamp, with gradient 0 beyond; without
-// (kl_clamp = 0) neither is clamped.
+// (kl_clamp = 0) neither is clamped. kl_unbiased multiplies the estimate by the token's ratio e^d,
+// through which the gradient goes too: with k3, e^d (logp - ref) (DeepSeek-V3.2; TRL's
+// use_bias_correction_kl, but that takes the sequence's ratio with sequence ratios).
+//
+// Read: verl/trainer/ppo/core_algos.py of volcengine/verl b178a3cd (gmpo is geo_mean there, kl) and
+// of its later state (dppo_tv, dppo_kl); src/prime_rl/trainer/rl/loss.py of
+// PrimeIntellect-ai/prime-rl 559b4477 (dppo_tv, without delta and with an untruncated gradient);
+// trl/trainer/grpo_trainer.py of huggingface/trl f2cd5771 (delta, luspo, vespo).
 //
 //   loss = agg(l) + kl_coef agg'(kl) - entropy_coef agg'(entropy)
 //
 //   token_mean           Σ / N                  seq_mean_token_sum        Σ_i Σ_t / S
 //   seq_mean_token_mean  Σ_i (Σ_t / L_i) / S    seq_mean_token_sum_norm   Σ_i Σ_t / S / loss_scale
+//   token_sum            Σ
 //
 // L_i kept tokens, N their sum, S the sequences with L_i > 0 (count_empty: all of them). normalizer
 // > 0 replaces N or S of agg, and of agg' where that counts the same thing. Nothing kept: every
@@ -49,7 +73,8 @@
 
 namespace p2r {
 
-constexpr int kLossMetrics = 1 + kLossSums + 2;  // the loss, and the kept tokens as a pair
+constexpr double kLogLeastWeight = -18.420680743952367;  // log 1e-8
+constexpr int kLossMetrics = 1 + kLossSums + 2;          // the loss, and the kept tokens as a pair
 
 struct PolicyLossArgs {
   In log_probs, old_log_probs, ref_log_probs, entropy, importance_weights, advantages, mask;
@@ -57,8 +82,11 @@ struct PolicyLossArgs {
   Objective objective = Objective::ppo;
   double clip_low = 0.2, clip_high = 0.2;
   double dual_clip = 3;  // 0: none
+  double delta = 0;      // 0: none
   double tau_positive = 1, tau_negative = 1.05;
+  double k_positive = 2, lambda_positive = 3, k_negative = 3, lambda_negative = 2;  // vespo
   Kl kl = Kl::none;
+  bool kl_unbiased = false;
   double kl_coef = 0.01, kl_clamp = 10;  // kl_clamp 0: none
   double entropy_coef = 0;
   Aggregation aggregation = Aggregation::token_mean, term_aggregation = Aggregation::token_mean;
@@ -68,8 +96,9 @@ struct PolicyLossArgs {
   Out loss, d_log_probs, d_entropy, metrics;
   auto fields() {
     return std::tie(log_probs, old_log_probs, ref_log_probs, entropy, importance_weights,
-                    advantages, mask, cu_seqlens, objective, clip_low, clip_high, dual_clip,
-                    tau_positive, tau_negative, kl, kl_coef, kl_clamp, entropy_coef, aggregation,
+                    advantages, mask, cu_seqlens, objective, clip_low, clip_high, dual_clip, delta,
+                    tau_positive, tau_negative, k_positive, lambda_positive, k_negative,
+                    lambda_negative, kl, kl_unbiased, kl_coef, kl_clamp, entropy_coef, aggregation,
                     term_aggregation, count_empty, loss_scale, normalizer, per_token, loss,
                     d_log_probs, d_entropy, metrics);
   }
@@ -78,6 +107,41 @@ struct PolicyLossArgs {
 };
 
 constexpr int64_t kLossRun = 2048;
+
+// Whether a token's loss depends on the log-ratios of its whole sequence.
+constexpr bool by_sequence(Objective objective) {
+  return objective == Objective::gspo || objective == Objective::gmpo ||
+         objective == Objective::vespo;
+}
+
+// What a kept token adds to its sequence's sum of log-ratios. step: logp - old; log_importance: of
+// its weight, 0 without.
+constexpr double log_ratio_term(Objective objective, double clip_low, double clip_high,
+                                double advantage, double step, double log_importance) {
+  if (objective == Objective::gspo) return step;
+  if (objective == Objective::gmpo) {
+    if (advantage > 0) return step > clip_high ? clip_high : step;
+    if (advantage < 0) return step < -clip_low ? -clip_low : step;
+    return advantage;  // 0, or NaN
+  }
+  const double d = step > 20 ? 20 : step < -20 ? -20 : step;
+  return d + (log_importance > 20                ? 20
+              : log_importance < kLogLeastWeight ? kLogLeastWeight
+                                                 : log_importance);
+}
+
+// The mean of a sequence's log-ratios within gspo's and gmpo's bounds, or vespo's sum within its
+// own. NaN stays.
+struct SequenceLogRatio {
+  double value;
+  bool inside;
+};
+constexpr SequenceLogRatio sequence_log_ratio(Objective objective, double sum, double kept) {
+  const bool summed = objective == Objective::vespo;
+  const double x = summed ? sum : kept > 0 ? sum / kept : 0;
+  const double low = summed ? kLogLeastWeight : -20, high = summed ? 20 : 10;
+  return {x < low ? low : x > high ? high : x, x >= low && x <= high};
+}
 
 // The sequences cut into runs of at most kLossRun tokens. An empty sequence has none.
 struct LossRun {
@@ -113,6 +177,8 @@ constexpr double loss_weight(Aggregation how, double kept, double tokens, double
       return 1 / rows;
     case Aggregation::seq_mean_token_mean:
       return 1 / (kept * rows);
+    case Aggregation::token_sum:
+      return 1;
     default:
       return 1 / (rows * loss_scale);
   }

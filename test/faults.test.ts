@@ -104,6 +104,15 @@ onEveryBackend('faults', (b) => {
         }),
         'rewards[2, 0] = -infinity is not finite',
       ],
+      [
+        groupAdvantages({
+          rewards: zeros,
+          groups: rows((i) => i % 7),
+          estimator: 'remax',
+          baselines: rewards,
+        }),
+        'baselines[123] = NaN is not finite',
+      ],
       [informativeGroups({ rewards, groups: rows((i) => -i) }), 'rewards[123] = NaN is not finite'],
       [
         sample({ logits: odd([Number.NaN, 3]), seed: 1 }),

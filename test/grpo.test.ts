@@ -114,7 +114,7 @@ onEveryBackend('grpo', (b) => {
         expect((await logProbs.read()).length).toBe(T) // the caller's stays
       })
 
-  for (const objective of ['ppo', 'gspo', 'sapo'] as const)
+  for (const objective of ['ppo', 'gspo', 'sapo', 'dppo_tv', 'gmpo', 'vespo', 'luspo'] as const)
     for (const entropyCoef of [0, 0.05])
       test(`${objective} on a linear head, entropyCoef ${entropyCoef}: equals the step on its logits`, async () => {
         const C = 12
@@ -155,6 +155,39 @@ onEveryBackend('grpo', (b) => {
         await expect(b.device.synchronize()).rejects.toMatchObject(fault)
         step2.dispose()
       })
+
+  for (const per of ['sequence', 'token'] as const)
+    test(`the caller’s advantages of each ${per}`, async () => {
+      const { rewards: _, groups: __, ...batch } = inputs()
+      const advantages = f32(random.normals(per === 'token' ? T : lengths.length))
+      const options = { ...batch, advantages, advantagesPer: per }
+      const logProbs = f32(near.map((x) => x + 0.1))
+      const expected = policyLoss({ ...options, logProbs })
+      const step = grpoStep({ ...options, logProbs })
+      expect(await step.loss.read()).toEqual(await expected.loss.read())
+      expect(await step.dLogProbs!.read()).toEqual(await expected.dLogProbs.read())
+      expect(await step.advantages.read()).toEqual(await advantages.read())
+      step.dispose()
+      expect((await advantages.read()).length).toBe(advantages.size) // the caller's stays
+    })
+
+  test('opt_baseline gives each token its advantage', async () => {
+    const { mask, oldLogProbs, refLogProbs: _, ...rest } = inputs()
+    const squaredProbs = f32(random.normals(T).map((x) => Math.abs(x) / 9))
+    const importanceWeights = f32(random.normals(T).map(Math.abs))
+    const options = { estimator: 'opt_baseline', squaredProbs, importanceWeights } as const
+    for (const masked of [{}, { mask }]) {
+      const expected = groupAdvantages({
+        ...rest,
+        ...masked,
+        ...options,
+        logProbs: oldLogProbs,
+      })
+      using step = grpoStep({ ...rest, ...masked, ...options, oldLogProbs, logProbs: oldLogProbs })
+      expect(step.advantages.shape).toEqual([T])
+      expect(await step.advantages.read()).toEqual(await expected.read())
+    }
+  })
 
   test('the gradient reaches the logits', async () => {
     const { oldLogProbs, refLogProbs, ...batch } = inputs()
@@ -249,6 +282,9 @@ onEveryBackend('grpo', (b) => {
       refuses({ cuSeqlens: [0, 20], estimator: 'opo' }, 'ERR_SHAPE', /cuSeqlens/)
       refuses({ mask: b.device.zeros([3], 'u8'), estimator: 'opo' }, 'ERR_VALUE', /cuSeqlens/)
       refuses({ advantagesPer: 'token' }, 'ERR_VALUE', /advantagesPer/)
+      refuses({ advantages: f32(rewards) }, 'ERR_VALUE', /rewards must be absent/)
+      refuses({ estimator: 'opt_baseline' }, 'ERR_VALUE', /squaredProbs/)
+      refuses({ estimator: 'opt_baseline', advantagesPer: 'sequence' }, 'ERR_VALUE', /'token'/)
       refuses({ targets: f32([1]) }, 'ERR_DTYPE', /targets/)
       refuses({ temperature: 0 }, 'ERR_VALUE', /temperature/)
       const head = { logits: undefined, hidden: b.device.zeros([T, 2]), weight: f32([1]) }

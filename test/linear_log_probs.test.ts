@@ -686,7 +686,8 @@ onEveryBackend('linear_log_probs', (b) => {
         const op = 'linearPolicyLoss'
         expectRefusal(() => linearPolicyLoss({ ...loss, ...extra }), code, op, message)
       }
-      losses({ objective: 'gspo' }, 'ERR_VALUE', /linearLogProbs, policyLoss and/)
+      for (const objective of ['gspo', 'luspo', 'gmpo', 'vespo'])
+        losses({ objective }, 'ERR_VALUE', /linearLogProbs, policyLoss and/)
       losses({ objective: 'best' }, 'ERR_VALUE', /objective/)
       losses({ cuSeqlens: [0, 2] }, 'ERR_VALUE', /cuSeqlens/)
       losses({ kl: 'k3' }, 'ERR_VALUE', /refLogProbs/)

@@ -1,4 +1,5 @@
 import {
+  type LossAggregation,
   type LossMetrics,
   type PolicyLossOptions,
   policyLoss,
@@ -41,10 +42,40 @@ const noMetrics: LossMetrics = {
   tokens: 0,
 }
 
+const objectives = [
+  'ppo',
+  'gspo',
+  'cispo',
+  'sapo',
+  'gpg',
+  'dppo_tv',
+  'dppo_kl',
+  'gmpo',
+  'vespo',
+  'luspo',
+] as const
+
 const clamp = (x: number, low: number, high: number): number => Math.min(Math.max(x, low), high)
 const sigmoid = (x: number): number => 1 / (1 + Math.exp(-x))
 
-// From the definitions, token by token in float64. `held` gives the ratio whose gradient cispo stops.
+type Objective = NonNullable<PolicyLossOptions['objective']>
+
+const ofSequences = ['gspo', 'luspo', 'gmpo', 'vespo']
+const aggregationOf: { [o in Objective]?: LossAggregation } = {
+  gspo: 'seq-mean-token-mean',
+  gmpo: 'seq-mean-token-mean',
+  sapo: 'seq-mean-token-mean',
+  luspo: 'seq-mean-token-sum',
+}
+
+// The divergence of a Bernoulli variable that says whether the token was drawn.
+function binaryKl(logQ: number, logP: number): number {
+  const [q, p] = [Math.exp(logQ), Math.exp(logP)]
+  return (q > 0 ? q * (logQ - logP) : 0) + (1 - q) * Math.log((1 - q + 1e-8) / (1 - p + 1e-8))
+}
+
+// From the definitions, token by token in float64. `held` gives the log-probs whose gradient cispo, dppo
+// and vespo stop.
 function oracle(a: Data, o: PolicyLossOptions, held: Numbers = a.logProbs) {
   const { cuSeqlens: c, mask } = a
   const B = c.length - 1
@@ -53,8 +84,9 @@ function oracle(a: Data, o: PolicyLossOptions, held: Numbers = a.logProbs) {
   const [low, high] = [1 - (o.clipLow ?? 0.2), 1 + (o.clipHigh ?? 0.2)]
   const klCoef = o.klCoef ?? 0.01
   const entropyCoef = o.entropyCoef ?? 0
-  const sequenceMean = objective === 'gspo' || objective === 'sapo'
-  const aggregation = o.aggregation ?? (sequenceMean ? 'seq-mean-token-mean' : 'token-mean')
+  const delta = o.delta ?? (objective.startsWith('dppo') ? 20 : false)
+  const most = (r: number): number => (delta === false ? r : Math.min(r, delta))
+  const aggregation = o.aggregation ?? aggregationOf[objective] ?? 'token-mean'
   const terms = o.termAggregation ?? o.aggregation ?? 'token-mean'
   const perToken = o.advantagesPer ? o.advantagesPer === 'token' : a.advantages.length !== B
   const sequences = Array.from({ length: B }, (_, i) => {
@@ -68,6 +100,7 @@ function oracle(a: Data, o: PolicyLossOptions, held: Numbers = a.logProbs) {
   const weight = (how: string, kept: number): number => {
     const same = (how === 'token-mean') === (aggregation === 'token-mean')
     const given = same ? o.normalizer : undefined
+    if (how === 'token-sum') return 1
     if (how === 'token-mean') return 1 / (given ?? tokens)
     const s = given ?? rows
     if (how === 'seq-mean-token-sum') return 1 / s
@@ -80,16 +113,41 @@ function oracle(a: Data, o: PolicyLossOptions, held: Numbers = a.logProbs) {
   let size = 0 // the sum of the terms' sizes, by which rounding errors are to be judged
   sequences.forEach((kept, i) => {
     const step = (t: number): number => (a.oldLogProbs ? a.logProbs[t]! - a.oldLogProbs[t]! : 0)
-    const mean = kept.reduce((s, t) => s + step(t), 0) / kept.length
+    const heldStep = (t: number): number => (a.oldLogProbs ? held[t]! - a.oldLogProbs[t]! : 0)
+    // Of gspo and gmpo the mean of the log-ratios, of vespo their sum with the weights'.
+    const mean =
+      kept.reduce((s, t) => {
+        const A = a.advantages[perToken ? t : i]!
+        if (objective !== 'gmpo') return s + step(t)
+        if (A === 0) return s
+        return (
+          s +
+          (A > 0 ? Math.min(step(t), o.clipHigh ?? 0.2) : Math.max(step(t), -(o.clipLow ?? 0.2)))
+        )
+      }, 0) / kept.length
+    const least = Math.log(1e-8)
+    const sum = clamp(
+      kept.reduce((s, t) => {
+        const w = a.importanceWeights?.[t] ?? 1
+        return s + clamp(heldStep(t), -20, 20) + clamp(Math.log(w), least, 20)
+      }, 0),
+      least,
+      20,
+    )
+    const phi = (A: number): number => {
+      const k = A < 0 ? (o.vespoKNegative ?? 3) : (o.vespoKPositive ?? 2)
+      const lambda = A < 0 ? (o.vespoLambdaNegative ?? 2) : (o.vespoLambdaPositive ?? 3)
+      return Math.exp(lambda + k * sum - lambda * Math.exp(sum))
+    }
     for (const t of kept) {
       const w = weight(aggregation, kept.length)
       const v = weight(terms, kept.length)
       const A = a.advantages[perToken ? t : i]!
-      const is = a.importanceWeights?.[t] ?? 1
+      const is = objective === 'vespo' ? 1 : (a.importanceWeights?.[t] ?? 1)
       const d = clamp(step(t), -20, 20)
       let inside = Math.abs(step(t)) <= 20
       let r = Math.exp(d)
-      if (objective === 'gspo') {
+      if (objective === 'gspo' || objective === 'luspo' || objective === 'gmpo') {
         r = Math.exp(clamp(mean, -20, 10))
         inside = mean <= 10 && mean >= -20
       }
@@ -97,18 +155,36 @@ function oracle(a: Data, o: PolicyLossOptions, held: Numbers = a.logProbs) {
       let slope = 0
       let clipped = false
       let lower = false
-      if (objective === 'ppo' || objective === 'gspo') {
+      const now = Math.exp(clamp(heldStep(t), -20, 20))
+      if (objective === 'ppo' || objective === 'gspo' || objective === 'luspo') {
         const bounded = -A * clamp(r, low, high)
-        clipped = bounded > -A * r
-        value = Math.max(-A * r, bounded)
+        clipped = bounded > -A * most(r)
+        value = Math.max(-A * most(r), bounded)
         const dual = objective === 'ppo' ? (o.dualClip ?? 3) : false
         if (dual !== false && A < 0 && value > -A * dual) {
           value = -A * dual
           lower = true
         }
+        if (inside && !clipped && most(r) !== r) lower = true
         slope = inside && !clipped && !lower ? -A * r : 0
+      } else if (objective === 'dppo_tv' || objective === 'dppo_kl') {
+        const logQ = a.oldLogProbs?.[t] ?? held[t]!
+        const moved = Math.exp(held[t]!) - Math.exp(logQ)
+        const far = objective === 'dppo_tv' ? Math.abs(moved) : binaryKl(logQ, held[t]!)
+        clipped =
+          A > 0 ? moved > 0 && far > (o.clipHigh ?? 0.2) : moved < 0 && far > (o.clipLow ?? 0.2)
+        lower = !clipped && now > most(now)
+        slope = clipped ? 0 : -A * most(now)
+        value = clipped ? 0 : slope * a.logProbs[t]!
+      } else if (objective === 'gmpo') {
+        clipped = A > 0 && step(t) > (o.clipHigh ?? 0.2)
+        lower = A < 0 && step(t) < -(o.clipLow ?? 0.2)
+        value = -A * r
+        slope = inside && !clipped && !lower ? value : 0
+      } else if (objective === 'vespo') {
+        slope = -A * phi(A)
+        value = slope * a.logProbs[t]!
       } else if (objective === 'cispo') {
-        const now = a.oldLogProbs ? Math.exp(clamp(held[t]! - a.oldLogProbs[t]!, -20, 20)) : 1
         clipped = clamp(now, low, high) !== now
         slope = -A * clamp(now, low, high)
         value = slope * a.logProbs[t]!
@@ -129,12 +205,18 @@ function oracle(a: Data, o: PolicyLossOptions, held: Numbers = a.logProbs) {
         let [k, g] = [-x, 1]
         if (kl === 'abs') [k, g] = [Math.abs(x), -Math.sign(x)]
         if (kl === 'k2') [k, g] = [(x * x) / 2, -x]
-        if (kl === 'k3') {
+        if (kl === 'k1+') [k, g] = [-x, -x]
+        if (kl === 'k3' || kl === 'k3+') {
           const limit = o.klClamp ?? 10
           const at = limit === false ? x : clamp(x, -20, 20)
           k = Math.expm1(at) - at
           g = -Math.expm1(at)
           if (limit !== false && k > limit) [k, g] = [limit, 0]
+          if (kl === 'k3+') g = -x
+        }
+        if (o.klUnbiased) {
+          const ratio = Math.exp(d)
+          ;[k, g] = [k * ratio, ratio * (g + (Math.abs(step(t)) <= 20 ? k : 0))]
         }
         out.kl += v * k
         dLogProbs[t]! += klCoef * v * g
@@ -230,19 +312,36 @@ onEveryBackend('policy_loss', (b) => {
     'seq-mean-token-sum',
     'seq-mean-token-mean',
     'seq-mean-token-sum-norm',
+    'token-sum',
   ] as const
   const variants: [string, PolicyLossOptions][] = [
-    ...(['ppo', 'gspo', 'cispo', 'sapo', 'gpg'] as const).map(
-      (objective): [string, PolicyLossOptions] => [objective, { objective }],
-    ),
+    ...objectives.map((objective): [string, PolicyLossOptions] => [objective, { objective }]),
     ...aggregations.map((aggregation): [string, PolicyLossOptions] => [
       aggregation,
       { aggregation },
     ]),
-    ...(['none', 'k1', 'k2', 'k3', 'abs'] as const).map((kl): [string, PolicyLossOptions] => [
-      `kl ${kl}`,
-      { kl, klCoef: 0.3 },
-    ]),
+    ...(['none', 'k1', 'k2', 'k3', 'abs', 'k1+', 'k3+'] as const).flatMap(
+      (kl): [string, PolicyLossOptions][] => [
+        [`kl ${kl}`, { kl, klCoef: 0.3 }],
+        [`kl ${kl} times the ratio`, { kl, klCoef: 0.3, klUnbiased: true }],
+      ],
+    ),
+    ['ppo with delta', { delta: 1.3, dualClip: false, clipHigh: 0.4 }],
+    ['ppo with delta below the clip', { delta: 1.1 }],
+    ['gspo with delta', { objective: 'gspo', delta: 1.02 }],
+    ['dppo_tv with delta', { objective: 'dppo_tv', delta: 1.1, clipLow: 0.05, clipHigh: 0.1 }],
+    ['dppo_kl with delta', { objective: 'dppo_kl', delta: 1.1, clipLow: 0.02, clipHigh: 0.01 }],
+    ['gmpo wider', { objective: 'gmpo', clipLow: 0.4, clipHigh: 0.4 }],
+    [
+      'vespo of other weights',
+      {
+        objective: 'vespo',
+        vespoKPositive: 1,
+        vespoLambdaPositive: 0.5,
+        vespoKNegative: 0.5,
+        vespoLambdaNegative: 1,
+      },
+    ],
     ['count empty', { aggregation: 'seq-mean-token-mean', emptyRows: 'count' }],
     [
       'terms apart',
@@ -285,15 +384,16 @@ onEveryBackend('policy_loss', (b) => {
     expectClose([(await run(a, {}).metrics()).kl], [metrics.kl], { relative: 1e-6 })
   })
 
-  for (const objective of ['ppo', 'gspo', 'cispo', 'sapo', 'gpg'] as const)
-    for (const kl of ['k1', 'k2', 'k3'] as const)
+  for (const objective of objectives)
+    for (const kl of ['k1', 'k2', 'k3', 'k3 times the ratio'] as const)
       test(`the gradient of ${objective} with ${kl} matches finite differences`, async () => {
-        // gspo's is the derivative where the weighted advantage is constant over a sequence.
+        // That of objectives of sequences is the derivative where the weighted advantage is constant.
         const { importanceWeights, ...plain } = batch(11, 20)
-        const a = objective === 'gspo' ? plain : { ...plain, importanceWeights }
+        const a = ofSequences.includes(objective) ? plain : { ...plain, importanceWeights }
         const o = {
           objective,
-          kl,
+          kl: kl === 'k3 times the ratio' ? ('k3' as const) : kl,
+          klUnbiased: kl === 'k3 times the ratio',
           klCoef: 0.2,
           entropyCoef: 0.1,
           advantagesPer: 'sequence',
@@ -308,7 +408,7 @@ onEveryBackend('policy_loss', (b) => {
 
   // ------------------------------------------------------------------ the reference's numbers
 
-  function fromGolden(c: GrpoCase): PolicyLossOptions | undefined {
+  function fromGolden(c: GrpoCase): PolicyLossOptions {
     const p = c.params
     if (c.convention === 'trl') {
       const terms = p.beta ? { klCoef: p.beta } : { kl: 'none' as const }
@@ -317,7 +417,7 @@ onEveryBackend('policy_loss', (b) => {
       switch (p.loss_type) {
         case 'bnpo':
         case 'dapo':
-          return { ...common, aggregation: 'token-mean', dualClip: p.delta ?? false }
+          return { ...common, aggregation: 'token-mean', delta: p.delta ?? false }
         case 'dr_grpo':
           return {
             ...common,
@@ -344,10 +444,11 @@ onEveryBackend('policy_loss', (b) => {
       cispo: 'cispo',
       sapo: 'sapo',
       gpg: 'gpg',
+      dppo_tv: 'dppo_tv',
+      dppo_kl: 'dppo_kl',
     } as const
     const objective = objectives[p.loss_mode as keyof typeof objectives]
     const kl = p.kl_type === 'low_var_kl' ? 'k3' : p.kl_type
-    if (!objective || kl?.endsWith('+')) return undefined // not in the surface
     const fixed = objective === 'gspo' || objective === 'sapo'
     const count = p.agg === 'token-mean' ? p.batch_num_tokens : p.global_batch_size
     return {
@@ -365,7 +466,6 @@ onEveryBackend('policy_loss', (b) => {
 
   for (const c of grpoCases('policy_loss')) {
     const options = fromGolden(c)
-    if (!options) continue
     for (const packed of [false, true])
       test(`golden ${c.group}.${c.id}, ${packed ? 'packed' : 'whole'}`, async () => {
         const [B, T] = c.input('logp').shape as [number, number]
@@ -428,7 +528,6 @@ onEveryBackend('policy_loss', (b) => {
   for (const c of grpoCases('kl')) {
     const uncapped = c.params.kl_type === 'k3_uncapped'
     const kl = uncapped ? 'k3' : c.params.kl_type
-    if (kl.endsWith('+')) continue
     test(`golden kl ${c.id}`, async () => {
       // One sequence a token shows each token's value as a loss of its own.
       const logProbs = c.input('logp').values
@@ -479,7 +578,7 @@ onEveryBackend('policy_loss', (b) => {
       entropy: poison(a.entropy),
       importanceWeights: poison(a.importanceWeights),
     }
-    for (const objective of ['ppo', 'gspo', 'cispo', 'sapo', 'gpg'] as const) {
+    for (const objective of objectives) {
       const one = run(a, { objective, entropyCoef: 0.1 })
       const two = run(poisoned, { objective, entropyCoef: 0.1 })
       expect(await two.loss.read()).toEqual(await one.loss.read())
@@ -520,6 +619,29 @@ onEveryBackend('policy_loss', (b) => {
           expect(await none.metrics()).toEqual(noMetrics)
         }
       }
+    })
+
+  const one = { advantages: [1], cuSeqlens: [0, 1], refLogProbs: [-1] }
+  for (const objective of objectives)
+    test(`one token, infinite log-ratios and log-probs, ${objective}`, async () => {
+      for (const [logProb, oldLogProb] of [
+        [-1, -2],
+        [-1, -Infinity],
+        [-Infinity, -1],
+        [-120, -1],
+        [0, -1],
+        [-1, 0],
+      ] as const)
+        for (const A of [1, -1, 0]) {
+          const a = { ...one, logProbs: [logProb], oldLogProbs: [oldLogProb], advantages: [A] }
+          const o = { objective, kl: 'none' } as const
+          const got = recorded(b, `one token ${objective}`, { relative: 1e-5 }, () => run(a, o))
+          const expected = oracle(a, o)
+          const bound = { relative: 1e-5, absolute: 1e-30 }
+          expectClose(await got.dLogProbs.read(), expected.dLogProbs, bound)
+          expectClose(await got.loss.read(), [expected.metrics.loss], bound)
+          got.dispose()
+        }
     })
 
   test('sums do not depend on the number of threads', async () => {
@@ -573,20 +695,24 @@ onEveryBackend('policy_loss', (b) => {
       refuses(
         { objective: 'trpo' },
         'ERR_VALUE',
-        /objective must be 'ppo', 'gspo', 'cispo', 'sapo' or 'gpg', got 'trpo'/,
+        /objective must be 'ppo', 'gspo', .*, 'vespo' or 'luspo', got 'trpo'/,
       )
-      refuses({ objective: 1 }, 'ERR_VALUE', /objective must be .* or 'gpg', got 1/)
-      refuses({ kl: 'k4' }, 'ERR_VALUE', /kl must be 'none', 'k1', 'k2', 'k3' or 'abs', got 'k4'/)
+      refuses({ objective: 1 }, 'ERR_VALUE', /objective must be .* or 'luspo', got 1/)
+      refuses({ kl: 'k4' }, 'ERR_VALUE', /kl must be 'none', 'k1', .*, 'k1\+' or 'k3\+', got 'k4'/)
       refuses(
         { aggregation: 'mean' },
         'ERR_VALUE',
-        /\baggregation must be 'token-mean', 'seq-mean-token-sum', 'seq-mean-token-mean' or 'seq-/,
+        /\baggregation must be 'token-mean', .*, 'seq-mean-token-sum-norm' or 'token-sum', got/,
       )
       refuses({ termAggregation: 'mean' }, 'ERR_VALUE', /termAggregation/)
       refuses({ emptyRows: 'drop' }, 'ERR_VALUE', /emptyRows/)
       refuses({ clipLow: -0.1 }, 'ERR_VALUE', /clipLow/)
       refuses({ dualClip: 0.5 }, 'ERR_VALUE', /dualClip/)
       refuses({ dualClip: true }, 'ERR_VALUE', /dualClip/)
+      refuses({ delta: 0 }, 'ERR_VALUE', /delta/)
+      refuses({ klUnbiased: 1 }, 'ERR_VALUE', /klUnbiased/)
+      refuses({ vespoKPositive: -1 }, 'ERR_VALUE', /vespoKPositive/)
+      refuses({ aggregation: 'token-sum', normalizer: 3 }, 'ERR_VALUE', /normalizer/)
       refuses({ normalizer: 0 }, 'ERR_VALUE', /normalizer/)
       refuses({ lossScale: -1 }, 'ERR_VALUE', /lossScale/)
       refuses({ klCoef: NaN }, 'ERR_VALUE', /klCoef/)

@@ -23,13 +23,17 @@ struct PolicyRun {
   int64_t n;
   Objective objective;
   Kl kl;
-  float advantage;  // where advantages is null
-  float low, high;  // the clipped ratio's bounds
-  float dual_clip;  // inf: none
+  float advantage;            // where advantages is null
+  float low, high;            // the clipped ratio's bounds
+  float clip_low, clip_high;  // dppo's thresholds, and gmpo's bounds on the log-ratio
+  float delta;                // inf: none
+  float dual_clip;            // inf: none
   float tau_positive, tau_negative;
-  float kl_clamp;                   // inf: none
-  float sequence_ratio;             // gspo's
-  bool sequence_inside;             // whether gspo's mean log-ratio was within its bounds
+  float phi_positive, phi_negative;  // vespo's weights of the sequence
+  float kl_clamp;                    // inf: none
+  bool kl_unbiased;
+  float sequence_ratio;             // gspo's and gmpo's
+  bool sequence_inside;             // whether its logarithm was within its bounds
   float policy_weight;              // of a token's gradient
   float kl_weight, entropy_weight;  // with their coefficients; entropy's negative
 };

@@ -57,6 +57,8 @@ inline Term kl_term(const PolicyRun& run, vf x) {
   switch (run.kl) {
     case Kl::k1:
       return {-x, one};
+    case Kl::k1_plus:
+      return {-x, -x};
     case Kl::k2:
       return {0.5f * x * x, -x};
     case Kl::abs:
@@ -65,11 +67,30 @@ inline Term kl_term(const PolicyRun& run, vf x) {
       const bool clamped = run.kl_clamp < INFINITY;
       const vf at = clamped ? clamp(x, -20, 20) : x;
       const vf value = expm1_minus_x(at, vexp(at));
+      const vf bounded = value > run.kl_clamp ? set1(run.kl_clamp) : value;
+      if (run.kl == Kl::k3_plus) return {bounded, -x};
       if (!clamped) return {value, -(value + at)};
       const vi beyond = (value > run.kl_clamp) | (x > 20.0f) | (x < -20.0f);
-      return {value > run.kl_clamp ? set1(run.kl_clamp) : value, beyond ? vf{} : -(value + at)};
+      return {bounded, beyond ? vf{} : -(value + at)};
     }
   }
+}
+
+// Whether the trust region of dppo excludes a token.
+template <Objective objective>
+inline vi outside_region(const PolicyRun& run, vf negated_advantage, vf log_p, vf log_q) {
+  const vf p = vexp(log_p), q = vexp(log_q);
+  const vi raises = negated_advantage < 0.0f;
+  if (objective == Objective::dppo_tv) {
+    const vf moved = p - q;
+    return raises ? moved > run.clip_high : moved < -run.clip_low;
+  }
+  const vf not_p = -(expm1_minus_x(log_p, p) + log_p), not_q = -(expm1_minus_x(log_q, q) + log_q);
+  const vf chosen = q > 0.0f ? q * (log_q - log_p) : vf{};
+  const vf other = q > 0.0f ? not_q : set1(1);
+  const vf not_p_or_1 = p > 0.0f ? not_p : set1(1);
+  const vf divergence = chosen + other * vlog((other + 1e-8f) / (not_p_or_1 + 1e-8f));
+  return raises ? (divergence > run.clip_high) & (p > q) : (divergence > run.clip_low) & (p < q);
 }
 
 inline vi load_marks(const uint8_t* p, int n) {
@@ -98,13 +119,14 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
   const vf d = clamp(step, -20, 20);
   constexpr bool sequence = objective == Objective::gspo;
   vf ratio = one;
-  if (sequence) {
+  if (sequence || objective == Objective::gmpo) {
     ratio = set1(run.sequence_ratio);
   } else if (run.old_log_probs) {
     const Exp2 power = exp2_factors(d, kLog2e);
     ratio = power.scale * power.rest;
   }
-  const vf unclipped = advantage.negated * ratio;
+  const vf bounded = extras ? vmin(set1(run.delta), ratio) : ratio;
+  const vf unclipped = advantage.negated * bounded;
 
   Term policy = {none, none};
   if (objective == Objective::ppo || sequence) {
@@ -119,7 +141,31 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
       moves &= ~dual_clipped;
     }
     count(keep & clipped, total.clipped);
+    if (extras) {
+      const vi beyond = (ratio > run.delta) & ~clipped;
+      count(keep & beyond & moves, total.dual_clipped);
+      moves &= ~beyond;
+    }
     policy.gradient = moves & ~clipped ? unclipped : none;
+  } else if (objective == Objective::dppo_tv || objective == Objective::dppo_kl) {
+    const vf log_q = run.old_log_probs ? load_floats(run.old_log_probs + i, n) : log_p;
+    const vi outside = outside_region<objective>(run, advantage.negated, log_p, log_q);
+    const vf truncated = vmin(set1(run.delta), ratio);
+    count(keep & outside, total.clipped);
+    count(keep & ~outside & (ratio > run.delta), total.dual_clipped);
+    policy.gradient = outside ? none : advantage.negated * truncated;
+    policy.value = outside ? none : policy.gradient * log_p;
+  } else if (objective == Objective::gmpo) {
+    const vi high = (advantage.negated < 0.0f) & (step > run.clip_high);
+    const vi low = (advantage.negated > 0.0f) & (step < -run.clip_low);
+    count(keep & high, total.clipped);
+    count(keep & low, total.dual_clipped);
+    policy.value = advantage.negated * ratio;
+    policy.gradient = run.sequence_inside ? (high | low ? none : policy.value) : none;
+  } else if (objective == Objective::vespo) {
+    const vf phi = advantage.negated > 0.0f ? set1(run.phi_negative) : set1(run.phi_positive);
+    policy.gradient = advantage.negated * phi;
+    policy.value = policy.gradient * log_p;
   } else if (objective == Objective::cispo) {
     const vf clipped_ratio = clamp(ratio, run.low, run.high);
     count(keep & (clipped_ratio != ratio), total.clipped);
@@ -135,7 +181,7 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
     policy.gradient = advantage.negated;
     policy.value = policy.gradient * log_p;
   }
-  if (extras && run.importance) {
+  if (extras && objective != Objective::vespo && run.importance) {
     const vf weight = load_floats(run.importance + i, n);
     policy.value *= weight;
     policy.gradient *= weight;
@@ -149,7 +195,12 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
   total.terms[kPolicySum] += keep ? policy.value : none;
 
   if (extras && run.kl != Kl::none) {
-    const Term kl = kl_term(run, load_floats(run.ref_log_probs + i, n) - log_p);
+    Term kl = kl_term(run, load_floats(run.ref_log_probs + i, n) - log_p);
+    if (run.kl_unbiased) {
+      const vf token_ratio = vexp(d);
+      kl.gradient = token_ratio * (kl.gradient + (d == step ? kl.value : none));
+      kl.value *= token_ratio;
+    }
     total.terms[kKlSum] += keep ? kl.value : none;
     if (run.kl_weight != 0) gradient += kl.gradient * run.kl_weight;
   }
@@ -192,7 +243,8 @@ void tokens_of(const PolicyRun* pointer, double* sums) {
 
 template <Objective objective>
 void run_of(const PolicyRun* run, double* sums) {
-  if (run->kl != Kl::none || run->entropy || run->importance || run->advantages || run->faulty)
+  if (run->kl != Kl::none || run->entropy || run->importance || run->advantages || run->faulty ||
+      run->delta < INFINITY)
     tokens_of<objective, true>(run, sums);
   else
     tokens_of<objective, false>(run, sums);
@@ -210,6 +262,14 @@ void policy_run(const PolicyRun* run, double* sums) {
       return run_of<Objective::cispo>(run, sums);
     case Objective::sapo:
       return run_of<Objective::sapo>(run, sums);
+    case Objective::dppo_tv:
+      return run_of<Objective::dppo_tv>(run, sums);
+    case Objective::dppo_kl:
+      return run_of<Objective::dppo_kl>(run, sums);
+    case Objective::gmpo:
+      return run_of<Objective::gmpo>(run, sums);
+    case Objective::vespo:
+      return run_of<Objective::vespo>(run, sums);
     default:
       return run_of<Objective::gpg>(run, sums);
   }

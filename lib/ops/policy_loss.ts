@@ -1,30 +1,45 @@
-import { checkArguments, choice, hostInts, type Names } from '../arguments.js'
+import { checkArguments, checkBoolean, choice, hostInts, type Names } from '../arguments.js'
 import { refuse } from '../errors.js'
 import { native } from '../native.js'
 import { type Held, handleOf, held, type Ints, maybeHandle, type Tensor, wrap } from '../tensor.js'
 
 /**
- * How tokens' terms become one number: over all kept tokens, or over sequences of the mean, the sum, or the
- * sum divided by `lossScale`. The names are verl's.
+ * How tokens' terms become one number: the mean over all kept tokens; the mean over sequences of the mean, the sum, or
+ * the sum divided by `lossScale`; or the sum over all kept tokens. The names are verl's, but for 'token-sum'.
  */
 export type LossAggregation =
   | 'token-mean'
   | 'seq-mean-token-sum'
   | 'seq-mean-token-mean'
   | 'seq-mean-token-sum-norm'
+  | 'token-sum'
 
 /**
  * The policy term of the loss. 'ppo': clipped token ratios (Schulman et al. 2017); 'gspo': clipped sequence
  * ratios (Zheng et al. 2025); 'cispo': clipped weights with stopped gradient (MiniMax 2025); 'sapo': soft gates
- * (Gao et al. 2025); 'gpg': no ratio (Chu et al. 2025).
+ * (Gao et al. 2025); 'gpg': no ratio (Chu et al. 2025); 'dppo_tv', 'dppo_kl': truncated ratios with stopped gradient,
+ * without the tokens whose probability has moved beyond a divergence; 'gmpo': the geometric mean of a sequence's
+ * clipped ratios; 'vespo': a smooth weight of the sequence's ratio with stopped gradient; 'luspo': 'gspo' with sums
+ * over tokens. Formulas and sources are in ops/policy_loss.h.
  */
-export type LossObjective = 'ppo' | 'gspo' | 'cispo' | 'sapo' | 'gpg'
+export type LossObjective =
+  | 'ppo'
+  | 'gspo'
+  | 'cispo'
+  | 'sapo'
+  | 'gpg'
+  | 'dppo_tv'
+  | 'dppo_kl'
+  | 'gmpo'
+  | 'vespo'
+  | 'luspo'
 
 /**
  * Estimators of the KL divergence from the reference policy (Schulman, 2020), with d the log-ratio
- * refLogProbs - logProbs: 'k1': -d; 'k2': d² / 2; 'k3': exp(d) - d - 1; 'abs': |d|.
+ * refLogProbs - logProbs: 'k1': -d; 'k2': d² / 2; 'k3': exp(d) - d - 1; 'abs': |d|. 'k1+' and 'k3+' have the value
+ * of 'k1' and 'k3' and the gradient of 'k2', whose expectation is the gradient of the divergence.
  */
-export type KlEstimator = 'none' | 'k1' | 'k2' | 'k3' | 'abs'
+export type KlEstimator = 'none' | 'k1' | 'k2' | 'k3' | 'abs' | 'k1+' | 'k3+'
 
 /**
  * Options of the loss. The defaults are those of the Perceive-to-Reason configuration (verl's); `trlDefaults`
@@ -39,13 +54,15 @@ export interface PolicyLossOptions {
    */
   objective?: LossObjective
   /**
-   * A ratio is held at 1 - clipLow and above; at least 0.
+   * A ratio is held at 1 - clipLow and above; at least 0. 'gmpo' (0.4 in its paper) holds the log-ratio at -clipLow
+   * and above; for 'dppo_tv' and 'dppo_kl' it bounds the divergence.
    *
    * @default 0.2
    */
   clipLow?: number
   /**
-   * A ratio is held at 1 + clipHigh and below; at least 0.
+   * A ratio is held at 1 + clipHigh and below; at least 0. 'gmpo' (0.4 in its paper) holds the log-ratio at clipHigh
+   * and below; for 'dppo_tv' and 'dppo_kl' it bounds the divergence.
    *
    * @default 0.2
    */
@@ -57,6 +74,37 @@ export interface PolicyLossOptions {
    * @default 3
    */
   dualClip?: number | false
+  /**
+   * Bounds the ratio from above before its product with the advantage, greater than 0; false for none. For
+   * 'ppo', 'gspo' and 'luspo' it is TRL's two-sided clipping.
+   *
+   * @default false; 20 for 'dppo_tv' and 'dppo_kl' (verl's clip_ratio_c)
+   */
+  delta?: number | false
+  /**
+   * Exponent of VESPO's weight for advantages of at least 0; at least 0.
+   *
+   * @default 2
+   */
+  vespoKPositive?: number
+  /**
+   * Rate of VESPO's weight for advantages of at least 0; at least 1e-4.
+   *
+   * @default 3
+   */
+  vespoLambdaPositive?: number
+  /**
+   * Exponent of VESPO's weight for negative advantages; at least 0.
+   *
+   * @default 3
+   */
+  vespoKNegative?: number
+  /**
+   * Rate of VESPO's weight for negative advantages; at least 1e-4.
+   *
+   * @default 2
+   */
+  vespoLambdaNegative?: number
   /**
    * Temperature of SAPO's gate for positive advantages, greater than 0.
    *
@@ -75,6 +123,12 @@ export interface PolicyLossOptions {
    * @default 'k3' (verl's low_var_kl) if refLogProbs is given, else 'none'
    */
   kl?: KlEstimator
+  /**
+   * Multiplies the estimate by the token's ratio, gradient included (DeepSeek-V3.2, TRL's use_bias_correction_kl).
+   *
+   * @default false
+   */
+  klUnbiased?: boolean
   /**
    * Multiplies the KL term.
    *
@@ -97,7 +151,7 @@ export interface PolicyLossOptions {
   /**
    * Of the policy term.
    *
-   * @default 'token-mean'; 'seq-mean-token-mean' for 'gspo' and 'sapo'
+   * @default 'token-mean'; 'seq-mean-token-mean' for 'gspo', 'gmpo' and 'sapo', 'seq-mean-token-sum' for 'luspo'
    */
   aggregation?: LossAggregation
   /**
@@ -120,8 +174,8 @@ export interface PolicyLossOptions {
   lossScale?: number
   /**
    * The divisor taken over all workers, for gradient accumulation and data parallelism: kept tokens
-   * for 'token-mean', sequences with a kept token otherwise. It is that of `aggregation`; a termAggregation
-   * that counts the other thing counts here.
+   * for 'token-mean', sequences with a kept token otherwise; must be absent for 'token-sum'. It is that of
+   * `aggregation`; a termAggregation that counts the other thing counts here.
    *
    * @default counted in this call
    */
@@ -174,13 +228,16 @@ export interface LossMetrics {
   kl: number
   /** The entropy term before its coefficient, aggregated as in the loss. */
   entropy: number
-  /** The share of tokens whose loss (cispo: weight) clipping changed. */
+  /**
+   * The share of tokens whose loss clipping changed: for cispo the weight, for gmpo of positive advantages alone; for
+   * dppo the tokens that the divergence excluded.
+   */
   clipFraction: number
-  /** The share of tokens whose loss the dual clip changed. */
+  /** The share of tokens whose loss the dual clip or delta changed; for gmpo clipping, of negative advantages. */
   clipFractionLower: number
   /** Of old - new log-probabilities, clamped to ±20. */
   approxKl: number
-  /** Of the ratio before clipping; for gspo the sequence's. */
+  /** Of the ratio before clipping; for gspo, luspo and gmpo the sequence's. */
   ratioMean: number
   /** Kept tokens. */
   tokens: number
@@ -244,9 +301,15 @@ export const lossOptionNames: Names<PolicyLossOptions> = {
   clipLow: true,
   clipHigh: true,
   dualClip: true,
+  delta: true,
+  vespoKPositive: true,
+  vespoLambdaPositive: true,
+  vespoKNegative: true,
+  vespoLambdaNegative: true,
   tauPositive: true,
   tauNegative: true,
   kl: true,
+  klUnbiased: true,
   klCoef: true,
   klClamp: true,
   entropyCoef: true,
@@ -327,10 +390,17 @@ export function withMetrics<R extends object>(
   return held({ ...results, metrics: async () => lossMetrics(await numbers.read()) }, [numbers])
 }
 
+const aggregationOf: { [objective in string]?: LossAggregation } = {
+  gspo: 'seq-mean-token-mean',
+  gmpo: 'seq-mean-token-mean',
+  sapo: 'seq-mean-token-mean',
+  luspo: 'seq-mean-token-sum',
+}
+
 /** @internal What binding/policy_loss.h reads: all but the log-probs and the entropy. */
 export function lossArguments(op: string, a: PolicyLossInputs): unknown[] {
   const objective = a.objective ?? 'ppo'
-  const perSequence = objective === 'gspo' || objective === 'sapo'
+  const dppo = objective === 'dppo_tv' || objective === 'dppo_kl'
   return [
     maybeHandle(a.oldLogProbs, 'oldLogProbs', op),
     maybeHandle(a.refLogProbs, 'refLogProbs', op),
@@ -345,13 +415,19 @@ export function lossArguments(op: string, a: PolicyLossInputs): unknown[] {
     a.clipLow ?? 0.2,
     a.clipHigh ?? 0.2,
     unlessFalse(a.dualClip, 3, 'dualClip', op),
+    unlessFalse(a.delta, dppo ? 20 : null, 'delta', op),
     a.tauPositive ?? 1,
     a.tauNegative ?? 1.05,
+    a.vespoKPositive ?? 2,
+    a.vespoLambdaPositive ?? 3,
+    a.vespoKNegative ?? 3,
+    a.vespoLambdaNegative ?? 2,
     a.kl ?? (a.refLogProbs ? 'k3' : 'none'),
+    checkBoolean(a.klUnbiased ?? false, 'klUnbiased', op),
     a.klCoef ?? 0.01,
     unlessFalse(a.klClamp, 10, 'klClamp', op),
     a.entropyCoef ?? 0,
-    a.aggregation ?? (perSequence ? 'seq-mean-token-mean' : 'token-mean'),
+    a.aggregation ?? aggregationOf[objective] ?? 'token-mean',
     a.termAggregation ?? a.aggregation ?? 'token-mean',
     choice(a.emptyRows ?? 'skip', ['skip', 'count'], 'emptyRows', op) === 'count',
     a.lossScale,
@@ -361,7 +437,7 @@ export function lossArguments(op: string, a: PolicyLossInputs): unknown[] {
 
 function unlessFalse(
   value: number | false | undefined,
-  otherwise: number,
+  otherwise: number | null,
   name: string,
   op: string,
 ): number | null {

@@ -2,7 +2,7 @@ import { checkArguments, hostInts, type Names } from '../arguments.js'
 import { composite } from '../composite.js'
 import type { DType, FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
-import { type AdvantageOptions, advantagesAs } from '../ops/advantages.js'
+import { type AdvantageOptions, advantageOptionNames, advantagesAs } from '../ops/advantages.js'
 import type { BiasGradient } from '../ops/linear.js'
 import {
   type HeadGradients,
@@ -65,7 +65,7 @@ export interface GrpoStep extends Disposable {
   readonly loss: Tensor<'f32'>
   /** f32 [T]: of the tokens under the current weights; a copy where they were given. */
   readonly logProbs: Tensor<'f32'>
-  /** f32 [B]: one a sequence. */
+  /** f32 [B], one a sequence, or [T], one a token: for 'opt_baseline'. A copy where they were given. */
   readonly advantages: Tensor<'f32'>
   /** f32 [T]: for log-probabilities as input. */
   readonly dLogProbs?: Tensor<'f32'>
@@ -103,13 +103,29 @@ export interface HeadStep<D extends FloatDType = FloatDType>
   extends CommonResults,
     Readonly<HeadGradients<D>> {}
 
-/** The batch and the options of grpoStep, beside the model. */
-export interface GrpoBatch extends AdvantageOptions, Omit<PolicyLossInputs, 'advantages'> {
-  /** f32 [B], or [B, K] of K kinds for 'gdpo'. Must be finite. */
+/** A batch of rollouts with their rewards, and the options of grpoStep. */
+export interface RewardsBatch extends AdvantageOptions, Omit<PolicyLossInputs, 'advantages'> {
+  /** f32 [B], or [B, K] of K kinds for 'gdpo' and `combine`. Must be finite, but for the NaN of `combine`. */
   rewards: Tensor<'f32'>
   /** The group (prompt) of each of the B sequences: any integers in any order. */
   groups: Ints
+  advantages?: never
 }
+
+type NoAdvantageOptions = { [K in keyof AdvantageOptions]?: never }
+
+/**
+ * A batch of rollouts with the caller's own advantages, f32 [B] or [T], and the options of grpoStep. With rewards for
+ * each step of a perceiver's answer (Perceval) they are the sequence's advantage, repeated, plus what the process adds
+ * to a token.
+ */
+export interface AdvantagesBatch extends PolicyLossInputs, NoAdvantageOptions {
+  rewards?: never
+  groups?: never
+}
+
+/** The batch and the options of grpoStep, beside the model. */
+export type GrpoBatch = RewardsBatch | AdvantagesBatch
 
 /** The arguments of grpoStep: a batch, and the model's part, which decides the gradients returned. */
 export type GrpoStepArgs = GrpoModel & GrpoBatch
@@ -124,25 +140,22 @@ export const modelNames: Names<GrpoModel> = {
   targets: true,
   temperature: true,
 }
-const { advantages: _, ...batchNames } = lossNames
 const argumentNames: Names<GrpoStepArgs> = {
-  ...batchNames,
+  ...lossNames,
   ...modelNames,
+  ...advantageOptionNames,
   rewards: true,
   groups: true,
-  estimator: true,
-  epsilon: true,
-  singleton: true,
-  weights: true,
 }
 
 /**
  * One GRPO step on a batch of rollouts: rewards and groups -> advantages -> loss -> gradient, all on
- * the device.
+ * the device. The caller's own advantages may be given instead of rewards and groups.
  *
  * Estimators that weight by length use a sequence's kept tokens, which are counted on the device if there is a
- * mask. It is one operation: its errors carry its name, and a fault poisons all of its results. Only the mask
- * excludes tokens. Source: Shao et al. 2024 (GRPO); the defaults are Perceive-to-Reason's.
+ * mask. 'opt_baseline' takes oldLogProbs and importanceWeights for its weights. It is one operation: its errors carry
+ * its name, and a fault poisons all of its results. Only the mask excludes tokens. Source: Shao et al. 2024 (GRPO); the
+ * defaults are Perceive-to-Reason's.
  *
  * @returns the loss, the advantages, the log-probabilities, and the gradient for what was given: dLogProbs,
  *   dLogits, or dHidden and dWeight, with dBias if there is a bias.
@@ -253,17 +266,8 @@ function tokensOf(cuSeqlens: Float64Array): number | undefined {
 }
 
 function step(op: string, a: GrpoStepArgs): GrpoStep {
-  const advantages = advantagesAs(op, {
-    rewards: a.rewards,
-    groups: a.groups,
-    ...pickDefined(a, ['estimator', 'epsilon', 'singleton', 'weights']),
-    ...(a.mask
-      ? { counted: { mask: a.mask, cuSeqlens: a.cuSeqlens } }
-      : { lengths: differences(hostInts(a.cuSeqlens, 'cuSeqlens', op)) }),
-  })
-  if (a.advantagesPer === 'token')
-    refuse('ERR_VALUE', op, "advantagesPer must be 'sequence': an advantage belongs to a reward")
-  const options = { ...a, advantages, advantagesPer: 'sequence' as const }
+  const options = { ...a, ...advantagesOf(op, a) }
+  const { advantages } = options
 
   if (a.logProbs !== undefined) {
     const { loss, dLogProbs, metrics, hidden } = withHidden(
@@ -291,6 +295,45 @@ function step(op: string, a: GrpoStepArgs): GrpoStep {
   return held({ loss, logProbs: forward.logProbs, dLogits, advantages, metrics }, hidden)
 }
 
+const advantageOptions = Object.keys(advantageOptionNames) as (keyof AdvantageOptions)[]
+
+/** The caller's advantages, copied, or those of the rewards. */
+function advantagesOf(
+  op: string,
+  a: GrpoBatch,
+): { advantages: Tensor<'f32'>; advantagesPer?: 'sequence' | 'token' } {
+  if (a.advantages !== undefined) {
+    for (const name of ['rewards', 'groups', ...advantageOptions] as const)
+      if (a[name] !== undefined)
+        refuse('ERR_VALUE', op, `${name} must be absent where advantages are given`)
+    handleOf(a.advantages, 'advantages', op)
+    return {
+      advantages: a.advantages.to(a.advantages.device),
+      ...pickDefined(a, ['advantagesPer']),
+    }
+  }
+  const byToken = a.estimator === 'opt_baseline'
+  const advantagesPer = byToken ? 'token' : 'sequence'
+  if (a.advantagesPer !== undefined && a.advantagesPer !== advantagesPer)
+    refuse('ERR_VALUE', op, `advantagesPer must be '${advantagesPer}' for this estimator`)
+  if (byToken && a.oldLogProbs === undefined)
+    refuse('ERR_VALUE', op, "the estimator 'opt_baseline' needs oldLogProbs")
+  const { cuSeqlens } = a
+  const advantages = advantagesAs(op, {
+    rewards: a.rewards,
+    groups: a.groups,
+    ...pickDefined(a, advantageOptions),
+    ...(a.mask || byToken
+      ? { cuSeqlens, ...pickDefined(a, ['mask']) }
+      : { lengths: differences(hostInts(cuSeqlens, 'cuSeqlens', op)) }),
+    ...(byToken && {
+      ...(a.oldLogProbs && { logProbs: a.oldLogProbs }),
+      ...pickDefined(a, ['importanceWeights']),
+    }),
+  })
+  return { advantages, advantagesPer }
+}
+
 /** In one pass if each token's gradient depends on that token only, else log-probs first. */
 function stepOnHead(op: string, a: LinearHead, options: PolicyLossInputs): GrpoStep {
   const { advantages } = options
@@ -300,7 +343,8 @@ function stepOnHead(op: string, a: LinearHead, options: PolicyLossInputs): GrpoS
     targets: a.targets,
     ...pickDefined(a, ['bias', 'temperature']),
   }
-  if (options.objective !== 'gspo') {
+  const bySequence: (string | undefined)[] = ['gspo', 'luspo', 'gmpo', 'vespo']
+  if (!bySequence.includes(options.objective)) {
     const { hidden, ...results } = withHidden(linearLossAs(op, { ...options, ...head }))
     return held({ ...results, advantages }, hidden)
   }

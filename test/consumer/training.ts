@@ -1,6 +1,8 @@
 // Attention and the losses, as a strict consumer calls them. It is compiled, never run.
 import {
   type AdvantageEstimator,
+  type AdvantageOptions,
+  type AdvantagesBatch,
   type AttentionInput,
   applyRotary,
   attention,
@@ -29,6 +31,7 @@ import {
   type PolicyLossArgs,
   type PolicyLossOptions,
   policyLoss,
+  type RewardsBatch,
   type Tensor,
   type TokenLogProbsBackwardArgs,
   tokenLogProbs,
@@ -73,11 +76,14 @@ export async function loss(tokens: Tensor, rewards: Tensor): Promise<LossMetrics
   const cuSeqlens = [0, 1, 2, 3, 4]
   const given: PolicyLossArgs = { logProbs: tokens, advantages, cuSeqlens, ...options }
   using own = policyLoss(given)
-  const batch: GrpoBatch = { rewards, groups: [0, 0, 1, 1], cuSeqlens, ...options }
+  const scaled: AdvantageOptions = { scale: 'batch', epsilon: 1e-4 }
+  const batch: RewardsBatch = { rewards, groups: [0, 0, 1, 1], cuSeqlens, ...scaled, ...options }
   const model: GrpoModel = { logProbs: tokens }
   const args: GrpoStepArgs = { ...model, ...batch }
   using step: GrpoStep & { advantages: Tensor } = grpoStep(args)
-  return [await own.metrics(), await step.metrics()]
+  const byCaller: AdvantagesBatch = { advantages, cuSeqlens, ...options }
+  using ours: GrpoStep = grpoStep({ ...model, ...byCaller })
+  return [await own.metrics(), await step.metrics(), await ours.metrics()]
 }
 
 export function gradients(
