@@ -23,11 +23,11 @@ function workload(backward: boolean): Workload {
           const a = {
             x: device.tensor(x, [rows, channels]),
             weight: device.tensor(weight, [channels]),
-            bias: device.tensor(bias, [channels]),
-            eps,
           }
-          if (!backward) return { run: () => layerNorm(a), answer: () => layerNorm(a).out.read() }
-          const { stats } = layerNorm(a)
+          const layer = { ...a, bias: device.tensor(bias, [channels]), eps }
+          if (!backward)
+            return { run: () => layerNorm(layer), answer: () => layerNorm(layer).out.read() }
+          const { stats } = layerNorm(layer)
           const dOut = device.tensor(gradient, [rows, channels])
           return { run: () => layerNormBackward({ ...a, dOut, stats }) }
         },
