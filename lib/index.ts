@@ -131,6 +131,12 @@ export {
   trlDefaults,
 } from './ops/policy_loss.js'
 export * from './ops/positions.js'
+export {
+  type RopeIndexArgs,
+  type RopeIndexConfig,
+  type RopeIndexResult,
+  ropeIndex,
+} from './ops/rope_index.js'
 export * from './ops/rotary.js'
 export * from './ops/rows.js'
 export * from './ops/sampling.js'

@@ -7,6 +7,8 @@ const families: [Family, number][] = [
   ['grpo', 108],
   ['hopper', 4],
   ['image', 58],
+  ['lm_ops', 187],
+  ['qwen3vl', 292],
   ['rope', 66],
   ['tower', 125],
 ]
@@ -25,7 +27,7 @@ test.each(families)('%s has the files of its index', (family, count) => {
   expect(() => files.bytes(`${family}/absent.bin`)).toThrow(/has no/)
 })
 
-test.each(['attention', 'rope'] as const)(
+test.each(['attention', 'lm_ops', 'rope'] as const)(
   '%s: every tensor has the size of its shape',
   (family) => {
     const files = golden(family)

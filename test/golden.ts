@@ -2,7 +2,15 @@
 // what each file holds.
 import { unpackGolden } from '../scripts/unpack-golden.mjs'
 
-export type Family = 'attention' | 'grpo' | 'hopper' | 'image' | 'rope' | 'tower'
+export type Family =
+  | 'attention'
+  | 'grpo'
+  | 'hopper'
+  | 'image'
+  | 'lm_ops'
+  | 'qwen3vl'
+  | 'rope'
+  | 'tower'
 
 /** One family's files by path, as in 'attention/a01_d64_single128/q.bin'. Arrays are copies. */
 export interface Golden {

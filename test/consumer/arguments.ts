@@ -86,9 +86,13 @@ import {
   type PolicyLossResult,
   pixelValues,
   policyLoss,
+  type RopeIndexArgs,
+  type RopeIndexConfig,
+  type RopeIndexResult,
   type RotaryTables,
   type RowEntropy,
   type RowGradients,
+  ropeIndex,
   type SampleArgs,
   type SeparateHeads,
   type SmartResizeOptions,
@@ -129,6 +133,8 @@ export const clip = (a: ClipGradNormArgs): Tensor<'f32'> => clipGradNorm(a)
 export const rates: Partial<AdamWArgs> = { lr: 1e-3, betas: [0.9, 0.99] }
 export const positions = (a: VisionPositionsArgs<'f32'>): Tensor<'f32'> => visionPositions(a)
 export const tables = (a: VisionRotaryArgs): RotaryTables => visionRotary(a)
+export const places: RopeIndexConfig = { imageToken: 1, videoToken: 2, mergeSize: 2 }
+export const indices = (a: RopeIndexArgs): RopeIndexResult => ropeIndex(a)
 export const rotate = (a: ApplyRotaryArgs<'bf16'>): Tensor<'bf16'> => applyRotary(a)
 export const draw = (a: SampleArgs): Tensor<'i32'> => sample(a)
 export const teaching = (a: InformativeGroupsArgs): Tensor<'u8'> => informativeGroups(a)
