@@ -154,6 +154,17 @@ export {
 } from './p2r/evidence.js'
 export { loadRollouts, saveRollouts } from './p2r/exchange.js'
 export {
+  type Box,
+  formatReward,
+  type GroundingRewards,
+  type GroundingRewardsArgs,
+  groundingRewards,
+  matchedIoU,
+  type Point,
+  pointInBoxes,
+  unionIoU,
+} from './p2r/grounding.js'
+export {
   type AdvantagesBatch,
   type GrpoBatch,
   type GrpoModel,

@@ -152,8 +152,8 @@ export function extractAnswer(text: string, options: ExtractAnswerOptions = {}):
   return strip(visible.slice(open + '<answer>'.length, close < 0 ? undefined : close))
 }
 
-/** The text after the thinking; '' if the thinking is unfinished. */
-function afterThinking(text: string): string {
+/** @internal The text after the thinking; '' if the thinking is unfinished. */
+export function afterThinking(text: string): string {
   const end = text.lastIndexOf('</think>')
   const visible = end < 0 ? text : text.slice(end + '</think>'.length)
   const open = visible.indexOf('<think>')

@@ -9,6 +9,7 @@ import {
   alternatingSettings,
   answer,
   answerReward,
+  type Box,
   boxIoU,
   type Completion,
   type Device,
@@ -18,13 +19,18 @@ import {
   type ExtractAnswerOptions,
   evaluate,
   extractAnswer,
+  formatReward,
   functionPolicy,
+  type GroundingRewards,
+  type GroundingRewardsArgs,
+  groundingRewards,
   type IpcDescription,
   type IpcHandle,
   type Judged,
   loadMetadata,
   loadRollouts,
   type ModelVerifierOptions,
+  matchedIoU,
   modelVerifier,
   OpenAIPolicy,
   type OpenAIPolicyOptions,
@@ -34,6 +40,7 @@ import {
   type PerceiverOptions,
   type Perception,
   type PerceptionFaultOptions,
+  type Point,
   type Policy,
   type PolicyFunction,
   type PolicyRequest,
@@ -44,6 +51,7 @@ import {
   type Prompts,
   paperSettings,
   perceptionFault,
+  pointInBoxes,
   type Question,
   type ReasonArgs,
   Reasoner,
@@ -64,6 +72,7 @@ import {
   saveRollouts,
   type Tensor,
   type TrainedModel,
+  unionIoU,
   type Verifier,
   type VerifierArgs,
 } from 'p2r-kernels'
@@ -121,6 +130,13 @@ export async function score(boxes: EvidenceBox[], text: string): Promise<number>
     verifier,
   }
   return answerReward(scored)
+}
+
+export function ground(text: string, truth: Box[], centre: Point): number {
+  const a: GroundingRewardsArgs = { text, truth }
+  const { iou, unionIoU: union, pointInBox, format }: GroundingRewards = groundingRewards(a)
+  const apart = matchedIoU(truth, truth) + unionIoU(truth, truth) + pointInBoxes(centre, truth)
+  return iou + union + pointInBox + format + apart + formatReward(text, 'reasoner')
 }
 
 export async function run(image: Tensor<'u8'>): Promise<Judged<Question>[]> {
