@@ -49,10 +49,10 @@ const argumentNames: Names<GroundingRewardsArgs> = { text: true, truth: true }
  * @returns values from 0 to 1. No text throws.
  * @throws P2RError ERR_VALUE for a text that is none, and for boxes without four finite numbers.
  * @example
- * ```js
- * import { groundingRewards, groupAdvantages, openDevice } from 'p2r-kernels'
+ * ```ts
+ * import { type Box, groundingRewards, groupAdvantages, openDevice } from 'p2r-kernels'
  *
- * const truth = [[400, 300, 600, 500]]
+ * const truth: Box[] = [[400, 300, 600, 500]]
  * const outputs = [
  *   '[{"bbox_2d": [400, 300, 600, 500], "label": "sign"}]',
  *   '[{"bbox_2d": [400, 300, 800, 500], "label": "sign"}]',
@@ -94,10 +94,10 @@ export function groundingRewards(a: GroundingRewardsArgs): GroundingRewards {
  * @param truth in the same unit.
  * @throws P2RError ERR_VALUE for boxes without four finite numbers.
  * @example
- * ```js
- * import { matchedIoU } from 'p2r-kernels'
+ * ```ts
+ * import { type Box, matchedIoU } from 'p2r-kernels'
  *
- * const truth = [[0, 0, 100, 100], [200, 0, 300, 100]]
+ * const truth: Box[] = [[0, 0, 100, 100], [200, 0, 300, 100]]
  * console.log(matchedIoU([[200, 0, 300, 100], [0, 0, 100, 50]], truth)) // 0.75
  * console.log(matchedIoU([[0, 0, 100, 100]], truth)) // 0.5
  * ```
@@ -121,10 +121,10 @@ export function matchedIoU(boxes: readonly Box[], truth: readonly Box[]): number
  * @param truth in the same unit.
  * @throws P2RError ERR_VALUE for boxes without four finite numbers.
  * @example
- * ```js
- * import { unionIoU } from 'p2r-kernels'
+ * ```ts
+ * import { type Box, unionIoU } from 'p2r-kernels'
  *
- * const halves = [[0, 0, 50, 100], [50, 0, 100, 100]]
+ * const halves: Box[] = [[0, 0, 50, 100], [50, 0, 100, 100]]
  * console.log(unionIoU(halves, [[0, 0, 100, 100]])) // 1
  * console.log(unionIoU(halves, [[0, 0, 100, 200]])) // 0.5
  * ```
