@@ -31,6 +31,23 @@ export default defineConfig({
           sequence: { groupOrder: 0 },
         },
       },
+      // What test/*.test-d.ts promise of the types; `tsc -p test` in `npm run check` sees them too.
+      {
+        ...shared,
+        test: {
+          ...shared.test,
+          name: 'types',
+          include: [],
+          typecheck: {
+            enabled: true,
+            only: true,
+            checker: 'tsc',
+            include: ['test/*.test-d.ts'],
+            tsconfig: './test/tsconfig.json',
+          },
+          sequence: { groupOrder: 0 },
+        },
+      },
       // Last: they run the cases that the operations' tests recorded.
       {
         ...shared,

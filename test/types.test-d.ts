@@ -1,4 +1,5 @@
-// What the types of operations and tensors promise: compiled by `tsc -p test`, never run.
+// What the types of operations and tensors promise: compiled by vitest's typecheck and by
+// `tsc -p test`, never run.
 import {
   type AttentionArgs,
   attention,

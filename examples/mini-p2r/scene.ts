@@ -28,6 +28,7 @@ export const LATTICE = CANVAS / CELL
 /** Side of the overview, each of whose pixels is the mean of a block of the canvas. */
 export const OVERVIEW = 128
 const BLOCK = CANVAS / OVERVIEW
+const BLOCK_SHIFT = Math.log2(BLOCK)
 /** Side of the thumbnail, each of whose pixels is the mean of a cell. */
 export const THUMBNAIL = LATTICE
 
@@ -91,8 +92,10 @@ export interface Scene {
   rollY: number
   mirrored: boolean
   strokes: readonly Stroke[]
+  strokeExtents: Int16Array
   /** The fragments and the needles. */
   sprites: readonly Sprite[]
+  spriteExtents: Int16Array
   /** In the order of COLOURS. */
   needles: readonly { cell: number; label: number }[]
 }
@@ -119,20 +122,18 @@ export class Canvases {
   readonly count: number
   readonly #digits: Digits
   readonly #seed: number
-  readonly #backgrounds: readonly Background[]
+  readonly #backgrounds: Background[] = []
   readonly #scenes: Scene[] = []
   readonly #overviews: Overview[] = []
   /** A canvas of (tint << 8 | intensity), 0 where no object is; cleared between calls. */
   readonly #layer = new Uint16Array(CANVAS * CANVAS)
   readonly #touched = new Int32Array(CANVAS * CANVAS)
+  #drawn = 0
 
   constructor(digits: Digits, seed: number, count: number) {
     this.#digits = digits
     this.#seed = seed
     this.count = count
-    this.#backgrounds = Array.from({ length: BACKGROUNDS }, (_, i) =>
-      makeBackground(new Rng(seed, 0, i)),
-    )
   }
 
   /** Questions 0 .. 3 count - 1, a canvas's three together. */
@@ -166,9 +167,14 @@ export class Canvases {
     return this.#render(this.scene(index), { x0: 0, y0: 0, x1: CANVAS, y1: CANVAS })
   }
 
+  #background({ background: index }: Scene): Background {
+    this.#backgrounds[index] ??= makeBackground(new Rng(this.#seed, 0, index))
+    return this.#backgrounds[index]
+  }
+
   #render(scene: Scene, window: Extent): Uint8Array {
     const touched = this.#paint(scene, window)
-    const background = this.#backgrounds[scene.background] as Background
+    const background = this.#background(scene)
     const width = window.x1 - window.x0
     const out = new Uint8Array(3 * width * (window.y1 - window.y0))
     let at = 0
@@ -188,7 +194,7 @@ export class Canvases {
   }
 
   #renderOverview(scene: Scene): Overview {
-    const background = this.#backgrounds[scene.background] as Background
+    const background = this.#background(scene)
     const sums = new Int32Array(3 * OVERVIEW * OVERVIEW)
     const [rollX, rollY] = [scene.rollX / BLOCK, scene.rollY / BLOCK]
     let at = 0
@@ -213,11 +219,11 @@ export class Canvases {
       const row = ((y + scene.rollY) & (CANVAS - 1)) * CANVAS
       const grey = background.pixels[row + sourceX(scene, x)] as number
       if ((object & 255) <= grey) continue
-      const block = 3 * (Math.floor(y / BLOCK) * OVERVIEW + Math.floor(x / BLOCK))
-      for (let channel = 0; channel < 3; channel++) {
-        const before = sums[block + channel] as number
-        sums[block + channel] = before + (RGB[3 * object + channel] as number) - grey
-      }
+      const block = 3 * ((y >> BLOCK_SHIFT) * OVERVIEW + (x >> BLOCK_SHIFT))
+      const colour = 3 * object
+      sums[block] = (sums[block] as number) + (RGB[colour] as number) - grey
+      sums[block + 1] = (sums[block + 1] as number) + (RGB[colour + 1] as number) - grey
+      sums[block + 2] = (sums[block + 2] as number) + (RGB[colour + 2] as number) - grey
     }
     const cells = sumSquares(sums, OVERVIEW, CELL / BLOCK)
     return { pixels: means(sums, BLOCK ** 2), thumbnail: means(cells, CELL ** 2) }
@@ -225,36 +231,40 @@ export class Canvases {
 
   /** Draws the objects that intersect the window onto the layer; returns the number of pixels drawn. */
   #paint(scene: Scene, window: Extent): number {
-    let touched = 0
-    const put = (x: number, y: number, value: number, tint: number): void => {
-      if (x < window.x0 || x >= window.x1 || y < window.y0 || y >= window.y1) return
-      const pixel = y * CANVAS + x
-      const before = this.#layer[pixel] as number
-      if (value <= (before & 255)) return
-      if (before === 0) this.#touched[touched++] = pixel
-      this.#layer[pixel] = (tint << 8) | value
-    }
-    for (const stroke of scene.strokes) {
-      if (!meet(stroke, window)) continue
-      for (let i = 0; i < stroke.path.length; i += 2) {
-        const x = stroke.path[i] as number
-        const y = stroke.path[i + 1] as number
-        for (let dy = 0; dy < stroke.pen; dy++) {
-          for (let dx = 0; dx < stroke.pen; dx++) put(x + dx, y + dy, stroke.value, 0)
+    this.#drawn = 0
+    for (const stroke of intersecting(scene.strokes, scene.strokeExtents, window)) {
+      const inside = within(stroke, window)
+      const { path, pen, value } = stroke
+      for (let i = 0; i < path.length; i += 2) {
+        const x = path[i] as number
+        const y = path[i + 1] as number
+        for (let dy = 0; dy < pen; dy++) {
+          for (let dx = 0; dx < pen; dx++) {
+            if (inside || holds(window, x + dx, y + dy)) this.#put(x + dx, y + dy, value, 0)
+          }
         }
       }
     }
-    for (const sprite of scene.sprites) {
-      if (!meet(sprite, window)) continue
-      for (let y = sprite.y0; y < sprite.y1; y++) {
-        const row = (sprite.digit * DIGIT_SIDE + sprite.top + y - sprite.y0) * DIGIT_SIDE
-        for (let x = sprite.x0; x < sprite.x1; x++) {
-          const value = this.#digits.pixels[row + sprite.left + x - sprite.x0] as number
-          put(x, y, value, sprite.tint)
+    for (const sprite of intersecting(scene.sprites, scene.spriteExtents, window)) {
+      const { x0, y0, digit, left, top, tint } = sprite
+      const [firstX, lastX] = [Math.max(x0, window.x0), Math.min(sprite.x1, window.x1)]
+      const [firstY, lastY] = [Math.max(y0, window.y0), Math.min(sprite.y1, window.y1)]
+      for (let y = firstY; y < lastY; y++) {
+        const row = (digit * DIGIT_SIDE + top + y - y0) * DIGIT_SIDE + left - x0
+        for (let x = firstX; x < lastX; x++) {
+          this.#put(x, y, this.#digits.pixels[row + x] as number, tint)
         }
       }
     }
-    return touched
+    return this.#drawn
+  }
+
+  #put(x: number, y: number, value: number, tint: number): void {
+    const pixel = y * CANVAS + x
+    const before = this.#layer[pixel] as number
+    if (value <= (before & 255)) return
+    if (before === 0) this.#touched[this.#drawn++] = pixel
+    this.#layer[pixel] = (tint << 8) | value
   }
 
   #wipe(touched: number): void {
@@ -267,31 +277,59 @@ function sourceX(scene: Scene, x: number): number {
   return ((scene.mirrored ? CANVAS - 1 - x : x) + scene.rollX) & (CANVAS - 1)
 }
 
-function meet(a: Extent, b: Extent): boolean {
-  return a.x0 < b.x1 && b.x0 < a.x1 && a.y0 < b.y1 && b.y0 < a.y1
+/** x0, y0, x1, y1 of each object: searched without touching the objects, which are all over memory. */
+function extentsOf(objects: readonly Extent[]): Int16Array {
+  return Int16Array.from(objects.flatMap(({ x0, y0, x1, y1 }) => [x0, y0, x1, y1]))
 }
 
-/** Sums over squares of `side` blocks, per channel. */
+/** The objects that intersect the window, in their order. */
+function intersecting<T>(objects: readonly T[], extents: Int16Array, window: Extent): T[] {
+  const found: T[] = []
+  for (let i = 0; i < objects.length; i++) {
+    if (
+      (extents[4 * i] as number) < window.x1 &&
+      (extents[4 * i + 1] as number) < window.y1 &&
+      (extents[4 * i + 2] as number) > window.x0 &&
+      (extents[4 * i + 3] as number) > window.y0
+    ) {
+      found.push(objects[i] as T)
+    }
+  }
+  return found
+}
+
+function within(a: Extent, window: Extent): boolean {
+  return a.x0 >= window.x0 && a.x1 <= window.x1 && a.y0 >= window.y0 && a.y1 <= window.y1
+}
+
+function holds(window: Extent, x: number, y: number): boolean {
+  return x >= window.x0 && x < window.x1 && y >= window.y0 && y < window.y1
+}
+
+/** Sums over squares of `side` blocks, a power of two, per channel. */
 function sumSquares(sums: Int32Array, width: number, side: number): Int32Array {
   const size = width / side
+  const shift = Math.log2(side)
   const out = new Int32Array(3 * size * size)
   let at = 0
   for (let y = 0; y < width; y++) {
-    const row = Math.floor(y / side) * size
-    for (let x = 0; x < width; x++) {
-      const square = 3 * (row + Math.floor(x / side))
-      for (let channel = 0; channel < 3; channel++, at++) {
-        out[square + channel] = (out[square + channel] as number) + (sums[at] as number)
-      }
+    const row = (y >> shift) * size
+    for (let x = 0; x < width; x++, at += 3) {
+      const square = 3 * (row + (x >> shift))
+      out[square] = (out[square] as number) + (sums[at] as number)
+      out[square + 1] = (out[square + 1] as number) + (sums[at + 1] as number)
+      out[square + 2] = (out[square + 2] as number) + (sums[at + 2] as number)
     }
   }
   return out
 }
 
-/** Sums of `pixels` bytes as bytes: the means, ties upwards. */
+/** Sums of `pixels` bytes, a power of two, as bytes: the means, ties upwards. */
 function means(sums: Int32Array, pixels: number): Uint8Array {
+  const shift = Math.log2(pixels)
+  const half = pixels / 2
   const out = new Uint8Array(sums.length)
-  for (let i = 0; i < sums.length; i++) out[i] = Math.floor((sums[i] as number) / pixels + 0.5)
+  for (let i = 0; i < sums.length; i++) out[i] = ((sums[i] as number) + half) >> shift
   return out
 }
 
@@ -325,7 +363,8 @@ function makeScene(digits: Digits, rng: Rng): Scene {
     sprites.push({ ...square(x, y, DIGIT_SIDE), digit, left: 0, top: 0, tint: colour + 1 })
     return { cell, label: digits.labels[digit] as number }
   })
-  return { ...scene, strokes, sprites, needles }
+  const extents = { strokeExtents: extentsOf(strokes), spriteExtents: extentsOf(sprites) }
+  return { ...scene, strokes, sprites, ...extents, needles }
 }
 
 function square(x: number, y: number, side: number): Extent {

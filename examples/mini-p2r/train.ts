@@ -91,6 +91,8 @@ export class Trainer {
   /** The trained role's weights at the start of its phase, the reference of the KL term. */
   readonly #reference: { perceiver: Perceiver; reasoner: Reasoner }
   #optimizers: Record<Role, Optimizer>
+  /** Taken early, so that their canvases are drawn while the device computes. */
+  #next: Question[]
   #kind: Phase['kind'] = 'warm start'
 
   constructor(system: System, canvases: Canvases, seed: number) {
@@ -98,6 +100,7 @@ export class Trainer {
     this.#system = system
     this.#canvases = canvases
     this.#questions = new Shuffled(canvases, new Rng(seed, 12))
+    this.#next = this.#questions.take(SETTINGS.batch)
     this.#draws = new Rng(seed, 13)
     this.#reference = {
       perceiver: new Perceiver(device, seed),
@@ -118,7 +121,8 @@ export class Trainer {
     // The Perceiver is frozen while the Reasoner learns, so each question's box is found once.
     const boxes = new Map<string, number>()
     for (let step = 1; step <= phase.updates; step++) {
-      const questions = this.#questions.take(SETTINGS.batch)
+      const questions = this.#next
+      this.#next = this.#questions.take(SETTINGS.batch)
       const result = await scopeAsync((): Promise<Partial<Step>> => {
         if (kind === 'warm start') return this.#supervise(role, questions)
         if (role === 'perceiver') return this.#improvePerceiver(questions)
@@ -153,6 +157,7 @@ export class Trainer {
     const dLogProbs = new Float32Array(scored.logProbs.size).fill(-1 / questions.length)
     const gradient = device.tensor(dLogProbs, scored.logProbs.shape)
     this.#optimizers[role].update(scored.backward(gradient), SETTINGS.warmStart.lr)
+    for (const { canvas } of this.#next) this.#canvases.overview(canvas)
     return { loss: -mean(await scored.logProbs.toFloat32()) }
   }
 
