@@ -152,7 +152,12 @@ export {
   type EvidencePixelValuesOptions,
   type EvidenceSizes,
 } from './p2r/evidence.js'
-export { loadRollouts, saveRollouts } from './p2r/exchange.js'
+export {
+  type LoadRolloutsOptions,
+  loadRollouts,
+  type SaveRolloutsOptions,
+  saveRollouts,
+} from './p2r/exchange.js'
 export {
   type Box,
   formatReward,
@@ -212,8 +217,13 @@ export {
 export {
   type AnswerForm,
   defaultPrompts,
+  type PerceivePromptArgs,
   type PromptOverrides,
   type Prompts,
+  perceivePrompt,
+  type ReasonPromptArgs,
+  type RolePrompt,
+  reasonPrompt,
 } from './p2r/prompts.js'
 export {
   type ReasonArgs,
@@ -236,7 +246,14 @@ export {
   type Verifier,
   type VerifierArgs,
 } from './p2r/reward.js'
-export type { RolloutBatch, RolloutItem, RolloutMetrics, Sample } from './p2r/rollouts.js'
+export type {
+  RolloutBatch,
+  RolloutItem,
+  RolloutMetrics,
+  RolloutRequest,
+  Sample,
+  StoredImage,
+} from './p2r/rollouts.js'
 export { type LoadTensorsOptions, loadMetadata, loadTensors, saveTensors } from './safetensors.js'
 export { scope, scopeAsync } from './scope.js'
 export type { Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'

@@ -1,4 +1,4 @@
-import { mkdtemp, rm } from 'node:fs/promises'
+import { mkdtemp, readdir, rename, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import {
@@ -6,11 +6,17 @@ import {
   loadMetadata,
   loadRollouts,
   loadTensors,
+  type Policy,
   PraGrpo,
+  perceivePrompt,
+  type Role,
+  type RolloutBatch,
+  reasonPrompt,
+  saveImage,
   saveRollouts,
   saveTensors,
 } from 'p2r-kernels'
-import { afterAll, beforeAll, expect, test } from 'vitest'
+import { afterAll, beforeAll, expect, onTestFinished, test } from 'vitest'
 import { onEveryBackend } from './harness.js'
 
 let folder: string
@@ -65,9 +71,13 @@ onEveryBackend('batches as files', (b) => {
       expect(loaded[name], name).toEqual(batch[name])
     for (const name of ['rewards', 'advantages', 'oldLogProbs'] as const)
       expect(await loaded[name]!.read()).toEqual(await batch[name]!.read())
-    expect(loaded.items.map(({ error, ...item }) => ({ ...item, error: error?.message }))).toEqual(
-      batch.items.map(({ error, evidence: _, ...item }) => ({ ...item, error: error?.message })),
-    )
+    const plain = ({ items }: RolloutBatch) =>
+      items.map(({ error, evidence: _, request, ...item }) => ({
+        ...item,
+        error: error?.message,
+        prompt: request?.prompt,
+      }))
+    expect(plain(loaded)).toEqual(plain(batch))
     expect(loaded.items.filter(({ error }) => error).length).toBe(1)
     const logProbs = b.device.zeros([loaded.tokens!.length])
     using there = pra.step(loaded, { logProbs })
@@ -86,6 +96,111 @@ onEveryBackend('batches as files', (b) => {
     const { items } = await loadMetadata(path)
     expect(JSON.parse(items!)[0].boxes).toEqual([{ bbox2d: [0, 0, 500, 500], label: 'a' }])
   })
+
+  /** Two samples' rollouts of a role, and what its policy was shown. */
+  const rolled = async (role: Role) => {
+    const shown: { prompt: string; system: string; images: Uint8Array[]; shapes: unknown[] }[] = []
+    const seeing: Policy = {
+      async generate({ system, prompt, images, n = 1, role: of }) {
+        const text = of === 'perceiver' ? sign : '<answer>A</answer>'
+        if (of === role)
+          shown.push({
+            system,
+            prompt,
+            images: await Promise.all(images.map((image) => image.read())),
+            shapes: images.map(({ shape }) => shape),
+          })
+        return Array.from({ length: n }, () => ({ text, tokens: [1], promptTokens: [7, 8, 9] }))
+      },
+    }
+    const pra = new PraGrpo({
+      perceiver: seeing,
+      reasoner: seeing,
+      device: b.device,
+      groupSize: 2,
+      concurrency: 1,
+      evidence: { maxPixels: 64 * 64 },
+      schedule: { perceiver: +(role === 'perceiver'), reasoner: +(role === 'reasoner') },
+    })
+    const pixels = Uint8Array.from({ length: 80 * 96 * 3 }, (_, i) => (i * 7) % 256)
+    const image = b.device.tensor(pixels, [80, 96, 3])
+    const samples = ['one', 'two'].map((question) => ({
+      image,
+      question,
+      answerForm: 'mca' as const,
+      truth: 'A',
+    }))
+    return { batch: await pra.rollout(samples), shown, image }
+  }
+  const sign = '[{"bbox_2d": [100, 100, 500, 500], "label": "sign"}]'
+
+  test.each(['perceiver', 'reasoner'] as const)(
+    'items carry what the %s was asked, in files too',
+    async (role) => {
+      const { batch: made, shown, image } = await rolled(role)
+      using batch = made
+      const live = b.device.memory().liveBytes
+      const folder = await mkdtemp(join(tmpdir(), 'p2r-requests-'))
+      onTestFinished(() => rm(folder, { recursive: true }))
+      const path = join(folder, `${role}.safetensors`)
+      await saveRollouts(path, batch, { images: 'files' })
+      expect(b.device.memory().liveBytes).toBeLessThanOrEqual(live)
+      const requests = batch.items.map(({ request }) => request!)
+      expect(requests[0]).toBe(requests[1])
+      expect(requests[1]).not.toBe(requests[2])
+      const { system, prompt } =
+        role === 'perceiver'
+          ? perceivePrompt({ question: 'two' })
+          : reasonPrompt({ question: 'two', answerForm: 'mca', hasEvidence: true })
+      expect({ ...requests[2] }).toEqual({ system, prompt, promptTokens: [7, 8, 9] })
+      expect(requests[2]!.images.length).toBe(role === 'perceiver' ? 1 : 2)
+      for (const [i, request] of [requests[0]!, requests[2]!].entries()) {
+        expect(request.prompt).toBe(shown[i]!.prompt)
+        expect(request.images.map(({ shape }) => shape)).toEqual(shown[i]!.shapes)
+        for (const [j, seen] of request.images.entries())
+          expect(await seen.read()).toEqual(shown[i]!.images[j])
+      }
+
+      // Both samples have one image, so there is one file of each.
+      const names = await readdir(`${path}.images`)
+      expect(names.length).toBe(role === 'perceiver' ? 1 : 2)
+      using loaded = await loadRollouts(path, b.device)
+      const again = loaded.items[2]!.request!
+      expect(loaded.items[3]!.request).toBe(again)
+      expect(again).toMatchObject({ system, prompt, promptTokens: [7, 8, 9] })
+      expect(loaded.items[2]!.completion).toEqual(batch.items[2]!.completion)
+      for (const [j, seen] of again.images.entries())
+        expect(await seen.read()).toEqual(shown[1]!.images[j])
+      const [first] = again.stored!
+      expect(first).toMatchObject({ height: again.images[0]!.shape[0], file: expect.any(String) })
+
+      // Hashes alone: of the same pixels, but there are no images to load.
+      const plain = join(folder, `${role}-hashes.safetensors`)
+      await saveRollouts(plain, batch)
+      for (const [file, options] of [
+        [plain, {}],
+        [path, { images: false }],
+      ] as const) {
+        using bare = await loadRollouts(file, b.device, options)
+        expect(bare.items[0]!.request!.stored![0]).toMatchObject({ sha256: first!.sha256 })
+        expect(() => bare.items[0]!.request!.images).toThrow(/images 'files'/)
+        await saveRollouts(join(folder, 'again.safetensors'), bare)
+        await expect(
+          saveRollouts(join(folder, 'again.safetensors'), bare, { images: 'files' }),
+        ).rejects.toMatchObject({ code: 'ERR_VALUE' })
+      }
+
+      // Another picture under the file's name, and none.
+      const stored = join(folder, first!.file!)
+      await saveImage(b.device.zeros([4, 4, 3], 'u8'), stored)
+      await expect(loadRollouts(path, b.device)).rejects.toMatchObject({ code: 'ERR_FORMAT' })
+      await rename(stored, `${stored}.away`)
+      await expect(loadRollouts(path, b.device)).rejects.toMatchObject({ code: 'ERR_IO' })
+      batch.dispose()
+      expect(() => requests[0]!.images).toThrow(expect.objectContaining({ code: 'ERR_DISPOSED' }))
+      image.dispose()
+    },
+  )
 
   test('a batch without tokens', async () => {
     using batch = await trainer(false).rollout(samples())
@@ -107,6 +222,13 @@ onEveryBackend('batches as files', (b) => {
       { ...good, role: 'cook' },
       { ...good, items: '{' },
       { ...good, sampling: '{"temperature": "hot"}' },
+      { ...good, requests: '{}' },
+      { ...good, requests: '[{"system": "", "prompt": ""}]' },
+      { ...good, requests: '[{"system": "", "prompt": "", "images": [{}]}]' },
+      {
+        ...good,
+        requests: '[{"system": "", "prompt": "", "images": [{"sha256": "", "file": "../a.png"}]}]',
+      },
       good,
     ] as Record<string, string>[]) {
       await saveTensors(path, { rewards }, header)

@@ -1,23 +1,69 @@
-import { checkString, describeValue } from '../arguments.js'
+import { createHash } from 'node:crypto'
+import { mkdir } from 'node:fs/promises'
+import { basename, dirname, isAbsolute, join } from 'node:path'
+import {
+  checkArguments,
+  checkBoolean,
+  checkString,
+  choice,
+  describeValue,
+  isObject,
+  type Names,
+} from '../arguments.js'
 import { checkDevice, type Device } from '../device.js'
 import { P2RError, refuse } from '../errors.js'
+import { loadImage, saveImage } from '../image.js'
 import { loadMetadata, loadTensors, saveTensors } from '../safetensors.js'
 import type { Tensor } from '../tensor.js'
-import { checkBatch, type RolloutBatch, type RolloutItem, Rollouts } from './rollouts.js'
+import type { Completion } from './policy.js'
+import {
+  AskedRequest,
+  checkBatch,
+  type RequestImages,
+  type RolloutBatch,
+  type RolloutItem,
+  type RolloutRequest,
+  Rollouts,
+  type StoredImage,
+} from './rollouts.js'
 
 // A batch as a safetensors file, for trainers in any language: numbers are tensors, the rest is JSON in
 // the header.
 const format = 'p2r-rollouts'
 const version = '1'
 
+/** Options of saveRollouts. */
+export interface SaveRolloutsOptions {
+  /**
+   * What becomes of the requests' images: 'hashes' records their SHA-256 and sizes, 'files' also writes them as PNG into
+   * a folder beside the batch's file, named after it with `.images`, where equal images are one file.
+   * @default 'hashes'
+   */
+  images?: 'hashes' | 'files'
+}
+
+/** Options of loadRollouts. */
+export interface LoadRolloutsOptions {
+  /**
+   * Whether the requests' images are loaded, where they were saved as files.
+   * @default true
+   */
+  images?: boolean
+}
+
+const saveNames: Names<SaveRolloutsOptions> = { images: true }
+const loadNames: Names<LoadRolloutsOptions> = { images: true }
+
 /**
  * Writes a batch into a safetensors file, for trainers in any language.
  *
  * It holds `rewards` and `advantages` f32 [B], `groups` i32 [B], and where
  * the batch has them `tokens` i32 [T], `cu_seqlens` i32 [B + 1] and `old_log_probs` f32 [T]. The header
- * holds the role, the metrics, the temperatures and the items, without images. The file is replaced atomically.
+ * holds the role, the metrics, the temperatures, the items, and the requests, to which an item's `request` is the index:
+ * the prompts, their token ids where they are known, and the images' hashes. The file is replaced atomically.
  *
- * @throws P2RError ERR_VALUE for wrong arguments; ERR_IO, with its cause, when the file cannot be written.
+ * @throws P2RError ERR_VALUE for wrong arguments; ERR_DISPOSED where a sample's image was disposed; ERR_IO, with its cause,
+ *   when a file cannot be written.
  * @example
  * ```js
  * import { mkdtempSync } from 'node:fs'
@@ -40,10 +86,16 @@ const version = '1'
  * device.dispose()
  * ```
  */
-export async function saveRollouts(path: string, batch: RolloutBatch): Promise<void> {
+export async function saveRollouts(
+  path: string,
+  batch: RolloutBatch,
+  options: SaveRolloutsOptions = {},
+): Promise<void> {
   const op = 'saveRollouts'
   checkString(path, 'path', op)
   checkBatch(batch, op)
+  checkArguments(options, saveNames, op)
+  const files = choice(options.images ?? 'hashes', ['hashes', 'files'], 'images', op) === 'files'
   const { role, groups, rewards, advantages, cuSeqlens, tokens, oldLogProbs, metrics } = batch
   const { temperature, oldLogProbsTemperature } = batch
   const made: Tensor[] = []
@@ -52,11 +104,19 @@ export async function saveRollouts(path: string, batch: RolloutBatch): Promise<v
     made.push(tensor)
     return tensor
   }
-  const items = batch.items.map(({ evidence, error, reward, ...item }) => ({
-    ...item,
-    ...(evidence && { boxes: evidence.boxes }),
-    ...(error ? { error: error.message } : { reward }),
-  }))
+  const requests = [...new Set(batch.items.flatMap(({ request }) => request ?? []))]
+  const items = batch.items.map(({ evidence, error, reward, request, completion, ...item }) => {
+    // The request has the prompt's tokens, once for all of its completions.
+    const { promptTokens, ...said } = completion
+    return {
+      ...item,
+      completion: request?.promptTokens ? said : completion,
+      ...(request && { request: requests.indexOf(request) }),
+      ...(evidence && { boxes: evidence.boxes }),
+      ...(error ? { error: error.message } : { reward }),
+    }
+  })
+  const stored = await storeImages(path, requests, files)
   const written = saveTensors(
     path,
     {
@@ -73,6 +133,14 @@ export async function saveRollouts(path: string, batch: RolloutBatch): Promise<v
       role,
       metrics: JSON.stringify(metrics),
       items: JSON.stringify(items),
+      requests: JSON.stringify(
+        requests.map(({ system, prompt, promptTokens }, i) => ({
+          system,
+          prompt,
+          ...(promptTokens && { promptTokens }),
+          images: stored[i],
+        })),
+      ),
       sampling: JSON.stringify({ temperature, oldLogProbsTemperature }),
     },
   )
@@ -81,12 +149,58 @@ export async function saveRollouts(path: string, batch: RolloutBatch): Promise<v
   await written
 }
 
+/** Hashes the images of each request, one request after the other, so that few are in memory; writes them as files. */
+async function storeImages(
+  path: string,
+  requests: readonly RolloutRequest[],
+  files: boolean,
+): Promise<StoredImage[][]> {
+  const folder = `${basename(path)}.images`
+  const all: StoredImage[][] = []
+  const written = new Set<string>()
+  const store = async (image: Tensor<'u8'>): Promise<StoredImage> => {
+    const [height, width] = image.shape as readonly [number, number, number]
+    const sha256 = hashOf(await image.read())
+    if (!files) return { sha256, height, width }
+    const file = `${folder}/${sha256}.png`
+    if (!written.has(file)) await saveImage(image, join(dirname(path), file))
+    written.add(file)
+    return { sha256, height, width, file }
+  }
+  if (files && requests.length) await makeFolder(join(dirname(path), folder))
+  for (const request of requests) {
+    const storeEach = async (images: readonly Tensor<'u8'>[]): Promise<StoredImage[]> => {
+      const made: StoredImage[] = []
+      for (const image of images) made.push(await store(image))
+      return made
+    }
+    // A loaded batch may have no images, but their hashes.
+    if (request.stored && !files) all.push(request.stored.map(({ file: _, ...image }) => image))
+    else if (request instanceof AskedRequest) all.push(await request.withImages(storeEach))
+    else all.push(await storeEach(request.images))
+  }
+  return all
+}
+
+async function makeFolder(folder: string): Promise<void> {
+  try {
+    await mkdir(folder, { recursive: true })
+  } catch (cause) {
+    refuse('ERR_IO', 'saveRollouts', `${folder} could not be made`, { cause })
+  }
+}
+
+function hashOf(pixels: Uint8Array): string {
+  return createHash('sha256').update(pixels).digest('hex')
+}
+
 /**
- * A batch that saveRollouts wrote, for PraGrpo's `step` in another process. Its items have no evidence:
- * the images are not in the file, the boxes are (`parseBoxes` of a perceiver's completion).
+ * A batch that saveRollouts wrote, for PraGrpo's `step` in another process. Its items have no evidence, but its
+ * boxes are in the file, and in a perceiver's completion (`parseBoxes`). Their requests have images where these were saved
+ * as files, each compared with its hash.
  *
  * @throws P2RError ERR_VALUE for wrong arguments; ERR_IO for a file that cannot be read; ERR_FORMAT for one that holds no
- *   batch.
+ *   batch, and for an image that is not the one that was saved.
  * @example
  * ```js
  * import { mkdtempSync } from 'node:fs'
@@ -117,10 +231,16 @@ export async function saveRollouts(path: string, batch: RolloutBatch): Promise<v
  * device.dispose()
  * ```
  */
-export async function loadRollouts(path: string, device: Device): Promise<RolloutBatch> {
+export async function loadRollouts(
+  path: string,
+  device: Device,
+  options: LoadRolloutsOptions = {},
+): Promise<RolloutBatch> {
   const op = 'loadRollouts'
   checkString(path, 'path', op)
   checkDevice(device, op)
+  checkArguments(options, loadNames, op)
+  const withImages = checkBoolean(options.images ?? true, 'images', op)
   const header = await loadMetadata(path)
   const bad = (why: string, cause?: unknown): never =>
     refuse('ERR_FORMAT', op, `${path}: ${why}`, { cause })
@@ -130,6 +250,7 @@ export async function loadRollouts(path: string, device: Device): Promise<Rollou
   if (role !== 'perceiver' && role !== 'reasoner')
     return bad(`the role must be perceiver or reasoner, got ${describeValue(role)}`)
   const tensors = await loadTensors(path, device)
+  const loaded = new Map<string, Tensor<'u8'>>()
   try {
     const { rewards, advantages, old_log_probs: oldLogProbs } = tensors
     const ints = async (name: string): Promise<Int32Array | undefined> =>
@@ -144,19 +265,29 @@ export async function loadRollouts(path: string, device: Device): Promise<Rollou
     if (!!tokens !== !!cuSeqlens || (cuSeqlens && cuSeqlens.length !== groups.length + 1))
       bad('tokens and cu_seqlens must come together')
     for (const name of ['groups', 'tokens', 'cu_seqlens']) tensors[name]?.dispose()
-    return new Rollouts({
-      role,
-      items: itemsOf(header.items, bad),
-      groups,
-      rewards,
-      advantages,
-      metrics: JSON.parse(header.metrics ?? 'null'),
-      ...samplingOf(header.sampling, bad),
-      ...(tokens && cuSeqlens && { tokens, cuSeqlens }),
-      ...(oldLogProbs && { oldLogProbs }),
-    })
+    const requests: AskedRequest[] = []
+    for (const request of requestsOf(header.requests, bad)) {
+      const { stored = [] } = request
+      const there = withImages && stored.every(({ file }) => file !== undefined)
+      if (there) for (const image of stored) await loadStored(path, image, device, loaded)
+      requests.push(new AskedRequest(request, () => imagesOf(stored, there ? loaded : undefined)))
+    }
+    return new Rollouts(
+      {
+        role,
+        items: itemsOf(header.items, requests, bad),
+        groups,
+        rewards,
+        advantages,
+        metrics: JSON.parse(header.metrics ?? 'null'),
+        ...samplingOf(header.sampling, bad),
+        ...(tokens && cuSeqlens && { tokens, cuSeqlens }),
+        ...(oldLogProbs && { oldLogProbs }),
+      },
+      [...loaded.values()],
+    )
   } catch (error) {
-    for (const tensor of Object.values(tensors)) tensor.dispose()
+    for (const tensor of [...Object.values(tensors), ...loaded.values()]) tensor.dispose()
     if (error instanceof P2RError) throw error
     return bad('its header does not describe a batch', error)
   }
@@ -182,13 +313,91 @@ function samplingOf(
   }
 }
 
-function itemsOf(text: string | undefined, bad: (why: string) => never): RolloutItem[] {
+/** The requests of a batch; none in files of earlier releases. */
+function requestsOf(
+  text: string | undefined,
+  bad: (why: string) => never,
+): Omit<RolloutRequest, 'images'>[] {
+  const requests: unknown = JSON.parse(text ?? '[]')
+  if (!Array.isArray(requests)) return bad('its requests are no list')
+  return requests.map((request) => {
+    const { system, prompt, promptTokens, images } = request as Record<string, unknown>
+    if (typeof system !== 'string' || typeof prompt !== 'string' || !Array.isArray(images))
+      return bad(`a request must have system, prompt and images, got ${describeValue(request)}`)
+    for (const image of images as unknown[]) {
+      const { sha256, file } = (isObject(image) ? image : {}) as Partial<StoredImage>
+      if (typeof sha256 !== 'string' || (file !== undefined && !isInside(file)))
+        bad(
+          `an image must have its SHA-256 and a file beside the batch, got ${JSON.stringify(image)}`,
+        )
+    }
+    return {
+      system,
+      prompt,
+      ...(Array.isArray(promptTokens) && { promptTokens: promptTokens as number[] }),
+      stored: images as StoredImage[],
+    }
+  })
+}
+
+/** Whether a path stays in the folder that it is relative to. */
+function isInside(file: unknown): boolean {
+  return typeof file === 'string' && !isAbsolute(file) && !file.split(/[\\/]/).includes('..')
+}
+
+/** Loads an image, unless another request did. */
+async function loadStored(
+  path: string,
+  { sha256, file }: StoredImage,
+  device: Device,
+  loaded: Map<string, Tensor<'u8'>>,
+): Promise<void> {
+  if (loaded.has(sha256)) return
+  const image = await loadImage(join(dirname(path), file!), device)
+  loaded.set(sha256, image)
+  if (hashOf(await image.read()) !== sha256)
+    refuse('ERR_FORMAT', 'loadRollouts', `${file} is not the image that was saved`)
+}
+
+/** A request's images. They are the batch's, since requests may share an image. */
+function imagesOf(
+  stored: readonly StoredImage[],
+  loaded: ReadonlyMap<string, Tensor<'u8'>> | undefined,
+): RequestImages {
+  if (!loaded)
+    refuse(
+      'ERR_VALUE',
+      'request',
+      "the batch has no images: save it with images 'files', and load it with images true",
+    )
+  return { images: stored.map(({ sha256 }) => loaded.get(sha256)!), [Symbol.dispose]() {} }
+}
+
+function itemsOf(
+  text: string | undefined,
+  requests: readonly AskedRequest[],
+  bad: (why: string) => never,
+): RolloutItem[] {
   const items: unknown = JSON.parse(text ?? 'null')
   if (!Array.isArray(items)) return bad('its header has no items')
-  return items.map(({ boxes: _, error, reward, ...item }) => ({
+  return items.map(({ boxes: _, error, reward, request: at, completion, ...item }) => ({
     ...item,
+    completion: completionOf(completion, requests[at]),
+    ...(requests[at] && { request: requests[at] }),
     ...(error === undefined
       ? { reward }
       : { error: new P2RError('ERR_POLICY', error, { op: 'rollout' }), reward: Number.NaN }),
   }))
+}
+
+/** A completion as it was saved: JSON has null for NaN, and the request has the prompt's tokens. */
+function completionOf(
+  { logProbs, ...saved }: Omit<Completion, 'logProbs'> & { logProbs?: (number | null)[] },
+  request: AskedRequest | undefined,
+): Completion {
+  return {
+    ...saved,
+    ...(logProbs && { logProbs: logProbs.map((x) => x ?? Number.NaN) }),
+    ...(request?.promptTokens && { promptTokens: request.promptTokens }),
+  }
 }

@@ -137,8 +137,7 @@ export class Perceiver {
         this.#policy,
         {
           role: 'perceiver',
-          system: this.#prompts.system,
-          prompt: perceivePrompt(this.#prompts, question),
+          ...perceivePrompt({ question, prompts: this.#prompts }),
           images: [seen.annotated],
           n,
           temperature,

@@ -21,6 +21,7 @@ import type { BiasGradient } from '../ops/linear.js'
 import { type LossMetrics, lossOptionNames, type PolicyLossOptions } from '../ops/policy_loss.js'
 import { scope } from '../scope.js'
 import { imageSize, type Tensor } from '../tensor.js'
+import type { EvidenceBox } from './boxes.js'
 import {
   checkEvidenceOptions,
   collectEvidence,
@@ -43,13 +44,21 @@ import {
 import { Perceiver } from './perceiver.js'
 import {
   answered,
+  type Completion,
   checkPolicy,
   messageOf,
   type Policy,
   type PolicyRequest,
   type Role,
 } from './policy.js'
-import { checkForm, type PromptOverrides, promptsOf } from './prompts.js'
+import {
+  checkForm,
+  type PromptOverrides,
+  perceivePrompt,
+  promptsOf,
+  type RolePrompt,
+  reasonPrompt,
+} from './prompts.js'
 import { Reasoner } from './reasoner.js'
 import {
   answerReward,
@@ -59,7 +68,9 @@ import {
   type Verifier,
 } from './reward.js'
 import {
+  AskedRequest,
   checkBatch,
+  EvidenceImages,
   makeBatch,
   type RolloutBatch,
   type RolloutItem,
@@ -554,10 +565,12 @@ export class PraGrpo {
       signal?.throwIfAborted()
       return this.#failed(at, error)
     }
-    const { rules } = this.#options
+    const { rules, prompts } = this.#options
+    const asked = perceivePrompt({ question, ...(prompts && { prompts }) })
+    const request = this.#request(asked, image, [], perceived)
     return Promise.all(
       perceived.map(async ({ completion, evidence }): Promise<RolloutItem> => {
-        const item = { sample: at, completion, evidence }
+        const item = { sample: at, request, completion, evidence }
         try {
           answered(completion, 'perceiver', 'rollout')
           const fault = perceptionFault(evidence.boxes, rules ? { rules } : {})
@@ -613,9 +626,13 @@ export class PraGrpo {
       signal?.throwIfAborted()
       return this.#failed(at, error)
     }
+    const { prompts } = this.#options
+    const { hasEvidence, boxes } = evidence
+    const asked = reasonPrompt({ question, answerForm, hasEvidence, ...(prompts && { prompts }) })
+    const request = this.#request(asked, image, boxes, reasoned)
     return Promise.all(
       reasoned.map(async ({ completion, answer }): Promise<RolloutItem> => {
-        const item = { sample: at, completion, evidence, counterpart: perception, answer }
+        const item = { sample: at, request, completion, evidence, counterpart: perception, answer }
         try {
           answered(completion, 'reasoner', 'rollout')
           return { ...item, reward: await this.#reward(sample, answer) }
@@ -624,6 +641,22 @@ export class PraGrpo {
           return { ...item, error: asError(error), reward: Number.NaN }
         }
       }),
+    )
+  }
+
+  /** What a sample's rollouts were asked, with the images of these boxes. */
+  #request(
+    asked: RolePrompt,
+    image: Tensor<'u8'>,
+    boxes: readonly EvidenceBox[],
+    rolled: readonly { completion: Completion }[],
+  ): AskedRequest {
+    const { evidence } = this.#options
+    const promptTokens = rolled.find(({ completion }) => completion.promptTokens)?.completion
+      .promptTokens
+    return new AskedRequest(
+      { ...asked, ...(promptTokens && { promptTokens }) },
+      () => new EvidenceImages(collectEvidence({ ...evidence, image, boxes })),
     )
   }
 

@@ -1,4 +1,4 @@
-import { checkArguments, checkString, choice, type Names } from '../arguments.js'
+import { checkArguments, checkBoolean, checkString, choice, type Names } from '../arguments.js'
 
 export const answerForms = ['mca', 'na', 'free_form'] as const
 /** Multiple choice, answered by a letter ('mca'); a number ('na'); any text ('free_form'). */
@@ -102,18 +102,88 @@ function withTemplates<T extends object>(defaults: T, given: object, path: strin
   return all
 }
 
-/** @internal */
-export function perceivePrompt(prompts: Prompts, question: string): string {
-  return fill(prompts.perceive, question)
+/** What a role is asked, beside the images. */
+export interface RolePrompt {
+  /** The system prompt; '' for none. */
+  system: string
+  /** The user's prompt, which follows the images. */
+  prompt: string
 }
 
-/** @internal */
-export function reasonPrompt(
-  prompts: Prompts,
-  a: { question: string; form: AnswerForm; hasEvidence: boolean },
-): string {
-  const start = a.hasEvidence ? prompts.reason : prompts.reasonWithoutEvidence
-  return fill(start, a.question) + fill(prompts.forms[a.form], a.question)
+/** The arguments of perceivePrompt. */
+export interface PerceivePromptArgs {
+  /** What is asked about the image. */
+  question: string
+  /**
+   * Templates instead of the default prompts.
+   * @default {}
+   */
+  prompts?: PromptOverrides
+}
+
+/** The arguments of reasonPrompt. */
+export interface ReasonPromptArgs extends PerceivePromptArgs {
+  /** How the answer is to be written. */
+  answerForm: AnswerForm
+  /** Whether crops are shown beside the image. */
+  hasEvidence: boolean
+}
+
+const perceiveNames: Names<PerceivePromptArgs> = { question: true, prompts: true }
+const reasonNames: Names<ReasonPromptArgs> = {
+  ...perceiveNames,
+  answerForm: true,
+  hasEvidence: true,
+}
+
+/**
+ * What a Perceiver asks: for trainers that build the prompts of a batch themselves.
+ *
+ * @throws P2RError ERR_VALUE for wrong arguments.
+ * @example
+ * ```js
+ * import { perceivePrompt } from 'p2r-kernels'
+ *
+ * const prompts = { perceive: 'Where is it? {question}' }
+ * const { system, prompt } = perceivePrompt({ question: 'Which colour is the car?', prompts })
+ * console.log(system) // You are a helpful assistant.
+ * console.log(prompt) // Where is it? Which colour is the car?
+ * ```
+ */
+export function perceivePrompt(a: PerceivePromptArgs): RolePrompt {
+  const op = 'perceivePrompt'
+  checkArguments(a, perceiveNames, op)
+  const question = checkString(a.question, 'question', op)
+  const { system, perceive } = promptsOf(a.prompts, op)
+  return { system, prompt: fill(perceive, question) }
+}
+
+/**
+ * What a Reasoner asks, with the instruction of the answer form.
+ *
+ * @throws P2RError ERR_VALUE for wrong arguments.
+ * @example
+ * ```js
+ * import { reasonPrompt } from 'p2r-kernels'
+ *
+ * const { prompt } = reasonPrompt({
+ *   question: 'How many cars are there?',
+ *   answerForm: 'na',
+ *   hasEvidence: false,
+ *   prompts: { reasonWithoutEvidence: '{question}\n', forms: { na: 'Answer with a number.' } },
+ * })
+ * console.log(prompt.split('\n')) // [ 'How many cars are there?', 'Answer with a number.' ]
+ * ```
+ */
+export function reasonPrompt(a: ReasonPromptArgs): RolePrompt {
+  const op = 'reasonPrompt'
+  checkArguments(a, reasonNames, op)
+  const question = checkString(a.question, 'question', op)
+  const form = checkForm(a.answerForm, 'answerForm', op)
+  const hasEvidence = checkBoolean(a.hasEvidence, 'hasEvidence', op)
+  const { system, reason, reasonWithoutEvidence, forms } = promptsOf(a.prompts, op)
+  const start = hasEvidence ? reason : reasonWithoutEvidence
+  return { system, prompt: fill(start, question) + fill(forms[form], question) }
 }
 
 /** @internal */

@@ -143,7 +143,7 @@ export class Reasoner {
     const { n = 1 } = a
     const evidence = checkEvidence(a.evidence, op)
     const question = checkString(a.question, 'question', op)
-    const form = checkForm(a.answerForm, 'answerForm', op)
+    const answerForm = checkForm(a.answerForm, 'answerForm', op)
     checkPositive(n, 'n', op)
     const signal = checkSignal(a.signal, op)
     const { temperature = n > 1 ? 1 : 0, maxTokens = 2048, rules } = this.#options
@@ -152,8 +152,7 @@ export class Reasoner {
       this.#policy,
       {
         role: 'reasoner',
-        system: this.#prompts.system,
-        prompt: reasonPrompt(this.#prompts, { question, form, hasEvidence }),
+        ...reasonPrompt({ question, answerForm, hasEvidence, prompts: this.#prompts }),
         images: [evidence.annotated, ...evidence.crops],
         n,
         temperature,

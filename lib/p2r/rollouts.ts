@@ -3,10 +3,11 @@ import { checkArray, checkReceiver, choice, describeValue, isObject } from '../a
 import type { Device } from '../device.js'
 import { P2RError, refuse } from '../errors.js'
 import { type AdvantageEstimator, groupAdvantages } from '../ops/advantages.js'
+import { holds } from '../scope.js'
 import { handleOf, type Tensor } from '../tensor.js'
 import type { Evidence } from './evidence.js'
 import { type Completion, isTruncated, type Role } from './policy.js'
-import type { AnswerForm } from './prompts.js'
+import type { AnswerForm, RolePrompt } from './prompts.js'
 
 /** A question about an image whose answer is known. */
 export interface Sample {
@@ -20,10 +21,38 @@ export interface Sample {
   truth: string
 }
 
+/** An image of a request in a file that saveRollouts wrote. */
+export interface StoredImage {
+  /** The SHA-256 of its pixels, height · width · 3 bytes, in hexadecimal digits. */
+  sha256: string
+  /** In pixels. */
+  height: number
+  /** In pixels. */
+  width: number
+  /** A PNG, relative to the folder of the batch's file; absent where hashes alone were saved. */
+  file?: string
+}
+
+/** What the trained role was asked: with a completion's tokens all that a model's forward pass needs. */
+export interface RolloutRequest extends RolePrompt {
+  /**
+   * u8 [height, width, 3] each, as they were encoded for the policy. They are computed on first access, for which the
+   * sample's image must be alive, and belong to the batch. Reading them is ERR_VALUE where the batch is of a file
+   * without images.
+   */
+  readonly images: readonly Tensor<'u8'>[]
+  /** The ids of the prompt's tokens, images included, where the policy gives them. */
+  promptTokens?: readonly number[]
+  /** The images in the file that the batch is of. */
+  stored?: readonly StoredImage[]
+}
+
 /** One rollout of the trained role with its reward, or with the error for which it has none. */
 export interface RolloutItem {
   /** Index of the sample in those given to `rollout`. */
   sample: number
+  /** What the trained role was asked, the same object for all rollouts of a sample; absent where it gave nothing. */
+  request?: RolloutRequest
   /** The trained role's output; its text is '' if it failed. */
   completion: Completion
   /** What the reasoner was shown. Its images are computed again on access; the sample's image must be alive then. */
@@ -137,6 +166,71 @@ export function makeBatch(
   })
 }
 
+/** @internal The images of a request. */
+export interface RequestImages extends Disposable {
+  readonly images: readonly Tensor<'u8'>[]
+}
+
+/** @internal Those of an evidence, which it disposes: the annotated image, then the crops. */
+export class EvidenceImages implements RequestImages {
+  readonly evidence: Evidence
+
+  constructor(evidence: Evidence) {
+    this.evidence = evidence
+  }
+
+  get images(): readonly Tensor<'u8'>[] {
+    return [this.evidence.annotated, ...this.evidence.crops]
+  }
+
+  [Symbol.dispose](): void {
+    this.evidence.dispose()
+  }
+}
+
+/** @internal A request whose images are made when they are asked for. */
+export class AskedRequest implements RolloutRequest {
+  readonly system: string
+  readonly prompt: string
+  readonly promptTokens?: readonly number[]
+  readonly stored?: readonly StoredImage[]
+  readonly #make: () => RequestImages
+  #made: RequestImages | undefined
+  #disposed = false
+
+  constructor(parts: Omit<RolloutRequest, 'images'>, make: () => RequestImages) {
+    this.system = parts.system
+    this.prompt = parts.prompt
+    if (parts.promptTokens) this.promptTokens = parts.promptTokens
+    if (parts.stored) this.stored = parts.stored
+    this.#make = make
+  }
+
+  get images(): readonly Tensor<'u8'>[] {
+    const op = 'request'
+    checkReceiver(isObject(this) && #make in this, 'RolloutRequest', op)
+    if (this.#disposed) refuse('ERR_DISPOSED', op, 'the batch has been disposed')
+    this.#made ??= this.#make()
+    return this.#made.images
+  }
+
+  /** Calls f with the images, and frees them afterwards if nobody else holds them. */
+  async withImages<R>(f: (images: readonly Tensor<'u8'>[]) => Promise<R>): Promise<R> {
+    if (this.#made) return f(this.images)
+    using made = this.#make()
+    return await f(made.images)
+  }
+
+  dispose(): void {
+    this.#disposed = true
+    this.#made?.[Symbol.dispose]()
+  }
+
+  *[holds](): Iterable<unknown> {
+    if (this.#made && !this.#disposed) yield this.#made
+  }
+}
+
 /** @internal */
 export class Rollouts implements RolloutBatch {
   readonly role: Role
@@ -151,7 +245,14 @@ export class Rollouts implements RolloutBatch {
   readonly temperature?: number
   readonly oldLogProbsTemperature?: number
 
-  constructor(parts: Omit<RolloutBatch, 'dispose' | typeof Symbol.dispose>) {
+  readonly #images: readonly Tensor[]
+
+  /** `images` are those of a loaded batch's requests, which it disposes. */
+  constructor(
+    parts: Omit<RolloutBatch, 'dispose' | typeof Symbol.dispose>,
+    images: readonly Tensor[] = [],
+  ) {
+    this.#images = images
     this.role = parts.role
     this.items = parts.items
     this.groups = parts.groups
@@ -171,11 +272,19 @@ export class Rollouts implements RolloutBatch {
     this.rewards.dispose()
     this.advantages.dispose()
     this.oldLogProbs?.dispose()
-    for (const { evidence } of this.items) evidence?.dispose()
+    for (const image of this.#images) image.dispose()
+    for (const { evidence, request } of this.items) {
+      evidence?.dispose()
+      if (request instanceof AskedRequest) request.dispose()
+    }
   }
 
   [Symbol.dispose](): void {
     this.dispose()
+  }
+
+  [holds](): Iterable<Tensor> {
+    return this.#images
   }
 }
 

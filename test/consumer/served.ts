@@ -27,6 +27,7 @@ import {
   type IpcDescription,
   type IpcHandle,
   type Judged,
+  type LoadRolloutsOptions,
   loadMetadata,
   loadRollouts,
   type ModelVerifierOptions,
@@ -36,6 +37,7 @@ import {
   type OpenAIPolicyOptions,
   type PaperSettingsOptions,
   type PerceiveArgs,
+  type PerceivePromptArgs,
   Perceiver,
   type PerceiverOptions,
   type Perception,
@@ -50,6 +52,7 @@ import {
   type PromptOverrides,
   type Prompts,
   paperSettings,
+  perceivePrompt,
   perceptionFault,
   pointInBoxes,
   type Question,
@@ -57,18 +60,24 @@ import {
   Reasoner,
   type ReasonerOptions,
   type Reasoning,
+  type ReasonPromptArgs,
   RecordedPolicy,
   type RewardRules,
   type Role,
   type RoleMetrics,
+  type RolePrompt,
   type RolloutBatch,
   type RolloutItem,
   type RolloutMetrics,
   type RolloutOptions,
+  type RolloutRequest,
+  reasonPrompt,
   recordPolicy,
   type Sample,
+  type SaveRolloutsOptions,
   type Schedule,
   type StepLogProbs,
+  type StoredImage,
   saveRollouts,
   type Tensor,
   type TrainedModel,
@@ -169,12 +178,30 @@ export async function train(device: Device, samples: Sample[], model: TrainedMod
   using batch: RolloutBatch = await trainer.rollout(samples, stops)
   const items: readonly RolloutItem[] = batch.items
   const metrics: RolloutMetrics = batch.metrics
-  await saveRollouts('b.safetensors', batch)
-  using loaded = await loadRollouts('b.safetensors', device)
+  const saving: SaveRolloutsOptions = { images: 'files' }
+  await saveRollouts('b.safetensors', batch, saving)
+  const loading: LoadRolloutsOptions = { images: false }
+  using loaded = await loadRollouts('b.safetensors', device, loading)
   const others: StepLogProbs = loaded.oldLogProbs ? { oldLogProbs: loaded.oldLogProbs } : {}
   using step = trainer.step(loaded, { ...model, ...others })
   const all: Partial<Record<Role, RoleMetrics>> = await trainer.metrics()
   return [role, items.length, metrics.errors, all, (await step.metrics()).loss, trainer.finished]
+}
+
+/** The tokens and images of an item, as a forward pass takes them. */
+export function asked({ request, completion }: RolloutItem): [number[], readonly Tensor<'u8'>[]] {
+  if (!request?.promptTokens || !completion.tokens) return [[], []]
+  return [[...request.promptTokens, ...completion.tokens], request.images]
+}
+
+export function hashes({ stored = [] }: RolloutRequest): string[] {
+  return stored.map(({ sha256, file }: StoredImage) => file ?? sha256)
+}
+
+export function prompts(question: string): RolePrompt[] {
+  const perceives: PerceivePromptArgs = { question }
+  const reasons: ReasonPromptArgs = { question, answerForm: form, hasEvidence: true }
+  return [perceivePrompt(perceives), reasonPrompt(reasons)]
 }
 
 export async function share(tensor: Tensor, device: Device): Promise<Tensor[]> {
