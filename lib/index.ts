@@ -25,6 +25,8 @@ export {
   type UrlLike,
 } from './image.js'
 export type { IpcDescription, IpcHandle } from './ipc.js'
+export type { Qwen3VLConfig, Qwen3VLSampling } from './models/qwen3_vl/config.js'
+export { Qwen3VL, type Qwen3VLOptions } from './models/qwen3_vl/model.js'
 export {
   type AdvantageEstimator,
   type AdvantageOptions,

@@ -42,6 +42,8 @@ const maxHeader = 100_000_000
 const maxRank = 8
 /** Node reads and writes fewer than 2^31 bytes at once. */
 const maxTransfer = 1 << 30
+/** Bytes of a tensor that the host holds at a time while it is loaded. */
+const maxPart = 1 << 24
 
 /**
  * Writes tensors into a safetensors file. The values are those that the tensors have once the work
@@ -130,8 +132,8 @@ export interface LoadTensorsOptions {
 const loadNames: Names<LoadTensorsOptions> = { only: true }
 
 /**
- * The tensors of a safetensors file by name, on a device; tensor by tensor, so that the host holds one
- * at a time.
+ * The tensors of a safetensors file by name, on a device. The host holds at most 16 MiB of the file at a
+ * time.
  *
  * F32, F16, BF16, I32 and U8 have their dtype. Types that no tensor has are loaded as their bytes, u8,
  * unconverted: F8_E4M3, F8_E5M2, F8_E8M0, I8 and BOOL in their shape; I16, U16, U32, I64, U64, F64 and
@@ -166,35 +168,116 @@ export async function loadTensors(
   return loadSome(op, path, device, (name) => (only(name) ? name : undefined))
 }
 
+/** @internal What loadSome does beside loading. */
+export interface LoadSomeOptions {
+  /** What is kept in place of a tensor, called as soon as it is loaded; the tensor is disposed then, unless it is that. */
+  keep?: (name: string, tensor: Tensor) => Disposable
+  /** Called with the number of bytes whenever some were read. */
+  onBytes?: (count: number) => void
+}
+
 /** @internal Those tensors of a file to which `rename` gives a name, under that name. */
 export async function loadSome(
   op: string,
   path: string,
   device: Device,
   rename: (name: string) => string | undefined,
-): Promise<Record<string, Tensor>> {
+): Promise<Record<string, Tensor>>
+/** @internal */
+export async function loadSome<T extends Disposable>(
+  op: string,
+  path: string,
+  device: Device,
+  rename: (name: string) => string | undefined,
+  options: LoadSomeOptions & { keep: (name: string, tensor: Tensor) => T },
+): Promise<Record<string, T>>
+/** @internal */
+export async function loadSome(
+  op: string,
+  path: string,
+  device: Device,
+  rename: (name: string) => string | undefined,
+  { keep = (_, tensor) => tensor, onBytes = () => {} }: LoadSomeOptions = {},
+): Promise<Record<string, Disposable>> {
   checkString(path, 'path', op)
   checkDevice(device, op)
-  const loaded: [string, Tensor][] = []
+  const loaded: [string, Disposable][] = []
   const file = await openFile(path, op)
   try {
     const { entries, dataStart } = await readHeader(file, path, op)
     for (const entry of entries) {
       const name = rename(entry.name)
       if (name === undefined) continue
-      const { dtype, shape } = hostForm(entry, path, op)
-      const size = entry.end - entry.begin
-      const data = new hostTypes[dtype](size / hostTypes[dtype].BYTES_PER_ELEMENT)
-      await readAll(file, data, dataStart + entry.begin, path, op)
-      loaded.push([name, device.tensor(data as HostArray, shape, dtype)])
+      const form = hostForm(entry, path, op)
+      const range = { begin: dataStart + entry.begin, end: dataStart + entry.end }
+      const tensor = await loadOne(op, file, path, device, form, range, onBytes)
+      let kept: Disposable | undefined
+      try {
+        kept = keep(name, tensor)
+        loaded.push([name, kept])
+      } finally {
+        if (kept !== tensor) tensor.dispose()
+      }
     }
   } catch (error) {
-    for (const [, tensor] of loaded) tensor.dispose()
+    for (const [, kept] of loaded) kept[Symbol.dispose]()
     throw error
   } finally {
     await file.close()
   }
   return Object.fromEntries(loaded)
+}
+
+/** @internal The bytes of those tensors of a file to which `rename` gives a name. */
+export async function bytesOfSome(
+  op: string,
+  path: string,
+  rename: (name: string) => string | undefined,
+): Promise<number> {
+  const file = await openFile(path, op)
+  try {
+    const { entries } = await readHeader(file, path, op)
+    return entries
+      .filter(({ name }) => rename(name) !== undefined)
+      .reduce((sum, { begin, end }) => sum + end - begin, 0)
+  } finally {
+    await file.close()
+  }
+}
+
+/** A tensor of a byte range of a file; of a large one the host holds a part at a time. */
+async function loadOne(
+  op: string,
+  file: FileHandle,
+  path: string,
+  device: Device,
+  { dtype, shape }: { dtype: DType; shape: number[] },
+  { begin, end }: { begin: number; end: number },
+  onBytes: (count: number) => void,
+): Promise<Tensor> {
+  const part = async (from: number, to: number): Promise<HostArray> => {
+    const data = new hostTypes[dtype]((to - from) / hostTypes[dtype].BYTES_PER_ELEMENT)
+    await readAll(file, data, from, path, op)
+    onBytes(to - from)
+    return data
+  }
+  if (end - begin <= maxPart) return device.tensor(await part(begin, end), shape, dtype)
+  const tensor = device.zeros(shape, dtype)
+  try {
+    const flat = tensor.reshape([tensor.size])
+    const width = hostTypes[dtype].BYTES_PER_ELEMENT
+    for (let from = begin; from < end; from += maxPart) {
+      const to = Math.min(end, from + maxPart)
+      const rows = flat.slice((from - begin) / width, (to - begin) / width)
+      rows.write(await part(from, to))
+      rows.dispose()
+    }
+    flat.dispose()
+    return tensor
+  } catch (error) {
+    tensor.dispose()
+    throw error
+  }
 }
 
 /** The dtype and shape in which an entry is loaded. */

@@ -113,8 +113,8 @@ test('code compiled per instruction set contains no inline code of the standard 
   for (const path of perSet) visit(path)
 })
 
-test('lib/p2r and lib/vision reach the addon only through lib/ops', () => {
-  for (const path of [...files('lib/p2r', /\.ts$/), ...files('lib/vision', /\.ts$/)])
+test('lib/models, lib/p2r and lib/vision reach the addon only through lib/ops', () => {
+  for (const path of ['lib/models', 'lib/p2r', 'lib/vision'].flatMap((f) => files(f, /\.ts$/)))
     expect(read(path), path).not.toMatch(/from '.*\/native\.js'/)
 })
 

@@ -218,6 +218,15 @@ test('types that no tensor has are loaded as bytes', async () => {
   expect(await bytes('long')).toEqual(['u8', [1, 8], 254, ...Array(7).fill(255)])
 })
 
+test('a tensor that the host does not hold at once is loaded whole', async () => {
+  const values = Float32Array.from({ length: 5_000_011 }, (_, i) => i)
+  const path = join(folder, 'large.safetensors')
+  await saveTensors(path, { x: device.tensor(values, [values.length, 1]) })
+  const { x } = await loadTensors(path, device)
+  expect(x!.shape).toEqual([values.length, 1])
+  expect(Buffer.from((await x!.read()).buffer).equals(Buffer.from(values.buffer))).toBe(true)
+})
+
 test('an error of `only` is passed on, and frees what was loaded', async () => {
   const path = await mixed()
   const before = device.memory().liveBytes

@@ -9,12 +9,12 @@
  * model: fc2(gelu(fc1(·))) of the normalised patches side by side. After some blocks a merger of its own
  * (DeepStack) does the same for the language model's first layers; those normalise the joined patches.
  */
-import { readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import {
   checkArguments,
   checkArray,
   checkBoolean,
+  checkFunction,
   checkReceiver,
   checkString,
   describeValue,
@@ -22,10 +22,11 @@ import {
   isObject,
   type Names,
 } from '../arguments.js'
+import { loadWeights, readJson } from '../checkpoint.js'
 import { composite } from '../composite.js'
 import { checkDevice, type Device } from '../device.js'
 import { checkFloatDType, type FloatDType, isFloatDType } from '../dtype.js'
-import { P2RError, refuse } from '../errors.js'
+import { refuse } from '../errors.js'
 import { checkGrids, type Grid } from '../grid.js'
 import { attention, attentionMass } from '../ops/attention.js'
 import { gelu } from '../ops/gelu.js'
@@ -34,7 +35,6 @@ import { linear } from '../ops/linear.js'
 import { visionPositions } from '../ops/positions.js'
 import { visionRotary } from '../ops/rotary.js'
 import { add } from '../ops/rows.js'
-import { loadSome } from '../safetensors.js'
 import { scope } from '../scope.js'
 import { type Held, handleOf, held, type Tensor } from '../tensor.js'
 
@@ -67,6 +67,8 @@ export interface VisionTowerOptions {
    * @default as stored
    */
   dtype?: FloatDType
+  /** Called while weights are loaded, with the bytes read so far and those of the whole tower. */
+  onProgress?: (done: number, of: number) => void
 }
 
 /** The arguments of VisionTower's `encode`. */
@@ -121,7 +123,7 @@ export type VisionEncoding<
   (boolean extends H ? Partial<EncodedStates> : H extends true ? EncodedStates : unknown) &
   (undefined extends M ? (M extends undefined ? unknown : Partial<EncodedMass>) : EncodedMass)
 
-const optionNames: Names<VisionTowerOptions> = { dtype: true }
+const optionNames: Names<VisionTowerOptions> = { dtype: true, onProgress: true }
 const encodeNames: Names<EncodeArgs> = {
   pixelValues: true,
   gridThw: true,
@@ -196,20 +198,25 @@ export class VisionTower implements Disposable {
     checkString(path, 'path', opName)
     checkDevice(device, opName)
     checkArguments(options, optionNames, opName)
-    const { dtype } = options
+    const { dtype, onProgress } = options
     if (dtype !== undefined) checkFloatDType(dtype, 'dtype', opName)
-    const config = readConfig(await readJson(join(path, 'config.json')), join(path, 'config.json'))
+    if (onProgress !== undefined) checkFunction(onProgress, 'onProgress', opName)
+    const config = readConfig(
+      await readJson(join(path, 'config.json'), opName),
+      join(path, 'config.json'),
+    )
     const expected = shapesOf(config)
     const wanted = new Set(expected.keys())
-    const stored: Weights = {}
+    const stored: Weights = await loadWeights(
+      opName,
+      path,
+      device,
+      (name) => towerName(name, wanted),
+      {
+        ...(onProgress && { onProgress }),
+      },
+    )
     try {
-      for (const file of await weightFiles(path, wanted))
-        for (const [name, tensor] of Object.entries(
-          await loadSome(opName, join(path, file), device, (name) => towerName(name, wanted)),
-        )) {
-          stored[name]?.dispose()
-          stored[name] = tensor
-        }
       const type = dtype ?? (stored['patch_embed.proj.weight']?.dtype as FloatDType | undefined)
       for (const [name, shape] of expected) {
         const tensor = stored[name]
@@ -385,20 +392,6 @@ interface Config extends VisionTowerConfig {
   activation: Activation
 }
 
-async function readJson(path: string): Promise<unknown> {
-  let text: string
-  try {
-    text = await readFile(path, 'utf8')
-  } catch (cause) {
-    refuse('ERR_IO', opName, `${path} could not be read: ${(cause as Error).message}`, { cause })
-  }
-  try {
-    return JSON.parse(text)
-  } catch (cause) {
-    refuse('ERR_FORMAT', opName, `${path} is not JSON`, { cause })
-  }
-}
-
 function readConfig(json: unknown, path: string): Config {
   const bad = (why: string): never => refuse('ERR_FORMAT', opName, `${path}: ${why}`)
   if (!isJsonObject(json)) return bad(`must hold an object, got ${describeValue(json)}`)
@@ -477,34 +470,5 @@ function towerName(stored: string, wanted: ReadonlySet<string>): string | undefi
   for (let name = stored; ; name = name.slice(name.indexOf('.') + 1)) {
     if (wanted.has(name)) return name
     if (!name.includes('.')) return undefined
-  }
-}
-
-/** The safetensors files that hold the tower's weights. */
-async function weightFiles(path: string, wanted: ReadonlySet<string>): Promise<string[]> {
-  const index = join(path, 'model.safetensors.index.json')
-  let json: unknown
-  try {
-    json = await readJson(index)
-  } catch (error) {
-    const missing =
-      error instanceof P2RError && (error.cause as NodeJS.ErrnoException)?.code === 'ENOENT'
-    if (!missing) throw error
-    const all = (await filesIn(path)).filter((name) => name.endsWith('.safetensors')).sort()
-    if (!all.length) refuse('ERR_IO', opName, `${path}: there is no safetensors file`)
-    return all
-  }
-  const files = isJsonObject(json) ? json.weight_map : undefined
-  if (!isJsonObject(files) || !Object.values(files).every((file) => typeof file === 'string'))
-    refuse('ERR_FORMAT', opName, `${index}: weight_map must hold a file for each weight`)
-  const used = Object.entries(files).filter(([name]) => towerName(name, wanted) !== undefined)
-  return [...new Set(used.map(([, file]) => file as string))]
-}
-
-async function filesIn(path: string): Promise<string[]> {
-  try {
-    return await readdir(path)
-  } catch (cause) {
-    refuse('ERR_IO', opName, `${path} could not be read: ${(cause as Error).message}`, { cause })
   }
 }

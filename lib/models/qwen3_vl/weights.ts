@@ -1,0 +1,90 @@
+// The language model's weights: their names and shapes, and how they come onto a device.
+import { loadWeights } from '../../checkpoint.js'
+import type { Device } from '../../device.js'
+import { type FloatDType, isFloatDType } from '../../dtype.js'
+import { refuse } from '../../errors.js'
+import type { Tensor } from '../../tensor.js'
+import type { Qwen3VLConfig } from './config.js'
+
+/** Weights by Hugging Face's names without prefix: 'layers.0.mlp.up_proj.weight', 'lm_head.weight'. */
+export type TextWeights = Record<string, Tensor>
+
+/** Every weight with its shape, [outputs, inputs]. A tied head is the embedding. */
+export function textShapes(c: Qwen3VLConfig): Map<string, readonly number[]> {
+  const shapes = new Map<string, readonly number[]>()
+  const weight = (name: string, ...shape: number[]) => shapes.set(`${name}.weight`, shape)
+  weight('embed_tokens', c.vocabSize, c.hiddenSize)
+  for (let i = 0; i < c.layers; i++) {
+    const layer = `layers.${i}`
+    weight(`${layer}.input_layernorm`, c.hiddenSize)
+    weight(`${layer}.self_attn.q_proj`, c.heads * c.headDim, c.hiddenSize)
+    weight(`${layer}.self_attn.k_proj`, c.kvHeads * c.headDim, c.hiddenSize)
+    weight(`${layer}.self_attn.v_proj`, c.kvHeads * c.headDim, c.hiddenSize)
+    weight(`${layer}.self_attn.q_norm`, c.headDim)
+    weight(`${layer}.self_attn.k_norm`, c.headDim)
+    weight(`${layer}.self_attn.o_proj`, c.hiddenSize, c.heads * c.headDim)
+    weight(`${layer}.post_attention_layernorm`, c.hiddenSize)
+    weight(`${layer}.mlp.gate_proj`, c.intermediateSize, c.hiddenSize)
+    weight(`${layer}.mlp.up_proj`, c.intermediateSize, c.hiddenSize)
+    weight(`${layer}.mlp.down_proj`, c.hiddenSize, c.intermediateSize)
+  }
+  weight('norm', c.hiddenSize)
+  if (!c.tied) weight('lm_head', c.vocabSize, c.hiddenSize)
+  return shapes
+}
+
+/**
+ * A stored name without the prefixes of Hugging Face ('model.language_model.'), of its older versions
+ * ('language_model.model.') and of trainers' exports ('model.', 'base_model.model.'); undefined for weights that
+ * the language model does not have, the vision tower's among them.
+ */
+export function textName(stored: string, wanted: ReadonlyMap<string, unknown>): string | undefined {
+  const name = stored.replace(/^(?:(?:base_model|model|language_model|module)\.)+/, '')
+  return wanted.has(name) ? name : undefined
+}
+
+/** Loads each weight once, and converts it as it comes, so that the device never holds two copies of them all. */
+export async function loadText(
+  op: string,
+  folder: string,
+  device: Device,
+  wanted: ReadonlyMap<string, readonly number[]>,
+  dtype: FloatDType | undefined,
+  onProgress: (done: number, of: number) => void,
+): Promise<{ weights: TextWeights; dtype: FloatDType }> {
+  const keep = (name: string, tensor: Tensor): Tensor => {
+    const shape = wanted.get(name)!
+    if (!isFloatDType(tensor.dtype))
+      refuse('ERR_FORMAT', op, `${folder}: '${name}' must be of a float type, got ${tensor.dtype}`)
+    if (String(tensor.shape) !== String(shape))
+      refuse(
+        'ERR_FORMAT',
+        op,
+        `${folder}: '${name}' must be [${shape.join(', ')}], got [${tensor.shape.join(', ')}]`,
+      )
+    return dtype && tensor.dtype !== dtype ? tensor.cast(dtype) : tensor
+  }
+  const rename = (name: string) => textName(name, wanted)
+  const weights: TextWeights = await loadWeights(op, folder, device, rename, { keep, onProgress })
+  try {
+    for (const name of wanted.keys())
+      if (!weights[name])
+        refuse(
+          'ERR_FORMAT',
+          op,
+          `${folder}: there is no weight '${name}'${
+            name === 'lm_head.weight' ? ', and tie_word_embeddings is not true' : ''
+          }`,
+        )
+    const type = dtype ?? (weights['embed_tokens.weight']!.dtype as FloatDType)
+    for (const [name, tensor] of Object.entries(weights)) {
+      if (tensor.dtype === type) continue
+      weights[name] = tensor.cast(type)
+      tensor.dispose()
+    }
+    return { weights, dtype: type }
+  } catch (error) {
+    for (const tensor of Object.values(weights)) tensor.dispose()
+    throw error
+  }
+}
