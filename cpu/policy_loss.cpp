@@ -31,11 +31,7 @@ void count_run(const PolicyLossArgs& a, const LossRun& run, const Simd& simd, Ru
   const uint8_t* mask = a.mask ? a.mask.as<uint8_t>() + run.begin : nullptr;
   out.faulty = false;
   const int64_t kept = mask ? simd.count_kept(mask, run.size, &out.faulty) : run.size;
-  for (int32_t t = 0; out.faulty && t < run.size; ++t)
-    if (mask[t] > 1) {
-      raise(a.fault, run.begin + t, mask[t], true);
-      break;
-    }
+  if (out.faulty) raise_invalid_mask(a.fault, mask, run.begin, run.size);
   double log_ratio = 0;
   const bool weighted = a.objective == Objective::vespo && a.importance_weights;
   if (by_sequence(a.objective) && (a.old_log_probs || weighted)) {

@@ -134,6 +134,16 @@ export {
 } from './ops/policy_loss.js'
 export * from './ops/positions.js'
 export {
+  type RolloutCorrectionArgs,
+  type RolloutCorrectionMetrics,
+  type RolloutCorrectionOptions,
+  type RolloutCorrectionResult,
+  type RolloutRejection,
+  rolloutCorrection,
+  trlRolloutCorrection,
+  verlRolloutCorrection,
+} from './ops/rollout_correction.js'
+export {
   type RopeIndexArgs,
   type RopeIndexConfig,
   type RopeIndexResult,

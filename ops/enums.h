@@ -82,6 +82,18 @@ inline constexpr Named<Combine> kCombines[] = {{Combine::separate, "separate"},
                                                {Combine::sum_then_normalize, "sum_then_normalize"},
                                                {Combine::normalize_then_sum, "normalize_then_sum"}};
 
+// Ratios between trainer and rollout engine, and their rejection; formulas in
+// ops/rollout_correction.h.
+enum class RatioLevel : uint8_t { token, sequence, geometric };
+inline constexpr Named<RatioLevel> kRatioLevels[] = {{RatioLevel::token, "token"},
+                                                     {RatioLevel::sequence, "sequence"},
+                                                     {RatioLevel::geometric, "geometric"}};
+enum class RatioMode : uint8_t { truncate, mask, none };
+inline constexpr Named<RatioMode> kRatioModes[] = {
+    {RatioMode::truncate, "truncate"}, {RatioMode::mask, "mask"}, {RatioMode::none, "none"}};
+enum class DivergenceMeasure : uint8_t { k1, k2, k3, ratio };
+enum class RejectOver : uint8_t { token, sum, mean, max };
+
 // Resampling filters; formulas in ops/resample_plan.h.
 enum class Filter : uint8_t { box, bilinear, bicubic, lanczos };
 inline constexpr Named<Filter> kFilters[] = {{Filter::box, "box"},
@@ -100,6 +112,28 @@ enum LossSum : uint8_t {
   kApproxKlSum,
   kRatioSum,
   kLossSums
+};
+
+// Likewise the sums over kept tokens of a run in front of the reductions of its rules of rejection
+// (ops/rollout_correction.h), and a rule as kernels take it.
+enum RolloutSum : uint8_t {
+  kRolloutKept,
+  kRolloutLogRatio,
+  kRolloutTrainer,
+  kRolloutRollout,
+  kRolloutK3,
+  kRolloutSquare,
+  kRolloutWeight,
+  kRolloutWeightSquare,
+  kRolloutCut,
+  kRolloutRejected,  // by rules of tokens
+  kRolloutSums
+};
+constexpr int kMaxRejections = 8;
+struct Rejection {
+  DivergenceMeasure measure;
+  RejectOver over;
+  float low, high;
 };
 
 }  // namespace p2r

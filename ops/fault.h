@@ -46,6 +46,13 @@ inline void raise(const FaultFlag& fault, int64_t index, uint32_t value, bool of
   }
 }
 
+// The first of n values of a mask, of which mask[0] has the index `index`, that is neither 0 nor 1.
+inline void raise_invalid_mask(const FaultFlag& fault, const uint8_t* mask, int64_t index,
+                               int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (mask[i] > 1) return raise(fault, index + i, mask[i], true);
+}
+
 // 'targets[17] = 151936 is not ...'.
 std::string describe_fault(const FaultSource& source, uint64_t word);
 

@@ -8,6 +8,7 @@ import {
   PraGrpo,
   type PraGrpoOptions,
   paperSettings,
+  rolloutCorrection,
   type Sample,
   type Tensor,
   type TrainedModel,
@@ -169,6 +170,7 @@ onEveryBackend('PraGrpo', (b) => {
         ...(await expected.metrics()),
         ...batch.metrics,
         step: before,
+        ratiosTo: 'server',
         sampledEntropy: expect.closeTo(
           -(await expected.logProbs.toFloat32()).reduce((s, x) => s + x, 0) / T,
           5,
@@ -177,6 +179,70 @@ onEveryBackend('PraGrpo', (b) => {
       expectRefusal(() => pra.step(batch, model), 'ERR_VALUE', 'step', /turn/)
     }
     expect(Object.keys(await pra.metrics())).toEqual(['perceiver', 'reasoner'])
+  })
+
+  test('old log-probs of trainer and server are corrected', async () => {
+    let n = 0
+    const perceiver = sampler(() => boxes('x')).policy
+    const reasoner = functionPolicy(() => `<answer>${'AB'[n++ % 2]}</answer>`)
+    const schedule = { perceiver: 6, reasoner: 1 }
+    // The first sequence's log-probs are far apart: it leaves the loss and its group.
+    const reject = [{ measure: 'k2', over: 'mean', high: 1 }] as const
+    const correction = { level: 'token', high: 1.5, reject } as const
+    const pra = trainer({ perceiver, reasoner, schedule, correction })
+    const metricsOf = async (of = pra) => (await of.metrics()).perceiver!
+    using batch = await pra.rollout([sample('q')])
+    const { rewards, groups } = batch
+    const cuSeqlens = batch.cuSeqlens!
+    const rolloutLogProbs = batch.oldLogProbs!
+    const served = await rolloutLogProbs.read()
+    const apart = served.map((x, t) => x + (t < cuSeqlens[1]! ? 4 : 0.1 * (t % 7)))
+    const oldLogProbs = b.device.tensor(apart, [apart.length])
+    const engines = { logProbs: oldLogProbs, rolloutLogProbs, cuSeqlens }
+    using corrected = rolloutCorrection({ ...correction, ...engines })
+    const { importanceWeights, mask } = corrected
+    const model = { logProbs: rolloutLogProbs, oldLogProbs }
+    const given = { ...model, rewards, groups, cuSeqlens }
+    using expected = grpoStep({ ...given, importanceWeights, mask, skipEmpty: true })
+    using step = pra.step(batch, model)
+    expect(await step.dLogProbs.read()).toEqual(await expected.dLogProbs.read())
+    expect((await step.advantages.read())[0]).toBe(0)
+    const metrics = await metricsOf()
+    expect(metrics.ratiosTo).toBe('trainer')
+    expect(metrics.correction).toEqual(await corrected.metrics())
+    expect(metrics.correction!.rejectedShare).toBeCloseTo(cuSeqlens[1]! / apart.length, 6)
+
+    // Measured only.
+    const uncorrected = trainer({ perceiver, reasoner, schedule, correction: false })
+    using plain = grpoStep(given)
+    using same = uncorrected.step(batch, model)
+    expect(await same.dLogProbs.read()).toEqual(await plain.dLogProbs.read())
+    expect((await metricsOf(uncorrected)).correction!.k3).toBe(metrics.correction!.k3)
+
+    // verl's weights unless others are given; DeepSeek's rule takes the batch's advantages.
+    for (const [options, how] of [
+      [{}, {}],
+      [{ correction: { maxDivergence: 0 } }, { maxDivergence: 0, advantages: batch.advantages }],
+    ] as const) {
+      const other = trainer({ perceiver, reasoner, schedule, ...options })
+      using pair = rolloutCorrection({ ...how, ...engines })
+      const by = { importanceWeights: pair.importanceWeights, mask: pair.mask }
+      using one = grpoStep({ ...given, ...by, skipEmpty: true })
+      using two = other.step(batch, model)
+      expect(await two.dLogProbs.read()).toEqual(await one.dLogProbs.read())
+    }
+
+    // The server's are taken as the old ones where the trainer gives none.
+    const bypassing = trainer({ perceiver, reasoner, schedule })
+    bypassing.step(batch, { logProbs: oldLogProbs }).dispose()
+    expect((await metricsOf(bypassing)).ratiosTo).toBe('server')
+    expect(await metricsOf(bypassing)).not.toHaveProperty('correction')
+    const { oldLogProbs: _, ...without } = batch
+    const current = trainer({ perceiver, reasoner, schedule })
+    current
+      .step({ ...without, dispose() {}, [Symbol.dispose]() {} }, { logProbs: oldLogProbs })
+      .dispose()
+    expect((await metricsOf(current)).ratiosTo).toBe('current')
   })
 
   test('a batch is stepped once', async () => {

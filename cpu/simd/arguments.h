@@ -1,5 +1,5 @@
-// Arguments of the SIMD kernels that are not plain lists: of log-probabilities, of the policy loss
-// and of sums of rows. Resampling has its own in cpu/simd/resample.h.
+// Arguments of the SIMD kernels that are not plain lists: of log-probabilities, of the policy loss,
+// of rollout corrections and of sums of rows. Resampling has its own in cpu/simd/resample.h.
 #pragma once
 #include <stdint.h>
 
@@ -36,6 +36,20 @@ struct PolicyRun {
   bool sequence_inside;             // whether its logarithm was within its bounds
   float policy_weight;              // of a token's gradient
   float kl_weight, entropy_weight;  // with their coefficients; entropy's negative
+};
+
+// A run of tokens within one sequence; ops/rollout_correction.h has the formulas.
+struct RolloutRun {
+  const float *log_probs, *rollout_log_probs;
+  const uint8_t* mask;  // or null
+  float* weights;       // of level token, else not written
+  uint8_t* kept;
+  int64_t n;
+  RatioLevel level;
+  RatioMode mode;
+  float low, high;
+  const Rejection* rules;
+  int rule_count;
 };
 
 // sum_rows: at most kSumColumns columns a call; kRowsPerRun is kSumRun of ops/rows.h.

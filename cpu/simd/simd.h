@@ -14,6 +14,7 @@ namespace p2r::cpu {
 
 struct LogitGradientRow;  // arguments.h
 struct PolicyRun;
+struct RolloutRun;
 struct ResampleRows;  // resample.h
 struct PatchRow;
 

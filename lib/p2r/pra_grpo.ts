@@ -13,14 +13,23 @@ import {
   isObject,
   type Names,
 } from '../arguments.js'
+import { composite } from '../composite.js'
 import { checkDevice, type Device } from '../device.js'
 import type { FloatDType } from '../dtype.js'
 import { P2RError, refuse } from '../errors.js'
 import type { AdvantageEstimator } from '../ops/advantages.js'
 import type { BiasGradient } from '../ops/linear.js'
 import { type LossMetrics, lossOptionNames, type PolicyLossOptions } from '../ops/policy_loss.js'
+import {
+  correctionAs,
+  correctionOptionNames,
+  type RolloutCorrectionMetrics,
+  type RolloutCorrectionOptions,
+  type RolloutCorrectionResult,
+  verlRolloutCorrection,
+} from '../ops/rollout_correction.js'
 import { scope } from '../scope.js'
-import { imageSize, type Tensor } from '../tensor.js'
+import { type Held, handleOf, imageSize, type Tensor } from '../tensor.js'
 import type { EvidenceBox } from './boxes.js'
 import {
   checkEvidenceOptions,
@@ -115,6 +124,13 @@ export interface PraGrpoSettings {
    */
   loss?: PolicyLossOptions
   /**
+   * How the loss corrects for the difference between trainer and server, where a step has the old log-probabilities of
+   * both at one temperature; see rolloutCorrection. What it rejects leaves the loss and its group. With false the
+   * difference is measured and nothing is corrected.
+   * @default verlRolloutCorrection
+   */
+  correction?: RolloutCorrectionOptions | false
+  /**
    * Of the trained role's rollouts, and of the log-probabilities in its loss. The frozen role answers greedily.
    * @default 1
    */
@@ -201,6 +217,7 @@ const settingNames: Names<PraGrpoSettings> = {
   rounds: true,
   estimator: true,
   loss: true,
+  correction: true,
   temperature: true,
 }
 const optionNames: Names<PraGrpoOptions> = {
@@ -252,6 +269,7 @@ export function paperSettings(options: PaperSettingsOptions = {}): Required<PraG
     rounds: 1,
     estimator: 'grpo',
     loss: {},
+    correction: verlRolloutCorrection,
     temperature: 1,
   }
 }
@@ -286,6 +304,14 @@ export interface RoleMetrics extends RolloutMetrics, LossMetrics {
    * extra cost. `entropy` is exact if the loss has an entropyCoef, else 0.
    */
   sampledEntropy: number
+  /**
+   * Whose log-probabilities the loss took its ratios to: the 'trainer's; the 'server's, of another precision and perhaps
+   * of older weights, uncorrected but for the loss's clipping (verl's bypass mode); or 'current', the model's own, so
+   * that all ratios are 1.
+   */
+  ratiosTo: 'trainer' | 'server' | 'current'
+  /** How far trainer and server are apart, where the step had the old log-probabilities of both at one temperature. */
+  correction?: RolloutCorrectionMetrics
 }
 
 /** Log-probabilities of a batch's tokens under other weights than the current ones. */
@@ -293,8 +319,10 @@ export interface StepLogProbs {
   /** f32 [T]: of the weights that the stage began with, at the rollouts' temperature. The loss has its KL term then. */
   refLogProbs?: Tensor<'f32'>
   /**
-   * f32 [T]: of the weights that sampled the tokens, at the rollouts' temperature.
-   * @default the batch's, which the server computed in its own precision; refused if they are of another temperature
+   * f32 [T]: of the weights that sampled the tokens, as the trainer computes them, at the rollouts' temperature.
+   * Importance weights then correct for the server's; see PraGrpo's option `correction`.
+   * @default the batch's, which the server computed in its own precision: the ratios then hold the difference of the
+   *   engines too. Refused if they are of another temperature.
    */
   oldLogProbs?: Tensor<'f32'>
 }
@@ -367,7 +395,7 @@ export class PraGrpo {
     const op = 'PraGrpo'
     checkArguments(options, optionNames, op)
     const { schedule = { perceiver: 1, reasoner: 1 }, groupSize = 8, temperature = 1 } = options
-    const { estimator, loss, verifier, evidence, maxTokens } = options
+    const { estimator, loss, correction, verifier, evidence, maxTokens } = options
     checkDevice(options.device, op)
     checkPositive(groupSize, 'groupSize', op)
     checkNonNegative(temperature, 'temperature', op)
@@ -379,7 +407,9 @@ export class PraGrpo {
       refuse('ERR_VALUE', op, 'schedule must give one of the roles a step')
     // Checked before the first rollout, because rollouts are what costs.
     if (loss !== undefined) checkArguments(loss, lossOptionNames, op, 'loss')
-    checkOnEmptyBatch(op, options.device, { ...loss, ...(estimator && { estimator }) })
+    if (correction !== undefined && correction !== false)
+      checkArguments(correction, correctionOptionNames, op, 'correction')
+    checkOnEmptyBatch(op, options.device, { ...loss, ...(estimator && { estimator }) }, correction)
     if (verifier !== undefined) checkFunction(verifier, 'verifier', op)
     rulesOf(options.rules, op)
     promptsOf(options.prompts, op)
@@ -512,9 +542,10 @@ export class PraGrpo {
         op,
         `the ${batch.role}'s policy gave no token ids, and training needs them`,
       )
-    const { estimator, loss } = this.#options
+    const { estimator, loss, correction = verlRolloutCorrection } = this.#options
     const sampled = batch.temperature ?? this.#settings.temperature
     const oldLogProbs = model.oldLogProbs ?? oldLogProbsOf(batch, sampled, op)
+    using corrected = correctionOf(batch, model.oldLogProbs, sampled, correction || {}, op)
     const made = stepAs(op, {
       ...loss,
       ...atTemperature(model, sampled, op),
@@ -523,15 +554,31 @@ export class PraGrpo {
       cuSeqlens,
       ...(oldLogProbs && { oldLogProbs }),
       ...(estimator && { estimator }),
+      ...(corrected &&
+        correction && {
+          importanceWeights: corrected.importanceWeights,
+          mask: corrected.mask,
+          skipEmpty: true,
+        }),
     })
     this.#stepped.add(batch)
     const step = this.#step++
+    const ratiosTo = model.oldLogProbs ? 'trainer' : oldLogProbs ? 'server' : 'current'
     // Read now, because the caller may dispose the step.
-    const read = Promise.all([made.metrics(), made.logProbs.read()]).then(([metrics, logProbs]) => {
-      const sum = logProbs.reduce((s, x) => s - x, 0)
-      const sampledEntropy = logProbs.length ? sum / logProbs.length : 0
-      return { ...batch.metrics, ...metrics, step, sampledEntropy }
-    })
+    const read = Promise.all([made.metrics(), made.logProbs.read(), corrected?.metrics()]).then(
+      ([metrics, logProbs, apart]): RoleMetrics => {
+        const sum = logProbs.reduce((s, x) => s - x, 0)
+        const sampledEntropy = logProbs.length ? sum / logProbs.length : 0
+        return {
+          ...batch.metrics,
+          ...metrics,
+          step,
+          sampledEntropy,
+          ratiosTo,
+          ...(apart && { correction: apart }),
+        }
+      },
+    )
     read.catch(() => {})
     this.#metrics[batch.role] = read
     return made
@@ -724,6 +771,7 @@ function checkOnEmptyBatch(
   op: string,
   device: Device,
   options: PolicyLossOptions & { estimator?: AdvantageEstimator },
+  correction: RolloutCorrectionOptions | false = {},
 ): void {
   scope(() => {
     const none = device.zeros([0])
@@ -736,6 +784,9 @@ function checkOnEmptyBatch(
       cuSeqlens: [0],
     }
     stepAs(op, { ...options, ...given, logits: device.zeros([0, 1]), targets })
+    const { oldLogProbs, cuSeqlens } = given
+    const engines = { logProbs: oldLogProbs, rolloutLogProbs: oldLogProbs, cuSeqlens }
+    composite(op, () => correctionAs(op, { ...correction, ...engines, advantages: none }))
   })
 }
 
@@ -752,6 +803,33 @@ function oldLogProbsOf(
       `the batch's log-probabilities are of temperature ${oldLogProbsTemperature}, its tokens were sampled at ${sampled}: give the trainer's as oldLogProbs, or logProbsMode 'processed' to PraGrpo if the server computes them so`,
     )
   return oldLogProbs
+}
+
+/** What corrects the trainer's old log-probabilities for the batch's, where there are both at one temperature. */
+function correctionOf(
+  batch: RolloutBatch,
+  logProbs: Tensor<'f32'> | undefined,
+  sampled: number,
+  correction: RolloutCorrectionOptions,
+  op: string,
+): Held<RolloutCorrectionResult> | undefined {
+  const { oldLogProbs: rolloutLogProbs, oldLogProbsTemperature = 1, cuSeqlens, advantages } = batch
+  if (!logProbs || !rolloutLogProbs || !cuSeqlens || oldLogProbsTemperature !== sampled)
+    return undefined
+  handleOf(logProbs, 'oldLogProbs', op)
+  const { dtype, shape, device } = logProbs
+  const fits = shape.length === 1 && shape[0] === cuSeqlens.at(-1)
+  // The step refuses it, under its own name.
+  if (dtype !== 'f32' || !fits || device !== rolloutLogProbs.device) return undefined
+  return composite(op, () =>
+    correctionAs(op, {
+      ...correction,
+      logProbs,
+      rolloutLogProbs,
+      cuSeqlens,
+      ...(correction.maxDivergence !== undefined && { advantages }),
+    }),
+  )
 }
 
 /** The model as grpoStep takes it, at the temperature that the tokens were sampled at. */

@@ -32,12 +32,20 @@ import {
   type PolicyLossOptions,
   policyLoss,
   type RewardsBatch,
+  type RolloutCorrectionArgs,
+  type RolloutCorrectionMetrics,
+  type RolloutCorrectionOptions,
+  type RolloutCorrectionResult,
+  type RolloutRejection,
+  rolloutCorrection,
   type Tensor,
   type TokenLogProbsBackwardArgs,
   tokenLogProbs,
   tokenLogProbsBackward,
   tokenLogProbsShard,
   trlDefaults,
+  trlRolloutCorrection,
+  verlRolloutCorrection,
   visionRotary,
   windowLayout,
 } from 'p2r-kernels'
@@ -64,6 +72,20 @@ export function logProbs(logits: Tensor, targets: Tensor): Tensor {
   const dLogProbs = whole.entropy ?? merged.logProbs
   const back: TokenLogProbsBackwardArgs = { logits, targets, stats, dLogProbs, inPlace: true }
   return tokenLogProbsBackward(back)
+}
+
+export async function correction(tokens: Tensor, old: Tensor): Promise<RolloutCorrectionMetrics> {
+  const rule: RolloutRejection = { measure: 'k3', over: 'mean', high: 0.01 }
+  const options: RolloutCorrectionOptions[] = [
+    { ...trlRolloutCorrection, reject: [rule] },
+    verlRolloutCorrection,
+  ]
+  const engines = { logProbs: tokens, rolloutLogProbs: old, cuSeqlens: [0, 4] }
+  const a: RolloutCorrectionArgs = { ...engines, ...options[0] }
+  using corrected = rolloutCorrection(a)
+  const { importanceWeights, mask }: RolloutCorrectionResult = corrected
+  policyLoss({ logProbs: tokens, advantages: tokens, cuSeqlens: [0, 4], importanceWeights, mask })
+  return corrected.metrics()
 }
 
 export async function loss(tokens: Tensor, rewards: Tensor): Promise<LossMetrics[]> {

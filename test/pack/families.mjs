@@ -97,6 +97,16 @@ export async function families(p2r, id = 'cpu') {
       const { loss } = p2r.policyLoss({ logProbs, advantages: f32([2], 1), cuSeqlens: [0, 2] })
       return [await loss.read(), [-2]]
     },
+    async rollout_correction() {
+      const logProbs = f32([-1, -2], 2)
+      const rolloutLogProbs = f32([-3, -2], 2)
+      const { importanceWeights } = p2r.rolloutCorrection({
+        logProbs,
+        rolloutLogProbs,
+        cuSeqlens: [0, 2],
+      })
+      return [await importanceWeights.read(), [2, 1]]
+    },
     async cast() {
       return [await f32([1.5, -2.5, 3, 300], 4).cast('u8').read(), [1, 0, 3, 255]]
     },
