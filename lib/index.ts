@@ -153,7 +153,7 @@ export * from './ops/rotary.js'
 export * from './ops/rows.js'
 export * from './ops/sampling.js'
 export { type Answer, type AnswerArgs, answer } from './p2r/answer.js'
-export { type EvidenceBox, parseBoxes } from './p2r/boxes.js'
+export { type EvidenceBox, type ParseBoxesOptions, parseBoxes } from './p2r/boxes.js'
 export { type EvaluateArgs, evaluate, type Judged, type Question } from './p2r/evaluate.js'
 export {
   type CollectEvidenceArgs,

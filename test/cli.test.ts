@@ -85,11 +85,11 @@ const obliging = says(({ prompt }) =>
   /JSON/.test(prompt) ? boxes : `<answer>${/say (\S+)/.exec(prompt)?.[1]}</answer>`,
 )
 
-async function picture(name: string): Promise<string> {
+async function picture(name: string, height = 60, width = 80): Promise<string> {
   const path = join(folder, name)
   const device = openDevice('cpu')
-  const data = Uint8Array.from({ length: 60 * 80 * 3 }, (_, i) => i % 251)
-  await saveImage(device.tensor(data, [60, 80, 3]), path)
+  const data = Uint8Array.from({ length: height * width * 3 }, (_, i) => i % 251)
+  await saveImage(device.tensor(data, [height, width, 3]), path)
   device.dispose()
   return path
 }
@@ -158,6 +158,37 @@ describe('the command', () => {
       code: 1,
       err: expect.stringMatching(/no\.png.*could not be read/),
     })
+  })
+
+  test('--resize-rules, --coordinates and --rules', async () => {
+    // Too low for 32 rows: by one of the rules it is shown as 32 x 384, by the other as 32 x 544.
+    const image = await picture('rules.png', 12, 400)
+    const sizes = { maxPixels: 65_536, minPixels: 8192 }
+    const text = "{'bbox_2d': [10, 5, 200, 25], 'label': 'sign'}"
+    const args = ['evidence', image, '--out', 'chosen', '--boxes', text, '--rules', 'strict']
+    using device = openDevice('cpu')
+    using source = await loadImage(image, device)
+    const seen = new Set<string>()
+    for (const rules of ['qwen-vl-utils', 'transformers'] as const)
+      for (const coordinates of ['thousandths', 'absolute'] as const) {
+        const more = ['--resize-rules', rules, '--coordinates', coordinates]
+        const shown = ['--max-pixels', String(sizes.maxPixels), '--min-pixels', '8192']
+        expect((await run(...args, ...more, ...shown)).code).toBe(0)
+        const boxes = parseBoxes(text, { rules: 'strict' })
+        using expected = collectEvidence({ image: source, boxes, rules, coordinates, ...sizes })
+        const all = [expected.annotated, ...expected.crops]
+        let shapes = ''
+        for (const [i, name] of ['annotated.png', 'crop-1.png'].entries()) {
+          using got = await loadImage(join(folder, 'chosen', name), device)
+          expect(await got.read()).toEqual(await all[i]!.read())
+          shapes += ` ${got.shape}`
+        }
+        seen.add(shapes)
+      }
+    expect(seen.size).toBe(4)
+    expect((await run(...args.slice(0, -2))).err).toMatch(/there is no box in --boxes/)
+    for (const wrong of ['--resize-rules', '--coordinates', '--rules'])
+      expect((await run(...args, wrong, 'x')).code).toBe(2)
   })
 
   test('--auto-orient', async () => {
@@ -308,6 +339,7 @@ describe('evaluate', () => {
       correct: 4,
       accuracy: 80,
       boxes: 1,
+      droppedBoxes: 0,
       failed: 0,
       truncated: 0,
     })
@@ -397,6 +429,25 @@ describe('evaluate', () => {
     args.splice(5, 1, server.baseURL)
     expect((await run(...args)).code).toBe(0)
     expect(server.requests.length).toBe(2 * (40 - done))
+  })
+
+  test('boxes without a crop are counted', async () => {
+    await picture('pixels.png')
+    const data = write('pixels.jsonl', [{ image: 'pixels.png', question: 'say A', answer: 'A' }])
+    server = await chatServer((request, response) =>
+      (/JSON/.test(request.prompt)
+        ? says('[{"bbox_2d": [1200, 1200, 1800, 1800], "label": "a"}]')
+        : obliging)(request, response),
+    )
+    const args = ['evaluate', data, '--model', 'm', '--base-url', server.baseURL]
+    const { code, err } = await run(...args, '--json', 'pixels.json')
+    expect({ code, err }).toEqual({
+      code: 0,
+      err: expect.stringMatching(/^1 boxes lie outside.*--coordinates right/),
+    })
+    const { overall } = JSON.parse(readFileSync(join(folder, 'pixels.json'), 'utf8'))
+    expect(overall).toMatchObject({ boxes: 1, droppedBoxes: 1 })
+    expect(results(join(folder, 'pixels.results.jsonl'))[0]).toMatchObject({ droppedBoxes: 1 })
   })
 
   test('errors in the data are reported before the first request', async () => {
@@ -560,6 +611,7 @@ test('evaluate scores the miniature, served in both roles, on 50 needle images',
     correct: right,
     accuracy: 2 * right,
     boxes: 1,
+    droppedBoxes: 0,
     failed: 0,
     truncated: 0,
   })

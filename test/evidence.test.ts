@@ -77,6 +77,110 @@ describe('parseBoxes', () => {
     expect(parseBoxes(text)).toStrictEqual(expected)
   })
 
+  const sign = { ...box(100, 100, 300, 300), label: 'sign' }
+  const draft = '{"bbox_2d": [100, 100, 300, 300], "label": "sign"}'
+  test.each<[string, string, EvidenceBox[]]>([
+    ['a draft in the thought', `about ${draft}\n</think>\n[${draft}]`, [sign]],
+    ['a thought in both tags', `<think>${draft}</think>${draft}`, [sign]],
+    ['two thoughts', `<think>${draft}</think> <think>${draft}</think>[${draft}]`, [sign]],
+    ['an unfinished thought', `<think>Perhaps ${draft}`, []],
+    ['a thought and no boxes', `${draft}</think>[]`, []],
+    ['single quotes', draft.replaceAll('"', "'"), [sign]],
+    ['typographic quotes', '{“bbox_2d”: [100, 100, 300, 300], “label”: “sign”}', [sign]],
+    ['trailing commas', '[{"bbox_2d": [100, 100, 300, 300,], "label": "sign",},]', [sign]],
+    ['keys without quotes', '{bbox_2d: [100, 100, 300, 300], label: "sign"}', [sign]],
+    ['a tuple', "{'bbox_2d': (100, 100, 300, 300), 'label': 'sign'}", [sign]],
+    ['Python’s None', "[{'bbox_2d': [1, 2, 3, 4], 'label': None}]", [box(1, 2, 3, 4)]],
+    ['JSON’s null', '[{"bbox_2d": [1, 2, 3, 4], "label": null}]', [box(1, 2, 3, 4)]],
+    [
+      'other literals of Python',
+      "{'bbox_2d': [1, 2, 3, 4], 'seen': True, 'score': nan, 'hidden': False}",
+      [box(1, 2, 3, 4)],
+    ],
+    [
+      'comments',
+      `[\n  // the first\n  ${draft}, # found\n  {"bbox_2d": [1, 2, 3, 4] /* two\nlines */}\n]`,
+      [sign, box(1, 2, 3, 4)],
+    ],
+    [
+      'braces in a fenced label',
+      '```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "a {curly} [sign]}"}]\n```',
+      [{ ...box(1, 2, 3, 4), label: 'a {curly} [sign]}' }],
+    ],
+    [
+      'quotes within a label',
+      'The sign: {"bbox_2d": [1, 2, 3, 4], "label": "the "STOP" sign"}.',
+      [{ ...box(1, 2, 3, 4), label: 'the "STOP" sign' }],
+    ],
+    [
+      'an apostrophe in single quotes',
+      "{'bbox_2d': [1, 2, 3, 4], 'label': 'Bob's \\'big\\' car'}",
+      [{ ...box(1, 2, 3, 4), label: "Bob's 'big' car" }],
+    ],
+    [
+      'an escape in a fence',
+      '```\n{"bbox_2d": [1, 2, 3, 4], "label": "caf\\u00e9\\n\\x"}\n```',
+      [{ ...box(1, 2, 3, 4), label: 'café\nx' }],
+    ],
+    [
+      'a list that maxTokens cut off',
+      '[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"bbox_2d": [5, 6, 7, 8], "lab',
+      [{ ...box(1, 2, 3, 4), label: 'a' }],
+    ],
+    ['an object around', `{"boxes": [${draft}], "note": {"n": 1}}`, [sign]],
+    ['an object around, in a fence', `\`\`\`\n{'boxes': [${draft}]}\n\`\`\``, [sign]],
+    ['numbers in quotes', '[{"bbox_2d": ["100", "100", "300", "300"], "label": "sign"}]', [sign]],
+    [
+      'a number as label',
+      '[{"bbox_2d": [1, 2, 3, 4], "label": 7}]',
+      [{ ...box(1, 2, 3, 4), label: '7' }],
+    ],
+    ['numbers as Python has them', "{'bbox_2d': [1., .5, +3, 4e0]}", [box(1, 0.5, 3, 4)]],
+    ['blanks in quotes', '[{"bbox_2d": ["", "1", "2", "3"]}]', []],
+    ['NaN', "[{'bbox_2d': [nan, 2, 3, 4]}]", []],
+    ['the corners turned', "[{'bbox_2d': [3, 4, 1, 2]}]", []],
+    ['five numbers', "[{'bbox_2d': [1, 2, 3, 4, 5]}]", []],
+    ['code', 'for (const a of b) { f(a) } { } {}', []],
+    ['nesting', '{"a":'.repeat(5000), []],
+  ])("'strict': %s", (_, text, expected) => {
+    expect(parseBoxes(text, { rules: 'strict' })).toStrictEqual(expected)
+  })
+
+  test("'strict' reads valid lists as 'reference' does", () => {
+    const label = fc.string({ unit: 'grapheme', maxLength: 30 })
+    const some = fc.array(fc.tuple(fc.nat(999), fc.nat(999), label), { maxLength: 4 })
+    fc.assert(
+      fc.property(some, fc.constantFrom('', '```json\n', 'Here: '), (rows, before) => {
+        const all = rows.map(([x, y, label]) => ({ bbox_2d: [x, y, x + 1, y + 1], label }))
+        const got = parseBoxes(before + JSON.stringify(all), { rules: 'strict' })
+        expect(got).toEqual(all.map(({ bbox_2d: bbox2d, label }) => ({ bbox2d, label })))
+      }),
+      { numRuns: 1000, seed: 3 },
+    )
+    expectRefusal(() => parseBoxes('', { rules: 'lax' as never }), 'ERR_VALUE', 'parseBoxes')
+  })
+
+  test.each([
+    '{"',
+    "{'a{",
+    '{a:',
+    '{a:{',
+    '{"\\',
+    '{#',
+    '{/*',
+    '{//',
+    '{a:[',
+    '{a:1,',
+    '"{',
+    '{   ',
+    '{"a":"b',
+  ])("'strict' takes linear time on %s", (piece) => {
+    const text = `<think></think>${piece.repeat(100_000 / piece.length)}`
+    const start = performance.now()
+    expect(parseBoxes(`${text}":"`, { rules: 'strict' })).toEqual([])
+    expect(performance.now() - start).toBeLessThan(2000)
+  })
+
   test('never throws, and returns only valid boxes', () => {
     const piece = fc.constantFrom(
       '{',
@@ -114,7 +218,10 @@ describe('parseBoxes', () => {
     )
     fc.assert(
       fc.property(texts, (text) => {
-        for (const { bbox2d, label } of parseBoxes(text)) {
+        const read = (['reference', 'strict'] as const).flatMap((rules) =>
+          parseBoxes(text, { rules }),
+        )
+        for (const { bbox2d, label } of read) {
           const [x0, y0, x1, y1] = bbox2d
           if (!(x0 < x1 && y0 < y1 && bbox2d.every(Number.isFinite) && typeof label === 'string'))
             return false

@@ -5,6 +5,7 @@ import {
   functionPolicy,
   OpenAIPolicy,
   Perceiver,
+  type PerceiverOptions,
   type Policy,
   type PolicyRequest,
   Reasoner,
@@ -203,6 +204,18 @@ onEveryBackend('Perceiver and Reasoner', (b) => {
     await server.close()
   })
 
+  test('boxRules choose how boxes are read, rules how images are resized', async () => {
+    using image = picture()
+    const { policy } = scripted(twoBoxes.replaceAll('"', "'"))
+    const count = async (options: PerceiverOptions) => {
+      const [perceived] = await new Perceiver(policy, options).perceive({ image, question })
+      using evidence = perceived!.evidence
+      return evidence.boxes.length
+    }
+    expect(await count({ rules: 'transformers' })).toBe(0)
+    expect(await count({ rules: 'transformers', boxRules: 'strict' })).toBe(2)
+  })
+
   test('refuses invalid arguments', async () => {
     using image = picture()
     const { policy } = scripted('x')
@@ -213,6 +226,16 @@ onEveryBackend('Perceiver and Reasoner', (b) => {
       'Reasoner',
       /mca/,
     )
+    for (const [options, message] of [
+      [{ boxRules: 'transformers' }, /boxRules/],
+      [{ rules: 'strict' }, /rules must be 'qwen-vl-utils'/],
+    ] as const)
+      expectRefusal(
+        () => new Perceiver(policy, options as never),
+        'ERR_VALUE',
+        'Perceiver',
+        message,
+      )
     const evidence = collectEvidence({ image, boxes: [] })
     for (const [wrong, message] of [
       [{ question: 3 }, /question/],

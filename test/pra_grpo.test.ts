@@ -83,6 +83,7 @@ onEveryBackend('PraGrpo', (b) => {
       groupsWithoutSignal: 0,
       faults: { overlap: 2, label: 2 },
       errors: 0,
+      droppedBoxes: 0,
       truncated: 0,
       items: 8,
     })
@@ -483,6 +484,31 @@ onEveryBackend('PraGrpo', (b) => {
       'step',
       /sampled at temperature 0/,
     )
+  })
+
+  test('strict rules read the boxes after the thought, and boxes without a crop are counted', async () => {
+    const box = boxes('sign')
+    const outside = '[{"bbox_2d": [1500, 1500, 1900, 1900], "label": "pixels"}]'
+    const thinks = `Perhaps ${box}</think>${box}`
+    const quoted = box.replaceAll('"', "'")
+    const perceiver = sampler((_, i) => [thinks, outside, outside, quoted][i]!)
+    const rolled = (options: Partial<PraGrpoOptions>) =>
+      trainer({ perceiver: perceiver.policy, ...options }).rollout([sample('q')])
+    using strict = await rolled({ rules: 'strict' })
+    expect(strict.items.map(({ evidence }) => evidence!.boxes.length)).toEqual([1, 1, 1, 1])
+    expect(strict.metrics).toMatchObject({ droppedBoxes: 2, faults: { overlap: 0 } })
+    using reference = await rolled({})
+    expect(reference.items.map(({ evidence }) => evidence!.boxes.length)).toEqual([2, 1, 1, 0])
+    expect(reference.metrics).toMatchObject({ droppedBoxes: 2, faults: { overlap: 1 } })
+    using seen = await rolled({ schedule: { perceiver: 0, reasoner: 1 } })
+    // The group shares the one perception, the first of the sampler's.
+    expect(seen.metrics.droppedBoxes).toBe(0)
+    const other = sampler(() => outside)
+    using missed = await rolled({
+      perceiver: other.policy,
+      schedule: { perceiver: 0, reasoner: 1 },
+    })
+    expect(missed.metrics).toMatchObject({ droppedBoxes: 1, items: 4 })
   })
 
   test('a rollout that lacks what the others have is an error', async () => {

@@ -98,10 +98,14 @@ export async function evaluateCommand(data: string, options: EvaluateOptions): P
 
   const summary = summaryOf(before.values())
   console.log(tableOf(summary))
-  const { truncated } = summary.overall
+  const { truncated, droppedBoxes } = summary.overall
   if (truncated)
     console.error(
       `${truncated} of ${total} questions were scored on an output that the limit of tokens cut off.`,
+    )
+  if (droppedBoxes)
+    console.error(
+      `${droppedBoxes} boxes lie outside of their images or are too thin to be cropped; are --coordinates right?`,
     )
   if (options.json !== undefined)
     await writeFile(options.json, `${JSON.stringify(summary, null, 2)}\n`)

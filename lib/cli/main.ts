@@ -13,6 +13,7 @@ import { answer } from '../p2r/answer.js'
 import { parseBoxes } from '../p2r/boxes.js'
 import { collectEvidence, type Evidence } from '../p2r/evidence.js'
 import { type AnswerForm, answerForms } from '../p2r/prompts.js'
+import type { RewardRules } from '../p2r/reward.js'
 import { type EvaluateOptions, evaluateCommand } from './evaluate.js'
 import { type CropOptions, evidenceOptions, type RoleOptions, rolesOf } from './roles.js'
 import { UsageError } from './usage.js'
@@ -54,6 +55,8 @@ const formOption = () =>
     .default('mca')
 const deviceOption = () =>
   new Option('--device <id>', "'cpu', 'cuda', 'cuda:1' (default: $P2R_DEVICE, else CUDA, else CPU)")
+const rulesOption = (of: string) =>
+  new Option('--rules <rules>', of).choices(['reference', 'strict']).default('reference')
 const cropOptions = (command: Command): Command =>
   command
     .option('--max-evidence <n>', 'crops at most', integerFrom(0), 3)
@@ -103,11 +106,7 @@ function servedOptions(command: Command, concurrency: number): Command {
         .choices(['jpeg', 'png'])
         .default('jpeg'),
     )
-    .addOption(
-      new Option('--rules <rules>', 'rules of extracting and scoring answers')
-        .choices(['reference', 'strict'])
-        .default('reference'),
-    )
+    .addOption(rulesOption('of reading boxes and answers, and of scoring'))
     .addOption(formOption())
     .addOption(deviceOption())
 }
@@ -196,6 +195,7 @@ cropOptions(
     .requiredOption('--boxes <json>', "a perceiver's output, or @FILE with it")
     .requiredOption('--out <folder>', 'output folder for the annotated image and the crops'),
 )
+  .addOption(rulesOption('of reading the boxes'))
   .addOption(deviceOption())
   .action(
     async (
@@ -203,13 +203,14 @@ cropOptions(
       options: CropOptions & {
         boxes: string
         out: string
+        rules: RewardRules
         device?: string
       },
     ) => {
       const text = options.boxes.startsWith('@')
         ? await readFile(options.boxes.slice(1), 'utf8')
         : options.boxes
-      const boxes = parseBoxes(text)
+      const boxes = parseBoxes(text, { rules: options.rules })
       if (!boxes.length)
         throw new UsageError(
           'there is no box in --boxes; expected [{"bbox_2d": [x0, y0, x1, y1], "label": "..."}]',

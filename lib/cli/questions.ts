@@ -29,6 +29,7 @@ export interface Result {
   answer?: string
   reward?: number
   boxes?: number
+  droppedBoxes?: number
   truncated?: readonly Role[]
   perception?: string
   reasoning?: string

@@ -8,6 +8,8 @@ export interface Score {
   accuracy: number | null
   /** Mean number of boxes in the perceiver's output. */
   boxes: number | null
+  /** All of the perceiver's boxes that have no crop, for their range or their shape. */
+  droppedBoxes: number
   failed: number
   /** Judged questions for which the limit of tokens cut an output off. */
   truncated: number
@@ -43,6 +45,7 @@ function scoreOf(results: readonly Result[]): Score {
     correct,
     accuracy: judged.length ? (100 * correct) / judged.length : null,
     boxes: judged.length ? sum(({ boxes = 0 }) => boxes) / judged.length : null,
+    droppedBoxes: sum(({ droppedBoxes = 0 }) => droppedBoxes),
     failed: results.length - judged.length,
     truncated: judged.filter(({ truncated }) => truncated?.length).length,
   }

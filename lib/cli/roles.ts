@@ -50,7 +50,11 @@ export async function rolesOf(
     await served('reasoner', options),
   ]
   return {
-    perceiver: new Perceiver(perceiving, { temperature, ...evidenceOptions(options) }),
+    perceiver: new Perceiver(perceiving, {
+      temperature,
+      boxRules: rules,
+      ...evidenceOptions(options),
+    }),
     reasoner: new Reasoner(reasoning, { temperature, rules }),
   }
 }

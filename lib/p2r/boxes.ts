@@ -1,5 +1,8 @@
+import { checkArguments, type Names } from '../arguments.js'
+import { objectsOf } from './lenient_json.js'
 import { type Json, NotJson, parseJson, TooDeep } from './python_json.js'
 import { blanks, strip } from './python_text.js'
+import { afterThinking, type RewardRules, rulesOf } from './reward.js'
 
 /** A region of an image that a perceiver points at. */
 export interface EvidenceBox {
@@ -9,30 +12,52 @@ export interface EvidenceBox {
   label: string
 }
 
+/** Options of parseBoxes. */
+export interface ParseBoxesOptions {
+  /**
+   * Of reading: 'reference' as Perceive-to-Reason does, 'strict' without its pitfalls.
+   * @default 'reference'
+   */
+  rules?: RewardRules
+}
+
+const optionNames: Names<ParseBoxesOptions> = { rules: true }
 const opensList = new RegExp(`[${blanks}]*:[${blanks}]*\\[`, 'y')
 const key = '"bbox_2d"'
 
 /**
- * The boxes in a perceiver's output, as Perceive-to-Reason's `parse_bboxes` reads them.
+ * The boxes in a perceiver's output.
  *
- * The whole text is read as JSON, one object with `bbox_2d` and `label` or a list of them; else every
+ * 'reference', as Perceive-to-Reason's `parse_bboxes`: the whole text is read as JSON, one object with `bbox_2d` and `label` or a list of them; else every
  * object without nested braces that has a list `bbox_2d` is extracted from the text. JSON is Python's:
  * NaN and Infinity are numbers, the last of equal keys counts. A box needs four finite numbers
  * (booleans count as 0 and 1) with x0 < x1 and y0 < y1, in any range; a missing label is ''. Anything
  * else yields no box; where the reference fails on one (`bbox_2d` null or a number), the others are
- * kept. Source: Perceive-to-Reason, evaluation/p2r_utils.py.
+ * kept.
  *
- * @returns the boxes in their order; none for a text without boxes, or for anything but a text. Never throws.
+ * 'strict': what follows the thinking, so that no draft in it counts; boxes within other objects too; single
+ * quotes, unescaped quotes, keys without quotes, trailing commas, comments, tuples, Python's literals, and
+ * braces within labels. Coordinates may be numbers in quotes; a label that is no text becomes one, null ''.
+ *
+ * Source: Perceive-to-Reason, evaluation/p2r_utils.py.
+ *
+ * @returns the boxes in their order; none for a text without boxes, or for anything but a text. No text throws.
+ * @throws P2RError ERR_VALUE for wrong options.
  * @example
  * ```js
  * import { parseBoxes } from 'p2r-kernels'
  *
  * const boxes = parseBoxes('The sign: [{"bbox_2d": [400, 300, 600, 500], "label": "sign"}]')
  * console.log(boxes) // [ { bbox2d: [ 400, 300, 600, 500 ], label: 'sign' } ]
+ * const python = "{'bbox_2d': (400, 300, 600, 500), 'label': None}"
+ * console.log(parseBoxes(python).length, parseBoxes(python, { rules: 'strict' }).length) // 0 1
  * ```
  */
-export function parseBoxes(text: string): EvidenceBox[] {
+export function parseBoxes(text: string, options: ParseBoxesOptions = {}): EvidenceBox[] {
+  checkArguments(options, optionNames, 'parseBoxes')
+  const rules = rulesOf(options.rules, 'parseBoxes')
   if (typeof text !== 'string') return []
+  if (rules === 'strict') return boxesAfterThinking(text)
   try {
     const data = parseJson(strip(text))
     if (data instanceof Map || Array.isArray(data)) return [data].flat().flatMap(boxOf)
@@ -52,12 +77,47 @@ export function parseBoxes(text: string): EvidenceBox[] {
 
 function boxOf(item: Json): EvidenceBox[] {
   if (!(item instanceof Map)) return []
-  const coordinates = item.get('bbox_2d')
   const label = item.get('label') ?? (item.has('label') ? null : '')
-  if (!Array.isArray(coordinates) || coordinates.length !== 4 || typeof label !== 'string')
-    return []
+  const coordinates = item.get('bbox_2d')
+  if (typeof label !== 'string' || !Array.isArray(coordinates)) return []
   if (!coordinates.every((c) => typeof c === 'number' || typeof c === 'boolean')) return []
-  const [x0, y0, x1, y1] = coordinates.map(Number) as [number, number, number, number]
+  return boxAt(coordinates.map(Number), label)
+}
+
+/** The boxes after the thinking, however they are written. */
+function boxesAfterThinking(text: string): EvidenceBox[] {
+  const visible = afterThinking(text)
+  let data: Iterable<Json>
+  try {
+    data = [parseJson(strip(visible))]
+  } catch (error) {
+    if (!(error instanceof NotJson || error instanceof TooDeep)) throw error
+    data = objectsOf(visible)
+  }
+  return [...data].flatMap((item) => boxesIn(item, 0))
+}
+
+/** The boxes in an object or a list, and in what they hold. */
+function boxesIn(item: Json, depth: number): EvidenceBox[] {
+  if (depth > 100) return []
+  if (Array.isArray(item)) return item.flatMap((one) => boxesIn(one, depth + 1))
+  if (!(item instanceof Map)) return []
+  const coordinates = item.get('bbox_2d')
+  if (coordinates === undefined) return [...item.values()].flatMap((one) => boxesIn(one, depth + 1))
+  if (!Array.isArray(coordinates)) return []
+  const label = item.get('label') ?? ''
+  const isPlain = typeof label !== 'object'
+  return boxAt(coordinates.map(coordinateOf), isPlain ? String(label) : '')
+}
+
+function coordinateOf(value: Json): number {
+  if (typeof value === 'string' && strip(value) !== '') return Number(value)
+  return typeof value === 'number' ? value : Number.NaN
+}
+
+function boxAt(coordinates: readonly number[], label: string): EvidenceBox[] {
+  if (coordinates.length !== 4) return []
+  const [x0, y0, x1, y1] = coordinates as [number, number, number, number]
   if (![x0, y0, x1, y1].every(Number.isFinite) || x0 >= x1 || y0 >= y1) return []
   return [{ bbox2d: [x0, y0, x1, y1], label }]
 }

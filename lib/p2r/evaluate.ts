@@ -46,6 +46,8 @@ export interface Judged<Q extends Question> {
   truncated?: readonly Role[]
   /** Number of boxes in the perceiver's output. */
   boxes?: number
+  /** How many of them have no crop; see Evidence's `dropped`. Absent where there are none. */
+  droppedBoxes?: number
   /** Why the question has no reward. */
   error?: Error
 }
@@ -142,7 +144,7 @@ export function evaluate<Q extends Question>(
         answerForm,
         ...(signal && { signal }),
       })
-      const boxes = made.evidence.boxes.length
+      const { boxes, dropped } = made.evidence
       made.dispose()
       const { perception, reasoning, truncated } = made
       const reward = await answerReward({
@@ -159,7 +161,8 @@ export function evaluate<Q extends Question>(
         answer: made.answer,
         perception,
         reasoning,
-        boxes,
+        boxes: boxes.length,
+        ...(dropped > 0 && { droppedBoxes: dropped }),
         ...(truncated.length > 0 && { truncated }),
       }
     } catch (error) {

@@ -28,6 +28,8 @@ import {
 } from './policy.js'
 import { type PromptOverrides, type Prompts, perceivePrompt, promptsOf } from './prompts.js'
 
+import { type RewardRules, rulesOf } from './reward.js'
+
 /** How a Perceiver asks and what it cuts out. */
 export interface PerceiverOptions extends EvidenceOptions {
   /**
@@ -45,6 +47,11 @@ export interface PerceiverOptions extends EvidenceOptions {
    * @default {}
    */
   prompts?: PromptOverrides
+  /**
+   * Of reading boxes in the output; see parseBoxes. (`rules` are those of resizing.)
+   * @default 'reference'
+   */
+  boxRules?: RewardRules
 }
 
 /** The arguments of Perceiver's `perceive`. */
@@ -75,6 +82,7 @@ const optionNames: Names<PerceiverOptions> = {
   temperature: true,
   maxTokens: true,
   prompts: true,
+  boxRules: true,
 }
 const argumentNames: Names<PerceiveArgs> = { image: true, question: true, n: true, signal: true }
 
@@ -109,6 +117,7 @@ export class Perceiver {
     checkArguments(options, optionNames, op)
     checkEvidenceOptions(options, op)
     checkSampling(options, op)
+    rulesOf(options.boxRules, op, 'boxRules')
     this.#options = { ...options }
     this.#prompts = promptsOf(options.prompts, op)
   }
@@ -129,7 +138,13 @@ export class Perceiver {
     const question = checkString(a.question, 'question', op)
     checkPositive(n, 'n', op)
     const signal = checkSignal(a.signal, op)
-    const { temperature = n > 1 ? 1 : 0, maxTokens = 1024, prompts: _, ...options } = this.#options
+    const {
+      temperature = n > 1 ? 1 : 0,
+      maxTokens = 1024,
+      prompts: _,
+      boxRules: rules = 'reference',
+      ...options
+    } = this.#options
     const seen = collectEvidence({ ...options, image, boxes: [] })
     let completions: Completion[]
     try {
@@ -152,7 +167,11 @@ export class Perceiver {
     if (n === 1) answered(completions[0]!, 'perceiver', op)
     return completions.map((completion) => ({
       completion,
-      evidence: collectEvidence({ ...options, image, boxes: parseBoxes(completion.text) }),
+      evidence: collectEvidence({
+        ...options,
+        image,
+        boxes: parseBoxes(completion.text, { rules }),
+      }),
     }))
   }
 

@@ -154,7 +154,7 @@ export interface PraGrpoOptions extends PraGrpoSettings {
    */
   concurrency?: number
   /**
-   * Of extraction, rewards and faults; see answerReward.
+   * Of boxes, answers, rewards and faults; see docs/rewards.md. (Those of resizing are `evidence.rules`.)
    * @default 'reference'
    */
   rules?: RewardRules
@@ -737,9 +737,10 @@ export class PraGrpo {
   }
 
   #perceiver(trained: boolean): Perceiver {
-    const { evidence, prompts, maxTokens } = this.#options
+    const { evidence, prompts, maxTokens, rules } = this.#options
     return new Perceiver(withTokens(this.#policies.perceiver, trained), {
       ...evidence,
+      ...(rules && { boxRules: rules }),
       temperature: trained ? this.#settings.temperature : 0,
       ...(prompts && { prompts }),
       ...(maxTokens?.perceiver !== undefined && { maxTokens: maxTokens.perceiver }),

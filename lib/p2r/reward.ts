@@ -110,8 +110,8 @@ const verifierOptionNames: Names<ModelVerifierOptions> = {
 const verifierNames: Names<VerifierArgs> = { question: true, answer: true, truth: true }
 
 /** @internal */
-export function rulesOf(rules: RewardRules | undefined, op: string): RewardRules {
-  return choice(rules ?? 'reference', ['reference', 'strict'], 'rules', op)
+export function rulesOf(rules: RewardRules | undefined, op: string, name = 'rules'): RewardRules {
+  return choice(rules ?? 'reference', ['reference', 'strict'], name, op)
 }
 
 /**

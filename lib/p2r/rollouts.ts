@@ -79,6 +79,11 @@ export interface RolloutMetrics {
   faults: { overlap: number; label: number }
   /** Number of items with an error. */
   errors: number
+  /**
+   * Number of boxes without a crop, of each perception once; see Evidence's `dropped`. Absent in files of earlier
+   * releases.
+   */
+  droppedBoxes?: number
   /** Number of items whose completion the limit of tokens cut off. They have a reward, if they have no error. */
   truncated: number
   /** Number of all items. */
@@ -299,6 +304,7 @@ function rolloutMetrics(
     byGroup.set(group, [...(byGroup.get(group) ?? []), rewards[i]!])
   const several = [...byGroup.values()].filter((group) => group.length > 1)
   const silent = several.filter((group) => group.every((reward) => reward === group[0]))
+  const perceptions = new Set(items.flatMap(({ evidence }) => evidence ?? []))
   const count = (f: (item: RolloutItem) => boolean): number => items.filter(f).length
   return {
     rewardMean: rewards.length ? rewards.reduce((sum, r) => sum + r, 0) / rewards.length : 0,
@@ -308,6 +314,7 @@ function rolloutMetrics(
       label: count(({ fault }) => fault === 'label'),
     },
     errors: count(({ error }) => error !== undefined),
+    droppedBoxes: [...perceptions].reduce((sum, { dropped }) => sum + dropped, 0),
     truncated: count(({ completion }) => isTruncated(completion)),
     items: items.length,
   }

@@ -16,6 +16,7 @@ import {
   type Filter,
   type Grid,
   loadImage,
+  type ParseBoxesOptions,
   type PixelBox,
   parseBoxes,
   pixelValues,
@@ -47,7 +48,8 @@ export function patches(image: Tensor): readonly Grid[] {
 }
 
 export function evidenceOf(image: Tensor<'u8'>, text: string): Tensor[] {
-  const boxes: EvidenceBox[] = parseBoxes(text)
+  const reading: ParseBoxesOptions = { rules: 'strict' }
+  const boxes: EvidenceBox[] = parseBoxes(text, reading)
   const sizes: EvidenceSizes = { maxPixels: 1 << 20 }
   const options: EvidenceOptions = { padding: [0.1, 0.1], ...sizes }
   const a: CollectEvidenceArgs = { image, boxes, ...options }
