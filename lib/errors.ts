@@ -4,7 +4,7 @@
  * ERR_VALUE: an argument of the wrong kind or value. ERR_SHAPE, ERR_DTYPE: a tensor, or data, of the wrong
  * shape or type. ERR_DEVICE: a device that is not available, or tensors of different devices. ERR_MEMORY:
  * the device or host has no memory left. ERR_CUDA: CUDA failed; its device is lost. ERR_DISPOSED: used after dispose.
- * ERR_NATIVE: the addon, or another native package, could not be loaded. ERR_POLICY: a policy, such as a served
+ * ERR_NATIVE: the addon, or another package, could not be loaded. ERR_POLICY: a policy, such as a served
  * model, failed or answered wrongly. ERR_FORMAT: a file's or answer's content. ERR_IO: a file that cannot be
  * read or written; `cause` is the system's error.
  */

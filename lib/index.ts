@@ -28,6 +28,13 @@ export type { IpcDescription, IpcHandle } from './ipc.js'
 export type { Qwen3VLConfig, Qwen3VLSampling } from './models/qwen3_vl/config.js'
 export { Qwen3VL, type Qwen3VLOptions } from './models/qwen3_vl/model.js'
 export {
+  type ChatMessage,
+  type ChatOptions,
+  type ChatPart,
+  type ChatVideo,
+  Qwen3VLTokenizer,
+} from './models/qwen3_vl/tokens.js'
+export {
   type AdvantageEstimator,
   type AdvantageOptions,
   type GroupAdvantagesArgs,

@@ -11,6 +11,7 @@ import { afterAll, beforeAll, expect, test } from 'vitest'
 import { exportsOf, lacks, pagesOf } from '../scripts/reference.mjs'
 import { type ChatServer, chatServer, says } from './chat_server.js'
 import { writeModel } from './golden_model.js'
+import { writeTokenizer } from './tiny_tokenizer.js'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const read = (path: string) => readFileSync(join(root, path), 'utf8')
@@ -116,7 +117,7 @@ beforeAll(async () => {
   const pixels = new Uint8Array(480 * 640 * 3).fill(90)
   await saveImage(device.tensor(pixels, [480, 640, 3], 'u8'), join(files, 'street.jpg'))
   await saveCheckpoint(join(files, 'P2R-4B'), device)
-  writeModel(join(files, 'Qwen3-VL-2B-Instruct'), 'm1_d32_gqa2_tied')
+  writeTokenizer(writeModel(join(files, 'Qwen3-VL-2B-Instruct'), 'm1_d32_gqa2_tied'))
   device.dispose()
   const question = { image: 'street.jpg', text: 'What?\n(A) a\n(B) b', label: 'A', category: 'x' }
   writeFileSync(join(files, 'vstar.jsonl'), `${JSON.stringify(question)}\n`)

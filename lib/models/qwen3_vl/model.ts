@@ -15,6 +15,7 @@ import { checkFloatDType, type FloatDType } from '../../dtype.js'
 import { refuse } from '../../errors.js'
 import { VisionTower } from '../../vision/tower.js'
 import { type Qwen3VLConfig, type Qwen3VLSampling, readConfig, readSampling } from './config.js'
+import { type Qwen3VLTokenizer, tokenizerOf } from './tokens.js'
 import { loadText, type TextWeights, textName, textShapes } from './weights.js'
 
 /** Options of Qwen3VL.load. */
@@ -70,6 +71,8 @@ export class Qwen3VL implements Disposable {
   /** Its vision tower. */
   readonly tower: VisionTower
   readonly #weights: TextWeights
+  readonly #folder: string
+  #tokenizer: Promise<Qwen3VLTokenizer> | undefined
 
   private constructor(key: typeof construct, parts: Parts) {
     if (key !== construct) refuse('ERR_VALUE', opName, 'a Qwen3VL is made by Qwen3VL.load()')
@@ -79,6 +82,7 @@ export class Qwen3VL implements Disposable {
     this.dtype = parts.dtype
     this.tower = parts.tower
     this.#weights = parts.weights
+    this.#folder = parts.folder
   }
 
   /**
@@ -121,6 +125,20 @@ export class Qwen3VL implements Disposable {
       tower.dispose()
       throw error
     }
+  }
+
+  /**
+   * The checkpoint's tokenizer and chat template, which are read at the first call.
+   *
+   * @param given in place of the folder's tokenizer.json: its parsed content, or a `Tokenizer` of @huggingface/tokenizers.
+   * @throws P2RError ERR_IO where the folder has no tokenizer.json; ERR_FORMAT for one of another model; ERR_NATIVE where
+   *   an optional peer dependency is not installed.
+   */
+  async tokenizer(given?: unknown): Promise<Qwen3VLTokenizer> {
+    checkReceiver(isObject(this) && #weights in this, 'Qwen3VL', 'tokenizer')
+    if (given !== undefined) return tokenizerOf(this.#folder, this.config, given)
+    this.#tokenizer ??= tokenizerOf(this.#folder, this.config)
+    return this.#tokenizer
   }
 
   /** Frees the weights. A second call does nothing. */
