@@ -251,6 +251,7 @@ export {
   type Reasoning,
 } from './p2r/reasoner.js'
 export { RecordedPolicy, recordPolicy } from './p2r/recorded.js'
+export { type ReproductionSettings, reproductionSettings } from './p2r/reproduction.js'
 export {
   type AnswerRewardArgs,
   answerReward,

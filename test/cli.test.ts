@@ -362,8 +362,9 @@ describe('evaluate', () => {
         answer: 'A',
       })),
     )
+    let down = true
     server = await chatServer((request, response) =>
-      (/^Question: 5:/.test(request.prompt) ? fails(400, 'not this one') : obliging)(
+      (down && /^Question: 5:/.test(request.prompt) ? fails(400, 'not this one') : obliging)(
         request,
         response,
       ),
@@ -379,15 +380,18 @@ describe('evaluate', () => {
     expect(out).toMatch(/all +12 +11 +100.0 % +1.00 +1/)
     expect(err).toMatch(/1 of 12 questions failed, first line 6: .*not this one/)
     expect(server.requests.length).toBe(8 + 7 * 2 + 1)
-    await server.close()
-    server = await chatServer(obliging)
-    args.splice(-1, 1, server.baseURL)
-    expect((await run(...args)).code).toBe(0)
-    expect(server.requests.length).toBe(2)
+    expect(err).toMatch(/^Took over 4 of 12 results from .*more.results.jsonl/)
+    down = false
+    server.requests.length = 0
     expect(await run(...args)).toMatchObject({
       code: 0,
-      out: expect.stringMatching(/all +12 +12 /),
+      err: expect.stringMatching(/^Took over 11 of 12 results from /),
     })
+    expect(server.requests.length).toBe(2)
+    const last = await run(...args)
+    expect(last).toMatchObject({ code: 0, out: expect.stringMatching(/all +12 +12 /) })
+    // Of fewer questions, the results of the others are no part of the table.
+    expect((await run(...args, '--limit', '3')).out).toMatch(/all +3 +3 /)
     expect(server.requests.length).toBe(2)
     expect(new Set(results(path).map(({ line }) => line)).size).toBe(12)
   })
@@ -404,7 +408,8 @@ describe('evaluate', () => {
       await new Promise((resolve) => setTimeout(resolve, 60))
       obliging(request, response)
     }
-    server = await chatServer(slow)
+    let quick = false
+    server = await chatServer((...a) => (quick ? obliging : slow)(...a))
     const args = [
       'evaluate',
       data,
@@ -424,11 +429,100 @@ describe('evaluate', () => {
     expect(err).toMatch(/Stopped after \d+ of 40; run the same command to resume/)
     const done = results(path).length
     expect(done).toBeLessThan(40)
-    await server.close()
-    server = await chatServer(obliging)
-    args.splice(5, 1, server.baseURL)
+    quick = true
+    server.requests.length = 0
     expect((await run(...args)).code).toBe(0)
     expect(server.requests.length).toBe(2 * (40 - done))
+  })
+
+  test('results of other settings are refused, by what differs', async () => {
+    await picture('s.png')
+    const rows = [{ image: 's.png', question: 'say A', answer: 'A' }]
+    const data = write('settings.jsonl', rows)
+    server = await chatServer(obliging)
+    const other = await chatServer(obliging)
+    const args = ['evaluate', data, '--model', 'm', '--base-url', server.baseURL]
+    expect(await run(...args)).toMatchObject({ code: 0, err: '' })
+    // What results do not depend on may change.
+    const same = ['--timeout', '9', '--retries', '1', '--concurrency', '2', '--json', 's.json']
+    expect(await run(...args, ...same)).toMatchObject({
+      code: 0,
+      err: expect.stringMatching(/^Took over 1 of 1 results from /),
+    })
+    for (const [more, message] of [
+      [['--model', 'n'], /perceiver: .*"m".*, now .*"n".*; reasoner: /],
+      [['--reasoner-model', 'n'], /\(reasoner: .*"m".*, now .*"n"/],
+      [['--base-url', other.baseURL], new RegExp(`now .*${other.baseURL}`)],
+      [['--temperature', '0.5'], /\(temperature: 0, now 0.5\)/],
+      [['--rules', 'strict'], /\(rules: "reference", now "strict"\)/],
+      [['--form', 'na'], /form: "mca", now "na"/],
+      [['--max-pixels', '99999'], /maxPixels: 4194304, now 99999/],
+      [['--min-pixels', '9999'], /minPixels/],
+      [['--max-evidence', '1'], /maxEvidence: 3, now 1/],
+      [['--padding', '0.2'], /padding: 0.1, now 0.2/],
+      [['--resize-rules', 'transformers'], /resizeRules/],
+      [['--coordinates', 'absolute'], /coordinates/],
+      [['--auto-orient'], /autoOrient: false, now true/],
+      [['--image-format', 'png'], /imageFormat/],
+      [['--reproduction'], /reproduction: none, now true/],
+    ] as const) {
+      const { code, out, err } = await run(...args, ...more)
+      expect({ code, out }, more.join(' ')).toEqual({ code: 2, out: '' })
+      expect(err).toMatch(/settings.results.jsonl holds results of other settings/)
+      expect(err).toMatch(message)
+    }
+    await other.close()
+    expect(server.requests.length).toBe(2)
+
+    // Another picture under the same question, as in HR-Bench 4K and 8K.
+    await picture('t.png')
+    write('settings.jsonl', [{ ...rows[0], image: 't.png' }])
+    expect((await run(...args)).err).toMatch(/line 1 has another image/)
+    write('settings.jsonl', rows)
+    const path = join(folder, 'settings.results.jsonl')
+    const [{ settings, ...result }] = results(path)
+    expect(settings).toMatchObject({
+      perceiver: { url: [server.baseURL], model: 'm' },
+      padding: 0.1,
+    })
+    writeFileSync(path, `${JSON.stringify(result)}\n`)
+    expect(await run(...args)).toMatchObject({
+      code: 2,
+      err: expect.stringMatching(/does not record the settings of its results/),
+    })
+  })
+
+  test('--reproduction and --stream', async () => {
+    await picture('p.png')
+    const data = write('paper.jsonl', [{ image: 'p.png', question: 'say A', answer: 'A' }])
+    server = await chatServer(({ prompt }, response) => {
+      response.writeHead(200, { 'content-type': 'text/event-stream' })
+      const content = /JSON/.test(prompt) ? boxes : '<answer>A</answer>'
+      for (const choice of [{ delta: { content } }, { delta: {}, finish_reason: 'stop' }])
+        response.write(`data: ${JSON.stringify({ choices: [{ index: 0, ...choice }] })}\n\n`)
+      response.end('data: [DONE]\n\n')
+    })
+    const args = ['evaluate', data, '--model', 'm', '--base-url', server.baseURL, '--stream']
+    expect(await run(...args, '--reproduction')).toMatchObject({
+      code: 0,
+      out: expect.stringMatching(/all +1 +1 /),
+    })
+    const sampling = { temperature: 0, top_p: 1, repetition_penalty: 1.05, stream: true }
+    expect(server.requests.map(({ body }) => body)).toMatchObject([
+      { ...sampling, max_tokens: 256 },
+      { ...sampling, max_tokens: 1024 },
+    ])
+    for (const { images } of server.requests)
+      expect((await sharp(images[0]).metadata()).format).toBe('png')
+    for (const more of [
+      ['--temperature', '1'],
+      ['--max-pixels', '9'],
+      ['--image-format', 'jpeg'],
+    ])
+      expect(await run(...args, '--reproduction', ...more)).toMatchObject({
+        code: 2,
+        err: expect.stringMatching(/'--reproduction' cannot be used with/),
+      })
   })
 
   test('boxes without a crop are counted', async () => {

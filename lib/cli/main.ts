@@ -99,8 +99,15 @@ function servedOptions(command: Command, concurrency: number): Command {
     .option('--api-key <key>', 'default: $OPENAI_API_KEY')
     .option('--temperature <t>', 'of both roles', nonNegative, 0)
     .option('--timeout <seconds>', 'of one request', nonNegative, 300)
+    .option('--stream', 'streams responses, so that proxies see no idle connection')
     .option('--retries <n>', 'after the first attempt', integerFrom(0), 3)
     .option('--concurrency <n>', 'requests in flight', integerFrom(1), concurrency)
+    .addOption(
+      new Option(
+        '--reproduction',
+        "the settings of the reference's own evaluation: sampling, lengths, sizes and PNG",
+      ).conflicts(['temperature', 'imageFormat', 'maxPixels', 'minPixels']),
+    )
     .addOption(
       new Option('--image-format <format>', 'encoding of the images that are sent')
         .choices(['jpeg', 'png'])
@@ -161,10 +168,10 @@ servedOptions(
     question: string,
     options: RoleOptions & { form: AnswerForm; device?: string; out?: string; json?: boolean },
   ) => {
-    const roles = await rolesOf(options)
+    const { perceiver, reasoner } = await rolesOf(options)
     using device = openDevice(options.device)
     const image = await loadImage(file, device, { autoOrient: options.autoOrient })
-    const made = await answer({ ...roles, image, question, answerForm: options.form })
+    const made = await answer({ perceiver, reasoner, image, question, answerForm: options.form })
     const { evidence, perception, reasoning, truncated } = made
     for (const role of truncated)
       console.error(`The limit of tokens cut off the output of the ${role}.`)

@@ -1,4 +1,5 @@
 // The files that `evaluate` reads and writes, a line of JSON a question.
+import { createHash } from 'node:crypto'
 import { createReadStream, existsSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
 import { dirname, resolve } from 'node:path'
@@ -17,6 +18,8 @@ export interface Row {
   form: AnswerForm
   /** A path, or the bytes of an image. */
   image: string | Uint8Array
+  /** The path as the file has it, or a hash of the bytes. */
+  imageId: string
 }
 
 /** The outcome of a question. */
@@ -26,6 +29,8 @@ export interface Result {
   category: string
   question: string
   truth: string
+  /** Row's imageId. */
+  image?: string
   answer?: string
   reward?: number
   boxes?: number
@@ -35,6 +40,9 @@ export interface Result {
   reasoning?: string
   error?: string
 }
+
+/** What the results of a run depend on beside the questions, by name. The first result that a run writes has them. */
+export type Settings = Record<string, unknown>
 
 const letters = ['A', 'B', 'C', 'D', 'E', 'F', 'G', 'H']
 /** The end of V-Star's questions; the reasoner's prompt has its own instruction. */
@@ -99,7 +107,7 @@ function rowOf(text: string, line: number, path: string, form: AnswerForm): Row 
       (options.length ? `\nOptions:\n${options.join('\n')}` : ''),
     truth,
     form: own,
-    image: imageOf(image, path) ?? bad(`there is no image ${image.slice(0, 200)}`),
+    ...(imageOf(image, path) ?? bad(`there is no image ${image.slice(0, 200)}`)),
   }
 }
 
@@ -124,31 +132,40 @@ function optionsOf(row: Record<string, unknown>): string[] {
 }
 
 /** A path relative to the file's folder, or the image itself in base64, as in HR-Bench. */
-function imageOf(image: string, path: string): string | Uint8Array | undefined {
+function imageOf(image: string, path: string): Pick<Row, 'image' | 'imageId'> | undefined {
+  const encoded = (base64: string): Pick<Row, 'image' | 'imageId'> => {
+    const bytes = Buffer.from(base64, 'base64')
+    const hash = createHash('sha256').update(bytes).digest('hex')
+    return { image: bytes, imageId: `sha256:${hash.slice(0, 16)}` }
+  }
   const data = /^data:image\/[\w.+-]+;base64,/.exec(image)
-  if (data) return Buffer.from(image.slice(data[0].length), 'base64')
+  if (data) return encoded(image.slice(data[0].length))
   if (image.length < 4096) {
     const file = resolve(dirname(path), image)
-    if (existsSync(file)) return file
+    if (existsSync(file)) return { image: file, imageId: image }
   }
-  if (image.length >= 100 && /^[A-Za-z0-9+/\s]+={0,2}\s*$/.test(image))
-    return Buffer.from(image, 'base64')
+  if (image.length >= 100 && /^[A-Za-z0-9+/\s]+={0,2}\s*$/.test(image)) return encoded(image)
   return undefined
 }
 
 /**
- * The results of an earlier run by line; empty if there is no file. An incomplete last line, left by a
- * crash, is ignored.
+ * The results of earlier runs by line, and their settings; empty if there is no file. An incomplete last line,
+ * left by a crash, is ignored.
  */
-export async function readResults(path: string): Promise<Map<number, Result>> {
+export async function readResults(
+  path: string,
+): Promise<{ results: Map<number, Result>; settings?: Settings }> {
   const results = new Map<number, Result>()
-  if (!existsSync(path)) return results
+  let settings: Settings | undefined
+  if (!existsSync(path)) return { results }
   const lines = (await readFile(path, 'utf8')).split('\n')
   for (const [i, text] of lines.entries()) {
     if (text.trim() === '') continue
     try {
-      const result = JSON.parse(text) as Result
-      if (!Number.isInteger(result?.line)) throw new Error('no line')
+      const read = JSON.parse(text) as Result & { settings?: Settings }
+      if (!Number.isInteger(read?.line)) throw new Error('no line')
+      const { settings: own, ...result } = read
+      settings = own ? { ...own, ...settings } : settings
       results.set(result.line, result)
     } catch (cause) {
       if (i === lines.length - 1) break
@@ -160,5 +177,5 @@ export async function readResults(path: string): Promise<Map<number, Result>> {
       )
     }
   }
-  return results
+  return { results, ...(settings && { settings }) }
 }

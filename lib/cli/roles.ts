@@ -1,7 +1,8 @@
 import type { Coordinates, EvidenceOptions } from '../p2r/evidence.js'
-import { OpenAIPolicy } from '../p2r/openai.js'
+import { OpenAIPolicy, type OpenAIPolicyOptions } from '../p2r/openai.js'
 import { Perceiver } from '../p2r/perceiver.js'
 import { Reasoner } from '../p2r/reasoner.js'
+import { reproductionSettings } from '../p2r/reproduction.js'
 import { modelVerifier, type RewardRules, type Verifier } from '../p2r/reward.js'
 import { UsageError } from './usage.js'
 
@@ -33,6 +34,14 @@ export interface RoleOptions extends CropOptions {
   temperature: number
   imageFormat: 'jpeg' | 'png'
   rules: RewardRules
+  stream?: boolean
+  reproduction?: boolean
+}
+
+/** Where a part is served. */
+export interface Server {
+  url: string[]
+  model: string
 }
 
 export function evidenceOptions(options: CropOptions): EvidenceOptions {
@@ -41,46 +50,71 @@ export function evidenceOptions(options: CropOptions): EvidenceOptions {
   return { maxPixels, minPixels, maxEvidence, padding: square, rules: resizeRules, coordinates }
 }
 
-export async function rolesOf(
-  options: RoleOptions,
-): Promise<{ perceiver: Perceiver; reasoner: Reasoner }> {
+export async function rolesOf(options: RoleOptions): Promise<{
+  perceiver: Perceiver
+  reasoner: Reasoner
+  servers: { perceiver: Server; reasoner: Server }
+}> {
   const { temperature, rules } = options
-  const [perceiving, reasoning] = [
-    await served('perceiver', options),
-    await served('reasoner', options),
-  ]
+  const settings = options.reproduction ? reproductionSettings() : undefined
+  const servers = {
+    perceiver: await serverOf('perceiver', options),
+    reasoner: await serverOf('reasoner', options),
+  }
   return {
-    perceiver: new Perceiver(perceiving, {
+    servers,
+    perceiver: new Perceiver(policyOf(servers.perceiver, options, settings?.policy), {
       temperature,
       boxRules: rules,
       ...evidenceOptions(options),
+      ...settings?.perceiver,
     }),
-    reasoner: new Reasoner(reasoning, { temperature, rules }),
+    reasoner: new Reasoner(policyOf(servers.reasoner, options, settings?.policy), {
+      temperature,
+      rules,
+      ...settings?.reasoner,
+    }),
   }
 }
 
-export async function verifierOf(options: RoleOptions): Promise<Verifier> {
-  return modelVerifier(await served('verifier', options), { rules: options.rules })
+export async function verifierOf(
+  options: RoleOptions,
+): Promise<{ verifier: Verifier; server: Server }> {
+  const server = await serverOf('verifier', options)
+  return { server, verifier: modelVerifier(policyOf(server, options), { rules: options.rules }) }
 }
 
 type Part = 'perceiver' | 'reasoner' | 'verifier'
 
-async function served(part: Part, options: RoleOptions): Promise<OpenAIPolicy> {
-  const baseURL = options[`${part}Url`] ?? options.baseUrl
-  if (!baseURL)
+async function serverOf(part: Part, options: RoleOptions): Promise<Server> {
+  const url = options[`${part}Url`] ?? options.baseUrl
+  if (!url)
     throw new UsageError(`the ${part} needs --base-url, where its server is, or --${part}-url`)
-  const apiKey = options.apiKey ?? process.env.OPENAI_API_KEY
-  const model =
-    options[`${part}Model`] ?? options.model ?? (await onlyModel(baseURL[0]!, part, apiKey))
+  const named = options[`${part}Model`] ?? options.model
+  return { url, model: named ?? (await onlyModel(url[0]!, part, apiKeyOf(options))) }
+}
+
+function apiKeyOf({ apiKey }: RoleOptions): string | undefined {
+  return apiKey ?? process.env.OPENAI_API_KEY
+}
+
+function policyOf(
+  { url, model }: Server,
+  options: RoleOptions,
+  more: Partial<OpenAIPolicyOptions> = {},
+): OpenAIPolicy {
+  const apiKey = apiKeyOf(options)
   return new OpenAIPolicy({
-    baseURL,
+    baseURL: url,
     model,
     ...(apiKey && { apiKey }),
     timeoutMs: 1000 * options.timeout,
     maxRetries: options.retries,
     concurrency: options.concurrency,
     imageFormat: options.imageFormat,
+    ...(options.stream && { stream: true }),
     tokens: false,
+    ...more,
   })
 }
 

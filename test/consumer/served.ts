@@ -62,6 +62,7 @@ import {
   type Reasoning,
   type ReasonPromptArgs,
   RecordedPolicy,
+  type ReproductionSettings,
   type RewardRules,
   type Role,
   type RoleMetrics,
@@ -73,6 +74,7 @@ import {
   type RolloutRequest,
   reasonPrompt,
   recordPolicy,
+  reproductionSettings,
   type Sample,
   type SaveRolloutsOptions,
   type Schedule,
@@ -160,6 +162,12 @@ export async function run(image: Tensor<'u8'>): Promise<Judged<Question>[]> {
   const a: EvaluateArgs = { perceiver, reasoner, questions: [question] }
   for await (const judged of evaluate(a)) all.push(judged)
   return all
+}
+
+export function asPublished(baseURL: string): [Perceiver, Reasoner] {
+  const settings: ReproductionSettings = reproductionSettings()
+  const policy = new OpenAIPolicy({ baseURL, model: 'm', ...settings.policy })
+  return [new Perceiver(policy, settings.perceiver), new Reasoner(policy, settings.reasoner)]
 }
 
 export async function train(device: Device, samples: Sample[], model: TrainedModel) {
