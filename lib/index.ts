@@ -56,6 +56,7 @@ export {
   attention,
   attentionBackward,
   attentionMass,
+  type CausalArgs,
   type KernelOperation,
   kernels,
   type PackedAttentionBackwardResult,

@@ -1,6 +1,6 @@
-// Softmax attention over packed sequences, all keys of a sequence visible to all of its queries,
-// without ever holding a T x T matrix (Dao et al., FlashAttention, 2022; the running maximum and
-// sum are Milakov and Gimelshein's, 2018). For each sequence and head:
+// Softmax attention over packed sequences, without ever holding a T x T matrix (Dao et al.,
+// FlashAttention, 2022; the running maximum and sum are Milakov and Gimelshein's, 2018). For each
+// sequence and head, over the keys that a query sees:
 //
 //   S = scale Q K^T        P = softmax(S), row by row
 //   out = P V              lse = ln sum_keys exp(S)
@@ -16,15 +16,38 @@
 // their gradients as one d_qkv. lse and mass are [H, T] f32. cu_seqlens: 0 = c_0 <= ... <= c_B = T;
 // an empty sequence owns no rows. out may not overlap the inputs.
 //
+// Which keys a query sees: all of its sequence, unless the arguments below say otherwise, which can
+// be combined.
+//   k, v [Tk, Kv, D]     Kv divides H: query head h reads key head h / (H / Kv) (Ainslie et al.,
+//   GQA,
+//                        2023); dK and dV are summed over the query heads in order.
+//   cu_seqlens_k         sequence s has the rows cu_seqlens_k[s] .. cu_seqlens_k[s + 1] of k and v
+//   as
+//                        its own keys; empty: cu_seqlens.
+//   shared_keys          a range (start, length) of rows for each sequence, which stand before its
+//   own
+//                        keys, and any number of sequences may share; outside of all own keys. Its
+//                        dK and dV are summed over the sequences in order. Empty: none.
+//   causal               query i of n sees all shared keys and the first i + 1 + (own keys - n) of
+//   its
+//                        own: aligned at the last query and key.
+// A query that sees no key has out 0 and lse -inf and no gradient; a row of k and v that no
+// sequence has gets a gradient of 0.
+//
 // rotary tables cos and sin [T, D] f32 (packed input only): q and k are rotated and rounded to
 // their type first, exactly as by apply_rotary; d_qkv is rotated back before its one rounding.
 //
 // Intermediates are f32, except in the kernels on tensor cores (f16 and bf16 only) and the CPU's
 // bf16 kernel with AVX512-BF16, which round P and dS to the inputs' type as operands of the next
 // product. Sums are f32, in an order fixed by the lengths and D alone, so results do not depend on
-// the number of threads and repeat bit for bit.
+// the number of threads and repeat bit for bit. On the CPU, for an instruction set, with any of the
+// arguments above, a query's out and lse depend on nothing but its own q and the keys and values
+// that it sees, in order: not on the number of queries, nor on where keys are stored. (Where it
+// sees all keys of its own sequence and none of the arguments is given, sums may have another
+// order.)
 //
-// Values that are not finite stay within their sequence and head. A logit of -inf has weight 0; a
+// Values that are not finite stay within their sequence and head (or those that share a key);
+// forward, those of keys that a query does not see do not reach it. A logit of -inf has weight 0; a
 // query without any other logit has lse -inf and a row of NaN; a logit of NaN or +inf makes out and
 // lse of its query NaN. The backward and the mass take lse as the forward gave it; where it is not
 // finite, that query's gradient and its whole sequence's dK, dV and mass of that head are NaN.
@@ -36,12 +59,45 @@
 
 namespace p2r {
 
+// A sequence's queries, a range of rows of q, and the rows of k and v that are its keys, in order:
+// those that it shares, then its own.
+struct AttentionSequence {
+  int64_t query, queries;
+  int64_t shared, shared_keys, own, own_keys;
+
+  int64_t keys() const { return shared_keys + own_keys; }
+  // How many keys query i sees, from the first on.
+  int64_t visible(int64_t i, bool causal) const {
+    if (!causal) return keys();
+    return shared_keys + std::clamp<int64_t>(i + 1 + own_keys - queries, 0, own_keys);
+  }
+};
+
+// Which keys queries see; the default is all of their own sequence.
+struct AttentionKeys {
+  Ints cu_seqlens_k, shared_keys;  // empty: cu_seqlens; none
+  bool causal = false;
+
+  size_t sequences(const Ints& cu_seqlens) const { return cu_seqlens.size() - 1; }
+  AttentionSequence sequence(const Ints& cu_seqlens, size_t s) const {
+    const Ints& cu_k = cu_seqlens_k.empty() ? cu_seqlens : cu_seqlens_k;
+    const bool shares = !shared_keys.empty();
+    return {cu_seqlens[s],
+            cu_seqlens[s + 1] - cu_seqlens[s],
+            shares ? shared_keys[2 * s] : 0,
+            shares ? shared_keys[2 * s + 1] : 0,
+            cu_k[s],
+            cu_k[s + 1] - cu_k[s]};
+  }
+};
+
 // The multiply-adds of one of attention's matrix products over x [T, ..., H, D].
-inline double attention_product(const View& x, const Ints& cu_seqlens) {
+inline double attention_product(const View& x, const Ints& cu_seqlens,
+                                const AttentionKeys& keys = {}) {
   double pairs = 0;
-  for (size_t i = 1; i < cu_seqlens.size(); ++i) {
-    const double n = static_cast<double>(cu_seqlens[i] - cu_seqlens[i - 1]);
-    pairs += n * n;
+  for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s) {
+    const AttentionSequence q = keys.sequence(cu_seqlens, s);
+    pairs += static_cast<double>(q.queries) * static_cast<double>(q.keys());
   }
   return pairs * static_cast<double>(x.shape[-2] * x.shape[-1]);
 }
@@ -51,11 +107,15 @@ inline double attention_product(const View& x, const Ints& cu_seqlens) {
 struct AttentionArgs {
   In q, k, v, qkv, cos, sin;
   Ints cu_seqlens;
+  AttentionKeys keys;
   double scale = 1;
   int64_t kernel = 0;
   Out out, lse;
-  auto fields() { return std::tie(q, k, v, qkv, cos, sin, cu_seqlens, scale, kernel, out, lse); }
-  double work() const { return 2 * attention_product(qkv ? qkv : q, cu_seqlens); }
+  auto fields() {
+    return std::tie(q, k, v, qkv, cos, sin, cu_seqlens, keys.cu_seqlens_k, keys.shared_keys,
+                    keys.causal, scale, kernel, out, lse);
+  }
+  double work() const { return 2 * attention_product(qkv ? qkv : q, cu_seqlens, keys); }
 };
 
 struct AttentionMassArgs {
@@ -68,12 +128,21 @@ struct AttentionMassArgs {
 };
 
 // Where q, k and v (or their gradients) are stored: three tensors, or slices of a packed one. Head
-// h of token t starts `t * row + h * head_dim` elements after the pointer.
+// h of token t starts `t * row + h * head_dim` elements after the pointer, or `t * key_row + ...`.
 struct AttentionLayout {
   char *q = nullptr, *k = nullptr, *v = nullptr;
   DType dtype = DType::f32;
   int64_t tokens = 0, heads = 0, head_dim = 0, row = 0;
+  int64_t key_tokens = 0, key_heads = 0, key_row = 0;
+
+  int64_t group() const { return key_heads ? heads / key_heads : 1; }
 };
+
+// Whether every query sees all keys of its own sequence, one head each.
+inline bool sees_own_sequence(const AttentionLayout& in, const AttentionKeys& keys) {
+  return !keys.causal && keys.cu_seqlens_k.empty() && keys.shared_keys.empty() &&
+         in.key_heads == in.heads;
+}
 
 inline AttentionLayout attention_layout(const View& q, const View& k, const View& v,
                                         const View& qkv) {
@@ -85,6 +154,9 @@ inline AttentionLayout attention_layout(const View& q, const View& k, const View
   l.head_dim = x.shape[-1];
   const int64_t inner = l.heads * l.head_dim;
   l.row = qkv ? 3 * inner : inner;
+  l.key_tokens = qkv ? l.tokens : k.shape[0];
+  l.key_heads = qkv ? l.heads : k.shape[1];
+  l.key_row = qkv ? l.row : l.key_heads * l.head_dim;
   const auto part = [&](const View& own, int64_t i) {
     return qkv ? qkv.as<char>() + i * inner * static_cast<int64_t>(size_of(x.dtype))
                : own.as<char>();
@@ -115,16 +187,18 @@ inline int64_t attention_alignment_copy(const View& x) {
 struct AttentionBackwardArgs {
   In d_out, q, k, v, qkv, cos, sin, out, lse;
   Ints cu_seqlens;
+  AttentionKeys keys;
   double scale = 1;
   bool deterministic = true;
   int64_t kernel = 0;
   Out d_q, d_k, d_v, d_qkv;
   auto fields() {
-    return std::tie(d_out, q, k, v, qkv, cos, sin, out, lse, cu_seqlens, scale, deterministic,
-                    kernel, d_q, d_k, d_v, d_qkv);
+    return std::tie(d_out, q, k, v, qkv, cos, sin, out, lse, cu_seqlens, keys.cu_seqlens_k,
+                    keys.shared_keys, keys.causal, scale, deterministic, kernel, d_q, d_k, d_v,
+                    d_qkv);
   }
   // S and dP in each of the two passes, and the three gradients.
-  double work() const { return 7 * attention_product(qkv ? qkv : q, cu_seqlens); }
+  double work() const { return 7 * attention_product(qkv ? qkv : q, cu_seqlens, keys); }
   // An upper bound of a GPU's scratch memory: the workspace, delta, the list of tiles of at least
   // 32 tokens, and copies of misaligned inputs.
   int64_t scratch() const {

@@ -32,10 +32,10 @@ bool fills_tiles_of_128(const Ints& cu_seqlens) {
 
 // In order of preference within each device.
 constexpr KernelChoice kChoices[] = {
-    {"attention", "cpu", "", "tiled", any, any_lengths},
-    {"attention", "cuda", "9.0", "wgmma", hopper, fills_tiles_of_128},
-    {"attention", "cuda", "", "mma", halves, any_lengths},
-    {"attention", "cuda", "", "plain", any, any_lengths},
+    {"attention", "cpu", "", "tiled", true, any, any_lengths},
+    {"attention", "cuda", "9.0", "wgmma", false, hopper, fills_tiles_of_128},
+    {"attention", "cuda", "", "mma", false, halves, any_lengths},
+    {"attention", "cuda", "", "plain", false, any, any_lengths},
 };
 
 }  // namespace

@@ -11,6 +11,7 @@ struct KernelChoice {
   const char *op, *backend;
   const char* capability;  // CUDA: the only compute capability it runs on, "" for any
   const char* name;
+  bool any_keys;  // whether it takes all of AttentionKeys (ops/attention.h), and grouped heads
   bool (*supports)(DType dtype, int64_t head_dim);
   // Whether it is a good choice for sequences of these lengths, if it supports the input.
   bool (*suits)(const Ints& cu_seqlens);

@@ -140,8 +140,8 @@ describe('operations', () => {
   })
 
   test('refuse unknown options and values', () => {
-    // @ts-expect-error no causal mask
-    attention({ qkv: f32, cuSeqlens: [0], causal: true })
+    // @ts-expect-error no such mask
+    attention({ qkv: f32, cuSeqlens: [0], window: 64 })
     // @ts-expect-error no such form
     gelu({ x: f32, approximate: 'fast' })
     // @ts-expect-error a part of a region

@@ -4,8 +4,11 @@
 #include "cpu/attention/attention.h"
 
 #include <cmath>
+#include <memory>
 #include <utility>
 #include <vector>
+
+#include "cpu/attention/grouped.h"
 
 namespace p2r::cpu {
 
@@ -95,6 +98,11 @@ using namespace attention_kernels;
 void attention(const AttentionArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   const Call c(cpu, attention_layout(a.q, a.k, a.v, a.qkv), a.cos, a.sin, a.scale);
+  if (!sees_own_sequence(c.in, a.keys)) {
+    grouped_attention(cpu, std::make_shared<const Grouped>(c, a.keys, a.cu_seqlens),
+                      a.out.as<char>(), a.lse.as<float>());
+    return;
+  }
   int64_t max_queries = kMaxQueries, longest = 0, longest_short = 0;
   for (size_t i = 1; i < a.cu_seqlens.size(); ++i) {
     const int64_t keys = a.cu_seqlens[i] - a.cu_seqlens[i - 1];
@@ -123,6 +131,8 @@ void attention(const AttentionArgs& a, Device& device) {
 void attention_backward(const AttentionBackwardArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   const Call c(cpu, attention_layout(a.q, a.k, a.v, a.qkv), a.cos, a.sin, a.scale);
+  if (!sees_own_sequence(c.in, a.keys))
+    throw Error(Code::value, "causal, cuSeqlensK, sharedKeys and grouped heads are forward only");
   const BackwardTensors tensors{a.d_out.as<char>(), a.out.as<char>(), a.lse.as<float>(),
                                 attention_layout(a.d_q, a.d_k, a.d_v, a.d_qkv)};
   const auto pass = [&](int gradients, std::vector<Task> tasks, int64_t keys) {

@@ -6,6 +6,7 @@
 //   short_sequences.cpp  forward of sequences whose row of P stays in L1: all keys at once
 //   backward.cpp         dQ, dK, dV
 //   mass.cpp             column sums of P
+//   grouped*             causal, with grouped key heads, shared or cached keys: see grouped.h
 //   rows.cpp             rotary embedding, conversion to panel words, transposed stores, prefetch
 //
 // A task is a span of queries against a span of keys of one sequence, and runs for one head on one
@@ -25,6 +26,7 @@
 namespace p2r::cpu::attention_kernels {
 
 constexpr int64_t kQueryBlock = 192;  // backward and mass: queries of a block
+constexpr int64_t kKeyBlock = 192;    // forward: keys of a product; a panel of P^T fills half of L1
 constexpr int64_t kTaskKeys = 256;    // backward of a long sequence, and mass: keys of a task
 constexpr int64_t kMaxDim = 128;
 
@@ -103,6 +105,8 @@ Rows rows_of(const Call& c, const char* x, int64_t row, int64_t head, Span token
 // The same of q or k, rotated by the rotary tables and rounded to its type in `buffer`, if there
 // are tables.
 Rows rotated_rows(const Call& c, const char* x, int64_t head, Span tokens, float* buffer);
+// One head of a token of q or k, rotated and rounded to its type; `to` may be `from`.
+void rotate_row(const Call& c, int64_t token, const char* from, char* to);
 // n rows of D entries converted to panel words along D, `stride` words apart in `buffer`.
 Rows to_words(const Call& c, const Rows& x, int64_t n, int64_t stride, float* buffer);
 // V as the B operand of P V: a row of D words for each key, or pair of keys, `stride` words apart.

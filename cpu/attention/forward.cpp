@@ -13,12 +13,6 @@
 
 namespace p2r::cpu::attention_kernels {
 
-namespace {
-
-constexpr int64_t kKeyBlock = 192;  // a panel of P^T fills half of L1
-
-}  // namespace
-
 ForwardBuffers forward_buffers(const Call& c, Workspace& workspace, int64_t max_queries) {
   const int64_t d = c.in.head_dim, queries = round_up(max_queries, c.nr);
   const auto take = [&](int64_t floats) { return workspace.take<float>(floats); };

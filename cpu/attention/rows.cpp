@@ -13,15 +13,19 @@ Rows rotated_rows(const Call& c, const char* x, int64_t head, Span tokens, float
   if (!c.cos) return rows;
   const int64_t d = c.in.head_dim;
   char* out = reinterpret_cast<char*>(buffer);
-  for (int64_t t = 0; t < tokens.size(); ++t) {
-    float row[kMaxDim];
-    const int64_t angles = (tokens.begin + t) * d;
-    c.simd->to_f32(c.in.dtype, static_cast<const char*>(rows.data) + t * rows.stride * c.size(),
-                   row, d);
-    c.simd->rotate_half(row, c.cos + angles, c.sin + angles, d / 2, false, row);
-    c.simd->from_f32(c.in.dtype, row, out + t * d * c.size(), d);
-  }
+  for (int64_t t = 0; t < tokens.size(); ++t)
+    rotate_row(c, tokens.begin + t,
+               static_cast<const char*>(rows.data) + t * rows.stride * c.size(),
+               out + t * d * c.size());
   return {c.in.dtype, buffer, d};
+}
+
+void rotate_row(const Call& c, int64_t token, const char* from, char* to) {
+  const int64_t d = c.in.head_dim, angles = token * d;
+  float row[kMaxDim];
+  c.simd->to_f32(c.in.dtype, from, row, d);
+  c.simd->rotate_half(row, c.cos + angles, c.sin + angles, d / 2, false, row);
+  c.simd->from_f32(c.in.dtype, row, to, d);
 }
 
 Rows to_words(const Call& c, const Rows& x, int64_t n, int64_t stride, float* buffer) {

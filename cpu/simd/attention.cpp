@@ -13,32 +13,36 @@ namespace {
 
 const float kInfinity = __builtin_inff();
 
-// Each lane's extreme over `keys` rows, and `start`.
-template <vf (*Extreme)(vf, vf)>
-inline vf extreme(int64_t keys, int64_t ld, const float* s, float start) {
+// Each lane's extreme over `keys` rows, the first seen[lane] of them if kMasked, and `start`.
+template <vf (*Extreme)(vf, vf), bool kMasked>
+inline vf extreme(int64_t keys, int64_t ld, const float* s, float start, vi seen) {
+  const auto logits = [&](int64_t key) {
+    const vf x = loadf(s + key * ld);
+    return kMasked ? (seen > static_cast<int32_t>(key) ? x : set1(start)) : x;
+  };
   vf m[4];
   for (vf& lanes : m) lanes = set1(start);
   int64_t key = 0;
   for (; key + 4 <= keys; key += 4)
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) m[i] = Extreme(m[i], loadf(s + (key + i) * ld));
-  for (; key < keys; ++key) m[0] = Extreme(m[0], loadf(s + key * ld));
+    for (int i = 0; i < 4; ++i) m[i] = Extreme(m[i], logits(key + i));
+  for (; key < keys; ++key) m[0] = Extreme(m[0], logits(key));
   return Extreme(Extreme(m[0], m[1]), Extreme(m[2], m[3]));
 }
 
-}  // namespace
-
-int vector_width() { return W; }
-
-bool softmax_update(bool pairs, int64_t keys, int64_t ld, int64_t columns, float scale, float* s,
-                    float* max, float* sum, float* rescale) {
+// A step of the online softmax; `visible`, if kMasked, has the keys that each lane sees.
+template <bool kMasked>
+inline bool update(bool pairs, int64_t keys, int64_t ld, int64_t columns, float scale,
+                   const int32_t* visible, float* s, float* max, float* sum, float* rescale) {
   const float scale_log2 = scale * kLog2e;  // exp(scale s) = 2^(scale_log2 s)
   vi changed = {};
   for (int64_t c = 0; c < columns; c += W) {
     float* x = s + c;
+    const vi seen = kMasked ? load<vi>(visible + c) : vi{};
     const vf before = loadf(max + c);
-    const vf after = scale < 0 ? vmin(before, extreme<vmin>(keys, ld, x, kInfinity))
-                               : vmax(before, extreme<vmax>(keys, ld, x, -kInfinity));
+    const vf after = scale < 0
+                         ? vmin(before, extreme<vmin, kMasked>(keys, ld, x, kInfinity, seen))
+                         : vmax(before, extreme<vmax, kMasked>(keys, ld, x, -kInfinity, seen));
     // Where every logit so far is -inf, P is 0, not exp(-inf + inf).
     const vi none = after == (scale < 0 ? kInfinity : -kInfinity);
     const vf shift = none ? vf{} : after;
@@ -46,7 +50,8 @@ bool softmax_update(bool pairs, int64_t keys, int64_t ld, int64_t columns, float
 
     vf total[4] = {};
     const auto probability = [&](int64_t key, int i) {
-      const vf p = exp2(loadf(x + key * ld) * scale_log2 - origin);
+      const vf e = exp2(loadf(x + key * ld) * scale_log2 - origin);
+      const vf p = kMasked ? (seen > static_cast<int32_t>(key) ? e : vf{}) : e;
       total[i] += p;
       return p;
     };
@@ -77,6 +82,44 @@ bool softmax_update(bool pairs, int64_t keys, int64_t ld, int64_t columns, float
   int32_t any = 0;
   for (int i = 0; i < W; ++i) any |= changed[i];
   return any != 0;
+}
+
+}  // namespace
+
+int vector_width() { return W; }
+
+bool softmax_update(bool pairs, int64_t keys, int64_t ld, int64_t columns, float scale, float* s,
+                    float* max, float* sum, float* rescale) {
+  return update<false>(pairs, keys, ld, columns, scale, nullptr, s, max, sum, rescale);
+}
+
+bool softmax_update_visible(bool pairs, int64_t keys, int64_t ld, int64_t columns, float scale,
+                            const int32_t* visible, float* s, float* max, float* sum,
+                            float* rescale) {
+  return update<true>(pairs, keys, ld, columns, scale, visible, s, max, sum, rescale);
+}
+
+void softmax_merge(int64_t columns, float scale, float* max, float* sum, const float* other_max,
+                   const float* other_sum, float* factor, float* other_factor) {
+  const float scale_log2 = scale * kLog2e;
+  for (int64_t c = 0; c < columns; c += W) {
+    const vf one = loadf(max + c), two = loadf(other_max + c);
+    const vf after = scale < 0 ? vmin(one, two) : vmax(one, two);
+    const vi none = after == (scale < 0 ? kInfinity : -kInfinity);
+    const vf shift = none ? vf{} : after;
+    const vf f = exp2((one - shift) * scale_log2), g = exp2((two - shift) * scale_log2);
+    store(sum + c, loadf(sum + c) * f + loadf(other_sum + c) * g);
+    store(max + c, after);
+    store(factor + c, f);
+    store(other_factor + c, g);
+  }
+}
+
+void merge_rows(int64_t rows, int64_t n, const float* factor, const float* other_factor, float* x,
+                const float* other) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < n; ++i)
+      x[r * n + i] = x[r * n + i] * factor[r] + other[r * n + i] * other_factor[r];
 }
 
 void softmax_finalize(int64_t columns, float scale, const float* max, const float* sum, float* lse,

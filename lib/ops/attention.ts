@@ -1,4 +1,12 @@
-import { checkArguments, checkInt32, checkString, hostInts, type Names } from '../arguments.js'
+import {
+  checkArguments,
+  checkArray,
+  checkBoolean,
+  checkInt32,
+  checkString,
+  hostInts,
+  type Names,
+} from '../arguments.js'
 import { checkDevice, type Device } from '../device.js'
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
@@ -15,9 +23,9 @@ export type AttentionKernel = 'tiled' | 'wgmma' | 'mma' | 'plain' | (string & {}
 export interface SeparateHeads<D extends FloatDType = FloatDType> {
   /** [T, H, D], f32 | f16 | bf16, D a multiple of 8 from 8 to 128. */
   q: Tensor<D>
-  /** As q in shape and type. */
+  /** [Tk, Kv, D], of q's type; Kv divides H, and query head h reads key head ⌊h / (H / Kv)⌋. */
   k: Tensor<NoInfer<D>>
-  /** As q in shape and type. */
+  /** As k in shape and type. */
   v: Tensor<NoInfer<D>>
   /** Excluded by q, k and v. */
   qkv?: never
@@ -55,13 +63,40 @@ export interface AttentionOptions {
   scale?: number
 }
 
+/** Which keys a query sees. */
+export interface CausalArgs {
+  /**
+   * Whether a query sees only keys up to its own place: of its sequence's n queries and m own keys, query i
+   * sees the first i + 1 + m − n (aligned at the ends), beside all shared keys.
+   *
+   * @default false: all keys of its sequence
+   */
+  causal?: boolean
+  /**
+   * Where each sequence's own keys begin and end among the rows of k and v: as cuSeqlens, ending with Tk.
+   * With sharedKeys it may begin after 0 and end before Tk. Needs q, k and v.
+   *
+   * @default cuSeqlens: as many keys as queries
+   */
+  cuSeqlensK?: Ints
+  /**
+   * For each sequence a range of rows of k and v that stands before its own keys, seen by all of its queries;
+   * several sequences may have the same, as rollouts of one prompt. A length of 0 is none. It must be outside
+   * of all own keys. Needs q, k and v.
+   *
+   * @default no shared keys
+   */
+  sharedKeys?: readonly (readonly [start: number, length: number])[]
+}
+
 /** Which kernel computes. */
 export interface AttentionKernelOption {
   /**
    * One of `kernels('attention', device)`.
    *
-   * @default the first of them that supports D and the type, but 'mma' rather than 'wgmma' where most of the
-   *   work is in sequences of up to 64 tokens
+   * @default the first of them that supports D, the type and the keys (of which 'wgmma' takes only a
+   *   sequence's own, all of them, with Kv = H), but 'mma' rather than 'wgmma' where most of the work is in
+   *   sequences of up to 64 tokens
    */
   kernel?: AttentionKernel
 }
@@ -69,6 +104,7 @@ export interface AttentionKernelOption {
 /** The arguments of `attention`: either q, k and v, or qkv. */
 export type AttentionArgs<D extends FloatDType = FloatDType> = (SeparateHeads<D> | PackedHeads<D>) &
   AttentionOptions &
+  CausalArgs &
   AttentionKernelOption
 
 /** `AttentionArgs`. */
@@ -90,17 +126,23 @@ const headNames: Names<SeparateHeads | PackedHeads> = {
   rotary: true,
 }
 const optionNames: Names<AttentionOptions> = { cuSeqlens: true, scale: true }
-const names: Names<AttentionArgs> = { ...headNames, ...optionNames, kernel: true }
+const keyNames: Names<CausalArgs> = { causal: true, cuSeqlensK: true, sharedKeys: true }
+const names: Names<AttentionArgs> = { ...headNames, ...optionNames, ...keyNames, kernel: true }
 
 /**
- * softmax(scale · q kᵀ) v within each packed sequence and head, every key visible to every query of
- * its sequence; there is no causal mask (Dao et al., FlashAttention, 2022). No T × T matrix is materialized.
+ * softmax(scale · q kᵀ) v within each packed sequence and head (Dao et al., FlashAttention, 2022), every key
+ * visible to every query of its sequence, or causal; with grouped key heads (Ainslie et al., GQA, 2023) and
+ * keys that sequences share, as rollouts do their prompt's. No T × T matrix is materialized.
  *
  * A query whose logits are all -∞ has lse -∞ and NaN in out; a logit of NaN or +∞ makes both NaN for its
- * query.
+ * query; one that sees no key has lse -∞ and 0 in out. Results by parts of the keys can be merged by their lse.
  *
- * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for cuSeqlens, scale, kernel,
- *   or both forms of input at once; ERR_DEVICE; ERR_DISPOSED.
+ * On the CPU, for one instruction set, results with `causal`, grouped heads, cuSeqlensK or sharedKeys are the
+ * same bits however a sequence's keys are stored, in whatever chunks its queries come, and in
+ * `cachedAttention`.
+ *
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for cuSeqlens, cuSeqlensK,
+ *   sharedKeys, scale, kernel, or both forms of input at once; ERR_DEVICE; ERR_DISPOSED.
  * @example
  * ```js
  * import { attention, openDevice } from 'p2r-kernels'
@@ -118,7 +160,7 @@ export function attention<D extends FloatDType>(a: AttentionArgs<D>): Held<Atten
   const { device } = firstOf(a, op)
   const [out, lse] = native().ops.attention!(
     ...inputs(a, op),
-    hostInts(a.cuSeqlens, 'cuSeqlens', op),
+    ...keysOf(a, op),
     a.scale,
     a.kernel,
   ) as [unknown, unknown]
@@ -171,10 +213,11 @@ const backwardNames: Names<AttentionBackwardArgs> = {
 }
 
 /**
- * The gradients of `attention`. Repeats bit for bit, unless `deterministic` is false.
+ * The gradients of `attention`. Repeats bit for bit, unless `deterministic` is false. A key head's gradient is
+ * the sum over its query heads, and a shared key's over the sequences that share it, in their order.
  *
- * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for cuSeqlens, scale, kernel,
- *   or both forms of input at once; ERR_DEVICE; ERR_DISPOSED.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for cuSeqlens, cuSeqlensK,
+ *   sharedKeys, scale, kernel, or both forms of input at once; ERR_DEVICE; ERR_DISPOSED.
  * @example
  * ```js
  * import { attention, attentionBackward, openDevice } from 'p2r-kernels'
@@ -208,7 +251,7 @@ export function attentionBackward<D extends FloatDType>(
     handleOf(a.dOut, 'dOut', op),
     handleOf(a.out, 'out', op),
     handleOf(a.lse, 'lse', op),
-    hostInts(a.cuSeqlens, 'cuSeqlens', op),
+    ...keysOf(a, op),
     a.scale,
     a.deterministic ?? true,
     a.kernel,
@@ -220,7 +263,10 @@ export function attentionBackward<D extends FloatDType>(
 
 /** The arguments of `attentionMass`: the input of `attention`, of which v is not needed, and its lse. */
 export type AttentionMassArgs<D extends FloatDType = FloatDType> = (
-  | Omit<SeparateHeads<D>, 'v'>
+  | (Omit<SeparateHeads<D>, 'k' | 'v'> & {
+      /** As q in shape and type. */
+      k: Tensor<NoInfer<D>>
+    })
   | PackedHeads<D>
 ) &
   AttentionOptions & {
@@ -268,6 +314,32 @@ export function attentionMass<D extends FloatDType>(a: AttentionMassArgs<D>): Te
     a.scale,
   )
   return wrap<'f32'>(device, mass)
+}
+
+// cuSeqlens, causal, cuSeqlensK and sharedKeys as the addon takes them.
+function keysOf(a: AttentionOptions & CausalArgs, op: string): unknown[] {
+  const { cuSeqlens, causal = false, cuSeqlensK, sharedKeys } = a
+  return [
+    hostInts(cuSeqlens, 'cuSeqlens', op),
+    checkBoolean(causal, 'causal', op),
+    cuSeqlensK === undefined ? undefined : hostInts(cuSeqlensK, 'cuSeqlensK', op),
+    sharedKeys === undefined ? undefined : rangesOf(sharedKeys, op),
+  ]
+}
+
+function rangesOf(ranges: NonNullable<CausalArgs['sharedKeys']>, op: string): Float64Array {
+  const out = new Float64Array(2 * checkArray(ranges, 'sharedKeys', op).length)
+  ranges.forEach((range, s) => {
+    const pair = hostInts(range, `sharedKeys[${s}]`, op)
+    if (pair.length !== 2)
+      refuse(
+        'ERR_VALUE',
+        op,
+        `sharedKeys[${s}] must be [start, length], got ${pair.length} numbers`,
+      )
+    out.set(pair, 2 * s)
+  })
+  return out
 }
 
 type Unchecked = { q?: unknown; k?: unknown; v?: unknown; qkv?: unknown; rotary?: unknown }

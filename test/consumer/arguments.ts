@@ -20,6 +20,7 @@ import {
   attentionBackward,
   attentionMass,
   type BiasGradient,
+  type CausalArgs,
   type ClipGradNormArgs,
   type CropRegion,
   type CropResampleArgs,
@@ -148,8 +149,9 @@ export const named = (device: Device): AttentionKernelOption => {
 export function attend(
   heads: SeparateHeads<'f32'> | PackedHeads<'f32'>,
   how: AttentionOptions,
+  keys: CausalArgs,
 ): AttentionResult<'f32'> {
-  const a: AttentionArgs<'f32'> = { ...heads, ...how }
+  const a: AttentionArgs<'f32'> = { ...heads, ...how, ...keys }
   return attention(a)
 }
 export function attendBack(

@@ -151,10 +151,11 @@ std::string run(Case& c, Function<Args> function, [[maybe_unused]] const char* f
   if constexpr (requires(Args args) { args.kernel; }) {
     Args args;
     restore(args, c.fields);
-    const View& x = args.qkv ? args.qkv : args.q;
+    const AttentionLayout in = attention_layout(args.q, args.k, args.v, args.qkv);
+    const bool own = sees_own_sequence(in, args.keys);
     const std::vector<KernelChoice> choices = kernel_choices(family, stage->device().info());
     for (size_t i = 0; i < choices.size(); ++i) {
-      if (!choices[i].supports(x.dtype, x.shape[-1])) continue;
+      if (!choices[i].supports(in.dtype, in.head_dim) || !(own || choices[i].any_keys)) continue;
       if (std::string d = run_once(c, function, static_cast<int64_t>(i), shift, *stage); !d.empty())
         return std::string("kernel ") + choices[i].name + ": " + d;
       stage = place.open();
