@@ -1,5 +1,5 @@
-import { cropResample, pixelValues } from 'p2r-kernels'
-import { picture, uniforms } from './data.js'
+import { cropResample, normalizePatches, pixelValues } from 'p2r-kernels'
+import { integers, picture, uniforms } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
 import { cropResampleOnCuda } from './large/crop_resample.js'
 import { pillowPatches, pillowResize } from './peers/pillow.js'
@@ -53,6 +53,27 @@ function workload(name: string, patches: boolean, cuts: (seed: number) => Cut[])
   }
 }
 
+/** Patches of 1920 x 1056 by themselves: bytes in, values out. */
+function normalizing(dtype: 'f32' | 'bf16'): Workload {
+  const [rows, columns] = [120 * 66, 1536]
+  const size = rows * columns
+  return {
+    name: `1920x1056 u8 patches -> ${dtype}`,
+    traffic: { read: size, write: size * (dtype === 'f32' ? 4 : 2) },
+    inputs(seed) {
+      const bytes = Uint8Array.from(integers(size, 256, seed))
+      return {
+        byteLength: size,
+        load(device) {
+          const patches = device.tensor(bytes, [rows, columns])
+          return { run: () => normalizePatches({ patches, dtype }) }
+        },
+        peers: [],
+      }
+    },
+  }
+}
+
 const to = (h: number, w: number) => ({ height: h, width: w })
 
 export default {
@@ -64,6 +85,8 @@ export default {
     workload('8 of 900x700 -> 640x480 f32 patches', true, (seed) => crops(8, to(480, 640), seed)),
     workload('8 of 900x700 -> 640x480 u8', false, (seed) => crops(8, to(480, 640), seed)),
     workload('8 of 900x700 -> 896x704 f32 patches', true, (seed) => crops(8, to(704, 896), seed)),
+    normalizing('f32'),
+    normalizing('bf16'),
     ...cropResampleOnCuda,
   ],
 } satisfies Benchmark

@@ -9,6 +9,8 @@ namespace p2r::binding {
 
 namespace {
 
+constexpr DTypes kFloatsAndU8 = {DType::f32, DType::f16, DType::bf16, DType::u8};
+
 // Beyond these the indices of weights would overflow.
 constexpr double kMaxCoordinate = 1 << 30, kMaxSide = 1 << 20, kMaxPixels = 1 << 28,
                  kMaxBoxPixels = 1 << 30;
@@ -64,11 +66,11 @@ std::vector<double> three(Call& call, const char* name, bool positive) {
   return v;
 }
 
-DType float_of(Call& call) {
+DType one_of(Call& call, DTypes types, const char* names) {
   const std::string name = call.text("dtype");
-  for (DType t : kFloats)
+  for (DType t : types)
     if (name == p2r::to_string(t)) return t;
-  throw Error(Code::dtype, "dtype must be f32, f16 or bf16, got '" + name + "'");
+  throw Error(Code::dtype, std::string("dtype must be ") + names + ", got '" + name + "'");
 }
 
 }  // namespace
@@ -89,7 +91,7 @@ Napi::Value pixel_values(Call& call) {
   a.merge = call.integer("mergeSize", 1, 64);
   a.mean = three(call, "mean", false);
   a.std = three(call, "std", true);
-  const DType dtype = float_of(call);
+  const DType dtype = one_of(call, kFloatsAndU8, "f32, f16, bf16 or u8");
   const int64_t unit = a.patch * a.merge;
   int64_t patches = 0;
   for (size_t i = 0; i < a.regions.size(); i += kRegionFields) {
@@ -103,6 +105,19 @@ Napi::Value pixel_values(Call& call) {
   }
   a.out = call.result(dtype, {patches, 3 * a.temporal * a.patch * a.patch});
   return call.run(&Kernels::pixel_values, a);
+}
+
+Napi::Value normalize_patches(Call& call) {
+  NormalizePatchesArgs a;
+  a.patches = call.in("patches", kU8, 2);
+  const int64_t depth = a.patches.shape[1];
+  call.check(depth % 3 == 0, Code::shape,
+             "patches must have a multiple of 3 columns, an equal part for each channel, got " +
+                 std::to_string(depth));
+  a.mean = three(call, "mean", false);
+  a.std = three(call, "std", true);
+  a.out = call.result(one_of(call, kFloats, "f32, f16 or bf16"), a.patches.shape);
+  return call.run(&Kernels::normalize_patches, a);
 }
 
 }  // namespace p2r::binding

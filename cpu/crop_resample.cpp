@@ -33,6 +33,7 @@ constexpr int64_t kTileBytes = 384 << 10, kPlaneBytes = 256 << 10;
 constexpr int64_t kBand = 16;  // rows of the result that are stored together
 // Results of more bytes use non-temporal stores: no cache would keep them until they are used.
 constexpr int64_t kNontemporalBytes = 8 << 20;
+constexpr int64_t kValuesGrain = 64 << 10;  // bytes of patches that a task normalises
 
 // An axis that is copied has one tap of weight 1.
 struct Taps {
@@ -424,6 +425,25 @@ void pixel_values(const PixelValuesArgs& a, Device& device) {
           simd.patch_row(&row);
         });
       });
+}
+
+void normalize_patches(const NormalizePatchesArgs& a, Device& device) {
+  CpuDevice& cpu = cpu_device(device);
+  const int64_t rows = a.patches.shape[0], depth = a.patches.shape[1];
+  if (!a.patches.size()) return;
+  const int64_t grain = std::max<int64_t>(1, kValuesGrain / depth);
+  cpu.launch(rows, grain,
+             [a, depth, table = pixel_table(a.mean, a.std, a.out.dtype), &simd = cpu.simd()](
+                 int64_t begin, int64_t end, int) {
+               PatchValues values;
+               values.patches = a.patches.as<const uint8_t>() + begin * depth;
+               values.rows = end - begin;
+               values.run = depth / 3;
+               values.table = table.data();
+               values.value_bytes = static_cast<int>(size_of(a.out.dtype));
+               values.out = a.out.element(begin * depth);
+               simd.patch_values(&values);
+             });
 }
 
 }  // namespace p2r::cpu

@@ -7,6 +7,9 @@ const floatTypes = ['f32', 'f16', 'bf16'] as const
 /** The floating-point types: of activations, weights and gradients. */
 export type FloatDType = (typeof floatTypes)[number]
 
+/** The types of patches: normalised values, or the bytes that they are made of. */
+export type PatchDType = FloatDType | 'u8'
+
 /** @internal The typed array that holds a dtype on the host; f16 and bf16 are raw bits there. */
 export const hostTypes: Readonly<{
   f32: Float32ArrayConstructor

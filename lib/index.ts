@@ -11,7 +11,7 @@ export {
   type OpenOptions,
   openDevice,
 } from './device.js'
-export type { DType, FloatDType } from './dtype.js'
+export type { DType, FloatDType, PatchDType } from './dtype.js'
 export { type ErrorCode, P2RError } from './errors.js'
 export type { Grid } from './grid.js'
 export {
@@ -73,6 +73,9 @@ export {
   type Filter,
   type ImageInput,
   type ImageSize,
+  type Normalization,
+  type NormalizePatchesArgs,
+  normalizePatches,
   type PixelValuesArgs,
   type PixelValuesOptions,
   type PixelValuesResult,

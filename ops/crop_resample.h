@@ -15,12 +15,17 @@
 //
 // crop_resample: out[i] u8 [height, width, 3], one a region.
 //
-// pixel_values: out [P, 3 · temporal · patch²], f32 | f16 | bf16, P = Σ (height / patch)(width /
-// patch); height and width are multiples of patch · merge. A value is (v / 255 - mean[c]) / std[c]
-// in float64, rounded once, by a table of 256 entries a channel. Patch (py, px) of a region, with m
-// = merge and g = width / patch, is row ((py / m)(g / m) + px / m) m² + (py mod m) m + px mod m
-// after the regions before it; column ((c · temporal + t) patch + y) patch + x, the same for every
-// t. merge 1: row-major. Source: Qwen2VLImageProcessor in Hugging Face transformers.
+// pixel_values: out [P, 3 · temporal · patch²], f32 | f16 | bf16 | u8, P = Σ (height / patch)(width
+// / patch); height and width are multiples of patch · merge. A value is (v / 255 - mean[c]) /
+// std[c] in float64, rounded once, by a table of 256 entries a channel; of u8 it is v itself, and
+// mean and std are not used. Patch (py, px) of a region, with m = merge and g = width / patch, is
+// row ((py / m)(g / m) + px / m) m² + (py mod m) m + px mod m after the regions before it; column
+// ((c · temporal + t) patch + y) patch + x, the same for every t. merge 1: row-major. Source:
+// Qwen2VLImageProcessor in Hugging Face transformers.
+//
+// normalize_patches: patches u8 [P, 3 n] to out f32 | f16 | bf16 of that shape, by the same table:
+// column j is of channel j / n. As v is rounded to a byte before it is normalised in either way,
+// pixel_values of u8 and then normalize_patches are pixel_values of a float type, bit for bit.
 //
 // Exact and so the same on every backend. No regions: nothing, or [0, ...].
 #pragma once
@@ -72,6 +77,13 @@ struct PixelValuesArgs {
                     mean, std, out);
   }
   double work() const { return resample_work(regions); }
+};
+
+struct NormalizePatchesArgs {
+  In patches;
+  std::vector<double> mean, std;  // [3]
+  Out out;
+  auto fields() { return std::tie(patches, mean, std, out); }
 };
 
 }  // namespace p2r

@@ -117,6 +117,7 @@ ResamplePlan::ResamplePlan(const std::vector<In>& images, const Ints& fields, Fi
 
 std::vector<char> pixel_table(const std::vector<double>& mean, const std::vector<double>& std,
                               DType dtype) {
+  if (dtype == DType::u8) return {};
   std::vector<char> table(3 * 256 * size_of(dtype));
   for (int c = 0; c < 3; ++c)
     for (int v = 0; v < 256; ++v) {

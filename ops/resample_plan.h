@@ -48,7 +48,8 @@ struct ResamplePlan {
   std::map<std::pair<int64_t, int64_t>, Axis> axes;
 };
 
-// 3 x 256 values of a float type: (v / 255 - mean[c]) / std[c].
+// 3 x 256 values of a float type: (v / 255 - mean[c]) / std[c]. Of u8: nothing, bytes stay as they
+// are.
 std::vector<char> pixel_table(const std::vector<double>& mean, const std::vector<double>& std,
                               DType dtype);
 

@@ -6,6 +6,7 @@ import {
   type DType,
   drawBoxes,
   type Filter,
+  normalizePatches,
   openDevice,
   type PixelBox,
   pixelValues,
@@ -347,6 +348,55 @@ onEveryBackend('pixelValues', (b) => {
     }
   })
 
+  test('u8 patches are the bytes of cropResample', async () => {
+    const random = new Random(43)
+    for (const [patch, temporal, merge] of [
+      [16, 2, 2],
+      [14, 2, 2],
+      [16, 1, 1],
+      [5, 2, 3],
+      [1, 1, 1],
+    ] as const) {
+      const images = [randomImage(random, 40, 33), randomImage(random, 21, 64)]
+      const unit = patch * merge
+      const regions = Array.from({ length: 4 }, (_, k): Region => {
+        const region = randomRegion(random, images[k % 2]!)
+        const whole = (n: number) => Math.max(1, Math.round(n / unit)) * unit
+        return {
+          ...region,
+          image: k % 2,
+          height: whole(region.height),
+          width: whole(region.width),
+        }
+      })
+      // An identity, which is only laid out.
+      regions.push({ image: 1, box: [2, 3, 2 + unit, 3 + unit], height: unit, width: unit })
+      const expected = regions.flatMap((r) =>
+        layOut(
+          oracle(images[r.image!]!, r, 'lanczos'),
+          r.height,
+          r.width,
+          { patch, temporal, merge },
+          (v) => v,
+        ),
+      )
+      const out = recorded(b, `pixelValues u8 ${patch} ${temporal} ${merge}`, exact, () =>
+        pixelValues({
+          images: images.map((i) => b.device.tensor(i.data, [i.height, i.width, 3])),
+          regions,
+          filter: 'lanczos',
+          patchSize: patch,
+          temporalPatchSize: temporal,
+          mergeSize: merge,
+          dtype: 'u8',
+        }),
+      )
+      expect(out.pixelValues.dtype).toBe('u8')
+      expect(out.gridThw).toEqual(regions.map((r) => [1, r.height / patch, r.width / patch]))
+      expect(await out.pixelValues.read()).toEqual(Uint8Array.from(expected))
+    }
+  })
+
   test('an overlay gives the result of drawBoxes without a copy', async () => {
     const random = new Random(51)
     for (let i = 0; i < 8; i++) {
@@ -378,6 +428,9 @@ onEveryBackend('pixelValues', (b) => {
         ...sizes,
       })
       expect(await out.pixelValues.read()).toEqual(await expected.pixelValues.read())
+      const bytes = pixelValues({ images, regions, overlay, ...sizes, dtype: 'u8' })
+      const values = normalizePatches({ patches: bytes.pixelValues })
+      expect(await values.read()).toEqual(await expected.pixelValues.read())
     }
   })
 
@@ -403,7 +456,9 @@ onEveryBackend('pixelValues', (b) => {
     refused({ std: [0.5, 0, 0.5] }, /std/)
     refused({ mean: [0.5, Number.NaN, 0.5] }, /mean/)
     refused({ mean: [0.5] }, /mean/)
-    refused({ dtype: 'u8' }, /dtype/, 'ERR_DTYPE')
+    refused({ dtype: 'i32' }, /dtype must be f32, f16, bf16 or u8/, 'ERR_DTYPE')
+    refused({ dtype: 'u8', mean: [0, 0, 0] }, /normalizePatches/)
+    refused({ dtype: 'u8', std: [1, 1, 1] }, /normalizePatches/)
     refused({ temporalPatchSize: 3 }, /temporalPatchSize/)
     refused({ patchSize: 0 }, /patchSize/)
     refused({ mergeSize: 1.5 }, /mergeSize/)
@@ -411,6 +466,116 @@ onEveryBackend('pixelValues', (b) => {
     refused({ overlay: 7 }, /overlay/)
     refused({ overlay: {} }, /boxes must be an array/)
     refused({ images: [], regions: [] }, /./)
+  })
+})
+
+onEveryBackend('normalizePatches', (b) => {
+  const clip = {
+    mean: [0.48145466, 0.4578275, 0.40821073],
+    std: [0.26862954, 0.26130258, 0.27577711],
+  } as const
+
+  test.each(floats)('%s: (v / 255 - mean) / std in float64, rounded once', async (dtype) => {
+    const random = new Random(61)
+    // Columns of a channel: whole steps of 32, what is left of them, and less than one.
+    for (const [rows, run] of [
+      [3, 512],
+      [7, 256],
+      [5, 45],
+      [2, 33],
+      [4, 1],
+      [700, 12],
+    ] as const) {
+      const bytes = Uint8Array.from({ length: rows * run * 3 }, (_, i) =>
+        i < 256 ? i : random.int(0, 255),
+      )
+      const patches = b.device.tensor(bytes, [rows, run * 3])
+      const expected = Array.from(bytes, (v, i) => {
+        const c = Math.floor(i / run) % 3
+        return (v / 255 - clip.mean[c]!) / clip.std[c]!
+      })
+      const out = recorded(b, `normalizePatches ${dtype} ${run}`, exact, () =>
+        normalizePatches({ patches, ...clip, dtype }),
+      )
+      expect(out.shape).toEqual([rows, run * 3])
+      expect(out.dtype).toBe(dtype)
+      expect(await out.toFloat32()).toEqual(rounded(expected, dtype))
+    }
+  })
+
+  test.each(floats)('%s: after bytes as pixelValues by itself, bit for bit', async (dtype) => {
+    const random = new Random(67)
+    for (const [patchSize, temporalPatchSize, mergeSize] of [
+      [16, 2, 2],
+      [14, 2, 2],
+      [16, 1, 1],
+      [3, 2, 3],
+      [1, 1, 1],
+    ] as const)
+      for (const filter of filters) {
+        const source = randomImage(random, 61, 90)
+        const image = b.device.tensor(source.data, [61, 90, 3])
+        const unit = patchSize * mergeSize
+        const regions = Array.from({ length: 3 }, (): Region => {
+          const region = randomRegion(random, source)
+          const whole = (n: number) => Math.max(1, Math.round(n / unit)) * unit
+          return { ...region, height: whole(region.height), width: whole(region.width) }
+        })
+        const sizes = { image, regions, filter, patchSize, temporalPatchSize, mergeSize }
+        const direct = pixelValues({ ...sizes, ...clip, dtype }).pixelValues
+        const { pixelValues: patches } = pixelValues({ ...sizes, dtype: 'u8' })
+        expect(4 * patches.byteLength).toBe(pixelValues(sizes).pixelValues.byteLength)
+        const after = normalizePatches({ patches, ...clip, dtype })
+        expect(after.shape).toEqual(direct.shape)
+        expect(await after.read()).toEqual(await direct.read())
+      }
+  })
+
+  test('views that begin anywhere', async () => {
+    const bytes = Uint8Array.from({ length: 9 * 15 }, (_, i) => (i * 37) % 256)
+    const whole = b.device.tensor(bytes, [9, 15])
+    const all = await normalizePatches({ patches: whole }).read()
+    for (const from of [1, 2, 3])
+      expect(await normalizePatches({ patches: whole.slice(from) }).read()).toEqual(
+        all.slice(from * 15),
+      )
+    const wide = b.device.tensor(
+      Uint8Array.from({ length: 3 * 98 }, (_, i) => i % 256),
+      [98, 3],
+    )
+    const some = normalizePatches({ patches: wide.slice(2).reshape([24, 12]) })
+    const aligned = b.device.tensor(
+      Uint8Array.from({ length: 288 }, (_, i) => (i + 6) % 256),
+      [24, 12],
+    )
+    expect(await some.read()).toEqual(await normalizePatches({ patches: aligned }).read())
+  })
+
+  test('empty sizes, and refusals', () => {
+    for (const shape of [
+      [0, 1536],
+      [5, 0],
+      [0, 0],
+    ]) {
+      const patches = b.device.zeros(shape, 'u8')
+      expect(normalizePatches({ patches, dtype: 'f16' }).shape).toEqual(shape)
+    }
+    const patches = b.device.zeros([2, 6], 'u8')
+    const refused = (a: object, message: RegExp, code = 'ERR_VALUE') =>
+      expectRefusal(
+        () => normalizePatches({ patches, ...a } as never),
+        code,
+        'normalizePatches',
+        message,
+      )
+    refused({ patches: b.device.zeros([2, 5], 'u8') }, /multiple of 3 columns.*got 5/, 'ERR_SHAPE')
+    refused({ patches: b.device.zeros([6], 'u8') }, /patches/, 'ERR_SHAPE')
+    refused({ patches: b.device.zeros([2, 6]) }, /patches/, 'ERR_DTYPE')
+    refused({ dtype: 'u8' }, /dtype must be f32, f16 or bf16/, 'ERR_DTYPE')
+    refused({ std: [0.5, -1, 0.5] }, /std/)
+    refused({ mean: [0.5, Number.POSITIVE_INFINITY, 0.5] }, /mean/)
+    refused({ mean: 'x' }, /mean/)
+    refused({ means: [0, 0, 0] }, /did you mean 'mean'/)
   })
 })
 
@@ -458,7 +623,7 @@ describe('every instruction set gives the bytes of the scalar one', () => {
     patchSize: fc.constantFrom(0, 1, 3, 14, 16),
     mergeSize: fc.constantFrom(1, 2),
     temporalPatchSize: fc.constantFrom(1 as const, 2 as const),
-    dtype: fc.constantFrom(...floats),
+    dtype: fc.constantFrom(...floats, 'u8' as const),
   })
 
   test(`${cases} random boxes, sizes and filters`, { timeout: 60_000 + cases * 60 }, async () => {

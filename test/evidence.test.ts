@@ -3,6 +3,7 @@ import {
   collectEvidence,
   drawBoxes,
   type EvidenceBox,
+  normalizePatches,
   parseBoxes,
   scope,
   smartResize,
@@ -476,7 +477,7 @@ onEveryBackend('collectEvidence', (b) => {
     expect(one.crops.length).toBe(1)
   })
 
-  test('sizes and types of pixelValues', () => {
+  test('sizes and types of pixelValues', async () => {
     using source = image()
     const evidence = collectEvidence({
       image: source,
@@ -492,6 +493,15 @@ onEveryBackend('collectEvidence', (b) => {
       [1, 4, 6],
       [1, 2, 4],
     ])
+    const bytes = evidence.pixelValues({ dtype: 'u8' })
+    expect(bytes.pixelValues.dtype).toBe('u8')
+    expect(bytes.gridThw).toEqual(made.gridThw)
+    expect(2 * bytes.pixelValues.byteLength).toBe(made.pixelValues.byteLength)
+    const values = normalizePatches({ patches: bytes.pixelValues, dtype: 'bf16' })
+    expect(await values.read()).toEqual(await made.pixelValues.read())
+    expect(() => evidence.pixelValues({ dtype: 'i32' as never })).toThrow(
+      expect.objectContaining({ code: 'ERR_DTYPE', op: 'pixelValues' }),
+    )
     const larger = evidence.pixelValues({ maxPixels: 65536, cropMaxPixels: 16384 })
     expect(larger.gridThw).toEqual([
       [1, 4, 6],

@@ -14,6 +14,7 @@ import {
   type GrpoStep,
   grpoStep,
   type LossMetrics,
+  normalizePatches,
   OpenAIPolicy,
   Perceiver,
   type Perception,
@@ -139,8 +140,14 @@ test('evidence', () => {
   collectEvidence({ image: f32, boxes: [] })
   // @ts-expect-error
   collectEvidence({ image, boxes: [], maxPixel: 3 })
+  expectTypeOf(evidence.pixelValues({ dtype: 'u8' }).pixelValues).toEqualTypeOf<Tensor<'u8'>>()
   // @ts-expect-error
-  evidence.pixelValues({ dtype: 'u8' })
+  evidence.pixelValues({ dtype: 'i32' })
+  expectTypeOf(normalizePatches({ patches: image, dtype: 'f16' })).toEqualTypeOf<Tensor<'f16'>>()
+  // @ts-expect-error
+  normalizePatches({ patches: f32 })
+  // @ts-expect-error
+  tower.encode({ pixelValues: image, gridThw })
 })
 
 test('the roles and the answer, which is disposable', () => {

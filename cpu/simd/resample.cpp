@@ -379,6 +379,39 @@ struct Table {
   }
 };
 
+// The same for values of 16 or 32 bits; those of 32 are looked up as two of 16.
+template <class T>
+struct Values {
+  Table low, high;
+  explicit inline Values(const T* table) {
+    uint16_t halves[2][256];
+    for (int i = 0; i < 256; ++i) {
+      halves[0][i] = (uint16_t)table[i];
+      halves[1][i] = (uint16_t)((uint32_t)table[i] >> 16);
+    }
+    memcpy(&low, halves[0], sizeof low);
+    memcpy(&high, halves[1], sizeof high);
+  }
+  // The values of 16 bytes of x, then of 16 of y.
+  inline void at(__m128i x, __m128i y, __m512i out[sizeof(T) / 2]) const {
+    constexpr bool wide = sizeof(T) == 4;
+    const __m512i bit6 = _mm512_set1_epi16(64), bit7 = _mm512_set1_epi16(128);
+    // 32-bit values: four bytes of both in each 16, as unpacking needs them.
+    const __m512i i = _mm512_cvtepu8_epi16(
+        wide ? _mm256_set_m128i(_mm_unpackhi_epi32(x, y), _mm_unpacklo_epi32(x, y))
+             : _mm256_set_m128i(y, x));
+    const __mmask32 is6 = _mm512_test_epi16_mask(i, bit6), is7 = _mm512_test_epi16_mask(i, bit7);
+    const __m512i l = low.at(i, is6, is7);
+    if constexpr (wide) {
+      const __m512i h = high.at(i, is6, is7);
+      out[0] = _mm512_unpacklo_epi16(l, h);
+      out[1] = _mm512_unpackhi_epi16(l, h);
+    } else {
+      out[0] = l;
+    }
+  }
+};
+
 inline void store_vector(void* to, __m512i v, bool nontemporal) {
   if (nontemporal)
     _mm512_stream_si512((__m512i*)to, v);
@@ -386,46 +419,21 @@ inline void store_vector(void* to, __m512i v, bool nontemporal) {
     _mm512_storeu_si512(to, v);
 }
 
-// Patches of 16 x 16, two lines a step: 32-bit values are looked up as two of 16 bits. The table
-// stays in registers.
+// Patches of 16 x 16, two lines a step. The table stays in registers.
 template <class T>
 void patches_of_16(const PatchRow& a) {
-  constexpr bool wide = sizeof(T) == 4;
+  constexpr int vectors = sizeof(T) / 2, width = 64 / sizeof(T);
   for (int c = 0; c < 3; ++c) {
-    const T* table = (const T*)a.table + c * 256;
-    uint16_t halves[2][256];
-    for (int i = 0; i < 256; ++i) {
-      halves[0][i] = (uint16_t)table[i];
-      halves[1][i] = (uint16_t)((uint32_t)table[i] >> 16);
-    }
-    Table low, high;
-    memcpy(&low, halves[0], sizeof low);
-    memcpy(&high, halves[1], sizeof high);
-    const __m512i bit6 = _mm512_set1_epi16(64), bit7 = _mm512_set1_epi16(128);
+    const Values<T> values((const T*)a.table + c * 256);
     const bool twice = a.temporal == 2, nontemporal = a.nontemporal;
     for_each_patch<T>(a, c, [&](const uint8_t* from, T* to) {
       for (int64_t line = 0; line < a.lines; line += 2, from += 2 * a.row_pitch, to += 32) {
-        const __m128i x = _mm_loadu_si128((const __m128i*)from);
-        const __m128i y = _mm_loadu_si128((const __m128i*)(from + a.row_pitch));
-        // 32-bit values: four pixels of both lines in each 16 bytes, as unpacking needs them.
-        const __m512i i = _mm512_cvtepu8_epi16(
-            wide ? _mm256_set_m128i(_mm_unpackhi_epi32(x, y), _mm_unpacklo_epi32(x, y))
-                 : _mm256_set_m128i(y, x));
-        const __mmask32 is6 = _mm512_test_epi16_mask(i, bit6),
-                        is7 = _mm512_test_epi16_mask(i, bit7);
-        if constexpr (wide) {
-          const __m512i l = low.at(i, is6, is7), h = high.at(i, is6, is7);
-          const __m512i first = _mm512_unpacklo_epi16(l, h), second = _mm512_unpackhi_epi16(l, h);
-          store_vector(to, first, nontemporal);
-          store_vector(to + 16, second, nontemporal);
-          if (twice) {
-            store_vector(to + 256, first, nontemporal);
-            store_vector(to + 272, second, nontemporal);
-          }
-        } else {
-          const __m512i both = low.at(i, is6, is7);
-          store_vector(to, both, nontemporal);
-          if (twice) store_vector(to + 256, both, nontemporal);
+        __m512i v[vectors];
+        values.at(_mm_loadu_si128((const __m128i*)from),
+                  _mm_loadu_si128((const __m128i*)(from + a.row_pitch)), v);
+        for (int k = 0; k < vectors; ++k) {
+          store_vector(to + k * width, v[k], nontemporal);
+          if (twice) store_vector(to + 256 + k * width, v[k], nontemporal);
         }
       }
     });
@@ -434,14 +442,56 @@ void patches_of_16(const PatchRow& a) {
 }
 #endif
 
+// Patches as bytes, without a table. kPatch: the side, if it is known.
+template <int kPatch>
+void byte_patches(const PatchRow& a) {
+  const int64_t side = kPatch ? kPatch : a.patch, plane = side * side;
+  for (int c = 0; c < 3; ++c)
+    for_each_patch<uint8_t>(a, c, [&](const uint8_t* from, uint8_t* to) {
+      for (int64_t line = 0; line < a.lines; ++line, from += a.row_pitch, to += side) {
+        memcpy(to, from, kPatch ? kPatch : side);
+        if (a.temporal == 2) memcpy(to + plane, from, kPatch ? kPatch : side);
+      }
+    });
+}
+
+template <class T>
+void values_of_patches(const PatchValues& a) {
+  for (int c = 0; c < 3; ++c) {
+    const T* table = (const T*)a.table + c * 256;
+#if defined(__AVX512F__)
+    const Values<T> values(table);
+#endif
+    for (int64_t row = 0; row < a.rows; ++row) {
+      const uint8_t* from = a.patches + (row * 3 + c) * a.run;
+      T* to = (T*)a.out + (row * 3 + c) * a.run;
+      int64_t i = 0;
+#if defined(__AVX512F__)
+      for (; i + 32 <= a.run; i += 32) {
+        __m512i v[sizeof(T) / 2];
+        values.at(_mm_loadu_si128((const __m128i*)(from + i)),
+                  _mm_loadu_si128((const __m128i*)(from + i + 16)), v);
+        memcpy(to + i, v, sizeof v);
+      }
+#endif
+      for (; i < a.run; ++i) to[i] = table[from[i]];
+    }
+  }
+}
+
 }  // namespace
 
 void patch_row(const PatchRow* a) {
+  if (a->value_bytes == 1) return a->patch == 16 ? byte_patches<16>(*a) : byte_patches<0>(*a);
 #if defined(__AVX512F__)
   if (a->patch == 16 && a->lines % 2 == 0)
     return a->value_bytes == 4 ? patches_of_16<uint32_t>(*a) : patches_of_16<uint16_t>(*a);
 #endif
   return a->value_bytes == 4 ? any_patches<uint32_t>(*a) : any_patches<uint16_t>(*a);
+}
+
+void patch_values(const PatchValues* a) {
+  return a->value_bytes == 4 ? values_of_patches<uint32_t>(*a) : values_of_patches<uint16_t>(*a);
 }
 
 }  // namespace p2r::cpu::P2R_ISA

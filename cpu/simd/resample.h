@@ -48,10 +48,19 @@ struct PatchRow {
   int64_t row_pitch, plane_pitch;
   int64_t lines, first, count;  // patches first .. first + count - 1
   int64_t patch, temporal, merge;
-  const void* table;  // [3][256]
-  int value_bytes;    // 2 or 4
+  const void* table;  // [3][256]; of bytes none
+  int value_bytes;    // 1, 2 or 4
   void* out;          // the first of the lines, in patch 0
   bool nontemporal;   // non-temporal stores
+};
+
+// Bytes of patches as values.
+struct PatchValues {
+  const uint8_t* patches;  // [rows][3][run]
+  int64_t rows, run;
+  const void* table;  // [3][256]
+  int value_bytes;    // 2 or 4
+  void* out;          // [rows][3][run]
 };
 
 }  // namespace p2r::cpu

@@ -17,6 +17,7 @@ struct PolicyRun;
 struct RolloutRun;
 struct ResampleRows;  // resample.h
 struct PatchRow;
+struct PatchValues;
 
 // Software prefetch into L2 of rows of up to three tensors that the next task will read, and of one
 // that it will write. A product prefetches one cache line of each between its k steps, so that

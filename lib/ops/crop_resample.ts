@@ -6,9 +6,10 @@ import {
   checkNumbers,
   checkPositive,
   choice,
+  describeValue,
   type Names,
 } from '../arguments.js'
-import { checkFloatDType, type FloatDType } from '../dtype.js'
+import { checkFloatDType, type FloatDType, isFloatDType, type PatchDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import type { Grid } from '../grid.js'
 import { native } from '../native.js'
@@ -119,8 +120,24 @@ export type ImageInput =
       image?: never
     }
 
+/** How bytes of a pixel become values: (v / 255 - mean) / std. */
+export interface Normalization {
+  /**
+   * Of red, green and blue; subtracted from values of 0 to 1.
+   *
+   * @default [0.5, 0.5, 0.5]
+   */
+  mean?: readonly [number, number, number]
+  /**
+   * Of red, green and blue; divides what is left.
+   *
+   * @default [0.5, 0.5, 0.5]
+   */
+  std?: readonly [number, number, number]
+}
+
 /** How regions become patches. */
-export interface PixelValuesOptions<D extends FloatDType = FloatDType> {
+export interface PixelValuesOptions<D extends PatchDType = PatchDType> extends Normalization {
   /** What is cut out, and its new size; sides are multiples of patchSize · mergeSize: see `smartResize`. */
   regions: readonly Region[]
   /**
@@ -155,19 +172,8 @@ export interface PixelValuesOptions<D extends FloatDType = FloatDType> {
    */
   mergeSize?: number
   /**
-   * Of red, green and blue; subtracted from values of 0 to 1.
-   *
-   * @default [0.5, 0.5, 0.5]
-   */
-  mean?: readonly [number, number, number]
-  /**
-   * Of red, green and blue; divides what is left.
-   *
-   * @default [0.5, 0.5, 0.5]
-   */
-  std?: readonly [number, number, number]
-  /**
-   * Of the result.
+   * Of the result: normalised values, or 'u8' for the bytes before they are normalised, a quarter of f32's memory,
+   * which `normalizePatches` or the server's own processor normalises; `mean` and `std` belong there then.
    *
    * @default 'f32'
    */
@@ -175,10 +181,10 @@ export interface PixelValuesOptions<D extends FloatDType = FloatDType> {
 }
 
 /** The arguments of `pixelValues`. */
-export type PixelValuesArgs<D extends FloatDType = FloatDType> = ImageInput & PixelValuesOptions<D>
+export type PixelValuesArgs<D extends PatchDType = PatchDType> = ImageInput & PixelValuesOptions<D>
 
 /** The results of `pixelValues`. */
-export interface PixelValuesResult<D extends FloatDType = FloatDType> {
+export interface PixelValuesResult<D extends PatchDType = PatchDType> {
   /** [P, 3 · temporalPatchSize · patchSize²]: the patches of all regions in their order. */
   pixelValues: Tensor<D>
   /** The patches [1, height / patchSize, width / patchSize] of each region. */
@@ -203,13 +209,14 @@ const pixelNames: Names<PixelValuesArgs> = {
  * The input of a Qwen-VL vision tower: every region cropped, resampled, normalised and cut into
  * patches, in one pass without intermediate images.
  *
- * A value is that of cropResample, v, as (v / 255 - mean) / std in float64, rounded once. Rows are
+ * A value is that of cropResample, v, as (v / 255 - mean) / std in float64, rounded once; with dtype 'u8' it is v
+ * itself. Rows are
  * patches in blocks of mergeSize x mergeSize, block rows first (mergeSize 1: row by row); columns are
  * [3, temporalPatchSize, patchSize, patchSize], the image repeated along time. Source:
  * Qwen2VLImageProcessor in Hugging Face transformers.
  *
- * @throws P2RError ERR_VALUE for a box or size that does not fit, or both image and images; ERR_DTYPE for a
- *   dtype that is not floating point; ERR_SHAPE and ERR_DTYPE for an image that is not u8 [height, width, 3];
+ * @throws P2RError ERR_VALUE for a box or size that does not fit, both image and images, or mean and std of bytes;
+ *   ERR_DTYPE for a dtype that is neither floating point nor u8; ERR_SHAPE and ERR_DTYPE for an image that is not u8 [height, width, 3];
  *   ERR_DEVICE; ERR_DISPOSED.
  * @example
  * ```js
@@ -226,19 +233,19 @@ const pixelNames: Names<PixelValuesArgs> = {
  * device.dispose()
  * ```
  */
-export function pixelValues<D extends FloatDType = 'f32'>(
+export function pixelValues<D extends PatchDType = 'f32'>(
   a: PixelValuesArgs<D>,
 ): Held<PixelValuesResult<D>> {
   const op = 'pixelValues'
   checkArguments(a, pixelNames, op)
   if (a.image !== undefined && a.images !== undefined)
     refuse('ERR_VALUE', op, 'give either image or images, not both')
-  const { regions, patchSize = 16, mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] } = a
+  const { regions, patchSize = 16 } = a
   checkRegions(regions, regionNames, op)
   const images = a.images ?? [a.image]
-  if (a.dtype !== undefined) checkFloatDType(a.dtype, 'dtype', op)
-  checkNumbers(mean, 3, 'mean', op)
-  checkNumbers(std, 3, 'std', op)
+  if (a.dtype !== undefined) checkPatchDType(a.dtype, op)
+  if (a.dtype === 'u8' && (a.mean !== undefined || a.std !== undefined))
+    refuse('ERR_VALUE', op, 'mean and std must be absent for bytes: give them to normalizePatches')
   const out = native().ops.pixel_values!(
     ...sourceArguments(
       { images, regions, filter: a.filter, overlay: checkOverlay(a.overlay, op) },
@@ -247,14 +254,87 @@ export function pixelValues<D extends FloatDType = 'f32'>(
     patchSize,
     a.temporalPatchSize ?? 2,
     a.mergeSize ?? 2,
-    Float64Array.from(mean),
-    Float64Array.from(std),
+    ...normalizationArguments(a, op),
     a.dtype ?? 'f32',
   )
   return held({
     pixelValues: wrap<D>(images[0]!.device, out),
     gridThw: regions.map((r): Grid => [1, r.height / patchSize, r.width / patchSize]),
   })
+}
+
+/** The arguments of `normalizePatches`. */
+export interface NormalizePatchesArgs<D extends FloatDType = FloatDType> extends Normalization {
+  /** u8 [P, C], C a multiple of 3 with a third of the columns for each channel, as `pixelValues` with dtype 'u8' gives. */
+  patches: Tensor<'u8'>
+  /**
+   * Of the result.
+   *
+   * @default 'f32'
+   */
+  dtype?: D
+}
+
+const normalizeNames: Names<NormalizePatchesArgs> = {
+  patches: true,
+  mean: true,
+  std: true,
+  dtype: true,
+}
+
+/**
+ * Patches of bytes as the values that a vision tower takes: (v / 255 - mean) / std of the channel, in float64, rounded
+ * once.
+ *
+ * The result equals that of `pixelValues` with the same dtype, mean and std bit for bit, for all images, sizes,
+ * filters and backends: there too a resampled pixel is rounded to a byte, as Pillow does, before it is normalised.
+ * Source: vLLM and transformers, which fold the scale of 1 / 255 into mean and std in float32; theirs may differ by one
+ * rounding.
+ *
+ * @returns as patches in shape.
+ * @throws P2RError ERR_SHAPE and ERR_DTYPE for patches that are not u8 [P, C] with C a multiple of 3; ERR_DTYPE for a dtype
+ *   that is not floating point; ERR_VALUE for mean and std that are no three finite numbers, std above 0; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { normalizePatches, openDevice, pixelValues } from 'p2r-kernels'
+ *
+ * const device = openDevice('cpu')
+ * const image = device.zeros([64, 96, 3], 'u8')
+ * const { pixelValues: patches } = pixelValues({
+ *   image,
+ *   regions: [{ box: [0, 0, 96, 64], height: 64, width: 96 }],
+ *   dtype: 'u8',
+ * })
+ * const values = normalizePatches({ patches, dtype: 'bf16' })
+ * console.log(patches.byteLength, values.byteLength, String(values)) // 36864 73728 Tensor bf16 [24, 1536] on cpu
+ * device.dispose()
+ * ```
+ */
+export function normalizePatches<D extends FloatDType = 'f32'>(
+  a: NormalizePatchesArgs<D>,
+): Tensor<D> {
+  const op = 'normalizePatches'
+  checkArguments(a, normalizeNames, op)
+  if (a.dtype !== undefined) checkFloatDType(a.dtype, 'dtype', op)
+  const out = native().ops.normalize_patches!(
+    handleOf(a.patches, 'patches', op),
+    ...normalizationArguments(a, op),
+    a.dtype ?? 'f32',
+  )
+  return wrap<D>(a.patches.device, out)
+}
+
+/** @internal */
+export function checkPatchDType(value: unknown, op: string): void {
+  if (value !== 'u8' && !isFloatDType(value))
+    refuse('ERR_DTYPE', op, `dtype must be f32, f16, bf16 or u8, got ${describeValue(value)}`)
+}
+
+function normalizationArguments(a: Normalization, op: string): [Float64Array, Float64Array] {
+  const { mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] } = a
+  checkNumbers(mean, 3, 'mean', op)
+  checkNumbers(std, 3, 'std', op)
+  return [Float64Array.from(mean), Float64Array.from(std)]
 }
 
 function checkRegions(

@@ -10,9 +10,10 @@ import {
   isObject,
   type Names,
 } from '../arguments.js'
-import { checkFloatDType, type FloatDType } from '../dtype.js'
+import type { PatchDType } from '../dtype.js'
 import { refuse } from '../errors.js'
 import {
+  checkPatchDType,
   type ImageSize,
   type PixelValuesResult,
   pixelValues,
@@ -83,9 +84,9 @@ export interface CollectEvidenceArgs extends EvidenceOptions {
 }
 
 /** Options of Evidence's `pixelValues`; sizes left out are those given to collectEvidence. */
-export interface EvidencePixelValuesOptions<D extends FloatDType = 'f32'> extends EvidenceSizes {
+export interface EvidencePixelValuesOptions<D extends PatchDType = 'f32'> extends EvidenceSizes {
   /**
-   * The type of the patches.
+   * The type of the patches; 'u8' are the bytes before they are normalised, see `normalizePatches`.
    * @default 'f32'
    */
   dtype?: D
@@ -119,7 +120,7 @@ export interface Evidence extends Disposable {
    *   pixelValues.
    * @throws P2RError ERR_VALUE for wrong options; ERR_DISPOSED after dispose().
    */
-  pixelValues<D extends FloatDType = 'f32'>(
+  pixelValues<D extends PatchDType = 'f32'>(
     options?: EvidencePixelValuesOptions<D>,
   ): Held<PixelValuesResult<D>>
 }
@@ -261,13 +262,13 @@ class Collected implements Evidence {
     return this.#crops
   }
 
-  pixelValues<D extends FloatDType = 'f32'>(
+  pixelValues<D extends PatchDType = 'f32'>(
     options: EvidencePixelValuesOptions<D> = {},
   ): Held<PixelValuesResult<D>> {
     Collected.#check(this)
     const op = 'pixelValues'
     checkArguments(options, pixelValuesNames, op)
-    if (options.dtype !== undefined) checkFloatDType(options.dtype, 'dtype', op)
+    if (options.dtype !== undefined) checkPatchDType(options.dtype, op)
     const sizes = sizesOf(options, op, this.#sizes)
     const { minPixels, maxPixels, cropMaxPixels = maxPixels } = sizes
     const { rules } = this.#sizes

@@ -16,7 +16,11 @@ import {
   type Filter,
   type Grid,
   loadImage,
+  type Normalization,
+  type NormalizePatchesArgs,
+  normalizePatches,
   type ParseBoxesOptions,
+  type PatchDType,
   type PixelBox,
   parseBoxes,
   pixelValues,
@@ -45,6 +49,14 @@ export function patches(image: Tensor): readonly Grid[] {
   using all = pixelValues({ images: sources, regions, overlay: { boxes: [box] }, dtype: 'bf16' })
   using one = pixelValues({ image, regions: [{ box, height: 64, width: 64 }], mean: [0, 0, 0] })
   return [...all.gridThw, ...one.gridThw]
+}
+
+export function normalized(image: Tensor<'u8'>, how: Normalization): Tensor<'bf16'> {
+  const bytes: PatchDType = 'u8'
+  const regions: Region[] = [{ box, height: 64, width: 64 }]
+  const { pixelValues: patches } = pixelValues({ image, regions, dtype: bytes })
+  const a: NormalizePatchesArgs<'bf16'> = { patches, ...how, dtype: 'bf16' }
+  return normalizePatches(a)
 }
 
 export function evidenceOf(image: Tensor<'u8'>, text: string): Tensor[] {
