@@ -163,9 +163,21 @@ export {
 export * from './ops/rotary.js'
 export * from './ops/rows.js'
 export * from './ops/sampling.js'
-export { type Answer, type AnswerArgs, answer } from './p2r/answer.js'
+export {
+  type Answer,
+  type AnswerArgs,
+  type Answerer,
+  type AnswerQuestion,
+  answer,
+} from './p2r/answer.js'
 export { type EvidenceBox, type ParseBoxesOptions, parseBoxes } from './p2r/boxes.js'
-export { type EvaluateArgs, evaluate, type Judged, type Question } from './p2r/evaluate.js'
+export {
+  type EvaluateArgs,
+  type EvaluateOptions,
+  evaluate,
+  type Judged,
+  type Question,
+} from './p2r/evaluate.js'
 export {
   type CollectEvidenceArgs,
   type Coordinates,
@@ -221,6 +233,10 @@ export {
   type PolicyFunction,
   type PolicyRequest,
   type Role,
+  type Tool,
+  type ToolCall,
+  type ToolResult,
+  type Turn,
 } from './p2r/policy.js'
 export {
   type AlternatingSettingsOptions,
@@ -247,6 +263,8 @@ export {
   type ReasonPromptArgs,
   type RolePrompt,
   reasonPrompt,
+  type ZoomPromptArgs,
+  zoomPrompt,
 } from './p2r/prompts.js'
 export {
   type ReasonArgs,
@@ -278,6 +296,15 @@ export type {
   Sample,
   StoredImage,
 } from './p2r/rollouts.js'
+export {
+  type ShownRegion,
+  ZoomAgent,
+  type ZoomAgentOptions,
+  type ZoomArgs,
+  type Zooming,
+  type ZoomOptions,
+  zoomTool,
+} from './p2r/zoom.js'
 export { type LoadTensorsOptions, loadMetadata, loadTensors, saveTensors } from './safetensors.js'
 export { scope, scopeAsync } from './scope.js'
 export type { Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'

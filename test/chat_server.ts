@@ -10,6 +10,8 @@ export interface ChatRequest {
   prompt: string
   system: string
   images: Buffer[]
+  /** The bytes of the images of all messages. */
+  shown: Buffer[]
   /** Which request this is, from 0. */
   at: number
 }
@@ -41,16 +43,19 @@ export async function chatServer(...script: Reply[]): Promise<ChatServer> {
     if (message.url !== '/v1/chat/completions') return response.writeHead(404).end()
     const body = JSON.parse(Buffer.concat(chunks).toString())
     const user = body.messages.find((m: { role: string }) => m.role === 'user')
+    const imagesOf = (content: unknown): Buffer[] =>
+      Array.isArray(content)
+        ? content
+            .filter(({ type }) => type === 'image_url')
+            .map(({ image_url: { url } }) => Buffer.from(url.split(',')[1]!, 'base64'))
+        : []
     const request: ChatRequest = {
       body,
       headers: message.headers,
       prompt: user.content.find((c: { type: string }) => c.type === 'text').text,
       system: body.messages.find((m: { role: string }) => m.role === 'system')?.content ?? '',
-      images: user.content
-        .filter((c: { type: string }) => c.type === 'image_url')
-        .map((c: { image_url: { url: string } }) =>
-          Buffer.from(c.image_url.url.split(',')[1]!, 'base64'),
-        ),
+      images: imagesOf(user.content),
+      shown: body.messages.flatMap((m: { content: unknown }) => imagesOf(m.content)),
       at: state.requests.length,
     }
     state.requests.push(request)
@@ -99,6 +104,25 @@ export const says =
     const n = request.body.n ?? 1
     send(response, 200, { object: 'chat.completion', choices: choices(...Array(n).fill(words)) })
   }
+
+/** A call of a tool as the API has it; arguments that are no text are written as JSON. */
+export const call = (name: string, given: unknown, id = 'call-1'): object => ({
+  id,
+  type: 'function',
+  function: { name, arguments: typeof given === 'string' ? given : JSON.stringify(given) },
+})
+
+/** Responds with these calls, for each of the n choices. */
+export const callsTools =
+  (...calls: object[]): Reply =>
+  (request, response) =>
+    send(response, 200, {
+      choices: Array.from({ length: request.body.n ?? 1 }, (_, index) => ({
+        index,
+        finish_reason: 'tool_calls',
+        message: { role: 'assistant', content: null, tool_calls: calls },
+      })),
+    })
 
 export const fails =
   (status: number, message: string, headers = {}): Reply =>

@@ -1,18 +1,35 @@
 import { type AbortSignalLike, checkSignal } from '../abort.js'
 import { checkArguments, checkReceiver, checkString, type Names } from '../arguments.js'
+import { refuse } from '../errors.js'
 import { imageSize, type Tensor } from '../tensor.js'
 import type { Evidence } from './evidence.js'
 import { checkPerceiver, type Perceiver } from './perceiver.js'
-import { type Completion, isTruncated, type Role } from './policy.js'
+import { type Completion, isTruncated, type Role, type Turn } from './policy.js'
 import { type AnswerForm, checkForm } from './prompts.js'
 import { checkReasoner, type Reasoner } from './reasoner.js'
+import { checkAgent, type ZoomAgent } from './zoom.js'
 
-/** The arguments of answer. */
-export interface AnswerArgs {
-  /** Finds the evidence. */
-  perceiver: Perceiver
-  /** Answers from it. */
-  reasoner: Reasoner
+/** Who answers: a perceiver and a reasoner, one after the other, or an agent in several turns. */
+export type Answerer =
+  | {
+      /** Finds the evidence. */
+      perceiver: Perceiver
+      /** Answers from it. */
+      reasoner: Reasoner
+      /** Excluded by perceiver and reasoner. */
+      agent?: never
+    }
+  | {
+      /** Looks at crops of its own choice, and answers. */
+      agent: ZoomAgent
+      /** Excluded by agent. */
+      perceiver?: never
+      /** Excluded by agent. */
+      reasoner?: never
+    }
+
+/** What is asked, and how it is answered. */
+export interface AnswerQuestion {
   /** u8 [height, width, 3]. It stays the caller's, and must outlive the answer's evidence. */
   image: Tensor<'u8'>
   /** The question, with its options, if it has any. */
@@ -23,16 +40,27 @@ export interface AnswerArgs {
   signal?: AbortSignalLike
 }
 
+/** The arguments of answer. */
+export type AnswerArgs = Answerer & AnswerQuestion
+
 /** An answer with its evidence, which is freed with it. */
 export interface Answer extends Disposable {
   /** The answer that the reasoner's output contains; see extractAnswer. */
   readonly answer: string
-  /** What the reasoner was shown. */
+  /** What the reasoner was shown; of an agent the regions that it cropped. */
   readonly evidence: Evidence
-  /** The perceiver's output. */
+  /** The perceiver's output; '' of an agent. */
   readonly perception: string
-  /** The reasoner's output. */
+  /** The reasoner's output, or the agent's last one. */
   readonly reasoning: string
+  /** The outputs of an agent before its last one; none of a perceiver and a reasoner. */
+  readonly turns: readonly Turn[]
+  /** Requests that the answer took. */
+  readonly requests: number
+  /** Pixels of all images that were shown for it, each counted once in the request that first has it. */
+  readonly pixels: number
+  /** Whether an agent still called its tool in its last turn, so that there is no answer. */
+  readonly outOfTurns: boolean
   /** The roles whose output the limit of tokens cut off, so that the answer may be missing or another. */
   readonly truncated: readonly Role[]
   /** Frees the evidence. A second call does nothing. */
@@ -42,6 +70,7 @@ export interface Answer extends Disposable {
 const names: Names<AnswerArgs> = {
   perceiver: true,
   reasoner: true,
+  agent: true,
   image: true,
   question: true,
   answerForm: true,
@@ -49,7 +78,7 @@ const names: Names<AnswerArgs> = {
 }
 
 /**
- * Perceives, then reasons: one answer to a question about an image, with its evidence.
+ * One answer to a question about an image, with its evidence: perceives, then reasons; or by an agent, in several turns.
  *
  * A failure frees what was allocated. Source: Perceive-to-Reason, evaluation/p2r_utils.py.
  *
@@ -75,39 +104,74 @@ const names: Names<AnswerArgs> = {
 export async function answer(a: AnswerArgs): Promise<Answer> {
   const op = 'answer'
   checkArguments(a, names, op)
-  const perceiver = checkPerceiver(a.perceiver, op)
-  const reasoner = checkReasoner(a.reasoner, op)
-  imageSize(a.image, op)
+  const { perceiver, reasoner, agent } = checkAnswerer(a, op)
+  const { image } = a
+  imageSize(image, op)
   const question = checkString(a.question, 'question', op)
   const answerForm = checkForm(a.answerForm, 'answerForm', op)
   const signal = checkSignal(a.signal, op) && { signal: a.signal! }
-  const [perceived] = await perceiver.perceive({ image: a.image, question, ...signal })
+  if (agent) {
+    const [made] = await agent.zoom({ image, question, answerForm, ...signal })
+    const { answer, completion, evidence, turns, requests, pixels, ended } = made!
+    const outOfTurns = ended === 'turns'
+    return new EvidencedAnswer(
+      { answer, evidence, turns, requests, pixels, outOfTurns },
+      { reasoner: completion },
+    )
+  }
+  const [perceived] = await perceiver.perceive({ image, question, ...signal })
   const { completion, evidence } = perceived!
   try {
     const [reasoned] = await reasoner.reason({ evidence, question, answerForm, ...signal })
-    const outputs = { perceiver: completion, reasoner: reasoned!.completion }
-    return new EvidencedAnswer(reasoned!.answer, evidence, outputs)
+    const { annotated, crops } = evidence
+    // The perceiver saw the image in the size of the annotated one.
+    const pixels = [annotated, annotated, ...crops].reduce((sum, shown) => sum + shown.size / 3, 0)
+    const { answer } = reasoned!
+    return new EvidencedAnswer(
+      { answer, evidence, turns: [], requests: 2, pixels, outOfTurns: false },
+      { perceiver: completion, reasoner: reasoned!.completion },
+    )
   } catch (error) {
     evidence.dispose()
     throw error
   }
 }
 
+/** @internal Either form of those who answer; anything else is refused. */
+export function checkAnswerer(a: Answerer, op: string): Answerer {
+  if (a.agent === undefined)
+    return { perceiver: checkPerceiver(a.perceiver, op), reasoner: checkReasoner(a.reasoner, op) }
+  if (a.perceiver !== undefined || a.reasoner !== undefined)
+    refuse('ERR_VALUE', op, 'give either an agent, or a perceiver and a reasoner')
+  return { agent: checkAgent(a.agent, op) }
+}
+
+type Parts = Pick<Answer, 'answer' | 'evidence' | 'turns' | 'requests' | 'pixels' | 'outOfTurns'>
+
 class EvidencedAnswer implements Answer {
   readonly answer: string
   readonly evidence: Evidence
   readonly perception: string
   readonly reasoning: string
+  readonly turns: readonly Turn[]
+  readonly requests: number
+  readonly pixels: number
+  readonly outOfTurns: boolean
   readonly truncated: readonly Role[]
 
-  constructor(answer: string, evidence: Evidence, outputs: Record<Role, Completion>) {
-    this.answer = answer
-    this.evidence = evidence
-    this.perception = outputs.perceiver.text
+  constructor(parts: Parts, outputs: { perceiver?: Completion; reasoner: Completion }) {
+    this.answer = parts.answer
+    this.evidence = parts.evidence
+    this.turns = parts.turns
+    this.requests = parts.requests
+    this.pixels = parts.pixels
+    this.outOfTurns = parts.outOfTurns
+    this.perception = outputs.perceiver?.text ?? ''
     this.reasoning = outputs.reasoner.text
-    this.truncated = (['perceiver', 'reasoner'] as const).filter((role) =>
-      isTruncated(outputs[role]),
-    )
+    this.truncated = (['perceiver', 'reasoner'] as const).filter((role) => {
+      const output = outputs[role]
+      return output !== undefined && isTruncated(output)
+    })
   }
 
   dispose(): void {

@@ -10,11 +10,9 @@ import {
 } from '../arguments.js'
 import { refuse } from '../errors.js'
 import type { Tensor } from '../tensor.js'
-import { answer } from './answer.js'
-import { checkPerceiver, type Perceiver } from './perceiver.js'
+import { type Answerer, answer, checkAnswerer } from './answer.js'
 import { messageOf, type Role } from './policy.js'
 import { type AnswerForm, checkForm } from './prompts.js'
-import { checkReasoner, type Reasoner } from './reasoner.js'
 import { answerReward, type RewardRules, rulesOf, type Verifier } from './reward.js'
 import { mapUnordered, pipelineDepth } from './semaphore.js'
 
@@ -38,13 +36,19 @@ export interface Judged<Q extends Question> {
   reward?: number
   /** The answer that was scored. */
   answer?: string
-  /** The perceiver's output. */
+  /** The perceiver's output; '' of an agent. */
   perception?: string
-  /** The reasoner's output. */
+  /** The reasoner's output, or the agent's last one. */
   reasoning?: string
+  /** Requests that the answer took. */
+  requests?: number
+  /** Pixels of all images that were shown for it; see Answer. */
+  pixels?: number
+  /** Whether an agent still called its tool in its last turn, so that there is no answer; absent where it did not. */
+  outOfTurns?: boolean
   /** The roles whose output the limit of tokens cut off; absent where there are none. */
   truncated?: readonly Role[]
-  /** Number of boxes in the perceiver's output. */
+  /** Number of boxes in the perceiver's output, or of an agent's crops. */
   boxes?: number
   /** How many of them have no crop; see Evidence's `dropped`. Absent where there are none. */
   droppedBoxes?: number
@@ -52,12 +56,8 @@ export interface Judged<Q extends Question> {
   error?: Error
 }
 
-/** The arguments of evaluate. */
-export interface EvaluateArgs<Q extends Question = Question> {
-  /** Finds the evidence. */
-  perceiver: Perceiver
-  /** Answers from it. */
-  reasoner: Reasoner
+/** What is answered and scored, and how. */
+export interface EvaluateOptions<Q extends Question = Question> {
   /** The questions, read as they are processed; each may have further fields. */
   questions: Iterable<Q> | AsyncIterable<Q>
   /** Judges answers of free form, which need one. */
@@ -77,9 +77,13 @@ export interface EvaluateArgs<Q extends Question = Question> {
   signal?: AbortSignalLike
 }
 
+/** The arguments of evaluate. */
+export type EvaluateArgs<Q extends Question = Question> = Answerer & EvaluateOptions<Q>
+
 const argumentNames: Names<EvaluateArgs> = {
   perceiver: true,
   reasoner: true,
+  agent: true,
   questions: true,
   verifier: true,
   rules: true,
@@ -121,8 +125,7 @@ export function evaluate<Q extends Question>(
   const op = 'evaluate'
   checkArguments(a, argumentNames, op)
   const { questions, verifier, rules, concurrency = 32, signal } = a
-  const perceiver = checkPerceiver(a.perceiver, op)
-  const reasoner = checkReasoner(a.reasoner, op)
+  const answerer = checkAnswerer(a, op)
   if (!isObject(questions) || !(Symbol.iterator in questions || Symbol.asyncIterator in questions))
     refuse('ERR_VALUE', op, `questions must be iterable, got ${describeValue(questions)}`)
   if (verifier !== undefined) checkFunction(verifier, 'verifier', op)
@@ -137,8 +140,7 @@ export function evaluate<Q extends Question>(
       image = await question.load()
       const { answerForm, truth } = question
       const made = await answer({
-        perceiver,
-        reasoner,
+        ...answerer,
         image,
         question: question.question,
         answerForm,
@@ -146,7 +148,7 @@ export function evaluate<Q extends Question>(
       })
       const { boxes, dropped } = made.evidence
       made.dispose()
-      const { perception, reasoning, truncated } = made
+      const { perception, reasoning, truncated, requests, pixels, outOfTurns } = made
       const reward = await answerReward({
         answer: made.answer,
         truth,
@@ -163,6 +165,9 @@ export function evaluate<Q extends Question>(
         reasoning,
         boxes: boxes.length,
         ...(dropped > 0 && { droppedBoxes: dropped }),
+        requests,
+        pixels,
+        ...(outOfTurns && { outOfTurns }),
         ...(truncated.length > 0 && { truncated }),
       }
     } catch (error) {

@@ -187,6 +187,16 @@ export function collectEvidence(a: CollectEvidenceArgs): Evidence {
   return new Collected(image, [...boxes], outlines, crops, wanted.length - crops.length, sizes)
 }
 
+/** @internal The evidence of crops that are known, with a box for each. */
+export function evidenceOf(
+  image: Tensor<'u8'>,
+  boxes: EvidenceBox[],
+  crops: readonly PixelBox[],
+  sizes: ResizeOptions,
+): Evidence {
+  return new Collected(image, boxes, crops, crops, 0, sizes)
+}
+
 /** @internal Refuses wrong options; returns the sizes among them. */
 export function checkEvidenceOptions(a: EvidenceOptions, op: string): EvidenceSizes {
   if (a.maxEvidence !== undefined) checkInteger(a.maxEvidence, 0, 'maxEvidence', op)
@@ -372,7 +382,8 @@ function unresized(box: PixelBox): Region {
 /** smartResize's factor, and so the smallest side. */
 const leastSide = 32
 
-function sized(
+/** @internal A region and the size in which it is shown: smartResize's. */
+export function sized(
   box: PixelBox,
   minPixels: number | undefined,
   maxPixels: number | undefined,
@@ -387,8 +398,8 @@ function sized(
   return { box, height: Math.max(height, leastSide), width: Math.max(width, leastSide) }
 }
 
-/** Whether smartResize accepts a crop; without a limit on pixels crops are not resampled. */
-function isResizable(crop: PixelBox, sizes: EvidenceSizes): boolean {
+/** @internal Whether smartResize accepts a crop; without a limit on pixels crops are not resampled. */
+export function isResizable(crop: PixelBox, sizes: EvidenceSizes): boolean {
   if (sizes.cropMaxPixels === undefined && sizes.maxPixels === undefined) return true
   const { height, width } = unresized(crop)
   return Math.max(height, width) <= 200 * Math.min(height, width)

@@ -58,7 +58,7 @@ const loadNames: Names<LoadRolloutsOptions> = { images: true }
  * Writes a batch into a safetensors file, for trainers in any language.
  *
  * It holds `rewards` and `advantages` f32 [B], `groups` i32 [B], and where
- * the batch has them `tokens` i32 [T], `cu_seqlens` i32 [B + 1] and `old_log_probs` f32 [T]. The header
+ * the batch has them `tokens` i32 [T], `cu_seqlens` i32 [B + 1], `mask` u8 [T] and `old_log_probs` f32 [T]. The header
  * holds the role, the metrics, the temperatures, the items, and the requests, to which an item's `request` is the index:
  * the prompts, their token ids where they are known, and the images' hashes. The file is replaced atomically.
  *
@@ -97,7 +97,7 @@ export async function saveRollouts(
   checkArguments(options, saveNames, op)
   const files = choice(options.images ?? 'hashes', ['hashes', 'files'], 'images', op) === 'files'
   const { role, groups, rewards, advantages, cuSeqlens, tokens, oldLogProbs, metrics } = batch
-  const { temperature, oldLogProbsTemperature } = batch
+  const { temperature, oldLogProbsTemperature, mask } = batch
   const made: Tensor[] = []
   const ints = (data: Int32Array): Tensor => {
     const tensor = rewards.device.tensor(data, [data.length])
@@ -125,6 +125,7 @@ export async function saveRollouts(
       groups: ints(groups),
       ...(tokens && { tokens: ints(tokens) }),
       ...(cuSeqlens && { cu_seqlens: ints(cuSeqlens) }),
+      ...(mask && { mask }),
       ...(oldLogProbs && { old_log_probs: oldLogProbs }),
     },
     {
@@ -252,7 +253,7 @@ export async function loadRollouts(
   const tensors = await loadTensors(path, device)
   const loaded = new Map<string, Tensor<'u8'>>()
   try {
-    const { rewards, advantages, old_log_probs: oldLogProbs } = tensors
+    const { rewards, advantages, mask, old_log_probs: oldLogProbs } = tensors
     const ints = async (name: string): Promise<Int32Array | undefined> =>
       tensors[name]?.dtype === 'i32' ? ((await tensors[name].read()) as Int32Array) : undefined
     const [groups, tokens, cuSeqlens] = [
@@ -282,6 +283,7 @@ export async function loadRollouts(
         metrics: JSON.parse(header.metrics ?? 'null'),
         ...samplingOf(header.sampling, bad),
         ...(tokens && cuSeqlens && { tokens, cuSeqlens }),
+        ...(mask && { mask }),
         ...(oldLogProbs && { oldLogProbs }),
       },
       [...loaded.values()],

@@ -22,6 +22,8 @@ import {
   messageOf,
   type Policy,
   type PolicyRequest,
+  type ToolCall,
+  type Turn,
 } from './policy.js'
 import { Semaphore } from './semaphore.js'
 
@@ -71,6 +73,12 @@ export interface OpenAIPolicyOptions {
    */
   tokens?: boolean
   /**
+   * Where the images of tool results are: in the 'tool' message, as vLLM and SGLang take them, or in a message of the
+   * 'user' after it, since api.openai.com takes no images of tools.
+   * @default 'tool'
+   */
+  toolImages?: 'tool' | 'user'
+  /**
    * Streams responses: the headers come at once, which keeps proxies from closing a connection that seems idle.
    * @default false
    */
@@ -92,6 +100,7 @@ const optionNames: Names<OpenAIPolicyOptions> = {
   imageFormat: true,
   imageQuality: true,
   tokens: true,
+  toolImages: true,
   stream: true,
   extraBody: true,
 }
@@ -114,7 +123,7 @@ const encodedAhead = 8
  *
  * Text parts are joined. A response with fewer choices than `n` is completed by further requests for those that
  * are missing. A model that declines gives completions with `refusal`. What holds no answer (a thought that
- * `maxTokens` cut off, tool calls, filtered content) is ERR_POLICY, or one completion's `failure` where others of the
+ * `maxTokens` cut off, calls of tools that the request does not have, filtered content) is ERR_POLICY, or one completion's `failure` where others of the
  * request are answers. Token ids come from vLLM's
  * `return_token_ids` or `return_tokens_as_token_ids`, whichever the server supports; log-probabilities
  * are the server's, which for vLLM are those of temperature 1 unless it was started otherwise.
@@ -155,6 +164,7 @@ export class OpenAIPolicy implements Policy {
       imageFormat: choice(options.imageFormat ?? 'jpeg', ['jpeg', 'png'], 'imageFormat', op),
       imageQuality: checkIntegerWithin(options.imageQuality ?? 75, 1, 100, 'imageQuality', op),
       tokens: checkBoolean(options.tokens ?? true, 'tokens', op),
+      toolImages: choice(options.toolImages ?? 'tool', ['tool', 'user'], 'toolImages', op),
       stream: checkBoolean(options.stream ?? false, 'stream', op),
       extraBody: checkObject(options.extraBody ?? {}, 'extraBody', op),
     }
@@ -171,24 +181,24 @@ export class OpenAIPolicy implements Policy {
    */
   async generate(request: PolicyRequest): Promise<Completion[]> {
     checkReceiver(isObject(this) && #options in this, 'OpenAIPolicy', op)
-    const { system, n = 1, temperature, maxTokens, signal } = checkRequest(request, op)
+    const { system, n = 1, temperature, maxTokens, tools, signal } = checkRequest(request, op)
     const prompt = checkText(request.prompt, 'prompt', op)
     const { model, extraBody, stream } = this.#options
     return this.#encodings.run(async () => {
-      const images = await Promise.all(request.images.map((image) => this.#dataURL(image)))
+      const content = await this.#content(prompt, request.images)
+      const turns = await Promise.all((request.turns ?? []).map((turn) => this.#messages(turn)))
       signal?.throwIfAborted()
       const body = {
         model,
         messages: [
-          ...(system ? [{ role: 'system' as const, content: system }] : []),
-          {
-            role: 'user' as const,
-            content: [
-              ...images.map((url) => ({ type: 'image_url' as const, image_url: { url } })),
-              { type: 'text' as const, text: prompt },
-            ],
-          },
+          ...(system ? [{ role: 'system', content: system }] : []),
+          { role: 'user', content },
+          ...turns.flat(),
         ],
+        ...(tools?.length && {
+          tools: tools.map((tool) => ({ type: 'function', function: tool })),
+          tool_choice: request.toolChoice ?? 'auto',
+        }),
         ...(temperature !== undefined && { temperature }),
         ...(maxTokens !== undefined && { max_tokens: maxTokens }),
         ...((request.tokens ?? this.#options.tokens) && {
@@ -199,8 +209,51 @@ export class OpenAIPolicy implements Policy {
         ...(stream && { stream }),
         ...extraBody,
       }
-      return this.#requests.run(() => this.#complete(body, n, signal), signal)
+      return this.#requests.run(() => this.#complete(body, n, !!tools?.length, signal), signal)
     }, signal)
+  }
+
+  /** The parts of a message: images, then the text. */
+  async #content(text: string, images: readonly Tensor<'u8'>[]): Promise<object[]> {
+    const urls = await Promise.all(images.map((image) => this.#dataURL(image)))
+    return [
+      ...urls.map((url) => ({ type: 'image_url', image_url: { url } })),
+      { type: 'text', text },
+    ]
+  }
+
+  /** A turn as messages: the model's, and those of the results. */
+  async #messages({ completion, results }: Turn): Promise<object[]> {
+    const { text, reasoning, toolCalls } = completion
+    const calls = (toolCalls ?? []).map(({ id, name, arguments: given }) => ({
+      id,
+      type: 'function',
+      function: { name, arguments: given },
+    }))
+    const said = {
+      role: 'assistant',
+      content: text,
+      // Chat templates show the thought of a turn that called a tool.
+      ...(reasoning !== undefined && { reasoning_content: reasoning }),
+      ...(calls.length && { tool_calls: calls }),
+    }
+    const beside = this.#options.toolImages === 'user'
+    const answers: object[] = []
+    // Behind all tool messages, since these have to follow the calls at once.
+    const shown: object[] = []
+    for (const { id, text, images } of results)
+      if (id === undefined)
+        shown.push({
+          role: 'user',
+          content: await this.#content(`<tool_response>\n${text}\n</tool_response>`, images),
+        })
+      else {
+        const separate = beside && images.length > 0
+        const content = separate ? text : await this.#content(text, images)
+        answers.push({ role: 'tool', tool_call_id: id, content })
+        if (separate) shown.push({ role: 'user', content: await this.#content(text, images) })
+      }
+    return [said, ...answers, ...shown]
   }
 
   async #dataURL(image: Tensor<'u8'>): Promise<string> {
@@ -210,7 +263,12 @@ export class OpenAIPolicy implements Policy {
   }
 
   /** Requests until there are n completions, or until another attempt cannot help. */
-  async #complete(body: Body, n: number, signal?: AbortSignalLike): Promise<Completion[]> {
+  async #complete(
+    body: Body,
+    n: number,
+    tools: boolean,
+    signal?: AbortSignalLike,
+  ): Promise<Completion[]> {
     const { maxRetries, timeoutMs } = this.#options
     const made: Completion[] = []
     // Only attempts that give nothing count: a server that gives one choice a request is asked n times.
@@ -222,6 +280,7 @@ export class OpenAIPolicy implements Policy {
         const some = await this.#attempt(
           url,
           { ...body, ...(missing > 1 && { n: missing }) },
+          tools,
           signal,
         )
         if (some.length > missing)
@@ -253,7 +312,12 @@ export class OpenAIPolicy implements Policy {
   }
 
   /** One request with a deadline for all of it; the client's own timeout ends at the headers. */
-  async #attempt(url: string, body: Body, signal?: AbortSignalLike): Promise<Completion[]> {
+  async #attempt(
+    url: string,
+    body: Body,
+    tools: boolean,
+    signal?: AbortSignalLike,
+  ): Promise<Completion[]> {
     const clients = await this.#load()
     const client = clients[this.#urls.indexOf(url)]!
     const deadline = new AbortController()
@@ -266,7 +330,8 @@ export class OpenAIPolicy implements Policy {
       )
       const streamed =
         typeof answer === 'object' && answer !== null && Symbol.asyncIterator in answer
-      return completionsOf(streamed ? await assemble(answer as AsyncIterable<unknown>) : answer)
+      const whole = streamed ? await assemble(answer as AsyncIterable<unknown>) : answer
+      return completionsOf(whole, tools)
     } catch (error) {
       throw deadline.signal.aborted && !signal?.aborted ? deadline.signal.reason : error
     } finally {
@@ -400,7 +465,7 @@ function retryAfter(headers: Headers | undefined): number | undefined {
 }
 
 /** The choices of a response that hold a message, sorted by index. */
-function completionsOf(answer: unknown): Completion[] {
+function completionsOf(answer: unknown, tools: boolean): Completion[] {
   const { choices, prompt_token_ids } = (answer ?? {}) as {
     choices?: unknown
     prompt_token_ids?: unknown
@@ -423,7 +488,7 @@ function completionsOf(answer: unknown): Completion[] {
   return whole
     .sort((a, b) => at(a) - at(b))
     .map((choice) => ({
-      ...completionOf(choice),
+      ...completionOf(choice, tools),
       ...([choice.prompt_token_ids, prompt_token_ids].some(isTokens) && {
         promptTokens: [choice.prompt_token_ids, prompt_token_ids].find(isTokens)!,
       }),
@@ -448,21 +513,23 @@ interface Message {
   tool_calls?: unknown
 }
 
-function completionOf(choice: Choice): Completion {
+function completionOf(choice: Choice, tools: boolean): Completion {
   const { message, logprobs } = choice
   const parts = partsOf(message.content)
   const refusal = [message.refusal, parts?.refusal].find(isText)
   const reasoning = [message.reasoning, message.reasoning_content, parts?.reasoning].find(isText)
   const finishReason = isText(choice.finish_reason) ? choice.finish_reason : undefined
   const said = refusal === undefined ? (parts?.text ?? '') : ''
+  const toolCalls = tools ? callsOf(message.tool_calls) : []
   const failure =
-    refusal === undefined
+    refusal === undefined && !toolCalls.length
       ? failureIn(message, parts, { text: said, reasoning, finishReason })
       : undefined
   const completion: Completion = {
     text: failure === undefined ? said : '',
     ...(finishReason !== undefined && { finishReason }),
     ...(reasoning !== undefined && { reasoning }),
+    ...(toolCalls.length > 0 && { toolCalls }),
     ...(refusal !== undefined && { refusal }),
     ...(failure !== undefined && { failure }),
   }
@@ -482,6 +549,21 @@ function completionOf(choice: Choice): Completion {
   )
     completion.logProbs = logProbs
   return completion
+}
+
+/** A message's calls of tools, as the server has them, right or not. */
+function callsOf(calls: unknown): ToolCall[] {
+  if (!Array.isArray(calls)) return []
+  return calls.filter(isObject).map((call, i): ToolCall => {
+    const { id, function: called } = call as { id?: unknown; function?: unknown }
+    const { name, arguments: given } = (isObject(called) ? called : {}) as Record<string, unknown>
+    return {
+      id: isText(id) ? id : `call_${i}`,
+      name: typeof name === 'string' ? name : '',
+      // Ollama has an object.
+      arguments: typeof given === 'string' ? given : JSON.stringify(given ?? {}),
+    }
+  })
 }
 
 interface Parts {
@@ -561,9 +643,13 @@ async function assemble(stream: AsyncIterable<unknown>): Promise<unknown> {
   interface Chunk extends Omit<Choice, 'message'> {
     delta?: Message
   }
+  interface AssembledCall {
+    id?: string
+    function: { name: string; arguments: string }
+  }
   interface Assembled extends Choice {
     index: number
-    message: Message & { content: string | null; tool_calls?: { function: { name: unknown } }[] }
+    message: Message & { content: string | null; tool_calls?: AssembledCall[] }
     logprobs?: { content: unknown[] }
     token_ids?: number[]
   }
@@ -592,10 +678,21 @@ async function assemble(stream: AsyncIterable<unknown>): Promise<unknown> {
       ] as const)
         if (typeof piece === 'string') message[name] = `${message[name] ?? ''}${piece}`
       for (const call of Array.isArray(calls) ? calls : []) {
-        const name: unknown = (call as { function?: { name?: unknown } } | null)?.function?.name
-        if (!isText(name)) continue
+        if (!isObject(call)) continue
+        const { index, id, function: piece } = call as Record<string, unknown>
+        const { name, arguments: given } = (isObject(piece) ? piece : {}) as Record<string, unknown>
         message.tool_calls ??= []
-        message.tool_calls.push({ function: { name } })
+        // A piece continues the call of its index; one with a name begins a call where there is no index.
+        const all = message.tool_calls
+        const place =
+          typeof index === 'number' ? index : all.length - +(!isText(name) && all.length > 0)
+        if (place > all.length || place < 0) continue
+        all[place] ??= { function: { name: '', arguments: '' } }
+        const made = all[place]
+        if (isText(id)) made.id = id
+        if (isText(name)) made.function.name += name
+        if (typeof given === 'string') made.function.arguments += given
+        else if (isObject(given)) made.function.arguments = JSON.stringify(given)
       }
       if (Array.isArray(chunk.logprobs?.content)) {
         choice.logprobs ??= { content: [] }

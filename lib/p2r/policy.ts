@@ -5,6 +5,7 @@ import {
   checkBoolean,
   checkFunction,
   checkNonNegative,
+  checkObject,
   checkPositive,
   checkString,
   choice,
@@ -17,6 +18,44 @@ import { handleOf, type Tensor } from '../tensor.js'
 const roles = ['perceiver', 'reasoner'] as const
 /** The two parts of Perceive-to-Reason: one finds the evidence in an image, one answers from it. */
 export type Role = (typeof roles)[number]
+
+/** A function that a model may call. */
+export interface Tool {
+  /** By which the model calls it. */
+  name: string
+  /** What it does, for the model. */
+  description: string
+  /** The JSON Schema of its arguments, an object. */
+  parameters: Readonly<Record<string, unknown>>
+}
+
+/** A model's call of a tool. */
+export interface ToolCall {
+  /** To which a result refers; absent for a call that the model wrote into its text. */
+  id?: string
+  /** The tool's name as the model wrote it; '' where it wrote none. */
+  name: string
+  /** The arguments as the model wrote them: JSON, if it is right. */
+  arguments: string
+}
+
+/** What a call of a tool gave. */
+export interface ToolResult {
+  /** The call's id; absent for a call in the model's text, whose result is shown as a message of the user's. */
+  id?: string
+  /** What the model is told. */
+  text: string
+  /** What the model is shown before the text, u8 [height, width, 3] each. */
+  images: readonly Tensor<'u8'>[]
+}
+
+/** An output of the model that called tools, and what the calls gave. */
+export interface Turn {
+  /** The output. */
+  completion: Completion
+  /** A result for each of its calls. */
+  results: readonly ToolResult[]
+}
 
 /** One output of a policy. */
 export interface Completion {
@@ -32,6 +71,13 @@ export interface Completion {
   finishReason?: string
   /** What the model thought, where the server separates it from the text. */
   reasoning?: string
+  /** The calls of tools, where the request has tools and the server reads calls. */
+  toolCalls?: readonly ToolCall[]
+  /**
+   * [tokens]: 1 for the model's own tokens, 0 for those of tool results between its outputs, which are not trained on.
+   * @default 1 each
+   */
+  mask?: readonly number[]
   /** The policy's reason for declining to answer. */
   refusal?: string
   /** Why this is no answer, where others of the same request are; its text is ''. */
@@ -48,6 +94,15 @@ export interface PolicyRequest {
   prompt: string
   /** u8 [height, width, 3] each. They are valid until the policy's promise settles. */
   images: readonly Tensor<'u8'>[]
+  /** Tools that the model may call. Left out: none. */
+  tools?: readonly Tool[]
+  /**
+   * Whether the model may call them in this turn; the prompt describes them either way.
+   * @default 'auto'
+   */
+  toolChoice?: 'auto' | 'none'
+  /** What follows the prompt in a conversation of several turns, in order. Left out: nothing. */
+  turns?: readonly Turn[]
   /**
    * How many completions to sample.
    * @default 1
@@ -83,6 +138,9 @@ const requestNames: Names<PolicyRequest> = {
   system: true,
   prompt: true,
   images: true,
+  tools: true,
+  toolChoice: true,
+  turns: true,
   n: true,
   temperature: true,
   maxTokens: true,
@@ -101,6 +159,17 @@ export function checkRequest(request: PolicyRequest, op: string): PolicyRequest 
     handleOf(image, `images[${i}]`, op)
   })
   checkPositive(request.n ?? 1, 'n', op)
+  checkArray(request.tools ?? [], 'tools', op)
+  choice(request.toolChoice ?? 'auto', ['auto', 'none'], 'toolChoice', op)
+  for (const [i, turn] of checkArray(request.turns ?? [], 'turns', op).entries()) {
+    const name = `turns[${i}]`
+    checkString(checkObject(turn, name, op).completion?.text, `${name}.completion.text`, op)
+    for (const result of checkArray(turn.results, `${name}.results`, op)) {
+      checkString(checkObject(result, `${name}.results`, op).text, `${name}.results.text`, op)
+      for (const image of checkArray(result.images, `${name}.results.images`, op))
+        handleOf(image, `${name}.results.images`, op)
+    }
+  }
   checkSampling(request, op)
   if (request.tokens !== undefined) checkBoolean(request.tokens, 'tokens', op)
   checkSignal(request.signal, op)

@@ -87,6 +87,13 @@ import {
   type Sample,
 } from './rollouts.js'
 import { mapUnordered, pipelineDepth, Semaphore } from './semaphore.js'
+import {
+  checkZoomOptions,
+  RegionImages,
+  ZoomAgent,
+  type Zooming,
+  type ZoomOptions,
+} from './zoom.js'
 
 /** Steps of each role's phase; the perceiver's comes first. One of them may be 0. */
 export interface Schedule {
@@ -139,10 +146,19 @@ export interface PraGrpoSettings {
 
 /** Options of PraGrpo. */
 export interface PraGrpoOptions extends PraGrpoSettings {
-  /** Finds the evidence: the trained model in the perceiver's phase, a frozen one in the reasoner's. */
-  perceiver: Policy
+  /**
+   * Finds the evidence: the trained model in the perceiver's phase, a frozen one in the reasoner's. Needed without
+   * `zoom`, and absent with it.
+   */
+  perceiver?: Policy
   /** Answers from it: the trained model in the reasoner's phase, a frozen one in the perceiver's. */
   reasoner: Policy
+  /**
+   * Trains the multi-turn form instead: the reasoner is a ZoomAgent of these options, and looks at crops of its own choice.
+   * All steps are the reasoner's. A trajectory is one sequence of tokens, those of tool results masked; one whose turns ran
+   * out has reward 0. Left out: perceiver and reasoner, in two stages.
+   */
+  zoom?: ZoomOptions
   /** Judges answers of free form, which need one. */
   verifier?: Verifier
   /** Where rewards, advantages and losses are computed. */
@@ -224,6 +240,7 @@ const optionNames: Names<PraGrpoOptions> = {
   ...settingNames,
   perceiver: true,
   reasoner: true,
+  zoom: true,
   verifier: true,
   device: true,
   concurrency: true,
@@ -394,7 +411,8 @@ export class PraGrpo {
   constructor(options: PraGrpoOptions) {
     const op = 'PraGrpo'
     checkArguments(options, optionNames, op)
-    const { schedule = { perceiver: 1, reasoner: 1 }, groupSize = 8, temperature = 1 } = options
+    const { zoom, groupSize = 8, temperature = 1 } = options
+    const { schedule = { perceiver: +(zoom === undefined), reasoner: 1 } } = options
     const { estimator, loss, correction, verifier, evidence, maxTokens } = options
     checkDevice(options.device, op)
     checkPositive(groupSize, 'groupSize', op)
@@ -405,6 +423,14 @@ export class PraGrpo {
       checkInteger(schedule[role], 0, `schedule.${role}`, op)
     if (schedule.perceiver + schedule.reasoner === 0)
       refuse('ERR_VALUE', op, 'schedule must give one of the roles a step')
+    if (zoom !== undefined) {
+      checkZoomOptions(checkObject(zoom, 'zoom', op), 'zoom', op)
+      if (schedule.perceiver !== 0)
+        refuse('ERR_VALUE', op, 'schedule.perceiver must be 0 with zoom, which has no perceiver')
+      for (const name of ['perceiver', 'evidence'] as const)
+        if (options[name] !== undefined)
+          refuse('ERR_VALUE', op, `${name} must be absent with zoom, which has no perceiver`)
+    }
     // Checked before the first rollout, because rollouts are what costs.
     if (loss !== undefined) checkArguments(loss, lossOptionNames, op, 'loss')
     if (correction !== undefined && correction !== false)
@@ -425,9 +451,10 @@ export class PraGrpo {
     choice(options.logProbsMode ?? 'raw', ['raw', 'processed'], 'logProbsMode', op)
     this.#options = { ...options }
     this.#settings = { groupSize, schedule, temperature }
+    const reasoner = checkPolicy(options.reasoner, 'reasoner', op)
     this.#policies = {
-      perceiver: checkPolicy(options.perceiver, 'perceiver', op),
-      reasoner: checkPolicy(options.reasoner, 'reasoner', op),
+      perceiver: zoom ? reasoner : checkPolicy(options.perceiver, 'perceiver', op),
+      reasoner,
     }
     this.#step = checkInteger(options.step ?? 0, 0, 'step', op)
     this.#depth = pipelineDepth(checkPositive(options.concurrency ?? 32, 'concurrency', op))
@@ -488,7 +515,8 @@ export class PraGrpo {
     checkArray(samples, 'samples', op)
     for (const [i, sample] of samples.entries()) this.#checkSample(sample, i, op)
     const groups: RolloutItem[][] = []
-    const roll = role === 'perceiver' ? this.#perceive : this.#reason
+    const reason = this.#options.zoom ? this.#zoom : this.#reason
+    const roll = role === 'perceiver' ? this.#perceive : reason
     const rolled = mapUnordered(samples, this.#depth, async (sample, at) => ({
       at,
       items: await roll.call(this, sample, at, signal),
@@ -535,7 +563,7 @@ export class PraGrpo {
       refuse('ERR_VALUE', op, `it is the ${this.role}'s turn, got a batch of the ${batch.role}`)
     if (this.finished) refuse('ERR_VALUE', op, `all ${this.#options.rounds} rounds are over`)
     if (this.#stepped.has(batch)) refuse('ERR_VALUE', op, 'this batch was stepped already')
-    const { cuSeqlens, rewards, groups } = batch
+    const { cuSeqlens, rewards, groups, mask } = batch
     if (!cuSeqlens)
       refuse(
         'ERR_POLICY',
@@ -554,6 +582,7 @@ export class PraGrpo {
       cuSeqlens,
       ...(oldLogProbs && { oldLogProbs }),
       ...(estimator && { estimator }),
+      ...(mask && { mask }),
       ...(corrected &&
         correction && {
           importanceWeights: corrected.importanceWeights,
@@ -565,20 +594,24 @@ export class PraGrpo {
     const step = this.#step++
     const ratiosTo = model.oldLogProbs ? 'trainer' : oldLogProbs ? 'server' : 'current'
     // Read now, because the caller may dispose the step.
-    const read = Promise.all([made.metrics(), made.logProbs.read(), corrected?.metrics()]).then(
-      ([metrics, logProbs, apart]): RoleMetrics => {
-        const sum = logProbs.reduce((s, x) => s - x, 0)
-        const sampledEntropy = logProbs.length ? sum / logProbs.length : 0
-        return {
-          ...batch.metrics,
-          ...metrics,
-          step,
-          sampledEntropy,
-          ratiosTo,
-          ...(apart && { correction: apart }),
-        }
-      },
-    )
+    const read = Promise.all([
+      made.metrics(),
+      made.logProbs.read(),
+      mask?.read(),
+      corrected?.metrics(),
+    ]).then(([metrics, logProbs, kept, apart]): RoleMetrics => {
+      const own = kept ? logProbs.filter((_, i) => kept[i]) : logProbs
+      const sum = own.reduce((s, x) => s - x, 0)
+      const sampledEntropy = own.length ? sum / own.length : 0
+      return {
+        ...batch.metrics,
+        ...metrics,
+        step,
+        sampledEntropy,
+        ratiosTo,
+        ...(apart && { correction: apart }),
+      }
+    })
     read.catch(() => {})
     this.#metrics[batch.role] = read
     return made
@@ -683,6 +716,56 @@ export class PraGrpo {
         try {
           answered(completion, 'reasoner', 'rollout')
           return { ...item, reward: await this.#reward(sample, answer) }
+        } catch (error) {
+          signal?.throwIfAborted()
+          return { ...item, error: asError(error), reward: Number.NaN }
+        }
+      }),
+    )
+  }
+
+  /** G trajectories of the trained reasoner, which looks at crops of its own choice. */
+  async #zoom(sample: Sample, at: number, signal?: AbortSignalLike): Promise<RolloutItem[]> {
+    const { image, question, answerForm } = sample
+    const { zoom, prompts, maxTokens, rules } = this.#options
+    const agent = new ZoomAgent(withTokens(this.#policies.reasoner, true), {
+      ...zoom,
+      temperature: this.#settings.temperature,
+      ...(prompts && { prompts }),
+      ...(rules && { rules }),
+      ...(maxTokens?.reasoner !== undefined && { maxTokens: maxTokens.reasoner }),
+    })
+    let made: Zooming[]
+    try {
+      const n = this.#settings.groupSize
+      const a = { image, question, answerForm, n, ...(signal && { signal }) }
+      made = await this.#evidences.run(() => agent.zoom(a), signal)
+    } catch (error) {
+      signal?.throwIfAborted()
+      return this.#failed(at, error)
+    }
+    return Promise.all(
+      made.map(async (each): Promise<RolloutItem> => {
+        const { completion, answer, evidence, shown, ended, untrainable, asked } = each
+        const { promptTokens } = completion
+        const request = new AskedRequest(
+          { ...asked, ...(promptTokens && { promptTokens }) },
+          () => new RegionImages(image, shown),
+        )
+        const outOfTurns = ended === 'turns'
+        const item = {
+          sample: at,
+          request,
+          completion,
+          evidence,
+          answer,
+          ...(outOfTurns && { outOfTurns }),
+        }
+        try {
+          answered(completion, 'reasoner', 'rollout')
+          if (untrainable !== undefined)
+            refuse('ERR_POLICY', 'rollout', `the trajectory has no tokens: ${untrainable}`)
+          return { ...item, reward: outOfTurns ? 0 : await this.#reward(sample, answer) }
         } catch (error) {
           signal?.throwIfAborted()
           return { ...item, error: asError(error), reward: Number.NaN }
@@ -814,7 +897,8 @@ function correctionOf(
   correction: RolloutCorrectionOptions,
   op: string,
 ): Held<RolloutCorrectionResult> | undefined {
-  const { oldLogProbs: rolloutLogProbs, oldLogProbsTemperature = 1, cuSeqlens, advantages } = batch
+  const { oldLogProbs: rolloutLogProbs, oldLogProbsTemperature = 1, cuSeqlens } = batch
+  const { advantages, mask } = batch
   if (!logProbs || !rolloutLogProbs || !cuSeqlens || oldLogProbsTemperature !== sampled)
     return undefined
   handleOf(logProbs, 'oldLogProbs', op)
@@ -828,6 +912,7 @@ function correctionOf(
       logProbs,
       rolloutLogProbs,
       cuSeqlens,
+      ...(mask && { mask }),
       ...(correction.maxDivergence !== undefined && { advantages }),
     }),
   )

@@ -1,4 +1,12 @@
-import { checkArguments, checkBoolean, checkString, choice, type Names } from '../arguments.js'
+import {
+  checkArguments,
+  checkArray,
+  checkBoolean,
+  checkString,
+  choice,
+  type Names,
+} from '../arguments.js'
+import type { Tool } from './policy.js'
 
 export const answerForms = ['mca', 'na', 'free_form'] as const
 /** Multiple choice, answered by a letter ('mca'); a number ('na'); any text ('free_form'). */
@@ -19,6 +27,8 @@ export interface Prompts {
   reason: string
   /** The reasoner's prompt where the evidence has no crops; likewise. */
   reasonWithoutEvidence: string
+  /** A ZoomAgent's prompt, which may call image_zoom_in_tool; the instruction of the answer form follows. */
+  zoom: string
   /** The instruction of each answer form: where and how the answer is written. */
   forms: Readonly<Record<AnswerForm, string>>
 }
@@ -52,6 +62,10 @@ export const defaultPrompts: Prompts = Object.freeze({
     'The regions that matter are outlined in the first image and shown enlarged in the others. ' +
     'Reason step by step.\n',
   reasonWithoutEvidence: 'Question: {question}\nReason step by step.\n',
+  zoom:
+    'Question: {question}\n' +
+    'Reason step by step. Where a detail is too small to be seen, call image_zoom_in_tool for its region, ' +
+    'several times if needed; answer once you have seen what the question needs.\n',
   forms: Object.freeze({
     mca: `${inTags} the letter of the right option alone (A, B, ...).\n`,
     na: `${inTags} the answer as a number (such as 42 or 3.1).\n`,
@@ -69,6 +83,8 @@ export interface PromptOverrides {
   reason?: string
   /** As in Prompts. */
   reasonWithoutEvidence?: string
+  /** As in Prompts. */
+  zoom?: string
   /** As in Prompts, each form for itself. */
   forms?: Partial<Record<AnswerForm, string>>
 }
@@ -78,9 +94,46 @@ const promptNames: Names<Prompts> = {
   perceive: true,
   reason: true,
   reasonWithoutEvidence: true,
+  zoom: true,
   forms: true,
 }
 const formNames: Names<Record<AnswerForm, string>> = { mca: true, na: true, free_form: true }
+
+/**
+ * What a ZoomAgent asks. The description of tools in the system prompt is that of Qwen's chat templates (Hermes' form).
+ *
+ * @throws P2RError ERR_VALUE for wrong arguments.
+ * @example
+ * ```js
+ * import { zoomPrompt } from 'p2r-kernels'
+ *
+ * const prompts = { zoom: '{question} Zoom in.\n', forms: { na: 'Answer with a number.' } }
+ * const { prompt } = zoomPrompt({ question: 'How many cars are there?', answerForm: 'na', prompts })
+ * console.log(prompt.split('\n')) // [ 'How many cars are there? Zoom in.', 'Answer with a number.' ]
+ * ```
+ */
+export function zoomPrompt(a: ZoomPromptArgs): RolePrompt {
+  const op = 'zoomPrompt'
+  checkArguments(a, zoomNames, op)
+  const question = checkString(a.question, 'question', op)
+  const form = checkForm(a.answerForm, 'answerForm', op)
+  const tools = checkArray(a.tools ?? [], 'tools', op)
+  const { system, zoom, forms } = promptsOf(a.prompts, op)
+  return {
+    system: tools.length ? `${system}${system && '\n\n'}${describeTools(tools)}` : system,
+    prompt: fill(zoom, question) + fill(forms[form], question),
+  }
+}
+
+function describeTools(tools: readonly Tool[]): string {
+  const signatures = tools.map((tool) => JSON.stringify({ type: 'function', function: tool }))
+  return (
+    '# Tools\n\nYou may call one or more of these functions, given as JSON schemas:\n' +
+    `<tools>\n${signatures.join('\n')}\n</tools>\n\n` +
+    'To call one, write a JSON object with its name and arguments between these tags, and end your reply after it:\n' +
+    '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+  )
+}
 
 /** @internal The default prompts with some of them replaced. */
 export function promptsOf(overrides: PromptOverrides | undefined, op: string): Prompts {
@@ -121,6 +174,17 @@ export interface PerceivePromptArgs {
   prompts?: PromptOverrides
 }
 
+/** The arguments of zoomPrompt. */
+export interface ZoomPromptArgs extends PerceivePromptArgs {
+  /** How the answer is to be written. */
+  answerForm: AnswerForm
+  /**
+   * Tools that the system prompt describes, and how they are called in the text: for servers without tools.
+   * @default none, since the server's chat template describes the request's tools
+   */
+  tools?: readonly Tool[]
+}
+
 /** The arguments of reasonPrompt. */
 export interface ReasonPromptArgs extends PerceivePromptArgs {
   /** How the answer is to be written. */
@@ -130,6 +194,7 @@ export interface ReasonPromptArgs extends PerceivePromptArgs {
 }
 
 const perceiveNames: Names<PerceivePromptArgs> = { question: true, prompts: true }
+const zoomNames: Names<ZoomPromptArgs> = { ...perceiveNames, answerForm: true, tools: true }
 const reasonNames: Names<ReasonPromptArgs> = {
   ...perceiveNames,
   answerForm: true,

@@ -11,6 +11,7 @@ import {
   type Policy,
   type PolicyRequest,
   type Role,
+  type Turn,
 } from './policy.js'
 
 /** One line of a recording: a request and its completions. */
@@ -21,6 +22,8 @@ interface Line {
   system?: string
   /** SHA-256 of each image's shape and pixels; matches any images if absent. */
   images?: string[]
+  /** SHA-256 of what follows the prompt in a conversation; absent for nothing. */
+  turns?: string
   completions: Completion[]
 }
 
@@ -29,7 +32,7 @@ const construct = Symbol('construct')
 /**
  * Replays recorded completions instead of calling a model: for tests, and to compute rewards again.
  *
- * A request takes the next completions recorded for its role, system, prompt and images, in the order of
+ * A request takes the next completions recorded for its role, system, prompt, images and turns, in the order of
  * the recording, and starts over after the last. How many requests recorded them does not matter.
  *
  * @example
@@ -64,7 +67,10 @@ export class RecordedPolicy implements Policy {
       this.#lines.set(key, known)
       const { system, images } = line
       const same = known.find(
-        (other) => other.system === system && `${other.images}` === `${images}`,
+        (other) =>
+          other.system === system &&
+          `${other.images}` === `${images}` &&
+          other.turns === line.turns,
       )
       if (same) same.completions.push(...line.completions)
       else known.push({ ...line, completions: [...line.completions], next: 0 })
@@ -109,12 +115,14 @@ export class RecordedPolicy implements Policy {
     signal?.throwIfAborted()
     const { role, system, prompt } = request
     const images = await Promise.all(request.images.map(imageHash))
+    const turns = await turnsHash(request.turns)
     const recorded = this.#lines
       .get(JSON.stringify([role, prompt]))
       ?.find(
         (line) =>
           (line.system === undefined || line.system === system) &&
-          (line.images === undefined || `${line.images}` === `${images}`),
+          (line.images === undefined || `${line.images}` === `${images}`) &&
+          line.turns === turns,
       )
     if (!recorded?.completions.length)
       refuse(
@@ -161,9 +169,13 @@ export function recordPolicy(policy: Policy, path: string): Policy {
       checkRequest(request, op)
       const hashes = Promise.all(request.images.map(imageHash))
       hashes.catch(() => {})
+      const said = turnsHash(request.turns)
+      said.catch(() => {})
       const completions = await policy.generate(request)
       const { role, system, prompt } = request
-      const line: Line = { role, system, prompt, images: await hashes, completions }
+      const turns = await said
+      const images = await hashes
+      const line: Line = { role, system, prompt, images, ...(turns && { turns }), completions }
       const write = (): Promise<void> => appendFile(path, `${JSON.stringify(line)}\n`)
       // Appends are serialized so that lines of concurrent requests do not interleave.
       const done = written.then(write, write)
@@ -184,11 +196,27 @@ function checkLine(value: unknown, where: string, op: string): Line {
     (line.role === 'perceiver' || line.role === 'reasoner') &&
     typeof line.prompt === 'string' &&
     (line.images === undefined || Array.isArray(line.images)) &&
+    (line.turns === undefined || typeof line.turns === 'string') &&
     Array.isArray(line.completions) &&
     line.completions.every((c) => typeof c?.text === 'string')
   if (!good)
     refuse('ERR_FORMAT', op, `${where} must have a role, a prompt and completions with a text`)
   return line as Line
+}
+
+/** Of the texts, calls and images of a conversation, without the ids that a server gave. */
+async function turnsHash(turns: readonly Turn[] = []): Promise<string | undefined> {
+  if (!turns.length) return undefined
+  const said = await Promise.all(
+    turns.map(async ({ completion, results }) => [
+      completion.text,
+      (completion.toolCalls ?? []).map((call) => [call.name, call.arguments]),
+      await Promise.all(
+        results.map(async ({ text, images }) => [text, await Promise.all(images.map(imageHash))]),
+      ),
+    ]),
+  )
+  return createHash('sha256').update(JSON.stringify(said)).digest('hex')
 }
 
 async function imageHash(image: Tensor<'u8'>): Promise<string> {

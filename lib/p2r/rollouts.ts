@@ -51,7 +51,10 @@ export interface RolloutRequest extends RolePrompt {
 export interface RolloutItem {
   /** Index of the sample in those given to `rollout`. */
   sample: number
-  /** What the trained role was asked, the same object for all rollouts of a sample; absent where it gave nothing. */
+  /**
+   * What the trained role was asked, the same object for all rollouts of a sample; absent where it gave nothing. With
+   * `zoom` each rollout has its own, whose images are the first one and then its crops, in the order of their tokens.
+   */
   request?: RolloutRequest
   /** The trained role's output; its text is '' if it failed. */
   completion: Completion
@@ -63,6 +66,8 @@ export interface RolloutItem {
   counterpart?: string
   /** The answer that was rewarded. */
   answer?: string
+  /** Whether a ZoomAgent still called its tool in its last turn: the reward is 0. Absent where it did not. */
+  outOfTurns?: boolean
   /** Why there is no reward. Such an item belongs to no group. */
   error?: Error
   /** 1 or 0; NaN where there is an error. */
@@ -106,7 +111,9 @@ export interface RolloutBatch extends Disposable {
   cuSeqlens?: Int32Array
   /** [T]: the completions' tokens, when the policy gives token ids. */
   tokens?: Int32Array
-  /** f32 [T], when the policy gives log-probabilities. */
+  /** u8 [T]: 1 for the model's own tokens, 0 for those of tool results; absent where all are the model's. */
+  mask?: Tensor<'u8'>
+  /** f32 [T], when the policy gives log-probabilities; 0 where the mask is. */
   oldLogProbs?: Tensor<'f32'>
   /** At which temperature the tokens were sampled. Left out: that of the trainer that steps the batch. */
   temperature?: number
@@ -155,8 +162,9 @@ export function makeBatch(
     rewards,
     groups,
     ...(estimator && { estimator }),
-    ...(packed && { lengths: Int32Array.from(kept, (item) => item.completion.tokens!.length) }),
+    ...(packed && { lengths: packed.lengths }),
   })
+  const mask = packed?.mask && device.tensor(packed.mask, [packed.mask.length])
   const oldLogProbs = packed?.logProbs && device.tensor(packed.logProbs, [packed.logProbs.length])
   return new Rollouts({
     role,
@@ -167,6 +175,7 @@ export function makeBatch(
     metrics: rolloutMetrics(items, groups, values),
     ...sampling,
     ...(packed && { cuSeqlens: packed.cuSeqlens, tokens: packed.tokens }),
+    ...(mask && { mask }),
     ...(oldLogProbs && { oldLogProbs }),
   })
 }
@@ -246,6 +255,7 @@ export class Rollouts implements RolloutBatch {
   readonly metrics: RolloutMetrics
   readonly cuSeqlens?: Int32Array
   readonly tokens?: Int32Array
+  readonly mask?: Tensor<'u8'>
   readonly oldLogProbs?: Tensor<'f32'>
   readonly temperature?: number
   readonly oldLogProbsTemperature?: number
@@ -266,6 +276,7 @@ export class Rollouts implements RolloutBatch {
     this.metrics = parts.metrics
     if (parts.cuSeqlens) this.cuSeqlens = parts.cuSeqlens
     if (parts.tokens) this.tokens = parts.tokens
+    if (parts.mask) this.mask = parts.mask
     if (parts.oldLogProbs) this.oldLogProbs = parts.oldLogProbs
     if (parts.temperature !== undefined) this.temperature = parts.temperature
     if (parts.oldLogProbsTemperature !== undefined)
@@ -276,6 +287,7 @@ export class Rollouts implements RolloutBatch {
     checkReceiver(this instanceof Rollouts, 'RolloutBatch', 'dispose')
     this.rewards.dispose()
     this.advantages.dispose()
+    this.mask?.dispose()
     this.oldLogProbs?.dispose()
     for (const image of this.#images) image.dispose()
     for (const { evidence, request } of this.items) {
@@ -338,11 +350,12 @@ function withErrors(items: readonly RolloutItem[], role: Role): RolloutItem[] {
 }
 
 function missingIn(
-  { tokens, logProbs }: Completion,
+  { tokens, logProbs, mask }: Completion,
   wanted: { tokens: boolean; logProbs: boolean },
 ): string | undefined {
   if (wanted.tokens && !tokens) return 'no token ids, but gave those of other rollouts'
   // Without tokens there is nothing to train on, and log-probabilities do not matter.
+  if (tokens && mask && !isMaskOf(mask, tokens)) return 'a mask that is not 0 or 1 for each token'
   if (!tokens || !wanted.logProbs) return undefined
   if (!logProbs) return 'no log-probabilities, but gave those of other rollouts'
   if (logProbs.length !== tokens.length)
@@ -351,17 +364,36 @@ function missingIn(
   return missing ? `no log-probability of ${missing} of its ${tokens.length} tokens` : undefined
 }
 
-/** The packed tokens, if the items have them; log-probabilities likewise. */
-function pack(
-  items: readonly RolloutItem[],
-): { cuSeqlens: Int32Array; tokens: Int32Array; logProbs?: Float32Array } | undefined {
-  if (!items.every(({ completion }) => completion.tokens)) return undefined
+function isMaskOf(mask: readonly number[], tokens: readonly number[]): boolean {
+  return mask.length === tokens.length && mask.every((kept) => kept === 0 || kept === 1)
+}
+
+interface Packed {
+  cuSeqlens: Int32Array
+  tokens: Int32Array
+  /** Of the model's own tokens. */
+  lengths: Int32Array
+  mask?: Uint8Array
+  logProbs?: Float32Array
+}
+
+/** The packed tokens, if the items have them; their mask and log-probabilities likewise. */
+function pack(items: readonly RolloutItem[]): Packed | undefined {
+  const completions = items.map(({ completion }) => completion)
+  if (!completions.every(({ tokens }) => tokens)) return undefined
   const cuSeqlens = new Int32Array(items.length + 1)
-  for (const [i, { completion }] of items.entries())
-    cuSeqlens[i + 1] = cuSeqlens[i]! + completion.tokens!.length
-  const tokens = Int32Array.from(items.flatMap(({ completion }) => [...completion.tokens!]))
-  const known = items.every(({ completion }) => completion.logProbs)
-  if (!known) return { cuSeqlens, tokens }
-  const logProbs = Float32Array.from(items.flatMap(({ completion }) => [...completion.logProbs!]))
-  return { cuSeqlens, tokens, logProbs }
+  for (const [i, { tokens }] of completions.entries())
+    cuSeqlens[i + 1] = cuSeqlens[i]! + tokens!.length
+  const tokens = Int32Array.from(completions.flatMap((each) => [...each.tokens!]))
+  const lengths = Int32Array.from(completions, ({ tokens, mask }) =>
+    mask ? mask.reduce((sum, kept) => sum + kept, 0) : tokens!.length,
+  )
+  const packed: Packed = { cuSeqlens, tokens, lengths }
+  if (completions.some(({ mask }) => mask))
+    packed.mask = Uint8Array.from(
+      completions.flatMap(({ tokens, mask }) => [...(mask ?? tokens!.map(() => 1))]),
+    )
+  if (completions.every(({ logProbs }) => logProbs))
+    packed.logProbs = Float32Array.from(completions.flatMap((each) => [...each.logProbs!]))
+  return packed
 }

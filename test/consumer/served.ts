@@ -4,7 +4,9 @@ import {
   type AlternatingSettingsOptions,
   type Answer,
   type AnswerArgs,
+  type Answerer,
   type AnswerForm,
+  type AnswerQuestion,
   type AnswerRewardArgs,
   alternatingSettings,
   answer,
@@ -15,6 +17,7 @@ import {
   type Device,
   defaultPrompts,
   type EvaluateArgs,
+  type EvaluateOptions,
   type EvidenceBox,
   type ExtractAnswerOptions,
   evaluate,
@@ -78,14 +81,27 @@ import {
   type Sample,
   type SaveRolloutsOptions,
   type Schedule,
+  type ShownRegion,
   type StepLogProbs,
   type StoredImage,
   saveRollouts,
   type Tensor,
+  type Tool,
+  type ToolCall,
+  type ToolResult,
   type TrainedModel,
+  type Turn,
   unionIoU,
   type Verifier,
   type VerifierArgs,
+  ZoomAgent,
+  type ZoomAgentOptions,
+  type ZoomArgs,
+  type Zooming,
+  type ZoomOptions,
+  type ZoomPromptArgs,
+  zoomPrompt,
+  zoomTool,
 } from 'p2r-kernels'
 
 class Echo implements Policy {
@@ -121,6 +137,23 @@ export async function ask(image: Tensor<'u8'>, signal: AbortSignalLike): Promise
   const a: AnswerArgs = { perceiver, reasoner, image, question: 'q', answerForm: form, signal }
   using made: Answer = await answer(a)
   return made.evidence.hasEvidence ? made : answer(a)
+}
+
+export async function zoom(asked: AnswerQuestion, evaluated: EvaluateOptions): Promise<Turn[]> {
+  const budget: ZoomOptions = { maxTurns: 3, pixelBudget: 1 << 24, toolCalls: 'text' }
+  const asking: ZoomAgentOptions = { ...budget, temperature: 0.7, rules }
+  const agent = new ZoomAgent(new Echo(), asking)
+  const answerer: Answerer = { agent }
+  using made: Answer = await answer({ ...answerer, ...asked })
+  for await (const { pixels = 0 } of evaluate({ agent, ...evaluated })) if (pixels) break
+  const a: ZoomArgs = { ...asked, n: 2 }
+  const all: Zooming[] = await agent.zoom(a)
+  const shown: ShownRegion[] = all.flatMap((each) => [...each.shown])
+  const tool: Tool = zoomTool(shown.length ? 'thousandths' : 'absolute')
+  const told: ZoomPromptArgs = { question: 'q', answerForm: form, tools: [tool] }
+  const call: ToolCall = { name: tool.name, arguments: zoomPrompt(told).prompt }
+  const result: ToolResult = { text: call.name, images: [] }
+  return [...made.turns, { completion: { text: '', toolCalls: [call] }, results: [result] }]
 }
 
 export async function score(boxes: EvidenceBox[], text: string): Promise<number> {
