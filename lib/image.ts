@@ -14,6 +14,7 @@ import {
   isObject,
   type Names,
 } from './arguments.js'
+import { BadBitmap, decodeBitmap, isBitmap } from './bmp.js'
 import { checkDevice, type Device } from './device.js'
 import { P2RError, refuse } from './errors.js'
 import { imageSize, type Tensor } from './tensor.js'
@@ -90,7 +91,7 @@ const loadNames: Names<LoadImageOptions> = {
 }
 
 /**
- * An image decoded to u8 [height, width, 3]: JPEG, PNG, WebP, GIF, TIFF or AVIF; the first page or frame
+ * An image decoded to u8 [height, width, 3]: JPEG, PNG, WebP, GIF, TIFF, AVIF or BMP; the first page or frame
  * where there are several (of an animated PNG its default image).
  *
  * Pixels are returned as stored, as Pillow reads them: EXIF orientation and colour profiles are not
@@ -223,6 +224,14 @@ async function decode(
 ): Promise<Decoded> {
   const bytes = await read(signal)
   signal?.throwIfAborted()
+  const reject = (reason: string): never => refuse('ERR_FORMAT', op, `${name} ${reason}`)
+  if (isBitmap(bytes))
+    try {
+      return decodeBitmap(bytes, a.maxPixels)
+    } catch (error) {
+      if (error instanceof BadBitmap) reject(`is a BMP that ${error.message}`)
+      throw error
+    }
   const sharp = await codec(op)
   const input: SharpOptions = {
     limitInputPixels: false,
@@ -230,14 +239,11 @@ async function decode(
     ignoreIcc: true,
     autoOrient: a.autoOrient,
   }
-  const reject = (reason: string): never => refuse('ERR_FORMAT', op, `${name} ${reason}`)
-  if (bytes[0] === 0x42 && bytes[1] === 0x4d)
-    reject('is BMP, which is not decoded; convert it to PNG')
   try {
     const meta = await sharp(bytes, input).metadata()
     const format = meta.format === 'heif' && meta.compression === 'av1' ? 'avif' : meta.format
     if (!formats.includes(format as string))
-      reject(`must be JPEG, PNG, WebP, GIF, TIFF or AVIF, got ${format}`)
+      reject(`must be JPEG, PNG, WebP, GIF, TIFF, AVIF or BMP, got ${format}`)
     const { depth, space = '' } = meta
     if (depth !== 'uchar' && depth !== 'ushort')
       reject(`must have 8 or 16 bits a channel, got ${depth}`)

@@ -233,6 +233,208 @@ describe('loadImage', () => {
     expect((await loadImage(single, device)).shape).toEqual([height, width, 3])
   })
 
+  describe('BMP', () => {
+    interface Parts {
+      bits: number
+      width: number
+      height: number
+      compression?: number
+      /** Red, green, blue and alpha masks, behind a header of 40 bytes or inside a longer one. */
+      masks?: number[]
+      palette?: number[][]
+      pixels: number[]
+      header?: 12 | 40 | 56 | 108 | 124
+    }
+    const bmp = (a: Parts): Uint8Array => {
+      const { header = 40, masks = [], palette = [] } = a
+      const bytes = new Uint8Array(14 + header + 4 * 5 + 4 * palette.length + a.pixels.length)
+      const view = new DataView(bytes.buffer)
+      bytes.set([0x42, 0x4d])
+      view.setUint32(14, header, true)
+      let at = 14 + header
+      if (header === 12) {
+        for (const [i, v] of [a.width, a.height, 1, a.bits].entries())
+          view.setUint16(18 + 2 * i, v, true)
+      } else {
+        view.setInt32(18, a.width, true)
+        view.setInt32(22, a.height, true)
+        view.setUint16(28, a.bits, true)
+        view.setUint32(30, a.compression ?? 0, true)
+        view.setUint32(46, palette.length, true)
+        for (const [i, mask] of masks.entries()) view.setUint32(54 + 4 * i, mask, true)
+        if (header === 40) at += 4 * masks.length
+      }
+      for (const [r, g, b] of palette as [number, number, number][]) {
+        bytes.set([b, g, r], at)
+        at += header === 12 ? 3 : 4
+      }
+      // Some writers leave a gap before the pixels.
+      at += 4
+      view.setUint32(10, at, true)
+      bytes.set(a.pixels, at)
+      return bytes.subarray(0, at + a.pixels.length)
+    }
+    const load = async (bytes: Uint8Array, options = {}) => {
+      using image = await loadImage(bytes, device, options)
+      return [...(await image.read())]
+    }
+    const [red, green, blue] = [
+      [255, 0, 0],
+      [0, 255, 0],
+      [0, 0, 255],
+    ]
+    const palette = [red, green, blue, [9, 8, 7]]
+    // 3 x 2 pixels; the bottom row comes first, rows are padded to 4 bytes.
+    const picture = [red, green, blue, blue, red, green].flat()
+    const size = { width: 3, height: 2 }
+    const rows24 = [255, 0, 0, 0, 0, 255, 0, 255, 0, 0, 0, 0]
+    const top24 = [0, 0, 255, 0, 255, 0, 255, 0, 0, 0, 0, 0]
+
+    test.each<[string, Parts, number[]]>([
+      ['24 bits', { ...size, bits: 24, pixels: [...rows24, ...top24] }, picture],
+      [
+        'the top row first',
+        { ...size, height: -2, bits: 24, pixels: [...top24, ...rows24] },
+        picture,
+      ],
+      ['OS/2’s header', { ...size, bits: 24, header: 12, pixels: [...rows24, ...top24] }, picture],
+      [
+        'a header of 124 bytes',
+        { ...size, bits: 24, header: 124, pixels: [...rows24, ...top24] },
+        picture,
+      ],
+      [
+        'no padding at the end',
+        { ...size, bits: 24, pixels: [...rows24, ...top24.slice(0, 9)] },
+        picture,
+      ],
+      ['8 bits', { ...size, bits: 8, palette, pixels: [2, 0, 1, 0, 0, 1, 2, 0] }, picture],
+      // The rows behind one of odd width.
+      [
+        '4 bits',
+        { ...size, bits: 4, palette, pixels: [0x20, 0x10, 0, 0, 0x01, 0x20, 0, 0] },
+        picture,
+      ],
+      [
+        '1 bit',
+        { width: 9, height: 1, bits: 1, palette: [red!, green!], pixels: [0x80, 0x80, 0, 0] },
+        [green, red, red, red, red, red, red, red, green].flat() as number[],
+      ],
+      [
+        '4 bits of OS/2',
+        {
+          width: 2,
+          height: 1,
+          bits: 4,
+          header: 12,
+          palette: Array(16).fill(blue),
+          pixels: [0, 0, 0, 0],
+        },
+        [blue, blue].flat() as number[],
+      ],
+      [
+        '16 bits: 5 a channel',
+        { width: 2, height: 1, bits: 16, pixels: [0x00, 0x7c, 0x21, 0x04] },
+        // 1 of 31 is 8 of 255, as Pillow rounds it.
+        [255, 0, 0, 8, 8, 8],
+      ],
+      [
+        '16 bits: 5, 6 and 5',
+        {
+          width: 2,
+          height: 1,
+          bits: 16,
+          compression: 3,
+          masks: [0xf800, 0x7e0, 0x1f],
+          pixels: [0xe0, 0x07, 0x1f, 0xf8],
+        },
+        [0, 255, 0, 255, 0, 255],
+      ],
+      [
+        '32 bits: the fourth byte is nothing',
+        { width: 2, height: 1, bits: 32, pixels: [0, 0, 255, 0, 255, 0, 0, 128] },
+        [255, 0, 0, 0, 0, 255],
+      ],
+      [
+        '32 bits with masks',
+        {
+          width: 1,
+          height: 1,
+          bits: 32,
+          compression: 3,
+          masks: [0xff, 0xff00, 0xff0000],
+          pixels: [1, 2, 3, 0],
+        },
+        [1, 2, 3],
+      ],
+      [
+        'runs of 8 bits',
+        {
+          ...size,
+          bits: 8,
+          compression: 1,
+          palette,
+          pixels: [1, 2, 1, 0, 1, 1, 0, 0, 0, 3, 0, 1, 2, 0, 0, 1],
+        },
+        picture,
+      ],
+      [
+        'runs of 4 bits',
+        {
+          ...size,
+          bits: 4,
+          compression: 2,
+          palette,
+          pixels: [0, 3, 0x20, 0x10, 0, 0, 2, 0x01, 1, 0x20, 0, 1],
+        },
+        picture,
+      ],
+      [
+        'runs with a jump',
+        { ...size, bits: 8, compression: 1, palette, pixels: [0, 2, 2, 1, 1, 2, 0, 1] },
+        [red, red, blue, red, red, red].flat() as number[],
+      ],
+    ])('%s', async (_, parts, expected) => {
+      expect(await load(bmp(parts))).toEqual(expected)
+    })
+
+    test('alpha is laid over white, where a mask has it', async () => {
+      const masks = [0xff0000, 0xff00, 0xff, 0xff000000]
+      const parts = { width: 2, height: 1, bits: 32, compression: 3, masks, header: 108 as const }
+      const bytes = bmp({ ...parts, pixels: [0, 0, 200, 0, 0, 0, 200, 255] })
+      expect(await load(bytes)).toEqual([255, 255, 255, 200, 0, 0])
+      expect(await load(bytes, { alpha: 'drop' })).toEqual([200, 0, 0, 200, 0, 0])
+      const behind = bmp({
+        ...parts,
+        header: 40,
+        compression: 6,
+        pixels: [0, 0, 200, 0, 0, 0, 200, 255],
+      })
+      expect(await load(behind)).toEqual([255, 255, 255, 200, 0, 0])
+    })
+
+    test('is refused where it is broken or unknown', async () => {
+      const good: Parts = { ...size, bits: 24, pixels: [...rows24, ...top24] }
+      for (const [bytes, message] of [
+        [bmp({ ...good, pixels: rows24 }), /ends within its pixels/],
+        [bmp(good).subarray(0, 30), /ends within its header/],
+        [bmp({ ...good, bits: 5 }), /5 bits a pixel in compression 0/],
+        [bmp({ ...good, compression: 4 }), /compression 4/],
+        [bmp({ ...good, width: 0 }), /0 x 2 pixels/],
+        [bmp({ ...good, width: 30_000, height: 30_000 }), /more than maxPixels/],
+        [
+          bmp({ ...size, bits: 8, compression: 1, palette, pixels: [1, 2, 3] }),
+          /ends within its pixels/,
+        ],
+        [
+          bmp({ ...size, height: -2, bits: 8, compression: 1, palette, pixels: [0, 1] }),
+          /compression 1/,
+        ],
+      ] as const)
+        await refusesToLoad(bytes, 'ERR_FORMAT', message)
+    })
+  })
+
   test('URLs and Blobs', async () => {
     const png = await raw(rgb, 3).png().toBuffer()
     const path = join(folder, 'with space.png')
@@ -291,7 +493,7 @@ describe('loadImage', () => {
     await refusesToLoad(
       Buffer.concat([Buffer.from('BM'), new Uint8Array(60)]),
       'ERR_FORMAT',
-      /is BMP, .* convert it to PNG/,
+      /the data is a BMP that has a header of 0 bytes/,
     )
     for (const encoded of [
       await raw(rgb, 3).webp().toBuffer(),

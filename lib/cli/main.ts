@@ -157,7 +157,7 @@ servedOptions(
   program
     .command('answer')
     .description('answers a question about an image')
-    .argument('<image>', 'a file: JPEG, PNG, WebP, GIF, TIFF or AVIF')
+    .argument('<image>', 'a file: JPEG, PNG, WebP, GIF, TIFF, AVIF or BMP')
     .argument('<question>', 'with its options, if it has any')
     .option('--out <folder>', 'output folder for the annotated image and the crops')
     .option('--json', 'prints the whole result as JSON'),
@@ -198,7 +198,7 @@ cropOptions(
   program
     .command('evidence')
     .description('draws boxes on an image and crops them, as the reasoner sees them')
-    .argument('<image>', 'a file: JPEG, PNG, WebP, GIF, TIFF or AVIF')
+    .argument('<image>', 'a file: JPEG, PNG, WebP, GIF, TIFF, AVIF or BMP')
     .requiredOption('--boxes <json>', "a perceiver's output, or @FILE with it")
     .requiredOption('--out <folder>', 'output folder for the annotated image and the crops'),
 )

@@ -31,18 +31,8 @@ const unit = /^[\p{L}°²³µ'".\s/^()*·-]*(?:\^?[23])?$/u
 export function readQuantity(text: string): Quantity | undefined {
   // Bounds the time of the patterns; no answer is a longer number.
   if (text.length > 200) return undefined
-  const plain = halfWidth(text)
-    .replace(/\\(?:boxed|fbox|mathbf|mathrm|text|textbf)(?=\s*\{)/g, '')
-    .replace(/\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}/g, ' $1/$2')
-    .replace(/\\[dt]?frac\s*(\d)\s*(\d)/g, ' $1/$2')
-    .replace(/\s*(?:\\times|\\cdot|×)\s*10\s*\^\s*\{?\s*([-+−]?\d+)\s*\}?/g, 'e$1')
-    .replace(/~/g, ' ')
-    .replace(/\\[,!;: ]|\\left|\\right/g, '')
-    .replace(/\^\s*\{?\\circ\}?/g, '°')
-    .replace(/\\([%$])/g, '$1')
+  const plain = numeralsOf(text)
     .replace(/^\s*\$(.*)\$\s*$/s, '$1')
-    .replace(/[−–]/g, '-')
-    .replace(/[{}*_`]/g, '')
     .trim()
     .replace(/^\p{L}\s*=\s*/u, '')
     .replace(/^\((.*)\)$/s, '$1')
@@ -69,20 +59,69 @@ export function readQuantity(text: string): Quantity | undefined {
   return { value, percent: percent !== null, unit: rest.replace(/(?<=\p{L}{2})s\b|\.$/gu, '') }
 }
 
-/** A text with the full-width forms of ASCII, which Chinese and Japanese texts use, as ASCII. */
-export function halfWidth(text: string): string {
-  return text.replace(/[\uff01-\uff5e]/g, (c) => String.fromCharCode(c.charCodeAt(0) - 0xfee0))
+/** Full-width forms, which Chinese and Japanese texts use, and the digits of any script as ASCII. */
+export function asciiText(text: string): string {
+  return text
+    .replace(/[\uff01-\uff5e]/g, (c) => String.fromCharCode(c.charCodeAt(0) - 0xfee0))
+    .replace(/[\u0660-\uabf9]/g, (c) => (/\p{Nd}/u.test(c) ? String(digitOf(c)) : c))
+}
+
+/** Scripts have their ten digits in a row, which begins at a multiple of 16, or 6 after one. */
+function digitOf(character: string): number {
+  const code = character.charCodeAt(0)
+  const low = code % 16
+  return /\p{Nd}/u.test(String.fromCharCode(code - low)) ? low : low - 6
+}
+
+const fonts =
+  'boxed|fbox|framebox|mbox|hbox|bm|boldsymbol|ensuremath|emph|underline|overline|operatorname|(?:math|text)(?:bf|rm|it|sf|tt|normal|up|sc)?'
+const font = new RegExp(String.raw`\\(?:${fonts})(?=\s*\{)`, 'g')
+const part = String.raw`\s*(?:\{([^{}]*)\}|(\d))`
+const fraction = new RegExp(String.raw`\\[dt]?frac${part}${part}`, 'g')
+
+/** A text without TeX's delimiters and fonts. */
+export function withoutTex(text: string): string {
+  return text.replace(font, '').replace(/\\[()[\]]/g, ' ')
+}
+
+/** What the last box of a text holds: \\boxed{...}; undefined without one. */
+export function boxedText(text: string): string | undefined {
+  const start = Math.max(text.lastIndexOf('\\boxed{'), text.lastIndexOf('\\fbox{'))
+  const from = start < 0 ? 0 : text.indexOf('{', start) + 1
+  let depth = 1
+  for (let i = from; from > 0 && i < text.length; i++) {
+    if (text[i] === '{') depth++
+    if (text[i] === '}' && --depth === 0) return text.slice(from, i)
+  }
+  return undefined
+}
+
+/** A text whose numbers are written as those of programs are. */
+function numeralsOf(text: string): string {
+  return withoutTex(asciiText(text))
+    .replace(fraction, (_, a, b, c, d) => ` ${a ?? b}/${c ?? d}`)
+    .replace(/\s*(?:\\times|\\cdot|×)\s*10\s*\^\s*\{?\s*([-+−]?\d+)\s*\}?/g, 'e$1')
+    .replace(/~/g, ' ')
+    .replace(/\\[,!;: ]|\\left|\\right/g, '')
+    .replace(/\^\s*\{?\\circ\}?/g, '°')
+    .replace(/\\([%$])/g, '$1')
+    .replace(/[−–]/g, '-')
+    .replace(/[{}*_`]/g, '')
 }
 
 /** The only number in a text, with what follows it on its line; undefined where there are several. */
 export function findQuantity(text: string): Quantity | undefined {
   if (text.length > 10_000) return undefined
-  const found = [...text.matchAll(isolated)]
+  const plain = numeralsOf(text)
+  const found = [...plain.matchAll(isolated)]
   if (found.length !== 1) return undefined
   const [number] = found[0]!
-  const after = text.slice(found[0]!.index + number.length)
-  const [percent = ''] = /^\s*(?:%|percent\b|per cent\b)/i.exec(after) ?? []
-  const quantity = readQuantity(number + percent)
+  const after = plain.slice(found[0]!.index + number.length)
+  const [scale = ''] =
+    /^\s*(?:%|percent\b|per cent\b|(?:hundred|thousand|million|billion|trillion)s?\b)/i.exec(
+      after,
+    ) ?? []
+  const quantity = readQuantity(number + scale)
   return quantity && { ...quantity, unit: '' }
 }
 

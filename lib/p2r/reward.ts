@@ -10,7 +10,15 @@ import {
 } from '../arguments.js'
 import { refuse } from '../errors.js'
 import type { EvidenceBox } from './boxes.js'
-import { findQuantity, halfWidth, type Quantity, readQuantity, sameNumber } from './numbers.js'
+import {
+  asciiText,
+  boxedText,
+  findQuantity,
+  type Quantity,
+  readQuantity,
+  sameNumber,
+  withoutTex,
+} from './numbers.js'
 import { askOnce, checkPolicy, type Policy } from './policy.js'
 import { type AnswerForm, checkForm } from './prompts.js'
 import { strip, words } from './python_text.js'
@@ -237,33 +245,71 @@ const optionMatches: Record<RewardRules, (answer: string, truth: string) => bool
 }
 
 const latin = '\\p{Script=Latin}'
+const open = '[*_"\'`(\\[{]{0,8}'
+/** No longer word, and no possessive. */
+const end = `(?!['’]?${latin})`
+/** A letter in upper case. A and I before a word in lower case are words themselves, but for a few. */
+const upper = `(?:[B-HJ-Z]|[AI](?!\\s+(?!(?:and|as|because|but|is|not|or|rather|since)\\b)[a-z]))${end}`
 const alone = new RegExp(`^[^${latin}\\d]*(${latin})[^${latin}\\d]*$`, 'u')
-const leading = new RegExp(`^[^${latin}\\d]*([A-Za-z])[*_"'\`]*[.):\\]}](?!\\S*\\.)`, 'u')
+const leading = new RegExp(
+  `^[^${latin}\\d]*(?:([A-Za-z])[*_"'\`]*[.):\\]}](?!\\S*\\.)|([A-Z])\\s+(?:because|since)\\b)`,
+  'u',
+)
+const be = '(?:\\s+(?:is|IS|was|should be|must be|would be))'
+const right = '(?:[Cc]orrect|CORRECT|[Bb]est|[Rr]ight)'
+const option = '(?:[Oo]ption|OPTION|[Cc]hoice|CHOICE)'
 const announced = new RegExp(
-  `(?:[Aa]nswer|ANSWER|[Oo]ption|OPTION|[Cc]hoice|CHOICE)(?:\\s+(?:is|IS))?\\s*:?\\s*[*_"'\`(\\[{]*(?:([A-Z])|([a-z])(?=[^${latin}\\s]|\\s*$))(?!['’]?${latin})`,
+  `(?:[Aa]nswer|ANSWER|${option})${be}?\\s*:?\\s*${open}(?:([A-Z])|([a-z])(?=[^${latin}\\s]|\\s*$))${end}`,
   'gu',
 )
-/** An announced letter that is declared right, whatever is said of other options. */
+const says = `(?:[Aa]nswer|ANSWER|${right}\\s+${option})(?:${be}\\s*:?|\\s*:)|答案\\s*[是为:]|选择?`
+const takes = "(?:choose|chose|pick|select|go with|[Ii]t(?:['’]s|\\s+is))\\s"
+const mark = `[)\\]*_"'\`]{0,8}`
+const beside = `${mark}\\s*(?:or|/|&|and(?!\\s+\\S+\\s+[a-z]))\\s*(?:${option}\\s+)?${open}([A-Z])${end}`
+/** A letter that is declared right, whatever is said of other options, and one beside it: "B or C". */
 const declared = new RegExp(
-  `(?:[Aa]nswer|ANSWER|(?:[Cc]orrect|[Bb]est|[Rr]ight)\\s+(?:option|choice))(?:\\s+is\\s*:?|\\s*:)\\s*[*_"'\`(\\[{]*([A-Z])(?!['’]?${latin})(?!\\s+[a-z])`,
+  `(?:${says}|${takes})\\s*(?:${option}\\s+)?${open}(${upper})(?:${beside})?`,
   'gu',
 )
-const capital = new RegExp(`(?<![${latin}'’])([A-Z])(?!['’]?${latin})(?!\\s+[a-z])`, 'gu')
+const praised = new RegExp(
+  `(?<![${latin}'’])([A-Z])${end}${mark}\\s+(?:is|was)\\s+(?:the\\s+)?${right}\\b`,
+  'gu',
+)
+const capital = new RegExp(`(?<![${latin}'’])(${upper})`, 'gu')
+const more = `(?:(?:\\s*,\\s*|\\s+(?:and|or)\\s+)(?:and\\s+|or\\s+)?${open}[A-Z]${end}${mark}){0,8}`
+const is = '(?:is|are|was|were)\\s+(?:also\\s+|clearly\\s+|all\\s+|both\\s+)?'
+const wrong = `(?:isn['’]t|aren['’]t|${is}(?:not|wrong|incorrect|false|ruled out))(?!${latin})`
+/** Letters that are said not to be the answer. */
+const denied = new RegExp(
+  `(?<!${latin})(?:not|isn['’]t|rather than|instead of)\\s+(?:${option}\\s+)?${open}[A-Z]${end}` +
+    `|(?:${option}s?\\s+)?${open}(?<![${latin}'’])[A-Z]${end}${mark}${more}\\s+${wrong}`,
+  'gu',
+)
 
 /** The letter of the only option that an answer names; '' if it names none or several. */
 function optionLetter(answer: string): string {
-  const text = strip(halfWidth(answer.slice(0, 10_000)))
-  const first = (alone.exec(text) ?? leading.exec(text))?.[1]
-  if (first) return first.toUpperCase()
-  // 'A' before a word in lower case is an article, unless it is announced.
-  for (const pattern of [declared, announced, capital]) {
-    const letters = new Set(
-      Array.from(text.matchAll(pattern), ([, upper, lower]) => (upper ?? lower)!.toUpperCase()),
-    )
-    if (letters.size === 1) return [...letters][0]!
-    if (letters.size > 1) return ''
-  }
-  return ''
+  const text = strip(asciiText(answer.slice(0, 10_000)))
+  const boxed = boxedText(text)
+  return (boxed === undefined ? '' : letterIn(withoutTex(boxed))) || letterIn(withoutTex(text))
+}
+
+function letterIn(text: string): string {
+  const rest = text.replace(denied, ' ')
+  const right = new Set([...lettersIn(rest, declared), ...lettersIn(rest, praised)])
+  if (right.size > 0) return only(right)
+  const first = alone.exec(text) ?? leading.exec(text)
+  if (first) return (first[1] ?? first[2])!.toUpperCase()
+  const named = lettersIn(rest, announced)
+  return only(named.size > 0 ? named : lettersIn(rest, capital))
+}
+
+function lettersIn(text: string, pattern: RegExp): Set<string> {
+  const letters = Array.from(text.matchAll(pattern), (match) => match.slice(1)).flat()
+  return new Set(letters.flatMap((letter) => letter?.toUpperCase() ?? []))
+}
+
+function only(letters: ReadonlySet<string>): string {
+  return letters.size === 1 ? [...letters][0]! : ''
 }
 
 const numberMatches: Record<RewardRules, (answer: string, truth: string) => boolean> = {
@@ -273,11 +319,20 @@ const numberMatches: Record<RewardRules, (answer: string, truth: string) => bool
     return sameNumber(a.value, b.value) || sameNumber(asFraction(a), asFraction(b))
   },
   strict(answer, truth) {
-    const a = readQuantity(answer) ?? findQuantity(answer)
-    const b = readQuantity(truth) ?? findQuantity(truth)
+    const [a, b] = [quantityIn(answer), quantityIn(truth)]
     if (!a || !b || (a.unit && b.unit && a.unit !== b.unit)) return false
     return sameNumber(asFraction(a), asFraction(b))
   },
+}
+
+/** A text that is a number, the one in a box, or the only one of a sentence. */
+function quantityIn(text: string): Quantity | undefined {
+  const boxed = boxedText(text.slice(0, 10_000))
+  return (
+    readQuantity(text) ??
+    (boxed === undefined ? undefined : quantityIn(boxed)) ??
+    findQuantity(text)
+  )
 }
 
 function asFraction({ value, percent }: Quantity): number {
