@@ -465,6 +465,7 @@ describe('evaluate', () => {
       [['--auto-orient'], /autoOrient: false, now true/],
       [['--image-format', 'png'], /imageFormat/],
       [['--reproduction'], /reproduction: none, now true/],
+      [['--no-thinking'], /thinking: true, now false/],
     ] as const) {
       const { code, out, err } = await run(...args, ...more)
       expect({ code, out }, more.join(' ')).toEqual({ code: 2, out: '' })
@@ -503,11 +504,14 @@ describe('evaluate', () => {
       response.end('data: [DONE]\n\n')
     })
     const args = ['evaluate', data, '--model', 'm', '--base-url', server.baseURL, '--stream']
-    expect(await run(...args, '--reproduction')).toMatchObject({
+    expect(await run(...args, '--reproduction', '--no-thinking')).toMatchObject({
       code: 0,
       out: expect.stringMatching(/all +1 +1 /),
     })
-    const sampling = { temperature: 0, top_p: 1, repetition_penalty: 1.05, stream: true }
+    const sampling = {
+      ...{ temperature: 0, top_p: 1, repetition_penalty: 1.05, stream: true },
+      chat_template_kwargs: { enable_thinking: false },
+    }
     expect(server.requests.map(({ body }) => body)).toMatchObject([
       { ...sampling, max_tokens: 256 },
       { ...sampling, max_tokens: 1024 },

@@ -222,7 +222,8 @@ function missing(text: string): string[] {
     const exact = new RegExp(`^${pattern}(/|$)`)
     return !everything.some((existing) => exact.test(existing))
   }
-  const alone = /(?<![\w./*>-])[\w-]+\.(?:h|cpp|cc|cu|cuh|def|ts|mjs)\b/g
+  // llama.cpp is a project.
+  const alone = /(?<![\w./*>-])(?!llama\.cpp)[\w-]+\.(?:h|cpp|cc|cu|cuh|def|ts|mjs)\b/g
   return [
     ...[...text.matchAll(path)].map(([name]) => name.replace(/\/$/, '')).filter(absent),
     ...[...text.matchAll(alone)].map(([name]) => name).filter((name) => !names.has(name)),

@@ -1,10 +1,11 @@
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { type Device, saveTensors, type Tensor, VisionTower } from 'p2r-kernels'
+import { type Device, type Grid, saveTensors, type Tensor, VisionTower } from 'p2r-kernels'
 import { afterAll, expect, test } from 'vitest'
 import { golden } from './golden.js'
-import { expectRefusal, type Float, onEveryBackend, relativeL2 } from './harness.js'
+import { expectRefusal, type Float, onEveryBackend, Random, relativeL2 } from './harness.js'
+import { encodeVision, type TowerConfig } from './vision_tower.js'
 
 const files = golden('tower')
 const names = [...new Set(files.list('tower/').map((path) => path.split('/')[1]!))]
@@ -60,6 +61,64 @@ async function folderOf(
   return folder
 }
 
+/** A checkpoint of Qwen3.5's form: the tower beside a language model and a head that predicts further tokens. */
+async function qwen35Folder(device: Device, config: TowerConfig & Record<string, unknown>) {
+  const folder = mkdtempSync(join(root, 'qwen35-'))
+  const random = new Random(11)
+  const weights: Record<string, Float32Array> = {}
+  const tensors: Record<string, Tensor> = {}
+  const weight = (name: string, shape: number[], scale: number, mean = 0) => {
+    const values = random.normals(
+      shape.reduce((n, d) => n * d, 1),
+      scale,
+    )
+    weights[name] = values.map((v) => v + mean)
+    tensors[`model.visual.${name}`] = device.tensor(weights[name], shape)
+  }
+  const linear = (name: string, inputs: number, outputs: number) => {
+    weight(`${name}.weight`, [outputs, inputs], 1 / Math.sqrt(inputs))
+    weight(`${name}.bias`, [outputs], 0.1)
+  }
+  const norm = (name: string) => {
+    weight(`${name}.weight`, [hidden], 0.1, 1)
+    weight(`${name}.bias`, [hidden], 0.1)
+  }
+  const { hidden_size: hidden, intermediate_size: inner } = config
+  linear('patch_embed.proj', 6 * config.patch_size ** 2, hidden)
+  weight('pos_embed.weight', [config.num_position_embeddings, hidden], 0.5)
+  for (let i = 0; i < config.depth; i++) {
+    for (const each of ['norm1', 'norm2']) norm(`blocks.${i}.${each}`)
+    linear(`blocks.${i}.attn.qkv`, hidden, 3 * hidden)
+    linear(`blocks.${i}.attn.proj`, hidden, hidden)
+    linear(`blocks.${i}.mlp.linear_fc1`, hidden, inner)
+    linear(`blocks.${i}.mlp.linear_fc2`, inner, hidden)
+  }
+  norm('merger.norm')
+  linear('merger.linear_fc1', 4 * hidden, 4 * hidden)
+  linear('merger.linear_fc2', 4 * hidden, config.out_hidden_size)
+  for (const name of ['model.language_model.layers.0.linear_attn.A_log', 'mtp.norm.weight'])
+    tensors[name] = device.tensor([1], [1])
+  await saveTensors(join(folder, 'model.safetensors'), tensors)
+  for (const tensor of Object.values(tensors)) tensor.dispose()
+  const whole = {
+    model_type: 'qwen3_5',
+    text_config: { model_type: 'qwen3_5_text', layer_types: ['linear_attention'] },
+    vision_config: config,
+  }
+  writeFileSync(join(folder, 'config.json'), JSON.stringify(whole))
+  return { folder, weights }
+}
+
+test('the float64 tower is the golden’s', () => {
+  for (const name of names) {
+    const { config, grid_thw, weights } = metaOf(name)
+    const f32 = (file: string) => files.f32(`tower/${name}/${file}.bin`)
+    const all = Object.fromEntries(Object.keys(weights).map((w) => [w, f32(`weights/${w}`)]))
+    const merged = encodeVision(config, all, f32('pixel_values'), grid_thw)
+    expect(relativeL2(merged, f32('merged'))).toBeLessThan(1e-5)
+  }
+})
+
 onEveryBackend('VisionTower', (b) => {
   for (const name of names) {
     const meta = metaOf(name)
@@ -104,6 +163,40 @@ onEveryBackend('VisionTower', (b) => {
         }
       })
   }
+
+  // Qwen3.5 and later: no DeepStack, in the config or among the weights, and heads of 64 and 72.
+  test.each([
+    ['0.8B', { hidden_size: 128, num_heads: 2 }],
+    ['2B and 4B', { hidden_size: 256, num_heads: 4 }],
+    ['9B and more', { hidden_size: 144, num_heads: 2 }],
+  ] as const)('a tower of Qwen3.5 %s, made small', async (_, sizes) => {
+    const config = {
+      ...{ depth: 2, intermediate_size: 96, out_hidden_size: 40, num_position_embeddings: 36 },
+      ...{ patch_size: 4, hidden_act: 'gelu_pytorch_tanh', in_channels: 3, spatial_merge_size: 2 },
+      ...{ temporal_patch_size: 2, model_type: 'qwen3_5', ...sizes },
+    }
+    const { folder, weights } = await qwen35Folder(b.device, config)
+    const grid: Grid[] = [
+      [1, 4, 6],
+      [2, 2, 4],
+    ]
+    const pixels = new Random(5).normals(40 * 96)
+    using x = b.device.tensor(pixels, [40, 96])
+    const expected = encodeVision(config, weights, pixels, grid)
+    for (const [dtype, gate] of [
+      ['f32', 1e-5],
+      ['bf16', 2.5e-2],
+    ] as const) {
+      using tower = await VisionTower.load(folder, b.device, { dtype })
+      expect(tower.config).toMatchObject({
+        headDim: sizes.hidden_size / sizes.num_heads,
+        deepstack: [],
+      })
+      using out = tower.encode({ pixelValues: x, gridThw: grid })
+      expect(out.deepstack).toEqual([])
+      expect(relativeL2(await out.merged.toFloat32(), expected)).toBeLessThan(gate)
+    }
+  })
 
   const [name] = names as [string, string]
   const meta = metaOf(name)

@@ -102,6 +102,7 @@ function servedOptions(command: Command, concurrency: number): Command {
     .option('--stream', 'streams responses, so that proxies see no idle connection')
     .option('--retries <n>', 'after the first attempt', integerFrom(0), 3)
     .option('--concurrency <n>', 'requests in flight', integerFrom(1), concurrency)
+    .option('--no-thinking', 'switches the thinking of Qwen3.5 and later off')
     .addOption(
       new Option(
         '--reproduction',

@@ -35,6 +35,7 @@ export interface RoleOptions extends CropOptions {
   imageFormat: 'jpeg' | 'png'
   rules: RewardRules
   stream?: boolean
+  thinking: boolean
   reproduction?: boolean
 }
 
@@ -113,6 +114,7 @@ function policyOf(
     concurrency: options.concurrency,
     imageFormat: options.imageFormat,
     ...(options.stream && { stream: true }),
+    ...(!options.thinking && { thinking: false }),
     tokens: false,
     ...more,
   })

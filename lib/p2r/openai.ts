@@ -84,7 +84,13 @@ export interface OpenAIPolicyOptions {
    */
   stream?: boolean
   /**
-   * Fields added to each request: { chat_template_kwargs: { enable_thinking: false } }.
+   * Whether the model thinks before it answers, where its template has a switch as those of Qwen3.5 and later do: sent as
+   * `chat_template_kwargs.enable_thinking`, which vLLM, SGLang and llama.cpp pass on.
+   * @default as the template has it
+   */
+  thinking?: boolean
+  /**
+   * Fields added to each request: { repetition_penalty: 1.05 }.
    * @default {}
    */
   extraBody?: Readonly<Record<string, unknown>>
@@ -102,6 +108,7 @@ const optionNames: Names<OpenAIPolicyOptions> = {
   tokens: true,
   toolImages: true,
   stream: true,
+  thinking: true,
   extraBody: true,
 }
 
@@ -125,8 +132,9 @@ const encodedAhead = 8
  * are missing. A model that declines gives completions with `refusal`. What holds no answer (a thought that
  * `maxTokens` cut off, calls of tools that the request does not have, filtered content) is ERR_POLICY, or one completion's `failure` where others of the
  * request are answers. Token ids come from vLLM's
- * `return_token_ids` or `return_tokens_as_token_ids`, whichever the server supports; log-probabilities
- * are the server's, which for vLLM are those of temperature 1 unless it was started otherwise.
+ * `return_token_ids` or `return_tokens_as_token_ids`, SGLang's `return_meta_info` or the ids in llama.cpp's
+ * log-probabilities; log-probabilities are the server's, which for vLLM are those of temperature 1 unless it was
+ * started otherwise. docs/serving.md says what each server gives.
  *
  * @throws P2RError ERR_VALUE for wrong options.
  * @example
@@ -145,7 +153,7 @@ const encodedAhead = 8
  * ```
  */
 export class OpenAIPolicy implements Policy {
-  readonly #options: Required<Omit<OpenAIPolicyOptions, 'baseURL'>>
+  readonly #options: Required<Omit<OpenAIPolicyOptions, 'baseURL' | 'thinking'>>
   readonly #urls: readonly string[]
   readonly #requests: Semaphore
   readonly #encodings: Semaphore
@@ -166,7 +174,7 @@ export class OpenAIPolicy implements Policy {
       tokens: checkBoolean(options.tokens ?? true, 'tokens', op),
       toolImages: choice(options.toolImages ?? 'tool', ['tool', 'user'], 'toolImages', op),
       stream: checkBoolean(options.stream ?? false, 'stream', op),
-      extraBody: checkObject(options.extraBody ?? {}, 'extraBody', op),
+      extraBody: bodyOf(options),
     }
     this.#requests = new Semaphore(this.#options.concurrency)
     this.#encodings = new Semaphore(this.#options.concurrency + encodedAhead)
@@ -205,6 +213,8 @@ export class OpenAIPolicy implements Policy {
           logprobs: true,
           return_token_ids: true,
           return_tokens_as_token_ids: true,
+          // SGLang's, which refuses them for streams.
+          ...(!stream && { return_meta_info: true, return_prompt_token_ids: true }),
         }),
         ...(stream && { stream }),
         ...extraBody,
@@ -466,9 +476,10 @@ function retryAfter(headers: Headers | undefined): number | undefined {
 
 /** The choices of a response that hold a message, sorted by index. */
 function completionsOf(answer: unknown, tools: boolean): Completion[] {
-  const { choices, prompt_token_ids } = (answer ?? {}) as {
+  const { choices, prompt_token_ids, usage } = (answer ?? {}) as {
     choices?: unknown
     prompt_token_ids?: unknown
+    usage?: { completion_tokens?: unknown } | null
   }
   if (!Array.isArray(choices)) {
     const said = reported(answer)
@@ -485,10 +496,11 @@ function completionsOf(answer: unknown, tools: boolean): Completion[] {
   // Those without a message are asked for again, as others that are missing.
   if (!whole.length) throw new BadAnswer('a choice holds no message')
   const at = ({ index }: Choice): number => Number(index) || 0
+  const listsAll = listsTokens(whole, usage?.completion_tokens)
   return whole
     .sort((a, b) => at(a) - at(b))
     .map((choice) => ({
-      ...completionOf(choice, tools),
+      ...completionOf(choice, tools, listsAll),
       ...([choice.prompt_token_ids, prompt_token_ids].some(isTokens) && {
         promptTokens: [choice.prompt_token_ids, prompt_token_ids].find(isTokens)!,
       }),
@@ -503,6 +515,8 @@ interface Choice {
   token_ids?: unknown
   response_token_ids?: unknown
   prompt_token_ids?: unknown
+  /** SGLang's: [log-probability, token id, text] of each token. */
+  meta_info?: { output_token_logprobs?: unknown } | null
 }
 
 interface Message {
@@ -513,8 +527,19 @@ interface Message {
   tool_calls?: unknown
 }
 
-function completionOf(choice: Choice, tools: boolean): Completion {
-  const { message, logprobs } = choice
+/**
+ * Whether the choices' log-probabilities are of all tokens that were sampled. llama.cpp's, which hold the ids, lack
+ * tokens that end within a character; the last token of a text that ended by itself may be left out.
+ */
+function listsTokens(choices: readonly Choice[], sampled: unknown): boolean {
+  const sum = (f: (choice: Choice) => number): number => choices.reduce((n, c) => n + f(c), 0)
+  const listed = sum(({ logprobs }) => (logprobs?.content as unknown[] | undefined)?.length ?? 0)
+  const ended = sum(({ finish_reason }) => +(finish_reason === 'stop'))
+  return sampled === listed || sampled === listed + ended
+}
+
+function completionOf(choice: Choice, tools: boolean, listsAll: boolean): Completion {
+  const { message } = choice
   const parts = partsOf(message.content)
   const refusal = [message.refusal, parts?.refusal].find(isText)
   const reasoning = [message.reasoning, message.reasoning_content, parts?.reasoning].find(isText)
@@ -533,14 +558,11 @@ function completionOf(choice: Choice, tools: boolean): Completion {
     ...(refusal !== undefined && { refusal }),
     ...(failure !== undefined && { failure }),
   }
-  const each = Array.isArray(logprobs?.content) ? (logprobs.content as unknown[]) : undefined
+  const each = entriesOf(choice, listsAll)
   const listed = [choice.token_ids, choice.response_token_ids].find(isTokens)
-  const tokens = listed ?? each?.map(tokenId)
+  const tokens = listed ?? each?.map(({ id }) => id)
   if (tokens && isTokens(tokens)) completion.tokens = tokens
-  const logProbs = each?.map((entry) => {
-    const value = (entry as { logprob?: unknown } | null)?.logprob
-    return typeof value === 'number' ? value : Number.NaN
-  })
+  const logProbs = each?.map(({ logProb }) => logProb)
   // Some servers list nothing but nulls. One value that is missing stays, as NaN, for the batch to refuse.
   if (
     logProbs &&
@@ -627,11 +649,33 @@ function isText(value: unknown): value is string {
   return typeof value === 'string' && value !== ''
 }
 
-/** The id in 'token_id:123', vLLM's form of tokens with return_tokens_as_token_ids. */
-function tokenId(entry: unknown): number | undefined {
-  const token = (entry as { token?: unknown } | null)?.token
-  const digits = typeof token === 'string' ? /^token_id:(\d+)$/.exec(token)?.[1] : undefined
-  return digits === undefined ? undefined : Number(digits)
+/** A sampled token: NaN and undefined for what the server does not say. */
+interface Entry {
+  id: number | undefined
+  logProb: number
+}
+
+/** The tokens that a choice lists with their log-probabilities. */
+function entriesOf({ logprobs, meta_info }: Choice, listsAll: boolean): Entry[] | undefined {
+  const numberOr = <T>(value: unknown, otherwise: T): number | T =>
+    typeof value === 'number' ? value : otherwise
+  const triples = meta_info?.output_token_logprobs
+  if (Array.isArray(triples) && triples.length > 0 && triples.every(Array.isArray))
+    return triples.map(([logProb, id]) => ({
+      id: numberOr(id, undefined),
+      logProb: numberOr(logProb, Number.NaN),
+    }))
+  if (!Array.isArray(logprobs?.content)) return undefined
+  return (logprobs.content as unknown[]).map((entry) => {
+    const { token, id, logprob } = (entry ?? {}) as Record<string, unknown>
+    // 'token_id:123' is vLLM's form of tokens with return_tokens_as_token_ids.
+    const digits = typeof token === 'string' ? /^token_id:(\d+)$/.exec(token)?.[1] : undefined
+    const own = listsAll ? numberOr(id, undefined) : undefined
+    return {
+      id: digits === undefined ? own : Number(digits),
+      logProb: numberOr(logprob, Number.NaN),
+    }
+  })
 }
 
 function isTokens(list: unknown): list is number[] {
@@ -710,6 +754,19 @@ async function assemble(stream: AsyncIterable<unknown>): Promise<unknown> {
   if (!all.length || !all.every(({ finish_reason }) => finish_reason))
     throw new BadAnswer('the stream ended before the answer did')
   return { choices: all, prompt_token_ids: prompt }
+}
+
+/** The option extraBody, with the switch of thinking among the template's arguments. */
+function bodyOf({ extraBody = {}, thinking }: OpenAIPolicyOptions): Record<string, unknown> {
+  const body: Record<string, unknown> = { ...checkObject(extraBody, 'extraBody', op) }
+  if (thinking === undefined) return body
+  const enable_thinking = checkBoolean(thinking, 'thinking', op)
+  const others = checkObject(
+    (body.chat_template_kwargs ?? {}) as object,
+    'extraBody.chat_template_kwargs',
+    op,
+  )
+  return { ...body, chat_template_kwargs: { ...others, enable_thinking } }
 }
 
 function urlsOf(baseURL: unknown): string[] {

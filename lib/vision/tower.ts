@@ -140,7 +140,8 @@ const opName = 'VisionTower'
 const construct = Symbol('construct')
 
 /**
- * The vision tower of Qwen3-VL (Qwen team, 2025), loaded from a checkpoint's folder.
+ * The vision tower of Qwen3-VL (Qwen team, 2025), loaded from a checkpoint's folder; Qwen3.5 and later have the same
+ * without DeepStack.
  *
  * @example
  * ```js
