@@ -449,26 +449,30 @@ describe('evaluate', () => {
       code: 0,
       err: expect.stringMatching(/^Took over 1 of 1 results from /),
     })
-    for (const [more, message] of [
+    const changed: [string[], RegExp][] = [
       [['--model', 'n'], /perceiver: .*"m".*, now .*"n".*; reasoner: /],
-      [['--reasoner-model', 'n'], /\(reasoner: .*"m".*, now .*"n"/],
       [['--base-url', other.baseURL], new RegExp(`now .*${other.baseURL}`)],
-      [['--temperature', '0.5'], /\(temperature: 0, now 0.5\)/],
-      [['--rules', 'strict'], /\(rules: "reference", now "strict"\)/],
+      [['--temperature', '0.5'], /temperature: 0, now 0.5/],
+      [['--rules', 'strict'], /rules: "reference", now "strict"/],
       [['--form', 'na'], /form: "mca", now "na"/],
       [['--max-pixels', '99999'], /maxPixels: 4194304, now 99999/],
-      [['--min-pixels', '9999'], /minPixels/],
+      [['--min-pixels', '9999'], /minPixels: 16384, now 9999/],
       [['--max-evidence', '1'], /maxEvidence: 3, now 1/],
       [['--padding', '0.2'], /padding: 0.1, now 0.2/],
-      [['--resize-rules', 'transformers'], /resizeRules/],
-      [['--coordinates', 'absolute'], /coordinates/],
+      [['--resize-rules', 'transformers'], /resizeRules: "qwen-vl-utils", now/],
+      [['--coordinates', 'absolute'], /coordinates: "thousandths", now/],
       [['--auto-orient'], /autoOrient: false, now true/],
-      [['--image-format', 'png'], /imageFormat/],
-      [['--reproduction'], /reproduction: none, now true/],
+      [['--image-format', 'png'], /imageFormat: "jpeg", now "png"/],
       [['--no-thinking'], /thinking: true, now false/],
+    ]
+    const all = await run(...args, ...changed.flatMap(([more]) => more))
+    for (const [, message] of changed) expect(all.err).toMatch(message)
+    for (const [more, message] of [
+      [['--reasoner-model', 'n'], /\(reasoner: [^;]*"m"[^;]*, now [^;]*"n"[^;]*\); name another/],
+      [['--reproduction'], /\(reproduction: none, now true\)/],
     ] as const) {
       const { code, out, err } = await run(...args, ...more)
-      expect({ code, out }, more.join(' ')).toEqual({ code: 2, out: '' })
+      expect({ code, out }).toEqual({ code: 2, out: '' })
       expect(err).toMatch(/settings.results.jsonl holds results of other settings/)
       expect(err).toMatch(message)
     }
