@@ -173,13 +173,17 @@ describe('OpenAIPolicy', () => {
     [{ detail: 'Not authenticated' }, /Not authenticated/],
     [{ detail: [{ loc: ['body', 'n'], msg: 'too many' }] }, /\["body","n"\],"msg":"too many"/],
     [{ error: 'model "m" not found' }, /model "m" not found/],
+    [{ error: { code: 7, metadata: { raw: 'busy' } } }, /"metadata":\{"raw":"busy"\}/],
+    // Of no known form.
+    [{ errors: [{ msg: 'listed' }] }, /\{"errors":\[\{"msg":"listed"\}\]\}/],
+    [['a list'], /\["a list"\]/],
   ])('what the server says of an error is shown: %j', async (body, message) => {
     const refused = await policy([(_, r) => send(r, 400, body)])
     await expect(refused.generate(ask())).rejects.toThrow(failure(message))
     await expect(refused.generate(ask())).rejects.toThrow(failure(/the server answered 400 /))
     await server.close()
     const fine = await policy([(_, r) => send(r, 200, body)], { maxRetries: 0 })
-    await expect(fine.generate(ask())).rejects.toThrow(failure(/no choices: /))
+    await expect(fine.generate(ask())).rejects.toThrow(failure(/no choices[:,] /))
     await expect(fine.generate(ask())).rejects.toThrow(failure(message))
   })
 
@@ -485,7 +489,13 @@ describe('OpenAIPolicy', () => {
       message({ content: 'The' }, { finish_reason: 'content_filter' }),
       /content that the server filtered/,
     ],
+    [
+      'a call of the older form',
+      message({ content: null, function_call: { name: 'zoom' } }),
+      /calls of the tools 'zoom'/,
+    ],
     ['no content', message({ content: null }), /got content null/],
+    ['no parts', message({ content: [] }), /got no parts, finish_reason 'stop'/],
     ['content of another type', message({ content: { text: 'B' } }), /got content an object/],
     ['parts without a text', message({ content: [{ type: 'image' }] }), /parts of type 'image'/],
     ['a limit of no tokens', message({ content: '' }, { finish_reason: 'length' }), /cut it off/],

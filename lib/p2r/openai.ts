@@ -406,7 +406,8 @@ async function withError(response: Response): Promise<Response> {
   const { status, headers } = response
   let said: string | undefined
   try {
-    said = reported(JSON.parse(text))
+    const body: unknown = JSON.parse(text)
+    said = reported(body) ?? (typeof body === 'string' ? body : text).slice(0, 500)
   } catch {
     // Not JSON: the client shows the text.
   }
@@ -484,10 +485,9 @@ function completionsOf(answer: unknown, tools: boolean): Completion[] {
   if (!Array.isArray(choices)) {
     const said = reported(answer)
     const code = said === undefined ? undefined : reportedCode(answer)
+    const got = typeof answer === 'string' ? 'text instead of JSON' : JSON.stringify(answer)
     throw new BadAnswer(
-      `the answer holds no choices${said === undefined ? '' : `: ${said}`}, got ${
-        typeof answer === 'string' ? 'text instead of JSON' : describeValue(answer)
-      }`,
+      `the answer holds no choices${said === undefined ? `, got ${got?.slice(0, 500)}` : `: ${said}`}`,
       code === undefined || code < 400 || mayPass(code),
     )
   }
@@ -525,6 +525,7 @@ interface Message {
   reasoning?: unknown
   reasoning_content?: unknown
   tool_calls?: unknown
+  function_call?: unknown
 }
 
 /**
@@ -625,9 +626,13 @@ function failureIn(
 ): string | undefined {
   const { reasoning, finishReason } = got
   const filtered = finishReason === 'content_filter'
-  const calls = Array.isArray(message.tool_calls) ? message.tool_calls : []
+  const { tool_calls: tools, function_call: call, content } = message
+  // A single function_call is the API's older form.
+  const calls = Array.isArray(tools) ? tools : isObject(call) ? [{ function: call }] : []
+  const isEmpty = Array.isArray(content) && content.length === 0
   // An empty text is what a model wrote that ended at once; without a text, something else came.
-  const others = !parts || reasoning !== undefined || parts.others.length > 0 || calls.length > 0
+  const others =
+    !parts || isEmpty || reasoning !== undefined || parts.others.length > 0 || calls.length > 0
   if (!filtered && (got.text !== '' || !(others || finishReason === 'length'))) return undefined
   const names = calls.map((call) =>
     describeValue((call as { function?: { name?: unknown } } | null)?.function?.name),
@@ -639,7 +644,7 @@ function failureIn(
     ...(filtered ? ['content that the server filtered'] : []),
   ]
   return `the answer holds no text: got ${
-    came.join(' and ') || `content ${describeValue(message.content)}`
+    came.join(' and ') || (isEmpty ? 'no parts' : `content ${describeValue(content)}`)
   }${finishReason === undefined ? '' : `, finish_reason '${finishReason}'`}${
     finishReason === 'length' ? ': maxTokens cut it off' : ''
   }`

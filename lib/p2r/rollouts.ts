@@ -206,8 +206,8 @@ export class EvidenceImages implements RequestImages {
 export class AskedRequest implements RolloutRequest {
   readonly system: string
   readonly prompt: string
-  readonly promptTokens?: readonly number[]
-  readonly stored?: readonly StoredImage[]
+  declare readonly promptTokens?: readonly number[]
+  declare readonly stored?: readonly StoredImage[]
   readonly #make: () => RequestImages
   #made: RequestImages | undefined
   #disposed = false
