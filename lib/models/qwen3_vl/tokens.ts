@@ -364,10 +364,16 @@ async function templateOf(folder: string): Promise<Template | undefined> {
     templateIn(await ifThere(readJson(join(folder, 'chat_template.json'), op))) ??
     templateIn(await ifThere(readJson(join(folder, 'tokenizer_config.json'), op)))
   if (source === undefined) return undefined
-  const { Template: Jinja } = await peer('@huggingface/jinja', () => import('@huggingface/jinja'))
-  let template: InstanceType<typeof Jinja>
+  // Bundlers let a missing package pass only where its import stands in a try block.
+  let jinja: typeof import('@huggingface/jinja')
   try {
-    template = new Jinja(source)
+    jinja = await import('@huggingface/jinja')
+  } catch (cause) {
+    missing('@huggingface/jinja', cause)
+  }
+  let template: InstanceType<typeof jinja.Template>
+  try {
+    template = new jinja.Template(source)
   } catch (cause) {
     refuse('ERR_FORMAT', op, `${folder}: the chat template: ${(cause as Error).message}`, { cause })
   }
@@ -394,12 +400,14 @@ async function load(json: unknown, path: string): Promise<TokenizerLike> {
     refuse('ERR_FORMAT', op, `${path}: a tokenizer.json must hold an object with a model`)
   if (!/"type":"ByteLevel"/.test(JSON.stringify(json.decoder ?? null)))
     refuse('ERR_FORMAT', op, `${path}: the decoder must be ByteLevel, as that of Qwen3-VL`)
-  const { Tokenizer } = await peer(
-    '@huggingface/tokenizers',
-    () => import('@huggingface/tokenizers'),
-  )
+  let library: typeof import('@huggingface/tokenizers')
   try {
-    return new Tokenizer(json, {})
+    library = await import('@huggingface/tokenizers')
+  } catch (cause) {
+    missing('@huggingface/tokenizers', cause)
+  }
+  try {
+    return new library.Tokenizer(json, {})
   } catch (cause) {
     refuse('ERR_FORMAT', op, `${path}: ${(cause as Error).message}`, { cause })
   }
@@ -429,15 +437,11 @@ function checkIds(tokenizer: TokenizerLike, config: Qwen3VLConfig, path: string)
       other(`'${content}' is ${id}, but the model has ${config.vocabSize} tokens`)
 }
 
-async function peer<T>(name: string, load: () => Promise<T>): Promise<T> {
-  try {
-    return await load()
-  } catch (cause) {
-    refuse(
-      'ERR_NATIVE',
-      op,
-      `the package \`${name}\`, an optional peer dependency, could not be loaded: install it with \`npm install ${name}\``,
-      { cause },
-    )
-  }
+function missing(name: string, cause: unknown): never {
+  refuse(
+    'ERR_NATIVE',
+    op,
+    `the package \`${name}\`, an optional peer dependency, could not be loaded: install it with \`npm install ${name}\``,
+    { cause },
+  )
 }
