@@ -31,13 +31,8 @@ const unit = /^[\p{L}°²³µ'".\s/^()*·-]*(?:\^?[23])?$/u
 export function readQuantity(text: string): Quantity | undefined {
   // Bounds the time of the patterns; no answer is a longer number.
   if (text.length > 200) return undefined
-  const plain = numeralsOf(text)
-    .replace(/^\s*\$(.*)\$\s*$/s, '$1')
-    .trim()
-    .replace(/^\p{L}\s*=\s*/u, '')
-    .replace(/^\((.*)\)$/s, '$1')
-    .replace(/^([-+]) +/, '$1')
-    .replace(/\.$/, '')
+  const plain = bare(numeralsOf(text))
+    .replace(/^([$€£¥]?)\s*([-+]?) */, '$2$1')
     .toLowerCase()
   const parts = quantity.exec(plain)?.groups
   if (!parts) return undefined
@@ -59,6 +54,24 @@ export function readQuantity(text: string): Quantity | undefined {
   return { value, percent: percent !== null, unit: rest.replace(/(?<=\p{L}{2})s\b|\.$/gu, '') }
 }
 
+/** A number without what surrounds it: signs of mathematics, brackets, the name of a variable, punctuation. */
+function bare(text: string): string {
+  let rest = text
+  for (let before = ''; rest !== before; ) {
+    before = rest
+    rest = rest
+      .trim()
+      .replace(/^\$(.*)\$$/s, '$1')
+      .replace(/\$$/, '')
+      .replace(/^\$(?=[$=(]|\p{L}\s*=)/u, '')
+      .replace(/^(?:\p{L}\s*)?=/u, '')
+      .replace(/^\((.*)\)$/s, '$1')
+      .replace(/^\[(.*)\]$/s, '$1')
+      .replace(/(?:[.,;?]|(?<!\d)!)$/, '')
+  }
+  return rest
+}
+
 /** Full-width forms, which Chinese and Japanese texts use, and the digits of any script as ASCII. */
 export function asciiText(text: string): string {
   return text
@@ -76,12 +89,19 @@ function digitOf(character: string): number {
 const fonts =
   'boxed|fbox|framebox|mbox|hbox|bm|boldsymbol|ensuremath|emph|underline|overline|operatorname|(?:math|text)(?:bf|rm|it|sf|tt|normal|up|sc)?'
 const font = new RegExp(String.raw`\\(?:${fonts})(?=\s*\{)`, 'g')
+/** Fonts and spaces that stand by themselves, and the end of a line. */
+const switches =
+  /\\\\|\\(?:rm|bf|it|sf|tt|em|small|large|Large|LARGE|huge|Huge|displaystyle|textstyle|q?quad)(?![A-Za-z])/g
 const part = String.raw`\s*(?:\{([^{}]*)\}|(\d))`
 const fraction = new RegExp(String.raw`\\[dt]?frac${part}${part}`, 'g')
 
 /** A text without TeX's delimiters and fonts. */
 export function withoutTex(text: string): string {
-  return text.replace(font, '').replace(/\\[()[\]]/g, ' ')
+  return text
+    .replace(/\\(?:color|textcolor|[hv]space\*?)\s*\{[^{}]*\}/g, ' ')
+    .replace(font, '')
+    .replace(switches, ' ')
+    .replace(/\\[()[\]]/g, ' ')
 }
 
 /** What the last box of a text holds: \\boxed{...}; undefined without one. */
