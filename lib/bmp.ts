@@ -1,5 +1,5 @@
-// Windows bitmaps, which sharp does not read. Packages that do lose the rest of an image behind a row of odd width (bmp-ts),
-// or read one kind of header (fast-bmp).
+// Windows bitmaps, which sharp does not read. Of the packages that do, bmp-ts loses what follows a row of odd
+// width in 4 bits and misplaces runs, and fast-bmp reads one kind of header.
 
 /** Decoded pixels, the top row first. */
 export interface Bitmap {

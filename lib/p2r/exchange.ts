@@ -35,8 +35,8 @@ const version = '1'
 /** Options of saveRollouts. */
 export interface SaveRolloutsOptions {
   /**
-   * What becomes of the requests' images: 'hashes' records their SHA-256 and sizes, 'files' also writes them as PNG into
-   * a folder beside the batch's file, named after it with `.images`, where equal images are one file.
+   * What becomes of the requests' images: 'hashes' records their SHA-256 and sizes, 'files' also writes them as
+   * PNG into a folder beside the batch's file, named after it with `.images`, where equal images are one file.
    * @default 'hashes'
    */
   images?: 'hashes' | 'files'
@@ -197,8 +197,8 @@ function hashOf(pixels: Uint8Array): string {
 
 /**
  * A batch that saveRollouts wrote, for PraGrpo's `step` in another process. Its items have no evidence, but its
- * boxes are in the file, and in a perceiver's completion (`parseBoxes`). Their requests have images where these were saved
- * as files, each compared with its hash.
+ * boxes are in the file, and in a perceiver's completion (`parseBoxes`). Their requests have images where these were
+ * saved as files, each compared with its hash.
  *
  * @throws P2RError ERR_VALUE for wrong arguments; ERR_IO for a file that cannot be read; ERR_FORMAT for one that holds no
  *   batch, and for an image that is not the one that was saved.

@@ -86,9 +86,10 @@ function digitOf(character: string): number {
   return /\p{Nd}/u.test(String.fromCharCode(code - low)) ? low : low - 6
 }
 
-const fonts =
-  'boxed|fbox|framebox|mbox|hbox|bm|boldsymbol|ensuremath|emph|underline|overline|operatorname|(?:math|text)(?:bf|rm|it|sf|tt|normal|up|sc)?'
-const font = new RegExp(String.raw`\\(?:${fonts})(?=\s*\{)`, 'g')
+const boxes = 'boxed|fbox|framebox|mbox|hbox'
+const fonts = 'bm|boldsymbol|ensuremath|emph|underline|overline|operatorname'
+const families = '(?:math|text)(?:bf|rm|it|sf|tt|normal|up|sc)?'
+const font = new RegExp(String.raw`\\(?:${boxes}|${fonts}|${families})(?=\s*\{)`, 'g')
 /** Fonts and spaces that stand by themselves, and the end of a line. */
 const switches =
   /\\\\|\\(?:rm|bf|it|sf|tt|em|small|large|Large|LARGE|huge|Huge|displaystyle|textstyle|q?quad)(?![A-Za-z])/g
@@ -104,7 +105,7 @@ export function withoutTex(text: string): string {
     .replace(/\\[()[\]]/g, ' ')
 }
 
-/** What the last box of a text holds: \\boxed{...}; undefined without one. */
+/** What the last box of a text holds, \boxed{...}; undefined without one. */
 export function boxedText(text: string): string | undefined {
   const start = Math.max(text.lastIndexOf('\\boxed{'), text.lastIndexOf('\\fbox{'))
   const from = start < 0 ? 0 : text.indexOf('{', start) + 1

@@ -14,12 +14,12 @@ export interface ReproductionSettings {
   reasoner: Required<Pick<ReasonerOptions, 'temperature' | 'maxTokens'>>
 }
 
-/** A patch of the language model's, 2 by 2 merged patches of the vision tower, in pixels. */
+/** One token of an image, 2 by 2 merged patches of the vision tower, in pixels. */
 const patch = 32 * 32
 
 /**
- * The settings of the reference's own evaluation: greedy, with a repetition penalty of 1.05, images of 16 to 4096 patches
- * of 32 by 32 pixels as PNG, 256 tokens to perceive and 1024 to reason.
+ * The settings of the reference's own evaluation: greedy, with a repetition penalty of 1.05, images of 16 to 4096
+ * patches of 32 by 32 pixels as PNG, 256 tokens to perceive and 1024 to reason.
  *
  * `p2r-kernels evaluate --reproduction` uses them. The server must know `repetition_penalty`, as vLLM and SGLang do.
  * Source: Perceive-to-Reason, evaluation.
