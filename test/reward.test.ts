@@ -205,7 +205,17 @@ describe('na', () => {
     ['۱۲', '12', 1, 1],
     ['९', '9', 1, 1],
     ['\\sqrt{4}', '4', 0, 0],
+    // Expressions: as texts under 'reference'; no number under 'strict'.
+    ['2\\sqrt{3}', '2\\sqrt3', 1, 0],
+    ['2\\sqrt{3}', '2\\sqrt{5}', 0, 0],
+    ['\\frac{\\pi}{2}', '\\pi/2', 1, 0],
+    ['\\sqrt 5', '5', 0, 0],
+    ['x+1', 'x+2', 0, 0],
+    ['\\text{red}', 'Red', 1, 0],
+    ['$x$', 'x', 1, 0],
     // Within a sentence.
+    ['So x \\approx 5.', '5', 0, 1],
+    ['The area is 4 m^2 in all', '4', 0, 1],
     ['The distance is 1.5 \\times 10^3 m.', '1500', 0, 1],
     ['So half of it: \\frac{1}{2}.', '0.5', 0, 1],
     ['We add 3 + 4, so \\boxed{7}', '7', 0, 1],

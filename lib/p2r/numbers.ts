@@ -13,9 +13,9 @@ const quantity = new RegExp(
   String.raw`^(?<sign>[-+]?)(?<currency>[$€£¥]?)(?:(?<whole>\d+) +(?<numerator>\d+)/(?<denominator>\d+)|(?<a>${decimal})(?: *[/:÷] *(?<b>${decimal}))?)(?<rest>.*)$`,
   's',
 )
-/** A number in a text that is not part of a word, a date or another number. */
+/** A number in a text that is not part of a word, a date, an expression or another number. */
 const isolated = new RegExp(
-  String.raw`(?<![\p{L}\d.,/:-])[-+]?[$€£¥]?(?:\d+ +\d+/\d+|(?:${decimal})(?: *[/:÷] *(?:${decimal}))?)(?![\d/:]|[-.,]\d|\p{L}*\d)`,
+  String.raw`(?<![\p{L}\d.,/:^+-])[-+]?[$€£¥]?(?:\d+ +\d+/\d+|(?:${decimal})(?: *[/:÷] *(?:${decimal}))?)(?![\d/:^]|[-.,+]\d|\p{L}*\d)`,
   'giu',
 )
 const scales: Record<string, number> = {
@@ -96,6 +96,9 @@ const switches =
 const part = String.raw`\s*(?:\{([^{}]*)\}|(\d))`
 const fraction = new RegExp(String.raw`\\[dt]?frac${part}${part}`, 'g')
 
+const relations =
+  /\\(?:approx|sim|simeq|equiv|therefore|implies|Rightarrow|Longrightarrow|rightarrow|to)(?![A-Za-z])/g
+
 /** A text without TeX's delimiters and fonts. */
 export function withoutTex(text: string): string {
   return text
@@ -118,10 +121,10 @@ export function boxedText(text: string): string | undefined {
 }
 
 /** A text whose numbers are written as those of programs are. */
-function numeralsOf(text: string): string {
+export function numeralsOf(text: string): string {
   return withoutTex(asciiText(text))
     .replace(fraction, (_, a, b, c, d) => ` ${a ?? b}/${c ?? d}`)
-    .replace(/\s*(?:\\times|\\cdot|×)\s*10\s*\^\s*\{?\s*([-+−]?\d+)\s*\}?/g, 'e$1')
+    .replace(/(?<!\s)\s*(?:\\times|\\cdot|×)\s*10\s*\^\s*\{?\s*([-+−]?\d+)\s*\}?/g, 'e$1')
     .replace(/~/g, ' ')
     .replace(/\\[,!;: ]|\\left|\\right/g, '')
     .replace(/\^\s*\{?\\circ\}?/g, '°')
@@ -133,7 +136,9 @@ function numeralsOf(text: string): string {
 /** The only number in a text, with what follows it on its line; undefined where there are several. */
 export function findQuantity(text: string): Quantity | undefined {
   if (text.length > 10_000) return undefined
-  const plain = numeralsOf(text)
+  const plain = numeralsOf(text).replace(relations, ' ')
+  // Roots, functions and constants: the text is an expression.
+  if (/\\\p{L}/u.test(plain)) return undefined
   const found = [...plain.matchAll(isolated)]
   if (found.length !== 1) return undefined
   const [number] = found[0]!

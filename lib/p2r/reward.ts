@@ -14,6 +14,7 @@ import {
   asciiText,
   boxedText,
   findQuantity,
+  numeralsOf,
   type Quantity,
   readQuantity,
   sameNumber,
@@ -339,8 +340,11 @@ function asFraction({ value, percent }: Quantity): number {
   return percent ? value / 100 : value
 }
 
+/** What is left of a text that is no number: letters in one case, without blanks, TeX's fonts and braces. */
 function plainText(text: string): string {
-  return words(text).join('').toLowerCase()
+  // Bounds the time of the patterns.
+  const plain = text.length > 200 ? text : numeralsOf(text).replace(/^\s*\$(.*)\$\s*$/s, '$1')
+  return words(plain).join('').toLowerCase()
 }
 
 /**
