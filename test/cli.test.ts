@@ -1,5 +1,4 @@
-// The command, run as its users run it: a process of its own, against a server on loopback.
-import { spawn } from 'node:child_process'
+// The command against a server on loopback.
 import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
@@ -38,8 +37,8 @@ import {
   says,
   send,
 } from './chat_server.js'
+import { type Ended, results, start as startIn } from './command.js'
 
-const main = fileURLToPath(new URL('../dist/lib/cli/main.js', import.meta.url))
 let folder: string
 let server: ChatServer | undefined
 beforeAll(async () => {
@@ -51,33 +50,8 @@ afterEach(async () => {
 })
 afterAll(() => rm(folder, { recursive: true }))
 
-interface Ended {
-  code: number | null
-  out: string
-  err: string
-}
-
-function start(...args: string[]) {
-  const env = { ...process.env, P2R_DEVICE: 'cpu', NO_COLOR: '1' }
-  const child = spawn(process.execPath, [main, ...args], { cwd: folder, env })
-  const ended = new Promise<Ended>((resolve) => {
-    let [out, err] = ['', '']
-    child.stdout.on('data', (text) => {
-      out += text
-    })
-    child.stderr.on('data', (text) => {
-      err += text
-    })
-    child.on('close', (code) => resolve({ code, out, err }))
-  })
-  return { child, ended }
-}
+const start = (...args: string[]) => startIn(folder, ...args)
 const run = (...args: string[]): Promise<Ended> => start(...args).ended
-const results = (path: string) =>
-  readFileSync(path, 'utf8')
-    .trim()
-    .split('\n')
-    .map((line) => JSON.parse(line))
 
 const boxes = '[{"bbox_2d": [0, 0, 500, 500], "label": "a"}]'
 /** A perceiver that names one box, and a reasoner that says what the question asks it to say. */
@@ -106,7 +80,7 @@ describe('the command', () => {
     expect(await run('--version')).toEqual({ code: 0, out: `${version}\n`, err: '' })
     const { code, out, err } = await run('evaluate')
     expect({ code, out }).toEqual({ code: 2, out: '' })
-    expect(err).toMatch(/^p2r-kernels: missing required argument 'data.jsonl'/)
+    expect(err).toMatch(/^p2r-kernels: missing required argument 'data'/)
     for (const [args, near] of [
       [['evaluate', 'a.jsonl', '--retris', '3'], '--retries'],
       [['answer', 'a.png', 'q', '--max-pixel', '9'], '--max-pixels'],
@@ -325,12 +299,23 @@ describe('evaluate', () => {
     )
     expect({ code, err }).toEqual({ code: 0, err: '' })
     expect(out.split('\n').map((line) => line.trim().split(/ {2,}/))).toEqual([
-      ['category', 'questions', 'correct', 'accuracy', 'boxes', 'failed'],
-      ['4k single', '2', '1', '50.0 %', '1.00', '0'],
-      ['all', '1', '1', '100.0 %', '1.00', '0'],
-      ['attr', '1', '1', '100.0 %', '1.00', '0'],
-      ['count', '1', '1', '100.0 %', '1.00', '0'],
-      ['all', '5', '4', '80.0 %', '1.00', '0'],
+      [
+        'category',
+        'questions',
+        'correct',
+        'accuracy',
+        '95 % interval',
+        'boxes',
+        'Mpx',
+        'requests',
+        'failed',
+      ],
+      ['4k single', '2', '1', '50.0 %', '9.5 to 90.5', '1.00', '0.1', '2.0', '0'],
+      ['all', '1', '1', '100.0 %', '20.7 to 100.0', '1.00', '0.1', '2.0', '0'],
+      ['attr', '1', '1', '100.0 %', '20.7 to 100.0', '1.00', '0.1', '2.0', '0'],
+      ['count', '1', '1', '100.0 %', '20.7 to 100.0', '1.00', '0.1', '2.0', '0'],
+      ['all', '5', '4', '80.0 %', '37.6 to 96.4', '1.00', '0.1', '2.0', '0'],
+      ['95 % intervals are Wilson scores.'],
       [''],
     ])
     const summary = JSON.parse(readFileSync(join(folder, 'summary.json'), 'utf8'))
@@ -338,10 +323,15 @@ describe('evaluate', () => {
       questions: 5,
       correct: 4,
       accuracy: 80,
+      interval: { low: expect.closeTo(37.55, 2), high: expect.closeTo(96.38, 2), method: 'wilson' },
       boxes: 1,
       droppedBoxes: 0,
+      // The image twice, of at least 16 times 32 x 32, and the crop.
+      megapixels: expect.closeTo((2 * 128 * 160 + 128 * 160) / 1e6, 2),
+      requests: 2,
       failed: 0,
       truncated: 0,
+      outOfTurns: 0,
     })
     expect(summary.categories['4k single'].accuracy).toBe(50)
     const made = results(join(folder, 'rows.results.jsonl')).sort((a, b) => a.line - b.line)
@@ -377,7 +367,7 @@ describe('evaluate', () => {
     writeFileSync(path, `${readFileSync(path, 'utf8').trimEnd()}\n{"line": 9, "ans`)
     const { code, out, err } = await run(...args)
     expect(code).toBe(1)
-    expect(out).toMatch(/all +12 +11 +100.0 % +1.00 +1/)
+    expect(out).toMatch(/all +12 +11 +100.0 % +74.1 to 100.0 +1.00 +0.1 +2.0 +1\n/)
     expect(err).toMatch(/1 of 12 questions failed, first line 6: .*not this one/)
     expect(server.requests.length).toBe(8 + 7 * 2 + 1)
     expect(err).toMatch(/^Took over 4 of 12 results from .*more.results.jsonl/)
@@ -708,7 +698,7 @@ test('evaluate scores the miniature, served in both roles, on 50 needle images',
   expect(made.length).toBe(50)
   const right = made.filter(({ line, answer }) => answer === rows[line - 1]!.answer).length
   const { overall, categories } = JSON.parse(readFileSync(join(folder, 'needles.json'), 'utf8'))
-  expect(overall).toEqual({
+  expect(overall).toMatchObject({
     questions: 50,
     correct: right,
     accuracy: 2 * right,

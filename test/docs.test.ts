@@ -121,6 +121,9 @@ beforeAll(async () => {
   device.dispose()
   const question = { image: 'street.jpg', text: 'What?\n(A) a\n(B) b', label: 'A', category: 'x' }
   writeFileSync(join(files, 'vstar.jsonl'), `${JSON.stringify(question)}\n`)
+  mkdirSync(join(files, 'vstar_bench'))
+  const beside = JSON.stringify({ ...question, image: '../street.jpg' })
+  writeFileSync(join(files, 'vstar_bench', 'test_questions.jsonl'), `${beside}\n`)
   let replies = 0
   server = await chatServer(
     says(({ prompt }) => ({

@@ -2,37 +2,55 @@ import { createHash } from 'node:crypto'
 import { appendFile, open, readFile, writeFile } from 'node:fs/promises'
 import { basename, dirname, extname, join } from 'node:path'
 import { SingleBar } from 'cli-progress'
-import { openDevice } from '../device.js'
+import { type Device, openDevice } from '../device.js'
 import { loadImage } from '../image.js'
 import { evaluate, type Question } from '../p2r/evaluate.js'
 import { type AnswerForm, defaultPrompts } from '../p2r/prompts.js'
+import type { Verifier } from '../p2r/reward.js'
+import { type BenchmarkName, imageIn, layoutOf, readBenchmark } from './benchmarks.js'
 import { type Result, type Row, readResults, readRows, type Settings } from './questions.js'
-import { summaryOf, tableOf } from './report.js'
-import { type RoleOptions, rolesOf, type Server, verifierOf } from './roles.js'
+import { comparisonOf, comparisonText, type Summary, summaryOf, tableOf } from './report.js'
+import {
+  type Method,
+  type RoleOptions,
+  type Roles,
+  rolesOf,
+  type Server,
+  verifierOf,
+} from './roles.js'
 import { UsageError } from './usage.js'
 
 export interface EvaluateOptions extends RoleOptions {
   form: AnswerForm
+  benchmark?: BenchmarkName
+  method: Method | 'both'
+  seeds?: number[]
   out?: string
   json?: string
   limit?: number
   device?: string
 }
 
-/** Answers and scores the questions of a file; returns the exit code. */
+/** One pass over the questions: by which method, with which seed. */
+interface Run {
+  method: Method
+  seed?: number
+  /** Its file of results. */
+  file: string
+}
+
+/** A run before its first request. */
+interface Prepared extends Run, Survey {
+  roles: Roles
+  judge: { verifier: Verifier; server: Server } | undefined
+  settings: Settings
+}
+
+/** Answers and scores the questions of a file or a benchmark, in one run or several; returns the exit code. */
 export async function evaluateCommand(data: string, options: EvaluateOptions): Promise<number> {
-  const results =
-    options.out ?? join(dirname(data), `${basename(data, extname(data))}.results.jsonl`)
-  const { results: known, settings: recorded } = await readResults(results)
-  const { total, remaining, free, before } = await survey(data, options, known, results)
-  const { perceiver, reasoner, servers } = await rolesOf(options)
-  const judge = free ? await verifierOf(options) : undefined
-  const settings = settingsOf(options, { ...servers, ...(judge && { verifier: judge.server }) })
-  if (known.size) checkSettings(settings, recorded, results)
-  const taken = total - remaining
-  if (taken) console.error(`Took over ${taken} of ${total} results from ${results}.`)
+  const runs: Prepared[] = []
+  for (const run of runsOf(data, options)) runs.push(await prepare(data, run, options))
   using device = openDevice(options.device)
-  const { autoOrient } = options
 
   const stop = new AbortController()
   const interrupt = (): void => {
@@ -41,9 +59,91 @@ export async function evaluateCommand(data: string, options: EvaluateOptions): P
     stop.abort()
   }
   process.on('SIGINT', interrupt)
+  try {
+    for (const run of runs) await execute(data, run, options, device, stop.signal)
+  } finally {
+    process.off('SIGINT', interrupt)
+  }
+
+  await report(runs, options)
+  const all = runs.flatMap(({ before }) => [...before.values()])
+  const total = runs.reduce((sum, run) => sum + run.total, 0)
+  if (stop.signal.aborted) {
+    console.error(`Stopped after ${all.length} of ${total}; run the same command to resume.`)
+    return 130
+  }
+  const failed = all.filter(({ error }) => error !== undefined)
+  if (failed.length) {
+    console.error(
+      `${failed.length} of ${total} questions failed, first line ${failed[0]!.line}: ${failed[0]!.error}\n` +
+        'Run the same command to retry them.',
+    )
+    return 1
+  }
+  return 0
+}
+
+/** The runs of a command, and their files: DATA.results.jsonl, or DATA.zoom.seed-1.results.jsonl where there are several. */
+function runsOf(data: string, { method, seeds, out }: EvaluateOptions): Run[] {
+  const methods: readonly Method[] = method === 'both' ? ['two-stage', 'zoom'] : [method]
+  const stem = join(dirname(data), basename(data, extname(data)))
+  return methods.flatMap((method) =>
+    (seeds ?? [undefined]).map((seed): Run => {
+      const several = [
+        ...(methods.length > 1 && method === 'zoom' ? ['zoom'] : []),
+        ...(seed === undefined ? [] : [`seed-${seed}`]),
+      ]
+      const mark = several.map((part) => `.${part}`).join('')
+      const end = out === undefined ? '' : extname(out)
+      return {
+        method,
+        ...(seed !== undefined && { seed }),
+        file:
+          out === undefined
+            ? `${stem}${mark}.results.jsonl`
+            : `${out.slice(0, out.length - end.length)}${mark}${end}`,
+      }
+    }),
+  )
+}
+
+function rowsOf(data: string, { benchmark, form, limit }: EvaluateOptions): AsyncGenerator<Row> {
+  return limited(benchmark ? readBenchmark(benchmark, data) : readRows(data, form), limit)
+}
+
+/** Reads questions and known results, and finds the servers: all that can be refused before the first request. */
+async function prepare(data: string, run: Run, options: EvaluateOptions): Promise<Prepared> {
+  const { method, seed, file } = run
+  const { results: known, settings: recorded } = await readResults(file)
+  const surveyed = await survey(data, options, known, file)
+  const roles = await rolesOf(options, method, seed)
+  const judge = surveyed.free ? await verifierOf(options) : undefined
+  const servers = { ...roles.servers, ...(judge && { verifier: judge.server }) }
+  const settings = settingsOf(options, run, servers)
+  if (known.size) checkSettings(settings, recorded, file)
+  const { total, remaining } = surveyed
+  if (total > remaining)
+    console.error(`Took over ${total - remaining} of ${total} results from ${file}.`)
+  return { ...run, ...surveyed, roles, judge, settings }
+}
+
+/** Asks for what is missing, and appends it to the run's file. An abort ends it early. */
+async function execute(
+  data: string,
+  run: Prepared,
+  options: EvaluateOptions,
+  device: Device,
+  signal: AbortSignal,
+): Promise<void> {
+  const { file, before, total, remaining, roles, judge, settings, method, seed } = run
+  const { autoOrient } = options
+  if (signal.aborted) return
+  const several = options.method === 'both' || (options.seeds?.length ?? 1) > 1
+  const label = several
+    ? `evaluate, ${method}${seed === undefined ? '' : `, seed ${seed}`}`
+    : 'evaluate'
   const bar = new SingleBar({
-    format:
-      'evaluate {bar} {value}/{total}  {accuracy} % right  {failed} failed  {eta_formatted} left',
+    format: `${label} {bar} {value}/{total}  {accuracy} % right  {failed} failed  {eta_formatted} left`,
     barsize: 24,
     hideCursor: true,
     gracefulExit: false,
@@ -57,12 +157,12 @@ export async function evaluateCommand(data: string, options: EvaluateOptions): P
       judged++
     }
   const shown = () => ({ accuracy: judged ? ((100 * correct) / judged).toFixed(1) : '-', failed })
-  bar.start(total, taken, shown())
-  await dropPartialLine(results)
+  bar.start(total, total - remaining, shown())
+  await dropPartialLine(file)
   let first = true
   try {
     const questions = (async function* (): AsyncGenerator<Question & { row: Row }> {
-      for await (const row of limited(readRows(data, options.form), options.limit)) {
+      for await (const row of rowsOf(data, options)) {
         if (isDone(before.get(row.line))) continue
         const { question, truth, form: answerForm } = row
         yield {
@@ -70,24 +170,31 @@ export async function evaluateCommand(data: string, options: EvaluateOptions): P
           question,
           truth,
           answerForm,
-          load: () => loadImage(row.image, device, { autoOrient }),
+          load: async () => loadImage(await sourceOf(row), device, { autoOrient }),
         }
       }
     })()
     const all = evaluate({
-      perceiver,
-      reasoner,
+      ...roles.answerer,
       questions,
       concurrency: options.concurrency,
       rules: options.rules,
-      signal: stop.signal,
+      signal,
       ...(judge && { verifier: judge.verifier }),
     })
     for await (const { question, error, ...rest } of all) {
-      const { line, id, category, truth, imageId: image } = question.row
-      const asked = { line, id, category, question: question.question, truth, image }
+      const { line, id, category, truth, imageId: image, cluster } = question.row
+      const asked = {
+        line,
+        id,
+        category,
+        question: question.question,
+        truth,
+        image,
+        ...(cluster !== undefined && { cluster }),
+      }
       const result: Result = error ? { ...asked, error: error.message } : { ...asked, ...rest }
-      await appendFile(results, `${JSON.stringify(first ? { ...result, settings } : result)}\n`)
+      await appendFile(file, `${JSON.stringify(first ? { ...result, settings } : result)}\n`)
       first = false
       // The models' outputs are in the file; memory keeps only what the table needs.
       const { perception: _, reasoning: __, question: ___, ...kept } = result
@@ -98,50 +205,74 @@ export async function evaluateCommand(data: string, options: EvaluateOptions): P
       bar.increment(1, shown())
     }
   } catch (error) {
-    if (!stop.signal.aborted) throw error
+    if (!signal.aborted) throw error
   } finally {
     bar.stop()
-    process.off('SIGINT', interrupt)
   }
+}
 
-  const summary = summaryOf(before.values())
-  console.log(tableOf(summary))
-  const { truncated, droppedBoxes } = summary.overall
-  if (truncated)
-    console.error(
-      `${truncated} of ${total} questions were scored on an output that the limit of tokens cut off.`,
-    )
-  if (droppedBoxes)
-    console.error(
-      `${droppedBoxes} boxes lie outside of their images or are too thin to be cropped; are --coordinates right?`,
-    )
-  if (options.json !== undefined)
-    await writeFile(options.json, `${JSON.stringify(summary, null, 2)}\n`)
-  if (stop.signal.aborted) {
-    console.error(`Stopped after ${before.size} of ${total}; run the same command to resume.`)
-    return 130
+async function sourceOf({ image }: Row): Promise<string | Uint8Array> {
+  if (typeof image === 'string' || image instanceof Uint8Array) return image
+  return imageIn(image)
+}
+
+/** Prints a table for each method, over its seeds, and how the methods compare. */
+async function report(runs: readonly Prepared[], options: EvaluateOptions): Promise<void> {
+  const layout = options.benchmark && layoutOf(options.benchmark)
+  const methods = [...new Set(runs.map(({ method }) => method))]
+  const resultsOf = (method: Method) =>
+    runs.filter((run) => run.method === method).map(({ before }) => [...before.values()])
+  const summaries: Record<string, Summary> = {}
+  for (const method of methods) {
+    const summary = summaryOf(resultsOf(method), layout)
+    summaries[method] = summary
+    if (methods.length > 1) console.log(`${method}:`)
+    console.log(tableOf(summary))
+    if (methods.length > 1) console.log('')
+    const { truncated, droppedBoxes, outOfTurns, questions } = summary.overall
+    if (truncated)
+      console.error(
+        `${truncated} of ${questions} questions were scored on an output that the limit of tokens cut off.`,
+      )
+    if (outOfTurns)
+      console.error(
+        `${outOfTurns} of ${questions} questions ran out of turns without an answer, and are wrong; see --max-turns.`,
+      )
+    if (droppedBoxes)
+      console.error(
+        `${droppedBoxes} boxes lie outside of their images or are too thin to be cropped; are --coordinates right?`,
+      )
   }
-  if (failed) {
-    const one = [...before.values()].find(({ error }) => error)!
-    console.error(
-      `${failed} of ${total} questions failed, first line ${one.line}: ${one.error}\n` +
-        'Run the same command to retry them.',
-    )
-    return 1
-  }
-  return 0
+  const [first, second] = methods
+  const comparison = first && second && comparisonOf(resultsOf(first), resultsOf(second))
+  if (comparison) console.log(comparisonText([first, second], comparison))
+  if (options.json === undefined) return
+  const written = second ? { methods: summaries, comparison } : summaries[first!]
+  await writeFile(options.json, `${JSON.stringify(written, null, 2)}\n`)
 }
 
 function isDone(result: Result | undefined): boolean {
   return result !== undefined && result.error === undefined
 }
 
-async function* limited<T>(items: AsyncIterable<T>, count = Number.POSITIVE_INFINITY) {
+async function* limited<T>(
+  items: AsyncIterable<T>,
+  count = Number.POSITIVE_INFINITY,
+): AsyncGenerator<T> {
   let taken = 0
   for await (const item of items) {
     if (taken++ >= count) return
     yield item as T
   }
+}
+
+interface Survey {
+  total: number
+  remaining: number
+  /** Whether a question is of free form, which needs a verifier. */
+  free: boolean
+  /** The known results by line, and those that are added. */
+  before: Map<number, Result>
 }
 
 /**
@@ -153,10 +284,10 @@ async function survey(
   options: EvaluateOptions,
   known: ReadonlyMap<number, Result>,
   results: string,
-): Promise<{ total: number; remaining: number; free: boolean; before: Map<number, Result> }> {
+): Promise<Survey> {
   let [total, remaining, free] = [0, 0, false]
   const before = new Map<number, Result>()
-  for await (const row of limited(readRows(data, options.form), options.limit)) {
+  for await (const row of rowsOf(data, options)) {
     total++
     const result = known.get(row.line)
     const differing = result && differenceOf(result, row)
@@ -198,13 +329,35 @@ const incidental: ReadonlySet<string> = new Set<keyof EvaluateOptions>([
   'reasonerModel',
   'verifierUrl',
   'verifierModel',
+  // The run's own are recorded.
+  'method',
+  'seeds',
 ])
 
+/** Options that the results of a method do not depend on. */
+const foreign: Readonly<Record<Method, readonly (keyof EvaluateOptions)[]>> = {
+  'two-stage': ['maxTurns', 'toolCalls'],
+  zoom: ['maxEvidence', 'padding'],
+}
+
 /** What the results depend on beside the questions. */
-function settingsOf(options: EvaluateOptions, servers: Record<string, Server>): Settings {
+function settingsOf(
+  options: EvaluateOptions,
+  { method, seed }: Run,
+  servers: Partial<Record<string, Server>>,
+): Settings {
+  const left: ReadonlySet<string> = new Set(foreign[method])
   const hash = createHash('sha256').update(JSON.stringify(defaultPrompts)).digest('hex')
-  const others = Object.entries(options).filter(([name]) => !incidental.has(name))
-  return { ...servers, prompts: hash.slice(0, 16), ...Object.fromEntries(others) }
+  const others = Object.entries(options).filter(
+    ([name]) => !incidental.has(name) && !left.has(name),
+  )
+  return {
+    method,
+    ...(seed !== undefined && { seed }),
+    ...servers,
+    prompts: hash.slice(0, 16),
+    ...Object.fromEntries(others),
+  }
 }
 
 /** Refuses results that were made with other settings. */

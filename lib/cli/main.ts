@@ -14,8 +14,16 @@ import { parseBoxes } from '../p2r/boxes.js'
 import { collectEvidence, type Evidence } from '../p2r/evidence.js'
 import { type AnswerForm, answerForms } from '../p2r/prompts.js'
 import type { RewardRules } from '../p2r/reward.js'
+import { benchmarkNames } from './benchmarks.js'
 import { type EvaluateOptions, evaluateCommand } from './evaluate.js'
-import { type CropOptions, evidenceOptions, type RoleOptions, rolesOf } from './roles.js'
+import {
+  type CropOptions,
+  evidenceOptions,
+  type Method,
+  methods,
+  type RoleOptions,
+  rolesOf,
+} from './roles.js'
 import { UsageError } from './usage.js'
 
 const { version } = JSON.parse(
@@ -34,6 +42,12 @@ function nonNegative(text: string): number {
   const value = Number(text)
   if (text.trim() !== '' && value >= 0 && Number.isFinite(value)) return value
   throw new InvalidArgumentError('It should be a number of at least 0.')
+}
+
+function seeds(text: string): number[] {
+  const all = text.split(',').map(integerFrom(0))
+  if (new Set(all).size === all.length) return all
+  throw new InvalidArgumentError('Each seed should be there once.')
 }
 
 function url(text: string, before: string[] = []): string[] {
@@ -82,6 +96,14 @@ const cropOptions = (command: Command): Command =>
       false,
     )
 
+const methodOption = (choices: readonly string[]) =>
+  new Option(
+    '--method <method>',
+    "'two-stage' perceives, then reasons; 'zoom' lets the model call image_zoom_in_tool",
+  )
+    .choices(choices)
+    .default('two-stage')
+
 /** Options of the commands that call models. */
 function servedOptions(command: Command, concurrency: number): Command {
   command
@@ -96,6 +118,20 @@ function servedOptions(command: Command, concurrency: number): Command {
       .option(`--${part}-url <url>`, `of the ${part}, where it has a server of its own`, url)
       .option(`--${part}-model <name>`, `of the ${part}`)
   return cropOptions(command)
+    .option(
+      '--pixel-budget <n>',
+      'pixels of all images that a question is answered from (default: 2 + max-evidence times max-pixels)',
+      integerFrom(1),
+    )
+    .option('--max-turns <n>', 'requests of --method zoom for an answer', integerFrom(1), 6)
+    .addOption(
+      new Option(
+        '--tool-calls <how>',
+        "of --method zoom: the API's, or in text for servers without",
+      )
+        .choices(['api', 'text'])
+        .default('api'),
+    )
     .option('--api-key <key>', 'default: $OPENAI_API_KEY')
     .option('--temperature <t>', 'of both roles', nonNegative, 0)
     .option('--timeout <seconds>', 'of one request', nonNegative, 300)
@@ -107,7 +143,7 @@ function servedOptions(command: Command, concurrency: number): Command {
       new Option(
         '--reproduction',
         "the settings of the reference's own evaluation: sampling, lengths, sizes and PNG",
-      ).conflicts(['temperature', 'imageFormat', 'maxPixels', 'minPixels']),
+      ).conflicts(['temperature', 'imageFormat', 'maxPixels', 'minPixels', 'pixelBudget']),
     )
     .addOption(
       new Option('--image-format <format>', 'encoding of the images that are sent')
@@ -161,19 +197,26 @@ servedOptions(
     .argument('<image>', 'a file: JPEG, PNG, WebP, GIF, TIFF, AVIF or BMP')
     .argument('<question>', 'with its options, if it has any')
     .option('--out <folder>', 'output folder for the annotated image and the crops')
-    .option('--json', 'prints the whole result as JSON'),
+    .option('--json', 'prints the whole result as JSON')
+    .addOption(methodOption(methods)),
   4,
 ).action(
   async (
     file: string,
     question: string,
-    options: RoleOptions & { form: AnswerForm; device?: string; out?: string; json?: boolean },
+    options: RoleOptions & {
+      form: AnswerForm
+      method: Method
+      device?: string
+      out?: string
+      json?: boolean
+    },
   ) => {
-    const { perceiver, reasoner } = await rolesOf(options)
+    const { answerer } = await rolesOf(options, options.method)
     using device = openDevice(options.device)
     const image = await loadImage(file, device, { autoOrient: options.autoOrient })
-    const made = await answer({ perceiver, reasoner, image, question, answerForm: options.form })
-    const { evidence, perception, reasoning, truncated } = made
+    const made = await answer({ ...answerer, image, question, answerForm: options.form })
+    const { evidence, perception, reasoning, truncated, requests, pixels } = made
     for (const role of truncated)
       console.error(`The limit of tokens cut off the output of the ${role}.`)
     const files = options.out === undefined ? [] : await saveEvidence(evidence, options.out)
@@ -186,12 +229,24 @@ servedOptions(
         perception,
         reasoning,
         truncated,
+        // What an agent called, and what it was told; the crops are among the files.
+        turns: made.turns.map(({ completion, results }) => ({
+          text: completion.text,
+          toolCalls: completion.toolCalls ?? [],
+          results: results.map(({ text }) => text),
+        })),
+        requests,
+        pixels,
         files,
       }
       console.log(JSON.stringify(result, null, 2))
     } else if (made.answer !== '') console.log(made.answer)
     if (made.answer === '')
-      throw new Error(`there is no answer in the reasoner's output: ${reasoning}`)
+      throw new Error(
+        made.outOfTurns
+          ? `there is no answer after ${requests} turns; see --max-turns`
+          : `there is no answer in the reasoner's output: ${reasoning}`,
+      )
   },
 )
 
@@ -237,11 +292,18 @@ cropOptions(
 servedOptions(
   program
     .command('evaluate')
-    .description('answers and scores a file of questions; run it again to resume')
+    .description('answers and scores a file of questions, or a benchmark; run it again to resume')
     .argument(
-      '<data.jsonl>',
-      'a question a line: image, question or text, options or A to D, answer or label, category',
+      '<data>',
+      'a question a line: image, question or text, options or A to D, answer or label, category; with --benchmark its folder or file',
     )
+    .addOption(
+      new Option('--benchmark <name>', 'reads DATA as the benchmark is distributed').choices(
+        benchmarkNames,
+      ),
+    )
+    .addOption(methodOption([...methods, 'both']))
+    .option('--seeds <list>', 'a run for each: 1,2,3; the servers sample with it', seeds)
     .option('--out <file>', 'results, a line a question (default: DATA.results.jsonl)')
     .option('--json <file>', 'writes the table as JSON')
     .option('--limit <n>', 'only the first n questions', integerFrom(1))

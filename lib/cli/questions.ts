@@ -6,6 +6,7 @@ import { dirname, resolve } from 'node:path'
 import { createInterface } from 'node:readline'
 import type { Role } from '../p2r/policy.js'
 import { type AnswerForm, answerForms } from '../p2r/prompts.js'
+import type { Span } from './tsv.js'
 import { UsageError } from './usage.js'
 
 export interface Row {
@@ -16,10 +17,22 @@ export interface Row {
   question: string
   truth: string
   form: AnswerForm
-  /** A path, or the bytes of an image. */
-  image: string | Uint8Array
+  /** A path, the bytes of an image, or where its base64 is. */
+  image: string | Uint8Array | Span
   /** The path as the file has it, or a hash of the bytes. */
   imageId: string
+  /** What is the same for a question in several orders of its options. */
+  cluster?: string
+}
+
+/** How the entries of a file are read. */
+export interface Layout {
+  /** The form of questions that have none of their own. */
+  form: AnswerForm
+  /** Where images are, relative to the file's folder. */
+  imageFolders?: readonly string[]
+  /** Whether categories are groups and what is in them, with a slash between. */
+  grouped?: boolean
 }
 
 /** The outcome of a question. */
@@ -31,11 +44,16 @@ export interface Result {
   truth: string
   /** Row's imageId. */
   image?: string
+  /** Row's cluster. */
+  cluster?: string
   answer?: string
   reward?: number
   boxes?: number
   droppedBoxes?: number
   truncated?: readonly Role[]
+  requests?: number
+  pixels?: number
+  outOfTurns?: boolean
   perception?: string
   reasoning?: string
   error?: string
@@ -53,10 +71,28 @@ const lettersOnly = /\s*Answer with the option'?s letter from the given choices 
  * (image, question, A to D, answer, category), or with `options` as a list or by letter.
  */
 export async function* readRows(path: string, form: AnswerForm): AsyncGenerator<Row> {
+  for await (const { entry, line } of linesOf(path)) yield rowOf(entry, line, path, { form })
+}
+
+/** The objects in a file, one a line. */
+export async function* readJsonl(path: string): AsyncGenerator<Record<string, unknown>> {
+  for await (const { entry } of linesOf(path)) yield entry
+}
+
+async function* linesOf(
+  path: string,
+): AsyncGenerator<{ entry: Record<string, unknown>; line: number }> {
   let line = 0
   for await (const text of readLines(path)) {
     line++
-    if (text.trim() !== '') yield rowOf(text, line, path, form)
+    if (text.trim() === '') continue
+    try {
+      yield { entry: JSON.parse(text), line }
+    } catch {
+      throw new Error(
+        `${path}:${line}: this is not JSON; a file of questions has one object a line`,
+      )
+    }
   }
 }
 
@@ -71,15 +107,15 @@ async function* readLines(path: string): AsyncGenerator<string> {
   }
 }
 
-function rowOf(text: string, line: number, path: string, form: AnswerForm): Row {
+/** A question of an entry; `image` is where its image is, if not in the entry. */
+export function rowOf(
+  row: Record<string, unknown>,
+  line: number,
+  path: string,
+  layout: Layout & { image?: { span: Span; id: string } },
+): Row {
   const bad = (why: string): never => {
     throw new Error(`${path}:${line}: ${why}`)
-  }
-  let row: Record<string, unknown>
-  try {
-    row = JSON.parse(text)
-  } catch {
-    return bad('this is not JSON; a file of questions has one object a line')
   }
   if (typeof row !== 'object' || row === null || Array.isArray(row))
     return bad('a question must be an object')
@@ -92,8 +128,8 @@ function rowOf(text: string, line: number, path: string, form: AnswerForm): Row 
   }
   const asked = first('question', 'text') ?? bad("there is no 'question' or 'text'")
   const truth = first('answer', 'label', 'truth') ?? bad("there is no 'answer' or 'label'")
-  const image = first('image', 'image_path') ?? bad("there is no 'image'")
-  const own = (first('answer_form', 'form') ?? form) as AnswerForm
+  const image = layout.image ? '' : (first('image', 'image_path') ?? bad("there is no 'image'"))
+  const own = (first('answer_form', 'form') ?? layout.form) as AnswerForm
   if (!answerForms.includes(own)) bad(`the form must be ${answerForms.join(', ')}, got '${own}'`)
   const options = optionsOf(row)
   const benchmark = first('benchmark')
@@ -107,8 +143,19 @@ function rowOf(text: string, line: number, path: string, form: AnswerForm): Row 
       (options.length ? `\nOptions:\n${options.join('\n')}` : ''),
     truth,
     form: own,
-    ...(imageOf(image, path) ?? bad(`there is no image ${image.slice(0, 200)}`)),
+    ...(row.cycle_category !== undefined && { cluster: clusterOf(asked, options) }),
+    ...(layout.image
+      ? { image: layout.image.span, imageId: layout.image.id }
+      : (imageOf(image, path, layout.imageFolders) ??
+        bad(`there is no image ${image.slice(0, 200)}`))),
   }
+}
+
+/** The same for all orders of the options, whose letters differ. */
+function clusterOf(question: string, options: readonly string[]): string {
+  const texts = options.map((option) => option.replace(/^(?:\(\w\)|\w\.)\s*/, '')).sort()
+  const hash = createHash('sha256').update(JSON.stringify([question.trim(), texts]))
+  return hash.digest('hex').slice(0, 16)
 }
 
 function optionsOf(row: Record<string, unknown>): string[] {
@@ -132,7 +179,11 @@ function optionsOf(row: Record<string, unknown>): string[] {
 }
 
 /** A path relative to the file's folder, or the image itself in base64, as in HR-Bench. */
-function imageOf(image: string, path: string): Pick<Row, 'image' | 'imageId'> | undefined {
+function imageOf(
+  image: string,
+  path: string,
+  folders: readonly string[] = ['.'],
+): Pick<Row, 'image' | 'imageId'> | undefined {
   const encoded = (base64: string): Pick<Row, 'image' | 'imageId'> => {
     const bytes = Buffer.from(base64, 'base64')
     const hash = createHash('sha256').update(bytes).digest('hex')
@@ -141,8 +192,9 @@ function imageOf(image: string, path: string): Pick<Row, 'image' | 'imageId'> | 
   const data = /^data:image\/[\w.+-]+;base64,/.exec(image)
   if (data) return encoded(image.slice(data[0].length))
   if (image.length < 4096) {
-    const file = resolve(dirname(path), image)
-    if (existsSync(file)) return { image: file, imageId: image }
+    const places = folders.map((folder) => resolve(dirname(path), folder, image))
+    const file = places.find((place) => existsSync(place))
+    if (file !== undefined) return { image: file, imageId: image }
   }
   if (image.length >= 100 && /^[A-Za-z0-9+/\s]+={0,2}\s*$/.test(image)) return encoded(image)
   return undefined

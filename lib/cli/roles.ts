@@ -1,9 +1,11 @@
+import type { Answerer } from '../p2r/answer.js'
 import type { Coordinates, EvidenceOptions } from '../p2r/evidence.js'
 import { OpenAIPolicy, type OpenAIPolicyOptions } from '../p2r/openai.js'
 import { Perceiver } from '../p2r/perceiver.js'
 import { Reasoner } from '../p2r/reasoner.js'
 import { reproductionSettings } from '../p2r/reproduction.js'
 import { modelVerifier, type RewardRules, type Verifier } from '../p2r/reward.js'
+import { ZoomAgent } from '../p2r/zoom.js'
 import { UsageError } from './usage.js'
 
 /** The command line's options of images and the regions cut out of them. */
@@ -37,6 +39,19 @@ export interface RoleOptions extends CropOptions {
   stream?: boolean
   thinking: boolean
   reproduction?: boolean
+  pixelBudget?: number
+  maxTurns: number
+  toolCalls: 'api' | 'text'
+}
+
+/** How questions are answered: by a perceiver and a reasoner, or by an agent in several turns. */
+export const methods = ['two-stage', 'zoom'] as const
+export type Method = (typeof methods)[number]
+
+/** Who answers, and where they are served. */
+export interface Roles {
+  answerer: Answerer
+  servers: Partial<Record<'perceiver' | 'reasoner', Server>>
 }
 
 /** Where a part is served. */
@@ -51,31 +66,64 @@ export function evidenceOptions(options: CropOptions): EvidenceOptions {
   return { maxPixels, minPixels, maxEvidence, padding: square, rules: resizeRules, coordinates }
 }
 
-export async function rolesOf(options: RoleOptions): Promise<{
-  perceiver: Perceiver
-  reasoner: Reasoner
-  servers: { perceiver: Server; reasoner: Server }
-}> {
+export async function rolesOf(given: RoleOptions, method: Method, seed?: number): Promise<Roles> {
+  const options = withinBudget(given)
   const { temperature, rules } = options
   const settings = options.reproduction ? reproductionSettings() : undefined
-  const servers = {
-    perceiver: await serverOf('perceiver', options),
-    reasoner: await serverOf('reasoner', options),
-  }
-  return {
-    servers,
-    perceiver: new Perceiver(policyOf(servers.perceiver, options, settings?.policy), {
-      temperature,
-      boxRules: rules,
-      ...evidenceOptions(options),
-      ...settings?.perceiver,
-    }),
-    reasoner: new Reasoner(policyOf(servers.reasoner, options, settings?.policy), {
+  const extraBody = { ...settings?.policy.extraBody, ...(seed !== undefined && { seed }) }
+  const policy = { ...settings?.policy, extraBody }
+  const reasoner = await serverOf('reasoner', options)
+  if (method === 'zoom') {
+    const { maxTurns, toolCalls, coordinates, resizeRules } = options
+    const { minPixels, maxPixels } = settings?.perceiver ?? options
+    const agent = new ZoomAgent(policyOf(reasoner, options, policy), {
       temperature,
       rules,
+      maxTurns,
+      toolCalls,
+      coordinates,
+      resizeRules,
+      minPixels,
+      maxPixels,
+      pixelBudget: options.pixelBudget ?? imagesOf(options) * maxPixels,
       ...settings?.reasoner,
-    }),
+    })
+    return { answerer: { agent }, servers: { reasoner } }
   }
+  const perceiver = await serverOf('perceiver', options)
+  return {
+    servers: { perceiver, reasoner },
+    answerer: {
+      perceiver: new Perceiver(policyOf(perceiver, options, policy), {
+        temperature,
+        boxRules: rules,
+        ...evidenceOptions(options),
+        ...settings?.perceiver,
+      }),
+      reasoner: new Reasoner(policyOf(reasoner, options, policy), {
+        temperature,
+        rules,
+        ...settings?.reasoner,
+      }),
+    },
+  }
+}
+
+/** Images that the two-stage form shows at most: the perceiver's, the annotated one, and the crops. */
+function imagesOf({ maxEvidence }: CropOptions): number {
+  return 2 + maxEvidence
+}
+
+/** The options with images that fit a budget: the largest is an equal share of it, in both methods. */
+function withinBudget(options: RoleOptions): RoleOptions {
+  const { pixelBudget, minPixels } = options
+  if (pixelBudget === undefined) return options
+  const share = Math.floor(pixelBudget / imagesOf(options))
+  if (share < minPixels)
+    throw new UsageError(
+      `--pixel-budget must be at least ${imagesOf(options)} times --min-pixels, ${imagesOf(options) * minPixels}`,
+    )
+  return { ...options, maxPixels: Math.min(options.maxPixels, share) }
 }
 
 export async function verifierOf(
