@@ -85,6 +85,7 @@ onEveryBackend('PraGrpo', (b) => {
       errors: 0,
       droppedBoxes: 0,
       truncated: 0,
+      outOfTurns: 0,
       items: 8,
     })
     expect(batch.items[0]).toMatchObject({ answer: 'A', counterpart: '<answer>A</answer>' })

@@ -485,6 +485,15 @@ describe('a server without tools', () => {
     expect(server.requests[1]!.body.messages[3].content.at(-1).text).toMatch(message)
   })
 
+  test('a text of nothing but calls', async () => {
+    const one = written({ bbox_2d: [0, 0, 500, 500] })
+    const server = await serve(says(one.repeat(2000)), answerIs('x'))
+    const [made] = await zoomed(agentOf(server, { toolCalls: 'text', pixelBudget: 10 ** 7 }))
+    expect(made).toMatchObject({ answer: 'x', failedCalls: 1 })
+    expect(made!.shown).toHaveLength(1 + 8)
+    expect(server.requests[1]!.body.messages).toHaveLength(3 + 9)
+  })
+
   test('a call in a thought, and one that was cut off, are none', async () => {
     for (const text of [
       `<think>${written({ bbox_2d: [0, 0, 500, 500] })}</think><answer>x</answer>`,
@@ -783,6 +792,21 @@ describe('training', () => {
     batch.dispose()
   })
 
+  test('the correction between trainer and server leaves them out', async () => {
+    const trainer = trainerOf(model)
+    const batch = await trainer.rollout([sample])
+    const mask = await batch.mask!.read()
+    const old = await batch.oldLogProbs!.read()
+    // The trainer agrees on the model's own tokens; the server has 0 for the others.
+    const own = old.map((x, i) => (mask[i] ? x : -9))
+    using oldLogProbs = device.tensor(own, [own.length])
+    using step = trainer.step(batch, { logProbs: oldLogProbs, oldLogProbs })
+    await step.loss.read()
+    const { correction } = (await trainer.metrics()).reasoner!
+    expect(correction).toMatchObject({ k1: 0, k3: 0, cutShare: 0, rejectedShare: 0 })
+    batch.dispose()
+  })
+
   test('a batch in a file keeps its mask', async () => {
     const batch = await trainerOf(model).rollout([sample])
     const path = join(mkdtempSync(join(tmpdir(), 'p2r-')), 'batch.safetensors')
@@ -830,6 +854,7 @@ describe('training', () => {
       { reward: 0, outOfTurns: true },
       { reward: 0, outOfTurns: true },
     ])
+    expect(batch.metrics).toMatchObject({ outOfTurns: 2, errors: 0 })
     batch.dispose()
   })
 

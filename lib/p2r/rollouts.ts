@@ -91,6 +91,8 @@ export interface RolloutMetrics {
   droppedBoxes?: number
   /** Number of items whose completion the limit of tokens cut off. They have a reward, if they have no error. */
   truncated: number
+  /** Number of trajectories of a ZoomAgent whose turns ran out, which have reward 0. */
+  outOfTurns: number
   /** Number of all items. */
   items: number
 }
@@ -328,6 +330,7 @@ function rolloutMetrics(
     errors: count(({ error }) => error !== undefined),
     droppedBoxes: [...perceptions].reduce((sum, { dropped }) => sum + dropped, 0),
     truncated: count(({ completion }) => isTruncated(completion)),
+    outOfTurns: count(({ outOfTurns }) => outOfTurns === true),
     items: items.length,
   }
 }

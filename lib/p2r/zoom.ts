@@ -484,7 +484,8 @@ function callsIn(completion: Completion): readonly ToolCall[] {
   const [open, close] = ['<tool_call>', '</tool_call>']
   const text = afterThinking(completion.text)
   const calls: ToolCall[] = []
-  for (let at = text.indexOf(open); at >= 0; ) {
+  // One more than are executed, for the model to be told so.
+  for (let at = text.indexOf(open); at >= 0 && calls.length <= mostCalls; ) {
     const end = text.indexOf(close, at)
     // A call that was cut off is none.
     if (end < 0) break
