@@ -167,6 +167,18 @@ describe('a conversation', () => {
     expect(result.content.map(({ type }: { type: string }) => type)).toEqual(['image_url', 'text'])
   })
 
+  test('the tool in other words', async () => {
+    const tool = { ...zoomTool('thousandths'), name: 'zoom', description: 'Looks closer.' }
+    const server = await serve(
+      callsTools(call('zoom', { bbox_2d: [0, 0, 500, 500] }), zoomTo([0, 0, 500, 500])),
+      answerIs('x'),
+    )
+    const [made] = await zoomed(agentOf(server, { tool }))
+    expect(server.requests[0]!.body.tools).toEqual([{ type: 'function', function: tool }])
+    expect(made).toMatchObject({ answer: 'x', failedCalls: 1 })
+    expect(made!.shown).toHaveLength(2)
+  })
+
   test('the thought of a turn goes back to the server', async () => {
     const server = await serve(
       (_, response) =>
@@ -485,6 +497,21 @@ describe('a server without tools', () => {
     expect(server.requests[1]!.body.messages[3].content.at(-1).text).toMatch(message)
   })
 
+  test('Qwen3.5’s tags', async () => {
+    const server = await serve(
+      says(
+        `<think>\nSmall.\n</think>\n<tool_call>\n<function=${name}>\n<parameter=bbox_2d>\n[0, 0, 500, 500]\n</parameter>\n` +
+          '<parameter=label>\na sign\n</parameter>\n<parameter=img_idx>\n0\n</parameter>\n</function>\n</tool_call>',
+      ),
+      says('<tool_call><function=other></function></tool_call>'),
+      answerIs('x'),
+    )
+    const [made] = await zoomed(agentOf(server, { toolCalls: 'text' }))
+    expect(made).toMatchObject({ answer: 'x', failedCalls: 1 })
+    expect(made!.shown[1]!.box).toEqual([0, 0, 320, 240])
+    expect(made!.turns[1]!.results[0]!.text).toMatch(/no tool of this name/)
+  })
+
   test('a text of nothing but calls', async () => {
     const one = written({ bbox_2d: [0, 0, 500, 500] })
     const server = await serve(says(one.repeat(2000)), answerIs('x'))
@@ -594,6 +621,9 @@ describe('failures', () => {
     refuses({ coordinates: 'pixels' }, /coordinates/)
     refuses({ toolCalls: 'xml' }, /toolCalls/)
     refuses({ resizeRules: 'pillow' }, /rules/)
+    refuses({ tool: { name: 'zoom' } }, /tool.description/)
+    refuses({ tool: { name: '', description: '', parameters: {} } }, /tool.name/)
+    refuses({ tool: { ...zoomTool('absolute'), strict: true } }, /tool.strict/)
     refuses({ rules: 'lenient' }, /rules/)
     expectRefusal(() => new ZoomAgent({} as never), 'ERR_VALUE', 'ZoomAgent', /policy/)
     await expect(new ZoomAgent(policy).zoom({ image, question } as never)).rejects.toMatchObject({

@@ -1,9 +1,11 @@
 import { type AbortSignalLike, checkSignal } from '../abort.js'
 import {
   checkArguments,
+  checkObject,
   checkPositive,
   checkReceiver,
   checkString,
+  checkText,
   choice,
   describeValue,
   isJsonObject,
@@ -92,6 +94,11 @@ export interface ZoomOptions extends EvidenceSizes {
    * @default 'api'
    */
   toolCalls?: 'api' | 'text'
+  /**
+   * The tool in other words, for a model that was trained with them. Its arguments have to be those of zoomTool.
+   * @default zoomTool(coordinates)
+   */
+  tool?: Tool
 }
 
 /** Options of ZoomAgent. */
@@ -183,7 +190,9 @@ const zoomNames: Names<ZoomOptions> = {
   resizeRules: true,
   coordinates: true,
   toolCalls: true,
+  tool: true,
 }
+const toolNames: Names<Tool> = { name: true, description: true, parameters: true }
 const optionNames: Names<ZoomAgentOptions> = {
   ...zoomNames,
   temperature: true,
@@ -463,7 +472,11 @@ function limitsOf(options: ZoomOptions, op: string): Limits {
       `pixelBudget must be at least maxPixels, ${maxPixels}, got ${pixelBudget}`,
     )
   const api = choice(toolCalls, ['api', 'text'], 'toolCalls', op) === 'api'
-  const tool = zoomTool(coordinates)
+  const { tool = zoomTool(coordinates) } = options
+  checkArguments(tool, toolNames, op, 'tool')
+  checkText(tool.name, 'tool.name', op)
+  checkString(tool.description, 'tool.description', op)
+  checkObject(tool.parameters, 'tool.parameters', op)
   return {
     maxTurns,
     pixelBudget,
@@ -495,15 +508,27 @@ function callsIn(completion: Completion): readonly ToolCall[] {
   return calls
 }
 
-/** A call as Hermes' and Qwen's templates have it: { "name": ..., "arguments": {...} }. */
+/**
+ * A call as chat templates have it: { "name": ..., "arguments": {...} } of Hermes, Qwen2.5 and Qwen3-VL, or the tags of
+ * Qwen3.5, <function=...><parameter=...>.
+ */
 function callOf(text: string): ToolCall {
-  const call = jsonOf(text)
+  const call = jsonOf(text) ?? taggedCall(text)
   if (!isJsonObject(call)) return { name: '', arguments: text }
   const { name, arguments: given } = call
   return {
     name: typeof name === 'string' ? name : '',
     arguments: typeof given === 'string' ? given : JSON.stringify(given ?? {}),
   }
+}
+
+function taggedCall(text: string): { name: string; arguments: object } | undefined {
+  if (text.length > longestArguments) return undefined
+  const name = /<function=([^<>\s]+)>/.exec(text)?.[1]
+  if (name === undefined) return undefined
+  const parameters = text.matchAll(/<parameter=([^<>\s]+)>([^<]*)<\/parameter>/g)
+  const given = Array.from(parameters, ([, key, value]) => [key, jsonOf(value!) ?? value!.trim()])
+  return { name, arguments: Object.fromEntries(given) }
 }
 
 function jsonOf(text: string): unknown {
