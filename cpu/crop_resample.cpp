@@ -432,9 +432,11 @@ void normalize_patches(const NormalizePatchesArgs& a, Device& device) {
   const int64_t rows = a.patches.shape[0], depth = a.patches.shape[1];
   if (!a.patches.size()) return;
   const int64_t grain = std::max<int64_t>(1, kValuesGrain / depth);
+  const bool nontemporal = static_cast<int64_t>(a.out.bytes()) > kNontemporalBytes &&
+                           depth / 3 % 32 == 0 && reinterpret_cast<uintptr_t>(a.out.data) % 64 == 0;
   cpu.launch(rows, grain,
-             [a, depth, table = pixel_table(a.mean, a.std, a.out.dtype), &simd = cpu.simd()](
-                 int64_t begin, int64_t end, int) {
+             [a, depth, nontemporal, table = pixel_table(a.mean, a.std, a.out.dtype),
+              &simd = cpu.simd()](int64_t begin, int64_t end, int) {
                PatchValues values;
                values.patches = a.patches.as<const uint8_t>() + begin * depth;
                values.rows = end - begin;
@@ -442,6 +444,7 @@ void normalize_patches(const NormalizePatchesArgs& a, Device& device) {
                values.table = table.data();
                values.value_bytes = static_cast<int>(size_of(a.out.dtype));
                values.out = a.out.element(begin * depth);
+               values.nontemporal = nontemporal;
                simd.patch_values(&values);
              });
 }

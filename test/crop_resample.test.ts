@@ -503,6 +503,26 @@ onEveryBackend('normalizePatches', (b) => {
     }
   })
 
+  test.each(floats)('%s: a result that no cache holds', async (dtype) => {
+    const random = new Random(63)
+    const rows = dtype === 'f32' ? 1400 : 2800
+    const patches = b.device.tensor(
+      Uint8Array.from({ length: rows * 1536 }, () => random.int(0, 255)),
+      [rows, 1536],
+    )
+    const out = normalizePatches({ patches, ...clip, dtype })
+    expect(out.byteLength).toBeGreaterThan(8 << 20)
+    // In pieces, which are stored in another way.
+    const all = Buffer.from((await out.read()).buffer)
+    for (let row = 0; row < rows; row += rows / 4) {
+      const piece = patches.slice(row, row + rows / 4)
+      const some = await normalizePatches({ patches: piece, ...clip, dtype }).read()
+      const bytes = Buffer.from(some.buffer)
+      const at = row * 1536 * some.BYTES_PER_ELEMENT
+      expect(all.compare(bytes, 0, bytes.length, at, at + bytes.length)).toBe(0)
+    }
+  })
+
   test.each(floats)('%s: after bytes as pixelValues by itself, bit for bit', async (dtype) => {
     const random = new Random(67)
     for (const [patchSize, temporalPatchSize, mergeSize] of [

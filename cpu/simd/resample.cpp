@@ -471,12 +471,16 @@ void values_of_patches(const PatchValues& a) {
         __m512i v[sizeof(T) / 2];
         values.at(_mm_loadu_si128((const __m128i*)(from + i)),
                   _mm_loadu_si128((const __m128i*)(from + i + 16)), v);
-        memcpy(to + i, v, sizeof v);
+        for (int k = 0; k < (int)sizeof(T) / 2; ++k)
+          store_vector(to + i + k * (64 / sizeof(T)), v[k], a.nontemporal);
       }
 #endif
       for (; i < a.run; ++i) to[i] = table[from[i]];
     }
   }
+#if defined(__AVX512F__)
+  if (a.nontemporal) _mm_sfence();
+#endif
 }
 
 }  // namespace

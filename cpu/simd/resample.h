@@ -61,6 +61,7 @@ struct PatchValues {
   const void* table;  // [3][256]
   int value_bytes;    // 2 or 4
   void* out;          // [rows][3][run]
+  bool nontemporal;   // non-temporal stores: run is a multiple of 32, out of 64 bytes
 };
 
 }  // namespace p2r::cpu
