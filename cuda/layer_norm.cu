@@ -1,7 +1,7 @@
 // Layer normalisation. Forward and dX: a warp takes a row and reads it from memory once; the later
-// passes over it hit L1. dWeight and dBias: a block sums 32 columns over one slice of the rows
-// (ops/layer_norm.h); a second kernel adds the slices in order, in f64.
+// passes over it hit L1. dWeight and dBias: cuda/row_slices.cuh.
 #include "cuda/reduce.cuh"
+#include "cuda/row_slices.cuh"
 #include "ops/layer_norm.h"
 
 namespace p2r::cuda {
@@ -69,42 +69,20 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// partials: [slices, 2, c]. Blocks (columns / 32, slices) of 32 x 8 threads.
+// dOut x̂ and dOut, of which dWeight and dBias are the sums.
 template <class T>
-__global__ void __launch_bounds__(kBlock)
-    layer_norm_slices_kernel(const T* d_out, const T* x, const float* stats, float* partials,
-                             int64_t rows, int64_t c, int64_t slice) {
-  SMEM_ARRAY(float, sums, 2 * kBlock);
-  const int lane = static_cast<int>(threadIdx.x) % 32, group = static_cast<int>(threadIdx.x) / 32;
-  const int64_t column = int64_t{blockIdx.x} * 32 + lane;
-  const int64_t first = int64_t{blockIdx.y} * slice;
-  const int64_t last = first + slice < rows ? first + slice : rows;
-  float d_weight = 0, d_bias = 0;
-  if (column < c)
-    for (int64_t r = first + group; r < last; r += kRows) {
-      const float d = to_float(d_out[r * c + column]);
-      d_weight += d * ((to_float(x[r * c + column]) - stats[2 * r]) * stats[2 * r + 1]);
-      d_bias += d;
-    }
-  sums[threadIdx.x] = d_weight;
-  sums[kBlock + threadIdx.x] = d_bias;
-  __syncthreads();
-  if (group < 2 && column < c) {
-    float sum = 0;
-    for (int i = 0; i < kRows; ++i) sum += sums[group * kBlock + i * 32 + lane];
-    partials[(int64_t{blockIdx.y} * 2 + group) * c + column] = sum;
-  }
-}
+struct LayerNormTerms {
+  static constexpr int count = 2;
+  const T *d_out, *x;
+  const float* stats;
+  int64_t c;
 
-__global__ void __launch_bounds__(kBlock)
-    layer_norm_columns_kernel(const float* partials, float* d_weight, float* d_bias, int64_t slices,
-                              int64_t c) {
-  const int64_t i = int64_t{blockIdx.x} * kBlock + threadIdx.x;
-  if (i >= 2 * c) return;
-  double sum = 0;
-  for (int64_t s = 0; s < slices; ++s) sum += static_cast<double>(partials[s * 2 * c + i]);
-  (i < c ? d_weight[i] : d_bias[i - c]) = static_cast<float>(sum);
-}
+  __device__ __forceinline__ void add(int64_t r, int64_t column, float (&sums)[2]) const {
+    const float d = to_float(d_out[r * c + column]);
+    sums[0] += d * ((to_float(x[r * c + column]) - stats[2 * r]) * stats[2 * r + 1]);
+    sums[1] += d;
+  }
+};
 
 template <class T, class B>
 void forward(const LayerNormArgs& a, Device& device) {
@@ -130,28 +108,16 @@ void layer_norm(const LayerNormArgs& a, Device& device) {
 void layer_norm_backward(const LayerNormBackwardArgs& a, Device& device) {
   const int64_t c = a.x.shape[-1], rows = a.stats.shape[0];
   if (!c) return;
-  const int64_t slice = layer_norm_slice(rows), slices = ceil_div(rows, slice);
-  const Scratch scratch = device.scratch(static_cast<size_t>(slices * 2 * c) * sizeof(float));
-  float* partials = scratch.as<float>();
-  const cudaStream_t stream = stream_of(device);
-  if (rows)
-    with_float_type(a.x.dtype, [&](auto* t) {
-      using T = std::remove_pointer_t<decltype(t)>;
-      launch(layer_norm_d_x_kernel<T>, blocks_for(rows, kRows), kBlock, 0, stream,
+  with_float_type(a.x.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    if (rows)
+      launch(layer_norm_d_x_kernel<T>, blocks_for(rows, kRows), kBlock, 0, stream_of(device),
              a.d_out.as<const T>(), a.x.as<const T>(), a.weight.as<const T>(),
              a.stats.as<const float>(), a.d_x.as<T>(), rows, c);
-      // Slices are blockIdx.y, at most 65 535 a launch.
-      constexpr int64_t kMaxSlices = 65535;
-      for (int64_t s = 0; s < slices; s += kMaxSlices) {
-        const int64_t n = slices - s < kMaxSlices ? slices - s : kMaxSlices, first = s * slice;
-        launch(layer_norm_slices_kernel<T>,
-               dim3(static_cast<unsigned>(ceil_div(c, 32)), static_cast<unsigned>(n)), kBlock, 0,
-               stream, a.d_out.as<const T>() + first * c, a.x.as<const T>() + first * c,
-               a.stats.as<const float>() + 2 * first, partials + s * 2 * c, rows - first, c, slice);
-      }
-    });
-  launch(layer_norm_columns_kernel, static_cast<unsigned>(ceil_div(2 * c, kBlock)), kBlock, 0,
-         stream, partials, a.d_weight.as<float>(), a.d_bias.as<float>(), slices, c);
+    row_gradients(
+        LayerNormTerms<T>{a.d_out.as<const T>(), a.x.as<const T>(), a.stats.as<const float>(), c},
+        rows, c, a.d_weight.as<float>(), a.d_bias.as<float>(), device);
+  });
 }
 
 }  // namespace p2r::cuda

@@ -144,6 +144,7 @@ export {
   trlDefaults,
 } from './ops/policy_loss.js'
 export * from './ops/positions.js'
+export * from './ops/rms_norm.js'
 export {
   type RolloutCorrectionArgs,
   type RolloutCorrectionMetrics,
@@ -163,6 +164,7 @@ export {
 export * from './ops/rotary.js'
 export * from './ops/rows.js'
 export * from './ops/sampling.js'
+export * from './ops/swiglu.js'
 export {
   type Answer,
   type AnswerArgs,

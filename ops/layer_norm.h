@@ -10,14 +10,11 @@
 // x, out, dOut, dX [..., C] f32 | f16 | bf16; weight [C] as x; bias [C] as x or f32; stats f32
 // [rows, 2] holds mean and rstd; dWeight, dBias f32 [C]. Everything is computed in f32. The mean
 // and the variance are taken in two passes, the second of which also corrects the mean that the
-// first found, so that rows far from zero keep their digits. dWeight and dBias are summed over
-// slices of rows whose size depends on the number of rows alone, and the slices in order: the
-// result does not depend on the thread count. Without rows dWeight and dBias are 0. Outputs may not
-// overlap inputs.
+// first found, so that rows far from zero keep their digits. dWeight and dBias are summed by
+// ops/row_slices.h; without rows they are 0. Outputs may not overlap inputs.
 #pragma once
 #include <tuple>
 
-#include "ops/integer.h"
 #include "ops/tensor.h"
 
 namespace p2r {
@@ -34,11 +31,5 @@ struct LayerNormBackwardArgs {
   Out d_x, d_weight, d_bias;
   auto fields() { return std::tie(d_out, x, weight, stats, d_x, d_weight, d_bias); }
 };
-
-// Rows covered by one partial sum of dWeight and dBias: about 64 slices.
-constexpr int64_t layer_norm_slice(int64_t rows) {
-  const int64_t slice = ceil_div(rows, 64);
-  return slice < 16 ? 16 : slice > 512 ? 512 : slice;
-}
 
 }  // namespace p2r

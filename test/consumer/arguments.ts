@@ -78,6 +78,8 @@ import {
   meanPoolBackward,
   type Outlines,
   type PackedAttentionBackwardResult,
+  type PackedGates,
+  type PackedGatesGradient,
   type PackedHeads,
   type PixelValuesArgs,
   type PixelValuesOptions,
@@ -87,18 +89,32 @@ import {
   type PolicyLossResult,
   pixelValues,
   policyLoss,
+  type ResidualSum,
+  type RmsNormArgs,
+  type RmsNormBackwardArgs,
+  type RmsNormBackwardResult,
+  type RmsNormResult,
   type RopeIndexArgs,
   type RopeIndexConfig,
   type RopeIndexResult,
   type RotaryTables,
   type RowEntropy,
   type RowGradients,
+  rmsNorm,
+  rmsNormBackward,
   ropeIndex,
   type SampleArgs,
+  type SeparateGates,
   type SeparateHeads,
   type SmartResizeOptions,
+  type SwigluArgs,
+  type SwigluBackwardArgs,
+  type SwigluBackwardResult,
+  type SwigluGradient,
   sample,
   smartResize,
+  swiglu,
+  swigluBackward,
   type Tensor,
   type TokenLogits,
   type TokenLogProbsArgs,
@@ -126,6 +142,16 @@ export const poolBack = (a: MeanPoolBackwardArgs<'f32'>): Tensor<'f32'> => meanP
 export const normal = (a: LayerNormArgs<'f16'>): LayerNormResult<'f16'> => layerNorm(a)
 export const normalBack = (a: LayerNormBackwardArgs): LayerNormBackwardResult =>
   layerNormBackward(a)
+export const rms = (a: RmsNormArgs<'f16'>): RmsNormResult<'f16'> & Partial<ResidualSum<'f16'>> =>
+  rmsNorm(a)
+export const rmsBack = (a: RmsNormBackwardArgs): RmsNormBackwardResult => rmsNormBackward(a)
+export const gated = (a: SwigluArgs<'bf16'>): Tensor<'bf16'> => swiglu(a)
+export const gatedBack = (
+  a: SwigluBackwardArgs<'f32'>,
+): SwigluBackwardResult<'f32'> | PackedGatesGradient<'f32'> => swigluBackward(a)
+export const separate = (a: SeparateGates & SwigluGradient): SwigluBackwardResult =>
+  swigluBackward(a)
+export const inOne = (a: PackedGates<'f32'>): Tensor<'f32'> => swiglu(a)
 export const project = (a: LinearArgs<'f32'>): Tensor<'f32'> => linear(a)
 export const projectBack = (
   a: LinearBackwardArgs<'f32'>,

@@ -21,8 +21,13 @@ import {
   loadTensors,
   meanPool,
   meanPoolBackward,
+  type PackedGates,
+  rmsNorm,
+  rmsNormBackward,
   sample,
   saveTensors,
+  swiglu,
+  swigluBackward,
   type Tensor,
   type VisionEncoding,
   VisionTower,
@@ -37,15 +42,32 @@ export function activations(x: Tensor, dOut: Tensor): Tensor[] {
     gelu({ x, approximate: 'tanh' }),
     geluBackward({ dOut, x }),
     geluBackward({ dOut, x, approximate: 'none' }),
+    swiglu({ gate: x, up: x }),
+    swiglu({ gateUp: x }),
+    swigluBackward({ dOut, gate: x, up: x }).dGate,
+    swigluBackward({ dOut, gateUp: x }).dGateUp,
   ]
 }
+// @ts-expect-error both forms at once
+export const both: PackedGates = { gateUp: undefined as never as Tensor, up: {} as Tensor }
 // @ts-expect-error no such form
 export const wrong = (x: Tensor): Tensor => gelu({ x, approximate: 'fast' })
 
 export function layers(x: Tensor, weight: Tensor, bias: Tensor, dOut: Tensor): Tensor[] {
   using norm: Held<{ out: Tensor; stats: Tensor }> = layerNorm({ x, weight, bias, eps: 1e-5 })
   using back = layerNormBackward({ dOut, x, weight, stats: norm.stats })
-  const all: Tensor[] = [back.dX, back.dWeight, back.dBias, linear({ x, weight })]
+  using rms = rmsNorm({ x, weight, residual: x })
+  using rmsBack = rmsNormBackward({ dOut, x: rms.sum, weight, rstd: rms.rstd, dSum: dOut })
+  const all: Tensor[] = [
+    rms.out,
+    rmsNorm({ x, weight, eps: 0 }).out,
+    rmsBack.dX,
+    rmsBack.dWeight,
+    back.dX,
+    back.dWeight,
+    back.dBias,
+    linear({ x, weight }),
+  ]
   const plain = linearBackward({ dOut, x, weight })
   const added = linearBackward({
     dOut,

@@ -133,6 +133,19 @@ export async function families(p2r, id = 'cpu') {
       })
       return [await out.read(), expected]
     },
+    async rms_norm() {
+      const { out } = p2r.rmsNorm({ x: f32(x, 3, 8), weight: f32(Array(8).fill(2), 8), eps: 1e-5 })
+      const expected = [0, 1, 2].flatMap((i) => {
+        const values = row(x, i, 8)
+        const square = dot(values, values) / 8
+        return values.map((v) => (2 * v) / Math.sqrt(square + 1e-5))
+      })
+      return [await out.read(), expected]
+    },
+    async swiglu() {
+      const out = p2r.swiglu({ gate: f32(x, 24), up: f32(x, 24) })
+      return [await out.read(), Array.from(x, (v) => (v * v) / (1 + Math.exp(-v)))]
+    },
     async gelu() {
       const out = p2r.gelu({ x: f32(x, 24), approximate: 'tanh' })
       const c = Math.sqrt(2 / Math.PI)

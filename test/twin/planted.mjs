@@ -40,9 +40,10 @@ export const planted = [
   },
   {
     bug: 'layerNormBackward: no barrier before the partial sums are read',
-    file: 'cuda/layer_norm.cu',
-    search: '  __syncthreads();\n  if (group < 2',
-    replace: '  if (group < 2',
+    file: 'cuda/row_slices.cuh',
+    compile: 'cuda/layer_norm.cu',
+    search: '  __syncthreads();\n  if (group < count',
+    replace: '  if (group < count',
     cases: /^layerNorm/,
     variant: 'plain',
   },
