@@ -33,7 +33,7 @@ export interface RmsNormResult<D extends FloatDType = FloatDType> {
 
 /** What `rmsNorm` returns besides where there is a residual. */
 export interface ResidualSum<D extends FloatDType = FloatDType> {
-  /** x + residual, of x's type: the residual stream that goes on, and x for `rmsNormBackward`. */
+  /** [..., C], of x's type: x + residual, the stream that goes on, and x for `rmsNormBackward`. */
   sum: Tensor<D>
 }
 
@@ -85,7 +85,7 @@ export function rmsNorm<D extends FloatDType>(
 export interface RmsNormBackwardArgs<D extends FloatDType = FloatDType> {
   /** The gradient with respect to `out`; as x in shape and type. */
   dOut: Tensor<NoInfer<D>>
-  /** What was normalised: the x given to `rmsNorm`, or the `sum` that it returned. */
+  /** [..., C], what was normalised: the x given to `rmsNorm`, or the `sum` that it returned. */
   x: Tensor<D>
   /** As given to `rmsNorm`. */
   weight: Tensor<NoInfer<D>>
