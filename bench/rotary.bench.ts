@@ -1,4 +1,4 @@
-import { applyRotary, visionRotary } from 'p2r-kernels'
+import { applyRotary, mropeTables, visionRotary } from 'p2r-kernels'
 import { normals } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
 
@@ -19,10 +19,25 @@ const bothTables = {
   }),
 } satisfies Workload
 
+const prompt = 4096
+const multimodal = {
+  name: `multimodal tables of ${prompt}, D 128`,
+  traffic: { read: 0, write: 4 * 2 * prompt * 128 },
+  inputs: () => ({
+    byteLength: 4 * 2 * prompt * 128,
+    load: (device) => {
+      const positions = Int32Array.from({ length: 3 * prompt }, (_, i) => i % prompt)
+      const a = { positions, headDim: 128, theta: 5e6, sections: [24, 20, 20] as const, device }
+      return { run: () => mropeTables(a) }
+    },
+  }),
+} satisfies Workload
+
 export default {
   op: 'rotary',
   workloads: [
     bothTables,
+    multimodal,
     {
       name: `apply ${tokens}x${heads}x${headDim} f32`,
       traffic: { read: 4 * (size + tables), write: 4 * size },

@@ -4,6 +4,8 @@ import {
   gatherRowsBackward,
   meanPool,
   meanPoolBackward,
+  scatterAddRows,
+  scatterRows,
   type Tensor,
 } from 'p2r-kernels'
 import { evenly, integers, normals } from './data.js'
@@ -46,6 +48,16 @@ export default {
     workload('gather bwd', { read: all, write: all }, (dOut, seed) => {
       const index = integers(rows, rows, seed)
       return () => gatherRowsBackward({ dOut, index, rows })
+    }),
+    workload('scatter a quarter', { read: all, write: all }, (x) => {
+      const index = Int32Array.from({ length: rows / 4 }, (_, i) => i)
+      const y = x.slice(rows / 2, rows / 2 + rows / 4)
+      return () => scatterRows({ x, y, index })
+    }),
+    workload('scatter-add a quarter', { read: all + all / 4, write: all }, (x) => {
+      const index = Int32Array.from({ length: rows / 4 }, (_, i) => i)
+      const y = x.slice(rows / 2, rows / 2 + rows / 4)
+      return () => scatterAddRows({ x, y, index })
     }),
     workload('mean of 64 tokens', { read: all, write: all / 64 }, (x) => {
       const cuSeqlens = evenly(rows / 64, 64)

@@ -1,5 +1,7 @@
 #include "ops/rows.h"
 
+#include <algorithm>
+
 #include "binding/op.h"
 
 namespace p2r::binding {
@@ -53,6 +55,42 @@ Napi::Value gather_rows_backward(Call& call) {
                  " indices, got " + to_string(a.d_out.shape));
   a.d_x = call.result(a.d_out.dtype, with_rows(a.d_out.shape, rows));
   return call.run(&Kernels::gather_rows_backward, a);
+}
+
+namespace {
+
+// Reads x, y, which may be absent, and the rows of x that y's rows go to.
+template <class Args>
+void read_scatter(Call& call, Args& a, DTypes dtypes, bool optional) {
+  a.x = call.in("x", dtypes);
+  at_least_one_axis(call, "x", a.x);
+  a.y = optional ? call.maybe_in("y", dtypes) : call.in("y", dtypes);
+  a.index = call.ints("index", 0, a.x.shape[0] - 1);
+  if (!a.y) return;
+  call.same_dtype("y", a.y, a.x.dtype);
+  call.same_shape("y", a.y, with_rows(a.x.shape, static_cast<int64_t>(a.index.size())));
+}
+
+}  // namespace
+
+Napi::Value scatter_rows(Call& call) {
+  ScatterRowsArgs a;
+  read_scatter(call, a, kAny, true);
+  Ints sorted = a.index;
+  std::sort(sorted.begin(), sorted.end());
+  const auto repeated = std::adjacent_find(sorted.begin(), sorted.end());
+  if (repeated != sorted.end())
+    throw Error(Code::value, "index must not repeat, but row " + std::to_string(*repeated) +
+                                 " is in it more than once");
+  a.out = call.result(a.x.dtype, a.x.shape);
+  return call.run(&Kernels::scatter_rows, a);
+}
+
+Napi::Value scatter_add_rows(Call& call) {
+  ScatterAddRowsArgs a;
+  read_scatter(call, a, kFloats, false);
+  a.out = call.result(a.x.dtype, a.x.shape);
+  return call.run(&Kernels::scatter_add_rows, a);
 }
 
 Napi::Value mean_pool(Call& call) {

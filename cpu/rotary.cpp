@@ -19,7 +19,7 @@ void vision_rotary(const VisionRotaryArgs& a, Device& device) {
   const Scratch scratch = cpu.scratch(positions * 2 * n * sizeof(float));
   float* table = scratch.as<float>();  // [positions][cos, sin][n]
 
-  const std::vector<float> frequencies = rotary_frequencies(a.theta, dim);
+  const std::vector<float> frequencies = rotary_frequencies(a.theta, dim / 2);
   cpu.launch(positions, 256, [=](int64_t begin, int64_t end, int) {
     for (int64_t p = begin; p < end; ++p)
       for (int64_t i = 0; i < n; ++i) {
@@ -62,6 +62,24 @@ void vision_rotary(const VisionRotaryArgs& a, Device& device) {
                      }
                }
              });
+}
+
+void mrope_tables(const MropeTablesArgs& a, Device& device) {
+  CpuDevice& cpu = cpu_device(device);
+  const int64_t tokens = a.cos.shape[0], dim = a.cos.shape[1], half = dim / 2;
+  const MropeAxes axes(a.sections);
+  const std::vector<float> frequencies = rotary_frequencies(a.theta, dim);
+  cpu.launch(tokens, 8, [=](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t i = 0; i < half; ++i) {
+        const float position = static_cast<float>(a.positions[axes.of(i) * tokens + t]);
+        const double angle = position * frequencies[i];  // rounded to f32 before
+        float* cos = a.cos.as<float>() + t * dim + i;
+        float* sin = a.sin.as<float>() + t * dim + i;
+        cos[0] = cos[half] = static_cast<float>(std::cos(angle));
+        sin[0] = sin[half] = static_cast<float>(std::sin(angle));
+      }
+  });
 }
 
 void apply_rotary(const ApplyRotaryArgs& a, Device& device) {

@@ -79,6 +79,54 @@ void gather_rows_backward(const GatherRowsBackwardArgs& a, Device& device) {
                false, a.d_x);
 }
 
+void scatter_rows(const ScatterRowsArgs& a, Device& device) {
+  CpuDevice& cpu = cpu_device(device);
+  const int64_t rows = a.out.shape[0], c = row_size(a.out.shape);
+  if (!c) return;
+  cpu.launch(rows, grain_of(c),
+             [a, c, source = sources_of(a.index, rows)](int64_t begin, int64_t end, int) {
+               const size_t bytes = static_cast<size_t>(c) * size_of(a.x.dtype);
+               for (int64_t r = begin; r < end; ++r) {
+                 const int64_t i = source[static_cast<size_t>(r)];
+                 char* out = a.out.element(r * c);
+                 if (i < 0)
+                   std::memcpy(out, a.x.element(r * c), bytes);
+                 else if (a.y)
+                   std::memcpy(out, a.y.element(i * c), bytes);
+                 else
+                   std::memset(out, 0, bytes);
+               }
+             });
+}
+
+void scatter_add_rows(const ScatterAddRowsArgs& a, Device& device) {
+  CpuDevice& cpu = cpu_device(device);
+  const int64_t rows = a.out.shape[0], c = row_size(a.out.shape);
+  if (!c) return;
+  cpu.launch(
+      rows, grain_of(c),
+      [a, c, inverse = invert(a.index, rows), &simd = cpu.simd()](int64_t begin, int64_t end, int) {
+        const DType dtype = a.x.dtype;
+        for (int64_t r = begin; r < end; ++r) {
+          const int64_t first = inverse.offsets[r], last = inverse.offsets[r + 1];
+          if (first == last) {
+            std::memcpy(a.out.element(r * c), a.x.element(r * c), c * size_of(dtype));
+            continue;
+          }
+          for (int64_t i = 0; i < c; i += kSumColumns) {
+            const int64_t columns = std::min(kSumColumns, c - i);
+            float sum[kSumColumns], row[kSumColumns];
+            simd.to_f32(dtype, a.x.element(r * c + i), sum, columns);
+            for (int64_t k = first; k < last; ++k) {
+              simd.to_f32(dtype, a.y.element(inverse.list[k] * c + i), row, columns);
+              for (int64_t j = 0; j < columns; ++j) sum[j] += row[j];
+            }
+            simd.from_f32(dtype, sum, a.out.element(r * c + i), columns);
+          }
+        }
+      });
+}
+
 void mean_pool(const MeanPoolArgs& a, Device& device) {
   sum_segments(cpu_device(device), a.x, a.cu_seqlens, {}, true, a.out);
 }

@@ -2,6 +2,7 @@
 // bound by memory. The entry that is rotated with another is half a row away, in the same cache
 // lines.
 #include "cuda/rotary.cuh"
+#include "cuda/workspace.h"
 #include "ops/grid.h"
 #include "ops/rotary.h"
 
@@ -42,6 +43,18 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
+__global__ void __launch_bounds__(kBlock)
+    mrope_tables_kernel(const int64_t* positions, const float* frequencies, MropeAxes axes,
+                        int half, int64_t tokens, float* cos, float* sin) {
+  for (int64_t i = blockIdx.x * int64_t{kBlock} + threadIdx.x; i < tokens * half;
+       i += int64_t{gridDim.x} * kBlock) {
+    const int64_t token = i / half, c = i % half, at = token * 2 * half + c;
+    const float angle = static_cast<float>(positions[axes.of(c) * tokens + token]) * frequencies[c];
+    cos[at] = cos[at + half] = cosf(angle);
+    sin[at] = sin[at + half] = sinf(angle);
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -73,7 +86,7 @@ void vision_rotary(const VisionRotaryArgs& a, Device& device) {
   const int64_t tokens = a.cos.shape[0], d = a.cos.shape[1];
   if (!tokens) return;
   const std::vector<PatchGrid> grids = patch_grids(a.grid_thw);
-  const std::vector<float> frequencies = rotary_frequencies(a.theta, d);
+  const std::vector<float> frequencies = rotary_frequencies(a.theta, d / 2);
   const Scratch grid_memory = device.scratch(grids.size() * sizeof grids[0]);
   const Scratch frequency_memory = device.scratch(frequencies.size() * sizeof(float));
   device.upload(grid_memory.as<void>(), grids.data(), grids.size() * sizeof grids[0]);
@@ -82,6 +95,20 @@ void vision_rotary(const VisionRotaryArgs& a, Device& device) {
   launch(vision_rotary_kernel, blocks_for(tokens * d, kBlock), kBlock, 0, stream_of(device),
          grid_memory.as<const PatchGrid>(), static_cast<int>(grids.size()),
          frequency_memory.as<const float>(), static_cast<int>(a.merge), static_cast<int>(d), tokens,
+         a.cos.as<float>(), a.sin.as<float>());
+}
+
+void mrope_tables(const MropeTablesArgs& a, Device& device) {
+  const int64_t tokens = a.cos.shape[0], d = a.cos.shape[1];
+  if (!tokens) return;
+  const int64_t* positions = nullptr;
+  const float* frequencies = nullptr;
+  const ScratchWorkspace scratch(device, [&](Workspace& workspace) {
+    positions = upload(device, workspace, a.positions);
+    frequencies = upload(device, workspace, rotary_frequencies(a.theta, d));
+  });
+  launch(mrope_tables_kernel, blocks_for(tokens * d / 2, kBlock), kBlock, 0, stream_of(device),
+         positions, frequencies, MropeAxes(a.sections), static_cast<int>(d / 2), tokens,
          a.cos.as<float>(), a.sin.as<float>());
 }
 

@@ -28,6 +28,31 @@ __global__ void __launch_bounds__(kBlock)
     out[i] = x[index[i / words] * words + i % words];
 }
 
+// Row r of y's row source[r], or of x where that is negative; 0 where there is no y.
+template <class Word>
+__global__ void __launch_bounds__(kBlock)
+    scatter_kernel(const Word* x, const Word* y, const int64_t* source, Word* out, int64_t n,
+                   int64_t words) {
+  for (int64_t i = int64_t{blockIdx.x} * kBlock + threadIdx.x; i < n * words;
+       i += int64_t{gridDim.x} * kBlock) {
+    const int64_t row = source[i / words];
+    out[i] = row < 0 ? x[i] : y ? y[row * words + i % words] : Word{};
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kBlock)
+    scatter_add_kernel(const T* x, const T* y, const int64_t* offsets, const int64_t* list, T* out,
+                       int64_t n, int64_t c) {
+  for (int64_t i = int64_t{blockIdx.x} * kBlock + threadIdx.x; i < n;
+       i += int64_t{gridDim.x} * kBlock) {
+    const int64_t r = i / c, last = offsets[r + 1];
+    float sum = to_float(x[i]);
+    for (int64_t k = offsets[r]; k < last; ++k) sum += to_float(y[list[k] * c + i % c]);
+    out[i] = from_float<T>(sum);
+  }
+}
+
 // out[s] = the sum of rows offsets[s] .. offsets[s + 1] - 1 (of list[those] unless list is null),
 // divided by their number for a mean.
 template <class T>
@@ -81,11 +106,24 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-template <class Word>
-void gather(const GatherRowsArgs& a, const int64_t* index, int64_t bytes, Device& device) {
-  const int64_t n = a.out.shape[0], words = bytes / static_cast<int64_t>(sizeof(Word));
-  launch(gather_kernel<Word>, blocks_for(n * words, kBlock), kBlock, 0, stream_of(device),
-         a.x.as<const Word>(), index, a.out.as<Word>(), n, words);
+// Calls f with a null pointer of the largest word that divides a row of so many bytes and to which
+// the tensors are aligned, which may be views into larger ones.
+template <class F>
+void with_words(int64_t bytes, std::initializer_list<const void*> tensors, F&& f) {
+  uint64_t alignment = static_cast<uint64_t>(bytes);
+  for (const void* p : tensors) alignment |= reinterpret_cast<uintptr_t>(p);
+  if (alignment % 16 == 0)
+    f(static_cast<uint4*>(nullptr));
+  else if (alignment % 4 == 0)
+    f(static_cast<uint32_t*>(nullptr));
+  else if (alignment % 2 == 0)
+    f(static_cast<uint16_t*>(nullptr));
+  else
+    f(static_cast<uint8_t*>(nullptr));
+}
+
+int64_t row_bytes(const View& v) {
+  return row_size(v.shape) * static_cast<int64_t>(size_of(v.dtype));
 }
 
 void sum_segments(const View& x, const Ints& offsets, const Ints& list, bool mean, const View& out,
@@ -117,23 +155,49 @@ void add(const AddArgs& a, Device& device) {
 }
 
 void gather_rows(const GatherRowsArgs& a, Device& device) {
-  const int64_t bytes = row_size(a.out.shape) * static_cast<int64_t>(size_of(a.x.dtype));
+  const int64_t bytes = row_bytes(a.out), n = a.out.shape[0];
   if (!bytes || a.index.empty()) return;
   const int64_t* index = nullptr;
   const ScratchWorkspace scratch(
       device, [&](Workspace& workspace) { index = upload(device, workspace, a.index); });
-  // The largest word that divides a row and to which the tensors are aligned, which may be views
-  // into larger ones.
-  const uint64_t alignment = static_cast<uint64_t>(bytes) | reinterpret_cast<uintptr_t>(a.x.data) |
-                             reinterpret_cast<uintptr_t>(a.out.data);
-  if (alignment % 16 == 0)
-    gather<uint4>(a, index, bytes, device);
-  else if (alignment % 4 == 0)
-    gather<uint32_t>(a, index, bytes, device);
-  else if (alignment % 2 == 0)
-    gather<uint16_t>(a, index, bytes, device);
-  else
-    gather<uint8_t>(a, index, bytes, device);
+  with_words(bytes, {a.x.data, a.out.data}, [&](auto* word) {
+    using Word = std::remove_pointer_t<decltype(word)>;
+    const int64_t words = bytes / static_cast<int64_t>(sizeof(Word));
+    launch(gather_kernel<Word>, blocks_for(n * words, kBlock), kBlock, 0, stream_of(device),
+           a.x.as<const Word>(), index, a.out.as<Word>(), n, words);
+  });
+}
+
+void scatter_rows(const ScatterRowsArgs& a, Device& device) {
+  const int64_t bytes = row_bytes(a.out), rows = a.out.shape[0];
+  if (!bytes || !rows) return;
+  const int64_t* source = nullptr;
+  const ScratchWorkspace scratch(device, [&](Workspace& workspace) {
+    source = upload(device, workspace, sources_of(a.index, rows));
+  });
+  with_words(bytes, {a.x.data, a.y.data, a.out.data}, [&](auto* word) {
+    using Word = std::remove_pointer_t<decltype(word)>;
+    const int64_t words = bytes / static_cast<int64_t>(sizeof(Word));
+    launch(scatter_kernel<Word>, blocks_for(rows * words, kBlock), kBlock, 0, stream_of(device),
+           a.x.as<const Word>(), a.y.as<const Word>(), source, a.out.as<Word>(), rows, words);
+  });
+}
+
+void scatter_add_rows(const ScatterAddRowsArgs& a, Device& device) {
+  const int64_t n = a.out.size();
+  if (!n) return;
+  const Inverse inverse = invert(a.index, a.out.shape[0]);
+  const int64_t *offsets = nullptr, *list = nullptr;
+  const ScratchWorkspace scratch(device, [&](Workspace& workspace) {
+    offsets = upload(device, workspace, inverse.offsets);
+    list = upload(device, workspace, inverse.list);
+  });
+  with_float_type(a.x.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    launch(scatter_add_kernel<T>, blocks_for(n, kBlock), kBlock, 0, stream_of(device),
+           a.x.as<const T>(), a.y.as<const T>(), offsets, list, a.out.as<T>(), n,
+           row_size(a.out.shape));
+  });
 }
 
 void gather_rows_backward(const GatherRowsBackwardArgs& a, Device& device) {

@@ -3,15 +3,19 @@
 //   add             out = x + y; y's shape is the end of x's, and is repeated over the leading axes
 //   gather_rows     out[i] = x[index[i]]
 //   gather_rows_backward   dX[r] = Σ dOut[i] over the i with index[i] = r, in rising order of i
-//   mean_pool       out[b] = Σ x[t] / n over the n tokens t of sequence b; 0 for an empty one
+//   scatter_rows    out = x, but out[index[i]] = y[i], or 0 where there is no y
+//   scatter_add_rows       out[r] = x[r] + Σ y[i] over the i with index[i] = r, in rising order of
+//   i mean_pool       out[b] = Σ x[t] / n over the n tokens t of sequence b; 0 for an empty one
 //   mean_pool_backward     dX[t] = dOut[b] / n
 //
 // add: f32 | f16 | bf16, one type; out may be x. gather_rows: x [R, ...] of any type, index [n] in
 // [0, R), copied bit for bit. gather_rows_backward: dOut [n, ...] f32 | f16 | bf16, dX [rows, ...]
-// as dOut. mean_pool: x [T, C] f32 | f16 | bf16, out [B, C] as x. Sums are taken in f32, in runs of
-// kSumRun rows whose sums are then added, so that the error grows with the square root of the
-// number of rows where a plain sum's grows with the number; rounded once. The order is fixed and no
-// float atomics are used: results do not depend on the thread count.
+// as dOut. scatter_rows: x [R, ...] of any type, y [n, ...] as x, index without repeats.
+// scatter_add_rows: x [R, ...] f32 | f16 | bf16, y [n, ...] as x, repeats allowed. mean_pool: x [T,
+// C] f32 | f16 | bf16, out [B, C] as x. Sums are taken in f32, in runs of kSumRun rows whose sums
+// are then added, so that the error grows with the square root of the number of rows where a plain
+// sum's grows with the number; rounded once. The order is fixed and no float atomics are used:
+// results do not depend on the thread count.
 #pragma once
 #include <tuple>
 #include <vector>
@@ -40,6 +44,20 @@ struct GatherRowsBackwardArgs {
   Ints index;
   Out d_x;
   auto fields() { return std::tie(d_out, index, d_x); }
+};
+
+struct ScatterRowsArgs {
+  In x, y;  // y may be absent
+  Ints index;
+  Out out;
+  auto fields() { return std::tie(x, y, index, out); }
+};
+
+struct ScatterAddRowsArgs {
+  In x, y;
+  Ints index;
+  Out out;
+  auto fields() { return std::tie(x, y, index, out); }
 };
 
 struct MeanPoolArgs {
@@ -78,6 +96,14 @@ inline Inverse invert(const Ints& index, int64_t rows) {
     inverse.list[static_cast<size_t>(next[static_cast<size_t>(index[i])]++)] =
         static_cast<int64_t>(i);
   return inverse;
+}
+
+// Which row of y each of `rows` rows is replaced with: -1 for none.
+inline Ints sources_of(const Ints& index, int64_t rows) {
+  Ints source(static_cast<size_t>(rows), -1);
+  for (size_t i = 0; i < index.size(); ++i)
+    source[static_cast<size_t>(index[i])] = static_cast<int64_t>(i);
+  return source;
 }
 
 }  // namespace p2r

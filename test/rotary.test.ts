@@ -1,4 +1,11 @@
-import { applyRotary, type Grid, visionRotary } from 'p2r-kernels'
+import {
+  applyRotary,
+  attention,
+  attentionBackward,
+  type Grid,
+  mropeTables,
+  visionRotary,
+} from 'p2r-kernels'
 import { expect, test } from 'vitest'
 import { golden } from './golden.js'
 import {
@@ -9,6 +16,7 @@ import {
   onEveryBackend,
   Random,
   recorded,
+  relativeL2,
   rounded,
   roundoff,
 } from './harness.js'
@@ -45,7 +53,176 @@ function rotate(
   return out
 }
 
+type Sections = readonly [number, number, number]
+
+/** Tables of positions [3, T], or [T] without sections. */
+function mrope(positions: ArrayLike<number>, d: number, theta: number, sections?: Sections) {
+  const tokens = positions.length / (sections ? 3 : 1)
+  const angles = new Float32Array(tokens * d)
+  for (let t = 0; t < tokens; t++)
+    for (let i = 0; i < d; i++) {
+      const k = i % (d / 2)
+      let axis = 0
+      if (sections && k % 3 === 1 && k < 3 * sections[1]) axis = 1
+      if (sections && k % 3 === 2 && k < 3 * sections[2]) axis = 2
+      const frequency = Math.fround(1 / Math.fround(theta ** Math.fround((2 * k) / d)))
+      angles[t * d + i] = Math.fround(positions[axis * tokens + t]!) * frequency
+    }
+  return { angles, cos: Array.from(angles, Math.cos), sin: Array.from(angles, Math.sin) }
+}
+
 onEveryBackend('rotary', (b) => {
+  const mropes: { headDim: number; theta: number; sections?: Sections }[] = [
+    { headDim: 8, theta: 1e4 },
+    { headDim: 128, theta: 5e6 },
+    { headDim: 128, theta: 5e6, sections: [24, 20, 20] },
+    { headDim: 64, theta: 1e7, sections: [11, 11, 10] },
+    // More frequencies than every third for the height: the rest turns with time, as in the models' code.
+    { headDim: 16, theta: 100, sections: [0, 8, 0] },
+  ]
+  // Angles from 0 to the longest context of the models, whose sine needs an exact reduction.
+  const positionsOf = (tokens: number, axes: number) => {
+    const random = new Random(tokens)
+    return Int32Array.from({ length: tokens * axes }, (_, i) =>
+      i % 5 === 0 ? 262143 - (i % 7) : random.int(0, 10 ** (i % 6)),
+    )
+  }
+  for (const shape of mropes)
+    test(`multimodal tables of ${JSON.stringify(shape)}`, async () => {
+      const positions = positionsOf(21, shape.sections ? 3 : 1)
+      // Cosines of the same f32 angles, to an ulp or two.
+      const bound = { absolute: 4 * roundoff.f32 }
+      using t = recorded(b, `multimodal tables ${JSON.stringify(shape)}`, bound, () =>
+        mropeTables({ ...shape, positions, device: b.device }),
+      )
+      const expected = mrope(positions, shape.headDim, shape.theta, shape.sections)
+      expect([t.cos.shape, t.sin.shape]).toEqual([
+        [21, shape.headDim],
+        [21, shape.headDim],
+      ])
+      const [cos, sin] = [await t.cos.read(), await t.sin.read()]
+      expectClose(cos, expected.cos, bound)
+      expectClose(sin, expected.sin, bound)
+      // One token's rows, as a step of decoding makes them, are those of the whole.
+      for (const at of [0, 7, 20]) {
+        const one = positions.filter((_, i) => i % 21 === at)
+        using row = mropeTables({ ...shape, positions: one, device: b.device })
+        const of = (table: Float32Array) =>
+          table.slice(at * shape.headDim, (at + 1) * shape.headDim)
+        expect(await row.cos.read()).toEqual(of(cos))
+        expect(await row.sin.read()).toEqual(of(sin))
+      }
+      // Text, whose three positions are equal, has the tables of one position.
+      if (shape.sections) {
+        const text = positions.slice(0, 21)
+        const three = mropeTables({
+          ...shape,
+          positions: Int32Array.from([...text, ...text, ...text]),
+          device: b.device,
+        })
+        const { headDim, theta } = shape
+        const plain = mropeTables({ headDim, theta, positions: text, device: b.device })
+        expect(await three.cos.read()).toEqual(await plain.cos.read())
+        expect(await three.sin.read()).toEqual(await plain.sin.read())
+      }
+    })
+
+  const files = golden('lm_ops')
+  test.each(['p1_d32', 'p2_d128', 'p3_d64_long'])('reference data: %s', async (name) => {
+    const folder = `lm_ops/mrope/${name}/`
+    const meta = files.json(`${folder}meta.json`)
+    const f = (name: string) => files.f32(`${folder}${name}.bin`)
+    const positions = files.i32(`${folder}position_ids.bin`)
+    const { head_dim: headDim, theta, mrope_section: sections } = meta
+    using t = mropeTables({ positions, headDim, theta, sections, device: b.device })
+    const { angles } = mrope(positions, headDim, theta, sections)
+    // The gate of the reference data: f32 angles are off by as much as that.
+    for (const [got, name] of [
+      [await t.cos.read(), 'cos'],
+      [await t.sin.read(), 'sin'],
+    ] as const) {
+      const exact = f(name)
+      got.forEach((v, i) => {
+        const gate = 2 ** -22 * angles[i]! + 1e-6
+        expect(Math.abs(v - exact[i]!), `${name} ${i}`).toBeLessThanOrEqual(gate)
+      })
+    }
+    // Rotations by the stored tables, and back.
+    const table = (name: string) => b.device.tensor(f(name), [positions.length / 3, headDim])
+    const stored = { cos: table('cos'), sin: table('sin') }
+    for (const [from, to, inverse] of [
+      ['q', 'q_rot', false],
+      ['k', 'k_rot', false],
+      ['dq_rot', 'dq', true],
+      ['dk_rot', 'dk', true],
+    ] as const) {
+      const x = b.device.tensor(f(from), meta.tensors[from].shape)
+      const out = await applyRotary({ x, ...stored, inverse }).read()
+      expect(relativeL2(out, f(to)), to).toBeLessThan(1e-6)
+    }
+  })
+
+  test('attention rotates by multimodal tables of D 128 as applyRotary does', async () => {
+    const [tokens, heads, d] = [20, 2, 128]
+    const random = new Random(4)
+    const device = b.device
+    const rotary = mropeTables({
+      positions: positionsOf(tokens, 3),
+      headDim: d,
+      theta: 5e6,
+      sections: [24, 20, 20],
+      device,
+    })
+    const parts = [0, 1, 2, 3].map(() => random.normals(tokens * heads * d))
+    const [q, k, v, dOut] = parts.map((x) => device.tensor(x, [tokens, heads, d]))
+    const packed = new Float32Array(3 * tokens * heads * d)
+    for (let t = 0; t < tokens; t++)
+      for (let part = 0; part < 3; part++)
+        packed.set(
+          parts[part]!.subarray(t * heads * d, (t + 1) * heads * d),
+          (3 * t + part) * heads * d,
+        )
+    const qkv = device.tensor(packed, [tokens, 3, heads, d])
+    const cuSeqlens = [0, 13, tokens]
+    const fused = attention({ qkv, rotary, cuSeqlens })
+    const a = { q: applyRotary({ x: q!, ...rotary }), k: applyRotary({ x: k!, ...rotary }), v: v! }
+    const apart = attention({ ...a, cuSeqlens })
+    expectClose(await fused.out.read(), await apart.out.read(), { absolute: 1e-6 })
+    const gradients = attentionBackward({ qkv, rotary, cuSeqlens, ...fused, dOut: dOut! })
+    const { dQ, dK, dV } = attentionBackward({ ...a, cuSeqlens, ...apart, dOut: dOut! })
+    // The gradient of a rotation is the rotation by the negative angle.
+    const expected = [
+      applyRotary({ x: dQ, ...rotary, inverse: true }),
+      applyRotary({ x: dK, ...rotary, inverse: true }),
+      dV,
+    ]
+    const got = await gradients.dQkv.read()
+    for (let part = 0; part < 3; part++) {
+      const own = new Float32Array(tokens * heads * d)
+      for (let t = 0; t < tokens; t++)
+        own.set(
+          got.subarray((3 * t + part) * heads * d, (3 * t + part + 1) * heads * d),
+          t * heads * d,
+        )
+      expectClose(own, await expected[part]!.read(), { absolute: 1e-5 })
+    }
+  })
+
+  test('multimodal tables: no tokens, and refusals', () => {
+    const a = { positions: [0, 1, 2], headDim: 8, theta: 1e4, device: b.device }
+    expect(mropeTables({ ...a, positions: [] }).cos.shape).toEqual([0, 8])
+    const call = (more: object) => () => mropeTables({ ...a, ...more } as typeof a)
+    const op = 'mropeTables'
+    expectRefusal(call({ positions: [-1] }), 'ERR_VALUE', op, /positions\[0\]/)
+    expectRefusal(call({ positions: [0.5] }), 'ERR_VALUE', op, /positions\[0\]/)
+    expectRefusal(call({ headDim: 12 }), 'ERR_VALUE', op, /multiple of 8/)
+    expectRefusal(call({ theta: 0 }), 'ERR_VALUE', op, /theta/)
+    expectRefusal(call({ sections: [2, 2] }), 'ERR_VALUE', op, /3 numbers/)
+    expectRefusal(call({ sections: [2, 2, 1] }), 'ERR_VALUE', op, /headDim \/ 2 = 4, got 5/)
+    expectRefusal(call({ sections: [2, 1, 1], positions: [0] }), 'ERR_VALUE', op, /three/)
+    expectRefusal(call({ section: [2, 1, 1] }), 'ERR_VALUE', op, /'sections'/)
+  })
+
   const shapes: { gridThw: Grid[]; headDim: number; theta?: number; mergeSize?: number }[] = [
     { gridThw: [[1, 4, 6]], headDim: 8 },
     {

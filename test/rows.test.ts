@@ -5,12 +5,17 @@ import {
   meanPool,
   meanPoolBackward,
   openDevice,
+  scatterAddRows,
+  scatterRows,
+  scatterRowsBackward,
   type Tensor,
 } from 'p2r-kernels'
 import { describe, expect, test } from 'vitest'
+import { golden } from './golden.js'
 import {
   cpuPaths,
   expectClose,
+  expectGradient,
   expectRefusal,
   floats,
   onEveryBackend,
@@ -23,6 +28,103 @@ import {
 const u = roundoff.f32
 
 onEveryBackend('rows', (b) => {
+  test('reference data: an embedding and its gradient', async () => {
+    const files = golden('lm_ops')
+    const f = (name: string) => files.f32(`lm_ops/embedding/e1/${name}.bin`)
+    const { vocab, tensors } = files.json('lm_ops/embedding/e1/meta.json')
+    const index = files.i32('lm_ops/embedding/e1/ids.bin')
+    for (const dtype of ['f32', 'bf16'] as const) {
+      const x = b.device.tensor(f('weight'), [vocab, tensors.weight.shape[1]], dtype)
+      expect(await gatherRows({ x, index }).toFloat32()).toEqual(f('out'))
+      const dOut = b.device.tensor(f('dout'), tensors.dout.shape, dtype)
+      const dWeight = gatherRowsBackward({ dOut, index, rows: vocab })
+      // Sums of up to 91 bf16 numbers are exact in f32; in bf16 they are rounded once.
+      expect(await dWeight.toFloat32()).toEqual(rounded(f('dweight'), dtype))
+    }
+  })
+
+  test('rows of every alignment are replaced', async () => {
+    // 16, 4, 2 and 1 bytes divide the rows and their places.
+    for (const [dtype, width] of [
+      ['f32', 8],
+      ['f32', 3],
+      ['bf16', 5],
+      ['u8', 7],
+    ] as const) {
+      const x = b.device.tensor(
+        Float32Array.from({ length: 4 * width }, (_, i) => i).map(Number),
+        [4 * width],
+        'f32',
+      )
+      const typed = x.cast(dtype).reshape([4, width])
+      using out = recorded(b, `scatterRows words ${dtype} ${width}`, {}, () =>
+        scatterRows({ x: typed, y: typed.slice(0, 2), index: [3, 1] }),
+      )
+      const expected = [...(await typed.toFloat32())]
+      expected.splice(3 * width, width, ...expected.slice(0, width))
+      expected.splice(width, width, ...expected.slice(width, 2 * width))
+      expect([...(await out.toFloat32())]).toEqual(expected)
+    }
+  })
+
+  test('the gradients of scattered rows match finite differences', async () => {
+    const [R, C] = [5, 3]
+    const index = [4, 1]
+    const random = new Random(6)
+    const [x, y, d] = [random.normals(R * C), random.normals(2 * C), random.normals(R * C)]
+    const replaced = (x: ArrayLike<number>, y: ArrayLike<number>) =>
+      d.reduce((s, v, i) => {
+        const at = index.indexOf(Math.floor(i / C))
+        return s + v * (at < 0 ? x[i]! : y[at * C + (i % C)]!)
+      }, 0)
+    const added = (x: ArrayLike<number>, y: ArrayLike<number>) =>
+      d.reduce((s, v, i) => {
+        const at = index.indexOf(Math.floor(i / C))
+        return s + v * (x[i]! + (at < 0 ? 0 : y[at * C + (i % C)]!))
+      }, 0)
+    const dOut = b.device.tensor(d, [R, C])
+    const { dX, dY } = scatterRowsBackward({ dOut, index })
+    // Both are linear: central differences have the rounding of f32 data alone.
+    const bound = { absolute: 1e-6, relative: 1e-6 }
+    expectGradient((v) => replaced(v, y), x, await dX.read(), bound)
+    expectGradient((v) => replaced(x, v), y, await dY.read(), bound)
+    expectGradient((v) => added(v, y), x, await dOut.read(), bound)
+    expectGradient((v) => added(x, v), y, await gatherRows({ x: dOut, index }).read(), bound)
+  })
+
+  test('scattered rows: none, empty ones, and refusals', async () => {
+    const x = b.device.tensor([1, 2, 3, 4], [2, 2])
+    const y = b.device.tensor([5, 6], [1, 2])
+    const none = b.device.zeros([0, 2])
+    expect(await scatterRows({ x, y: none, index: [] }).read()).toEqual(await x.read())
+    expect(await scatterAddRows({ x, y: none, index: [] }).read()).toEqual(await x.read())
+    const flat = b.device.zeros([3, 0])
+    expect(scatterRows({ x: flat, y: flat, index: [2, 1, 0] }).shape).toEqual([3, 0])
+    expect(scatterAddRows({ x: flat, y: flat, index: [2, 2, 0] }).shape).toEqual([3, 0])
+    const replace = (a: object) => () => scatterRows({ x, y, index: [1], ...a } as never)
+    const op = 'scatterRows'
+    expectRefusal(replace({ index: [2] }), 'ERR_VALUE', op, /index\[0\]/)
+    expectRefusal(replace({ index: [0, 0], y: x }), 'ERR_VALUE', op, /row 0 is in it more than/)
+    expectRefusal(replace({ index: [0, 1] }), 'ERR_SHAPE', op, /\[2, 2\], got \[1, 2\]/)
+    expectRefusal(replace({ y: b.device.zeros([1, 2], 'f16') }), 'ERR_DTYPE', op)
+    expectRefusal(replace({ y: undefined }), 'ERR_VALUE', op, /y must be a Tensor/)
+    expectRefusal(replace({ x: b.device.zeros([]) }), 'ERR_SHAPE', op)
+    const bytes = b.device.zeros([2, 2], 'u8')
+    expectRefusal(
+      () => scatterAddRows({ x: bytes, y: bytes, index: [0, 1] } as never),
+      'ERR_DTYPE',
+      'scatterAddRows',
+    )
+    const back = (dOut: unknown) => () => scatterRowsBackward({ dOut, index: [0] } as never)
+    expectRefusal(back(bytes), 'ERR_DTYPE', 'scatterRowsBackward', /dOut/)
+    expectRefusal(back(b.device.zeros([])), 'ERR_SHAPE', 'scatterRowsBackward', /dOut/)
+    expectRefusal(
+      () => scatterRowsBackward({ dOut: x, index: [2] }),
+      'ERR_VALUE',
+      'scatterRowsBackward',
+    )
+  })
+
   for (const dtype of floats) {
     const random = new Random(3)
     const [T, C] = [301, 77]
@@ -62,6 +164,55 @@ onEveryBackend('rows', (b) => {
       )
       expect([dX.shape, dX.dtype]).toEqual([[T, C], dtype])
       expectClose(await dX.toFloat32(), expected, bound)
+    })
+
+    const targets = [7, 300, 0, 41, 8, 150]
+    test(`scatterAddRows ${dtype}`, async () => {
+      const twice = [...targets, 41, 41, 0]
+      const y = rounded(random.normals(twice.length * C), dtype)
+      const expected = Float64Array.from(x)
+      twice.forEach((r, i) => {
+        for (let c = 0; c < C; c++) expected[r * C + c]! += y[i * C + c]!
+      })
+      // At most three additions of normals, rounded once to the type.
+      const bound = { absolute: 24 * u, relative: roundoff[dtype] }
+      const tx = b.device.tensor(x, [T, C], dtype)
+      const ty = b.device.tensor(y, [twice.length, C], dtype)
+      using out = recorded(b, `scatterAddRows ${dtype}`, bound, () =>
+        scatterAddRows({ x: tx, y: ty, index: twice }),
+      )
+      expect([out.shape, out.dtype]).toEqual([[T, C], dtype])
+      expectClose(await out.toFloat32(), expected, bound)
+      // The rows that are not named are copied, and one that is added alone is add's.
+      const got = await out.read()
+      const rowOf = (data: ArrayLike<number>, r: number) =>
+        Array.prototype.slice.call(data, r * C, (r + 1) * C)
+      expect(rowOf(got, 1)).toEqual(rowOf(await tx.read(), 1))
+      const one = add({ x: tx.slice(7, 8), y: ty.slice(0, 1) })
+      expect(rowOf(got, 7)).toEqual([...(await one.read())])
+    })
+
+    test(`scatterRows ${dtype}`, async () => {
+      const tx = b.device.tensor(x, [T, C], dtype)
+      const ty = b.device.tensor(rounded(random.normals(6 * C), dtype), [6, C], dtype)
+      using out = recorded(b, `scatterRows ${dtype}`, {}, () =>
+        scatterRows({ x: tx, y: ty, index: targets }),
+      )
+      expect([out.shape, out.dtype]).toEqual([[T, C], dtype])
+      const expected = await tx.read()
+      const rows = await ty.read()
+      targets.forEach((r, i) => {
+        expected.set(rows.subarray(i * C, (i + 1) * C), r * C)
+      })
+      expect(await out.read()).toEqual(expected)
+
+      using back = recorded(b, `scatterRows backward ${dtype}`, {}, () =>
+        scatterRowsBackward({ dOut: tx, index: targets }),
+      )
+      const dX = await tx.read()
+      for (const r of targets) dX.fill(0, r * C, (r + 1) * C)
+      expect(await back.dX.read()).toEqual(dX)
+      expect(await back.dY.read()).toEqual(await gatherRows({ x: tx, index: targets }).read())
     })
 
     test(`meanPool ${dtype}`, async () => {

@@ -1,9 +1,9 @@
-import { checkArguments, checkInt32, type Names } from '../arguments.js'
+import { checkArguments, checkInt32, hostInts, type Names } from '../arguments.js'
 import { checkDevice, type Device } from '../device.js'
 import type { FloatDType } from '../dtype.js'
 import { checkGrids, type Grid } from '../grid.js'
 import { native } from '../native.js'
-import { type Held, handleOf, held, type Tensor, wrap } from '../tensor.js'
+import { type Held, handleOf, held, type Ints, type Tensor, wrap } from '../tensor.js'
 
 /** The arguments of `visionRotary`. */
 export interface VisionRotaryArgs {
@@ -72,6 +72,70 @@ export function visionRotary(a: VisionRotaryArgs): Held<RotaryTables> {
     a.headDim,
     a.theta ?? 10000,
     mergeSize,
+  ) as [unknown, unknown]
+  return held({ cos: wrap<'f32'>(a.device, cos), sin: wrap<'f32'>(a.device, sin) })
+}
+
+/** The arguments of `mropeTables`. */
+export interface MropeTablesArgs {
+  /**
+   * Positions in time, height and width, [3, T] row by row, as `ropeIndex` returns them; without sections one for
+   * each of T tokens. Integers of at least 0.
+   */
+  positions: Ints
+  /** D, a multiple of 8 from 8 to 128. */
+  headDim: number
+  /** The base of the frequencies, greater than 0: a model's `rope_theta`. */
+  theta: number
+  /**
+   * How many of the D/2 frequencies turn with time, height and width: a model's `mrope_section`, interleaved.
+   *
+   * @default all turn with the one position of a token
+   */
+  sections?: readonly [time: number, height: number, width: number]
+  /** Where the tables are made. */
+  device: Device
+}
+
+const mropeNames: Names<MropeTablesArgs> = {
+  positions: true,
+  headDim: true,
+  theta: true,
+  sections: true,
+  device: true,
+}
+
+/**
+ * The multimodal rotary tables of Qwen3-VL's language model, in which frequency i turns with height where
+ * i mod 3 = 1 and i < 3·sections[1], with width where i mod 3 = 2 and i < 3·sections[2], and else with time;
+ * without sections those of any language model with rotary embedding in the half form. Angles are products in f32,
+ * as the models compute them. The rows of a token depend on its positions alone, bit for bit.
+ *
+ * @returns tables of T tokens, for `applyRotary` and `attention`.
+ * @throws P2RError ERR_VALUE for another head dimension, sections that do not add up to half of it, or positions
+ *   that are not three for each token; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { mropeTables, openDevice } from 'p2r-kernels'
+ *
+ * const device = openDevice('cpu')
+ * const a = { headDim: 8, theta: 5e6, device }
+ * const text = mropeTables({ ...a, positions: [0, 1, 2] })
+ * const image = mropeTables({ ...a, positions: [4, 4, 4, 5, 4, 5], sections: [2, 1, 1] })
+ * console.log(text.cos.shape, image.cos.shape) // [ 3, 8 ] [ 2, 8 ]
+ * device.dispose()
+ * ```
+ */
+export function mropeTables(a: MropeTablesArgs): Held<RotaryTables> {
+  const op = 'mropeTables'
+  checkArguments(a, mropeNames, op)
+  checkDevice(a.device, op)
+  const [cos, sin] = native().ops.mrope_tables!(
+    a.device.handle,
+    hostInts(a.positions, 'positions', op),
+    a.headDim,
+    a.theta,
+    a.sections === undefined ? undefined : hostInts(a.sections, 'sections', op),
   ) as [unknown, unknown]
   return held({ cos: wrap<'f32'>(a.device, cos), sin: wrap<'f32'>(a.device, sin) })
 }

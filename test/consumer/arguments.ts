@@ -74,8 +74,10 @@ import {
   loadImage,
   type MeanPoolArgs,
   type MeanPoolBackwardArgs,
+  type MropeTablesArgs,
   meanPool,
   meanPoolBackward,
+  mropeTables,
   type Outlines,
   type PackedAttentionBackwardResult,
   type PackedGates,
@@ -104,6 +106,10 @@ import {
   rmsNormBackward,
   ropeIndex,
   type SampleArgs,
+  type ScatterAddRowsArgs,
+  type ScatterRowsArgs,
+  type ScatterRowsBackwardArgs,
+  type ScatterRowsBackwardResult,
   type SeparateGates,
   type SeparateHeads,
   type SmartResizeOptions,
@@ -112,6 +118,9 @@ import {
   type SwigluBackwardResult,
   type SwigluGradient,
   sample,
+  scatterAddRows,
+  scatterRows,
+  scatterRowsBackward,
   smartResize,
   swiglu,
   swigluBackward,
@@ -137,6 +146,11 @@ export const activateBack = (a: GeluBackwardArgs<'f16'>): Tensor<'f16'> => geluB
 export const sum = (a: AddArgs<'bf16'>): Tensor<'bf16'> => add(a)
 export const pick = (a: GatherRowsArgs<'u8'>): Tensor<'u8'> => gatherRows(a)
 export const pickBack = (a: GatherRowsBackwardArgs): Tensor<FloatDType> => gatherRowsBackward(a)
+export const replace = (a: ScatterRowsArgs<'i32'>): Tensor<'i32'> => scatterRows(a)
+export const replaceBack = (a: ScatterRowsBackwardArgs<'f16'>): ScatterRowsBackwardResult<'f16'> =>
+  scatterRowsBackward(a)
+export const scatterAdd = (a: ScatterAddRowsArgs<'f32'>): Tensor<'f32'> => scatterAddRows(a)
+export const textTables = (a: MropeTablesArgs): RotaryTables => mropeTables(a)
 export const pool = (a: MeanPoolArgs<'f32'>): Tensor<'f32'> => meanPool(a)
 export const poolBack = (a: MeanPoolBackwardArgs<'f32'>): Tensor<'f32'> => meanPoolBackward(a)
 export const normal = (a: LayerNormArgs<'f16'>): LayerNormResult<'f16'> => layerNorm(a)

@@ -21,11 +21,15 @@ import {
   loadTensors,
   meanPool,
   meanPoolBackward,
+  mropeTables,
   type PackedGates,
   rmsNorm,
   rmsNormBackward,
   sample,
   saveTensors,
+  scatterAddRows,
+  scatterRows,
+  scatterRowsBackward,
   swiglu,
   swigluBackward,
   type Tensor,
@@ -86,6 +90,9 @@ export function rows(x: Tensor, y: Tensor): Tensor[] {
     add({ x, y }),
     gatherRows({ x, index }),
     gatherRowsBackward({ dOut: y, index: [1, 0], rows: 3 }),
+    scatterRows({ x, y, index }),
+    scatterRowsBackward({ dOut: x, index }).dY,
+    scatterAddRows({ x, y, index: [0, 0] }),
     meanPool({ x, cuSeqlens }),
     meanPoolBackward({ dOut: y, cuSeqlens: new Uint32Array(2) }),
     sample({ logits: x, temperature: 0, seed: 1 }),
@@ -96,6 +103,12 @@ export function train(params: readonly Tensor[], grads: readonly Tensor[]): Tens
   const norm: Tensor = clipGradNorm({ grads, maxNorm: 1 })
   adamW({ params, grads, moments: [], step: 1, lr: 1e-3, betas: [0.9, 0.99], weightDecay: 0.1 })
   return norm
+}
+
+export const tables = (device: Device): Tensor[] => {
+  const a = { headDim: 128, theta: 5e6, device }
+  const { cos } = mropeTables({ ...a, positions: [0, 1], sections: [24, 20, 20] })
+  return [cos, mropeTables({ ...a, positions: new Int32Array(2) }).sin]
 }
 
 export async function files(device: Device, x: Tensor): Promise<Tensor | undefined> {
