@@ -36,7 +36,9 @@ Shape with_features(Shape shape, int64_t features) {
 Napi::Value linear(Call& call) {
   LinearArgs a;
   a.bias = read_layer(call, a);
-  a.out = call.result(a.x.dtype, with_features(a.x.shape, a.weight.shape[0]));
+  const bool unrounded = call.flag("dtype");
+  a.out =
+      call.result(unrounded ? DType::f32 : a.x.dtype, with_features(a.x.shape, a.weight.shape[0]));
   return call.run(&Kernels::linear, a);
 }
 

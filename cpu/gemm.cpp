@@ -22,12 +22,11 @@ namespace p2r::cpu {
 
 namespace {
 
-constexpr int64_t kBlockK = 256;  // words: a panel of B, 32 KiB for 32 columns, fits L1
-constexpr int64_t kTileM = 96;    // whole panels for every register tile; A's block is 96 KiB
-constexpr int64_t kTileN = 512;   // C's tile, 192 KiB, fits L2 beside A's block
+constexpr int64_t kTileM = 96;   // whole panels for every register tile; A's block is 96 KiB
+constexpr int64_t kTileN = 512;  // C's tile, 192 KiB, fits L2 beside A's block
 constexpr int64_t kPackedBFloats = int64_t{2} << 20;      // 8 MiB, a part of L3
 constexpr int64_t kTaskPackedBFloats = int64_t{1} << 20;  // gemm_in_task's
-constexpr int64_t kSlabK = 4096;  // k of a packed slab of B: at least 512 columns of it fit
+constexpr int64_t kSlabK = 4096;  // most k of a packed slab of B: at least 512 columns of it fit
 constexpr int64_t kMaxSplitKEntries = 64 * 1024;  // of C
 constexpr int64_t kSliceK = 512;
 constexpr int64_t kMaxSlices = 64;
@@ -47,10 +46,9 @@ struct Tile {
   int64_t i, j, m, n;
 };
 
-// Whether panels hold pairs of bf16, which need AVX512-BF16.
-bool uses_pairs(const CpuDevice& cpu, const Gemm& g) {
-  return cpu.features().bf16 && g.a.dtype == DType::bf16 && g.b.dtype == DType::bf16;
-}
+bool pairs_of(const CpuDevice& cpu, const Gemm& g) { return uses_pairs(cpu, g.a.dtype, g.b.dtype); }
+// The block of k of a product that is not part of another one.
+int64_t block_k_of(const CpuDevice& cpu, const Gemm& g) { return sum_block(g.k, pairs_of(cpu, g)); }
 
 // The columns first .. first + width of B, packed block of k by block of k.
 struct PackedB {
@@ -80,8 +78,9 @@ int64_t work_of(const Gemm& g) { return g.m * g.n * g.k + kPackingWork * (g.m * 
 // The chunk size of a loop over `items` with `work` in all: one chunk where sharing does not pay.
 int64_t grain(int64_t items, int64_t work) { return work < 2 * kTaskWork ? items : 1; }
 
-// `copies` products of this shape run concurrently.
-Tiling tiling(const Gemm& g, const CpuDevice& cpu, bool packs_b, int64_t copies = 1) {
+// k is summed in blocks of block_k. `copies` products of this shape run concurrently.
+Tiling tiling(const Gemm& g, const CpuDevice& cpu, int64_t block_k, bool packs_b,
+              int64_t copies = 1) {
   int mr, nr;
   cpu.simd().gemm_tile_size(&mr, &nr);
   const int64_t threads = cpu.threads();
@@ -99,10 +98,7 @@ Tiling tiling(const Gemm& g, const CpuDevice& cpu, bool packs_b, int64_t copies 
   // With few tiles, an incomplete last wave would cost much.
   if (wanted > 1 && copies == 1 && rows * columns < 16 * threads)
     rows = std::min(round_up(rows, threads), ceil_div(g.m, mr));
-  Tiling t{{g.m, mr, rows}, {g.n, nr, columns}, uses_pairs(cpu, g), 0, 0, 0, 0};
-  const int64_t max_k = t.pairs ? 2 * kBlockK : kBlockK;
-  const int64_t blocks = std::max<int64_t>(ceil_div(g.k, max_k), 1);
-  t.block_k = round_up(std::max<int64_t>(ceil_div(g.k, blocks), 1), 8);      // 8 for k = 0
+  Tiling t{{g.m, mr, rows}, {g.n, nr, columns}, pairs_of(cpu, g), block_k, 0, 0, 0};
   const auto aligned = [](int64_t floats) { return round_up(floats, 16); };  // to cache lines
   t.a_floats = aligned(t.rows.largest() * t.depth(t.block_k));
   t.b_floats = packs_b ? aligned(t.columns.largest() * t.depth(t.block_k)) : 0;
@@ -176,7 +172,7 @@ void compute_tile(const Gemm& g, const Simd& simd, const Tiling& plan, const Til
 }
 
 void short_gemm(CpuDevice& cpu, const Gemm& g) {
-  const Tiling plan = tiling(g, cpu, true);
+  const Tiling plan = tiling(g, cpu, block_k_of(cpu, g), true);
   const Scratch scratch = cpu.scratch(cpu.threads() * plan.floats() * 4);
   cpu.launch(plan.count(), grain(plan.count(), work_of(g)),
              [=, &simd = cpu.simd(), memory = scratch.as<float>()](int64_t begin, int64_t end,
@@ -210,9 +206,9 @@ void tall_gemm_in_task(CpuDevice& cpu, const Gemm& g, const Tiling& plan, float*
                });
 }
 
-// One slab of columns of C; k is at most kSlabK.
-void tall_gemm(CpuDevice& cpu, const Gemm& g) {
-  const Tiling plan = tiling(g, cpu, false);
+// One slab of k and of columns of C, of at most kSlabK and whole blocks of k but for the last.
+void tall_gemm(CpuDevice& cpu, const Gemm& g, int64_t block_k) {
+  const Tiling plan = tiling(g, cpu, block_k, false);
   const Scratch packed_b = cpu.scratch(round_up(g.n, plan.columns.panel) * plan.depth(g.k) * 4);
   const Scratch scratch = cpu.scratch(cpu.threads() * plan.floats() * 4);
   cpu.submit([=, &cpu, packed = packed_b.as<float>(), memory = scratch.as<float>()] {
@@ -262,7 +258,7 @@ void split_k_gemm(CpuDevice& cpu, const Gemm& g, int64_t slices) {
   slice_gemm.c_row_stride = g.n;
   slice_gemm.accumulate = false;
   slice_gemm.bias = {};
-  const Tiling plan = tiling(slice_gemm, cpu, true, slices);
+  const Tiling plan = tiling(slice_gemm, cpu, block_k_of(cpu, slice_gemm), true, slices);
   const Scratch scratch = cpu.scratch(cpu.threads() * plan.floats() * 4);
   const int64_t tasks = slices * plan.count();
   cpu.launch(tasks, grain(tasks, work_of(g)),
@@ -284,10 +280,21 @@ void split_k_gemm(CpuDevice& cpu, const Gemm& g, int64_t slices) {
 
 }  // namespace
 
+bool uses_pairs(const CpuDevice& cpu, DType a, DType b) {
+  return cpu.features().bf16 && a == DType::bf16 && b == DType::bf16;
+}
+
+int64_t sum_block(int64_t k, bool pairs) {
+  const int64_t largest = pairs ? 2 * kBlockK : kBlockK;
+  const int64_t blocks = std::max<int64_t>(ceil_div(k, largest), 1);
+  return round_up(std::max<int64_t>(ceil_div(k, blocks), 1), 8);  // 8 for k = 0
+}
+
 void gemm(CpuDevice& cpu, const Gemm& g) {
   if (g.m <= 0 || g.n <= 0) return;
   const int64_t slices = std::min(g.k / kSliceK, kMaxSlices);
-  if (slices > 1 && g.m * g.n <= kMaxSplitKEntries) return split_k_gemm(cpu, g, slices);
+  if (g.split_k && slices > 1 && g.m * g.n <= kMaxSplitKEntries)
+    return split_k_gemm(cpu, g, slices);
   if (g.m <= kTileM) return short_gemm(cpu, g);
   if (g.k > kSlabK && g.c_dtype != DType::f32) {
     const Scratch sums = cpu.scratch(g.m * g.n * 4);
@@ -295,13 +302,15 @@ void gemm(CpuDevice& cpu, const Gemm& g) {
     exact.c = sums.as<float>();
     exact.c_dtype = DType::f32;
     exact.c_row_stride = g.n;
-    exact.bias = {};
     gemm(cpu, exact);
-    return reduce_slices(cpu, g, sums.as<float>(), 1);
+    Gemm rounded = g;
+    rounded.bias = {};
+    return reduce_slices(cpu, rounded, sums.as<float>(), 1);
   }
   // Slabs of k and of columns, so that the packed B stays small.
-  for (int64_t k0 = 0; k0 == 0 || k0 < g.k; k0 += kSlabK) {
-    const int64_t k = std::min(kSlabK, g.k - k0);
+  const int64_t block_k = block_k_of(cpu, g), slab_k = kSlabK / block_k * block_k;
+  for (int64_t k0 = 0; k0 == 0 || k0 < g.k; k0 += slab_k) {
+    const int64_t k = std::min(slab_k, g.k - k0);
     const int64_t slabs = ceil_div(g.n * k, kPackedBFloats);
     int mr, nr;
     cpu.simd().gemm_tile_size(&mr, &nr);
@@ -320,7 +329,7 @@ void gemm(CpuDevice& cpu, const Gemm& g) {
         slab.bias = g.bias;
         slab.bias.data = g.bias.element(j);
       }
-      tall_gemm(cpu, slab);
+      tall_gemm(cpu, slab, block_k);
     }
   }
 }
@@ -366,7 +375,8 @@ void gemm_in_task(CpuDevice& cpu, const Gemm& g, float* workspace) {
       slab.accumulate = true;
       slab.bias = {};
     }
-    tall_gemm_in_task(cpu, slab, tiling(slab, cpu, false), workspace, workspace + width * depth);
+    tall_gemm_in_task(cpu, slab, tiling(slab, cpu, block_k_of(cpu, slab), false), workspace,
+                      workspace + width * depth);
   }
 }
 

@@ -7,6 +7,7 @@
 //              .c = out.data, .c_dtype = out.dtype, .c_row_stride = F, .bias = bias});
 //
 // Sums are f32, each in an order that depends on m, n and k alone: never on the number of threads.
+// Without split-K it depends on k alone: a row has the same bits in any batch (sum_block).
 // A result of 16 bits is rounded once, at its end. Scratch comes from the device's allocator,
 // before the work is queued. Sizes of 0 are fine; with k = 0 the sums are 0.
 #pragma once
@@ -40,6 +41,7 @@ struct Gemm {
   DType c_dtype = DType::f32;
   int64_t c_row_stride = 0;
   bool accumulate = false;  // C must then be f32
+  bool split_k = true;      // allows split-K, of which m and n decide
   View bias = {};           // n entries of any float type, added to each row, or none
 };
 
@@ -49,6 +51,15 @@ void gemm(CpuDevice& cpu, const Gemm& g);
 // gemm_workspace_floats(cpu, n) floats.
 void gemm_in_task(CpuDevice& cpu, const Gemm& g, float* workspace);
 int64_t gemm_workspace_floats(const CpuDevice& cpu, int64_t n);
+
+// The order of an entry's sum without split-K: k is cut into blocks of sum_block(k, pairs) terms,
+// the last one shorter; each is summed from 0 by one f32 in the order of k, pair by pair with
+// `pairs`; and its sum is added to those of the blocks before it, which start with the bias. Few
+// rows (cpu/linear.cpp) and the linear head (cpu/linear_log_probs/) follow it too.
+constexpr int64_t kBlockK = 256;  // words: a panel of B, 32 KiB for 32 columns, fits L1
+int64_t sum_block(int64_t k, bool pairs);
+// Whether a product is of pairs of bf16, which needs AVX512-BF16.
+bool uses_pairs(const CpuDevice& cpu, DType a, DType b);
 
 // For callers of the kernels of kernels.def:
 

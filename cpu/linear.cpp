@@ -1,9 +1,12 @@
-// A linear layer and its gradients: GEMMs (cpu/gemm.h), and column sums for the bias.
+// A linear layer and its gradients: GEMMs (cpu/gemm.h), and column sums for the bias. Few rows, as
+// in decoding, read the weight in place, and take no longer than that (cpu/simd/linear.cpp).
 #include "ops/linear.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "cpu/gemm.h"
+#include "cpu/simd/linear.h"
 #include "ops/integer.h"
 
 namespace p2r::cpu {
@@ -49,19 +52,82 @@ int64_t rows_of(const View& v) {
   return rows;
 }
 
+constexpr int64_t kFewRows = 16;
+constexpr int64_t kFeatureTile = 16;  // whole vectors of every instruction set
+
+// `tiles` tiles of features cut into chunks, as their first tiles and the end. A thread that takes
+// a chunk gets half of its share of what is left, so that it reads long stretches of the weight, of
+// at least `least` tiles, and still all threads end together.
+std::vector<int64_t> cut_features(int64_t tiles, int64_t least, int threads) {
+  std::vector<int64_t> first = {0};
+  while (first.back() < tiles) {
+    const int64_t left = tiles - first.back();
+    first.push_back(first.back() + std::min(left, std::max(least, left / (2 * threads))));
+  }
+  return first;
+}
+
+void multiply_few_rows(CpuDevice& cpu, const LinearArgs& a, int64_t rows) {
+  constexpr int64_t kLeastChunkBytes = 128 * 1024;
+  constexpr int64_t kStripFeatures = 512;  // sums of 16 rows, 32 KiB, before they are rounded
+  const int64_t features = a.weight.shape[0], channels = a.weight.shape[1];
+  const bool pairs = uses_pairs(cpu, a.x.dtype, a.weight.dtype);
+  const int64_t depth = pairs ? ceil_div(channels, 2) : channels;
+  const int64_t tiles = ceil_div(features, kFeatureTile);
+  const int64_t tile_bytes = kFeatureTile * channels * int64_t(size_of(a.weight.dtype));
+  const std::vector<int64_t> chunks = cut_features(
+      tiles, ceil_div(kLeastChunkBytes, std::max<int64_t>(tile_bytes, 1)), cpu.threads());
+  const int64_t strip = rows * kStripFeatures + kStripFeatures;  // and the bias
+  const Scratch scratch = cpu.scratch((2 * rows * depth + cpu.threads() * strip) * 4);
+  float* words = scratch.as<float>();
+  float* packed = words + rows * depth;
+  float* strips = packed + rows * depth;
+  cpu.submit([=, &cpu] {
+    const Simd& simd = cpu.simd();
+    to_panel_words(simd, pairs, a.x.dtype, a.x.data, channels, rows, channels, words, depth);
+    simd.pack_few_rows(rows, depth, words, packed);
+    const auto compute = [&](int64_t begin, int64_t end, int thread) {
+      float* sums = strips + thread * strip;
+      float* bias = sums + rows * kStripFeatures;
+      const int64_t last = std::min(features, chunks[end] * kFeatureTile);
+      for (int64_t j = chunks[begin] * kFeatureTile; j < last; j += kStripFeatures) {
+        const int64_t n = std::min(kStripFeatures, last - j);
+        if (a.bias) simd.to_f32(a.bias.dtype, a.bias.element(j), bias, n);
+        simd.multiply_few_rows({.rows = rows,
+                                .n = n,
+                                .k = channels,
+                                .block_k = sum_block(channels, pairs),
+                                .pairs = pairs,
+                                .type = a.weight.dtype,
+                                .weight = a.weight.element(j * channels),
+                                .x = packed,
+                                .bias = a.bias ? bias : nullptr,
+                                .out = sums,
+                                .ld = kStripFeatures});
+        for (int64_t r = 0; r < rows; ++r)
+          simd.from_f32(a.out.dtype, sums + r * kStripFeatures, a.out.element(r * features + j), n);
+      }
+    };
+    cpu.parallel(static_cast<int64_t>(chunks.size()) - 1, 1, compute);
+  });
+}
+
 }  // namespace
 
 void linear(const LinearArgs& a, Device& device) {
-  const int64_t features = a.weight.shape[0];
-  gemm(cpu_device(device), {.m = rows_of(a.x),
-                            .n = features,
-                            .k = a.weight.shape[1],
-                            .a = matrix_of(a.x),
-                            .b = matrix_of(a.weight).transposed(),
-                            .c = a.out.data,
-                            .c_dtype = a.out.dtype,
-                            .c_row_stride = features,
-                            .bias = a.bias});
+  CpuDevice& cpu = cpu_device(device);
+  const int64_t rows = rows_of(a.x), features = a.weight.shape[0];
+  if (rows <= kFewRows) return multiply_few_rows(cpu, a, rows);
+  gemm(cpu, {.m = rows,
+             .n = features,
+             .k = a.weight.shape[1],
+             .a = matrix_of(a.x),
+             .b = matrix_of(a.weight).transposed(),
+             .c = a.out.data,
+             .c_dtype = a.out.dtype,
+             .c_row_stride = features,
+             .split_k = false,
+             .bias = a.bias});
 }
 
 void linear_backward(const LinearBackwardArgs& a, Device& device) {

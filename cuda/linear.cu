@@ -20,14 +20,21 @@ void linear(const LinearArgs& a, Device& device) {
   const int64_t features = a.weight.shape[0], channels = a.weight.shape[1];
   with_float_type(a.x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    gemm<Major::k, Major::k>(device, Gemm<T, T, T>{.m = rows_of(a.x),
-                                                   .n = features,
-                                                   .k = channels,
-                                                   .a = {a.x.as<const T>(), channels},
-                                                   .b = {a.weight.as<const T>(), channels},
-                                                   .c = a.out.as<T>(),
-                                                   .c_row_stride = features,
-                                                   .bias = {a.bias.data, a.bias.dtype}});
+    const auto multiply = [&](auto* out) {
+      using Out = std::remove_pointer_t<decltype(out)>;
+      gemm<Major::k, Major::k>(device, Gemm<T, T, Out>{.m = rows_of(a.x),
+                                                       .n = features,
+                                                       .k = channels,
+                                                       .a = {a.x.as<const T>(), channels},
+                                                       .b = {a.weight.as<const T>(), channels},
+                                                       .c = out,
+                                                       .c_row_stride = features,
+                                                       .bias = {a.bias.data, a.bias.dtype}});
+    };
+    if (a.out.dtype == a.x.dtype)
+      multiply(a.out.as<T>());
+    else
+      multiply(a.out.as<float>());
   });
 }
 

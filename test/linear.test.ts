@@ -1,4 +1,12 @@
-import { type DType, linear, linearBackward, openDevice, type Tensor } from 'p2r-kernels'
+import {
+  type Device,
+  type DType,
+  linear,
+  linearBackward,
+  linearLogProbs,
+  openDevice,
+  type Tensor,
+} from 'p2r-kernels'
 import { expect, test } from 'vitest'
 import {
   type Backend,
@@ -368,6 +376,7 @@ onEveryBackend('linear', (b) => {
     refused({ weight: z([12]) }, 'ERR_SHAPE', /2 axes/)
     refused({ bias: z([4]) }, 'ERR_SHAPE', /\[3\], got \[4\]/)
     refused({ bias: z([3], 'bf16') }, 'ERR_DTYPE', /bias/)
+    refused({ dtype: 'bf16' }, 'ERR_VALUE', /dtype must be 'f32'.*got 'bf16'/)
     using other = openDevice('cpu')
     refused({ weight: other.zeros([3, 4]) }, 'ERR_DEVICE', /another device/)
 
@@ -387,6 +396,80 @@ onEveryBackend('linear', (b) => {
     back({ into: { dWeight: z([3, 4], 'f16') } }, 'ERR_DTYPE', /into\.dWeight must be f32/)
     back({ into: { dWeight: z([3, 4]), dBias: z([3]) } }, 'ERR_VALUE', /into.dBias needs a bias/)
     back({ bias: z([3]), into: { dWeight: z([3, 4]), dBias: z([2]) } }, 'ERR_SHAPE', /into\.dBias/)
+  })
+
+  test('a row has the same bits alone, in any batch and by any number of threads', {
+    timeout: 120_000,
+  }, async () => {
+    if (!b.name.startsWith('cpu')) return expect(b.name).toBe('cuda')
+    const random = new Random(11)
+    const devices = [1, 2, 5].map((threads) => b.open({ threads }))
+    // Odd and even, of one block of k and of several, with and without a whole one at the end; past
+    // 4096 a product of many rows takes k in slabs.
+    const channels = [1, 7, 64, 255, 512, 520, 1030, 1536, 2048, 4352, 5001]
+    for (const [i, c] of channels.entries())
+      for (const dtype of floats) {
+        const [rows, f] = [200, random.int(1, 75)]
+        const l = layer(random.int(0, 1e6), rows, c, f, dtype, dtype)
+        const own = i % 2 === 0
+        const run = async (device: Device, first: number, n: number) => {
+          using x = device.tensor(l.x.subarray(first * c, (first + n) * c), [n, c], dtype)
+          using weight = device.tensor(l.w, [f, c], dtype)
+          using bias = device.tensor(l.b, [f], dtype)
+          using y = linear({ x, weight, ...(own ? { bias } : {}), dtype: 'f32' })
+          using small = linear({ x, weight, ...(own ? { bias } : {}) })
+          const cast = small.dtype === 'f32' ? small : y.cast(dtype)
+          expect(await small.read()).toEqual(await cast.read())
+          return Buffer.from((await y.read()).buffer)
+        }
+        const all = await run(b.device, 0, rows)
+        for (const n of [1, random.int(2, 8), random.int(9, 16), random.int(17, 20), 64, 97, 200]) {
+          const first = random.int(0, rows - n)
+          const part = await run(devices[random.int(0, 2)]!, first, n)
+          const expected = all.subarray(4 * first * f, 4 * (first + n) * f)
+          expect(part.equals(expected), `${n} of ${rows} rows, ${c} -> ${f} ${dtype}`).toBe(true)
+        }
+      }
+    for (const device of devices) device.dispose()
+  })
+
+  test('has the logits of a linear head', async () => {
+    if (!b.name.startsWith('cpu')) return expect(b.name).toBe('cuda')
+    for (const [rows, c, v] of [
+      [1, 1024, 130],
+      [5, 601, 97],
+      [33, 2500, 40],
+      [100, 4099, 3],
+    ] as const)
+      for (const dtype of floats) {
+        const l = layer(rows + c, rows, c, v, dtype, 'f32')
+        const t = tensors(b, l, [rows], dtype, 'f32')
+        using targets = b.device.tensor(new Int32Array(rows), [rows], 'i32')
+        for (const bias of [{}, { bias: t.bias }]) {
+          using logits = linear({ x: t.x, weight: t.weight, ...bias, dtype: 'f32' })
+          using head = linearLogProbs({ hidden: t.x, weight: t.weight, ...bias, targets })
+          const [z, stats] = await Promise.all([logits.read(), head.stats.read()])
+          // Of a row's stats the first is its largest logit, not rounded at a temperature of 1.
+          for (let i = 0; i < rows; i++)
+            expect(stats[2 * i]).toBe(Math.max(...z.subarray(i * v, (i + 1) * v)))
+        }
+      }
+  })
+
+  test('in f32, sums are not rounded', async () => {
+    for (const dtype of floats)
+      for (const lead of [3, 40]) {
+        const l = layer(lead, lead, 72, 24, dtype, 'f32')
+        const t = tensors(b, l, [lead], dtype, 'f32')
+        const expected = forward(l, true)
+        const bound = { absolute: expected.bound }
+        const { dOut: _, ...inputs } = t
+        const out = recorded(b, `linear to f32 ${lead} ${dtype}`, bound, () =>
+          linear({ ...inputs, dtype: 'f32' }),
+        )
+        expect(out.dtype).toBe('f32')
+        expectClose(await out.read(), expected.values, bound)
+      }
   })
 
   test('is bitwise independent of the number of threads', { timeout: 60_000 }, async () => {

@@ -108,6 +108,7 @@ describe('operations', () => {
     expectTypeOf(gelu({ x: bf16 })).toEqualTypeOf<Tensor<'bf16'>>()
     expectTypeOf(linear({ x: bf16, weight: bf16 })).toEqualTypeOf<Tensor<'bf16'>>()
     expectTypeOf(linear({ x: bf16, weight: bf16, bias: f32 })).toEqualTypeOf<Tensor<'bf16'>>()
+    expectTypeOf(linear({ x: bf16, weight: bf16, dtype: 'f32' })).toEqualTypeOf<Tensor<'f32'>>()
     const norm = layerNorm({ x: bf16, weight: bf16, bias: f32 })
     expectTypeOf(norm.out).toEqualTypeOf<Tensor<'bf16'>>()
     expectTypeOf(norm.stats).toEqualTypeOf<Tensor<'f32'>>()
@@ -129,6 +130,8 @@ describe('operations', () => {
     gelu({ x: i32 })
     // @ts-expect-error not of x's type
     linear({ x: bf16, weight: f32 })
+    // @ts-expect-error neither x's type nor f32
+    linear({ x: bf16, weight: bf16, dtype: 'f16' })
     // @ts-expect-error neither x's type nor f32
     linear({ x: bf16, weight: bf16, bias: i32 })
     // @ts-expect-error targets are i32

@@ -18,7 +18,8 @@
 //     backward:  for each part of the vocabulary: logits -> dz, in place; then three products of dz
 //     the loss:  logits -> a chunk of them, and sums; the loss's gradient; dz in place; products
 //
-// How the vocabulary is cut depends on V and C alone.
+// How the vocabulary is cut depends on V and C alone, and how it is cut for the softmax's sums on V
+// alone. A logit is the sum that `linear` has before it rounds (cpu/gemm.h).
 #pragma once
 #include <algorithm>
 
@@ -31,9 +32,8 @@ namespace p2r::cpu::linear_head {
 
 constexpr int64_t kMaxPanelRows = 32;        // of the widest panel of hidden states
 constexpr int64_t kColumnMultiple = 24;      // whole register tiles on every CPU
-constexpr int64_t kMaxBlockColumns = 96;     // of a block
+constexpr int64_t kMaxBlockColumns = 96;     // of a block, and of each step of the softmax's sums
 constexpr int64_t kBlockWords = 128 * 1024;  // of a block of the weight: 512 KiB of L2
-constexpr int64_t kBlockK = 256;             // words: a panel of 32 rows, 32 KiB, fits L1
 constexpr int64_t kPanelWords = 768 * 1024;  // of packed hidden states: 3 MiB of L3
 constexpr int64_t kMaxChunkRows = 768;
 constexpr int64_t kChunkRowMultiple = 96;
@@ -53,7 +53,7 @@ struct Head {
   bool weight_in_place;  // whether the weight's rows are such words as they are stored
   int64_t chunk_rows;
   int64_t pitch;  // of a block's logits; no power of two, which would map rows to the same L1 sets
-  int64_t block;  // columns
+  int64_t block;  // columns at once
   int64_t span, spans;
   bool moment = false;  // whether sums include the entropy's
 
@@ -75,7 +75,7 @@ struct Head {
         columns(a.weight.shape[0]),
         channels(a.weight.shape[1]),
         inverse(1 / a.temperature),
-        pairs(cpu.features().bf16 && a.weight.dtype == DType::bf16),
+        pairs(uses_pairs(cpu, a.hidden.dtype, a.weight.dtype)),
         weight_in_place(a.weight.dtype == DType::f32 || (pairs && channels % 2 == 0)) {
     const int64_t words_per_row = std::max<int64_t>(depth(channels), 1);
     const int64_t fit =
@@ -85,7 +85,7 @@ struct Head {
     pitch = padded_rows() + 16;
     block = std::clamp(kBlockWords / words_per_row / kColumnMultiple * kColumnMultiple,
                        kColumnMultiple, kMaxBlockColumns);
-    span = round_up(std::max<int64_t>(ceil_div(columns, kMaxSpans), 1), block);
+    span = round_up(std::max<int64_t>(ceil_div(columns, kMaxSpans), 1), kMaxBlockColumns);
     spans = ceil_div(columns, span);
   }
   // sums: whether sum_spans will be called.
@@ -94,9 +94,9 @@ struct Head {
   int64_t padded_rows() const { return round_up(chunk_rows, kMaxPanelRows); }
   // Words of k channels, and the channels of a block of them.
   int64_t depth(int64_t k) const { return pairs ? ceil_div(k, 2) : k; }
-  int64_t block_k() const { return pairs ? 2 * kBlockK : kBlockK; }
+  int64_t block_k() const { return sum_block(channels, pairs); }
   int64_t word_floats() const { return weight_in_place ? 0 : block * depth(channels); }
-  int64_t logit_floats() const { return block * pitch; }
+  int64_t logit_floats() const { return kMaxBlockColumns * pitch; }
   RowState state_of(int64_t row) const {
     const int32_t target = targets.as<int32_t>()[row];
     return target == kSkippedTarget          ? RowState::skipped
@@ -121,8 +121,8 @@ int64_t gather_rows(const Head& h, int64_t& next, const F& state) {
 
 // Packs the chunk's hidden states: block of k by block of k, each with the panels of all rows.
 void pack_hidden(CpuDevice& cpu, const Head& h, int64_t active);
-// The logits of the chunk's rows in columns first .. first + n: [n][pitch], a row per lane; lanes
-// past the last row, up to a whole vector, are undefined.
+// The logits of the chunk's rows in columns first .. first + n, at most kMaxBlockColumns:
+// [n][pitch], a row per lane; lanes past the last row, up to a whole vector, are undefined.
 const float* compute_logits(const Simd& simd, const Head& h, int64_t active, int64_t first,
                             int64_t n, int thread);
 // The softmax sums of every row of the chunk over every span, and the targets' logits. The logits

@@ -48,12 +48,14 @@ const float* weight_words(const Simd& simd, const Head& h, int64_t first, int64_
 
 }  // namespace
 
-const float* compute_logits(const Simd& simd, const Head& h, int64_t active, int64_t first,
-                            int64_t n, int thread) {
+namespace {
+
+// The logits of at most `block` columns.
+void compute_block(const Simd& simd, const Head& h, int64_t active, int64_t first, int64_t n,
+                   float* buffer, float* logits) {
   int mr, nr;
   simd.gemm_tile_size(&mr, &nr);
-  float* logits = h.logits + thread * h.logit_floats();
-  const float* words = weight_words(simd, h, first, n, h.words + thread * h.word_floats());
+  const float* words = weight_words(simd, h, first, n, buffer);
   const int64_t lanes = round_up(active, simd.vector_width()), depth = h.depth(h.channels);
   float bias[kMaxBlockColumns];
   if (h.bias) simd.to_f32(h.bias.dtype, h.bias.element(first), bias, n);
@@ -66,10 +68,11 @@ const float* compute_logits(const Simd& simd, const Head& h, int64_t active, int
   ahead.lines_left = ahead.lines = std::max<int64_t>(std::min(n, h.columns - next), 0) * size / 64;
   ahead.rows = ahead.lines > 0;
   set_interval(ahead, prefetch_slots(simd, n, lanes, depth));
-  for (int64_t k0 = 0; k0 < h.channels; k0 += h.block_k())
+  const int64_t block_k = h.block_k();
+  for (int64_t k0 = 0; k0 < h.channels; k0 += block_k)
     simd.gemm_rows(h.pairs, {.m = n,
                              .n = lanes,
-                             .k = std::min(h.block_k(), h.channels - k0),
+                             .k = std::min(block_k, h.channels - k0),
                              .a = words + h.depth(k0),
                              .lda = depth,
                              .b = h.panels + h.depth(k0) * h.padded_rows(),
@@ -78,6 +81,17 @@ const float* compute_logits(const Simd& simd, const Head& h, int64_t active, int
                              .ldc = h.pitch,
                              .accumulate = h.bias || k0,
                              .prefetch = &ahead});
+}
+
+}  // namespace
+
+const float* compute_logits(const Simd& simd, const Head& h, int64_t active, int64_t first,
+                            int64_t n, int thread) {
+  float* logits = h.logits + thread * h.logit_floats();
+  float* buffer = h.words + thread * h.word_floats();
+  for (int64_t j = 0; j < n; j += h.block)
+    compute_block(simd, h, active, first + j, std::min(h.block, n - j), buffer,
+                  logits + j * h.pitch);
   return logits;
 }
 
@@ -90,8 +104,8 @@ void sum_spans(CpuDevice& cpu, const Head& h, int64_t active, float* chunk) {
       std::fill_n(running, h.pitch, static_cast<float>(-kInfinity));
       std::fill_n(running + h.pitch, 2 * h.pitch, 0.0f);
       const int64_t stop = std::min(h.columns, (s + 1) * h.span);
-      for (int64_t first = s * h.span; first < stop; first += h.block) {
-        const int64_t n = std::min(h.block, stop - first);
+      for (int64_t first = s * h.span; first < stop; first += kMaxBlockColumns) {
+        const int64_t n = std::min(kMaxBlockColumns, stop - first);
         const float* logits = compute_logits(simd, h, active, first, n, thread);
         simd.softmax_lanes(n, h.pitch, lanes, static_cast<float>(h.inverse), h.moment, logits,
                            running);

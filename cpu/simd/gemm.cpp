@@ -14,7 +14,7 @@
 // twice the throughput where the CPU has AVX512-BF16 (vdpbf16ps: exact products, each added to an
 // f32).
 #include "cpu/simd/simd.h"
-#include "cpu/simd/vec.h"
+#include "cpu/simd/words.h"
 
 namespace p2r::cpu::P2R_ISA {
 
@@ -29,46 +29,6 @@ constexpr int MR = 6;
 #endif
 constexpr int NV = 2, NR = NV * W;
 constexpr int64_t kMinPrefetchedDepth = 128;  // words: sums long enough to prefetch C's tile
-
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Words of pairs from two vectors of elements: of f32, which are rounded, or of bf16.
-inline vf to_pairs(vf low, vf high) { return bf16_pairs(low, high); }
-inline vf to_pairs(vh low, vh high) { return from_bits(widen(low) | widen(high) << 16); }
-
-// The first n of 2 W contiguous elements as W pairs.
-inline vf load_pairs(const float* x, int64_t n) {
-  const int more = n < W ? 0 : static_cast<int>(min(n - W, W));
-  return bf16_adjacent_pairs(load_first<vf>(x, static_cast<int>(min(n, W))),
-                             load_first<vf>(x + (more ? W : 0), more));
-}
-inline vf load_pairs(const uint16_t* x, int64_t n) {
-  return n < 2 * W ? load_first<vf>(x, static_cast<int>(n)) : load<vf>(x);
-}
-
-// Transposes a W x W block in place: for each distance d, the d x d blocks beside the diagonal are
-// swapped (Eklundh, 1972).
-template <int D>
-inline void swap_blocks(vf* row) {
-  vi from_right, from_left;
-  for (int j = 0; j < W; ++j) {
-    from_left[j] = j & D ? W + j - D : j;
-    from_right[j] = j & D ? W + j : j + D;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i)
-    if (!(i & D)) {
-      const vf a = row[i], b = row[i + D];
-      row[i] = shuffle(a, b, from_left);
-      row[i + D] = shuffle(a, b, from_right);
-    }
-}
-inline void transpose(vf* row) {
-  if constexpr (W == 16) swap_blocks<8>(row);
-  if constexpr (W >= 8) swap_blocks<4>(row);
-  swap_blocks<2>(row);
-  swap_blocks<1>(row);
-}
 
 // Packing. A lane of a panel of width P is a row of A or a column of B.
 
@@ -217,16 +177,6 @@ void pack(bool pairs, DType type, const void* x, int64_t lane_stride, int64_t k_
     (pairs ? pack_as<Bf16, P, true> : pack_as<Bf16, P, false>)(x, lane_stride, k_stride, lanes, k,
                                                                out);
 }
-
-// The product of panel words: of f32 by FMAs, or of pairs of bf16. Out: the type of RowGemm::out.
-struct F32Words {
-  typedef float Out;
-  static vf multiply_add(vf sum, vf x, vf y) { return sum + x * y; }
-};
-struct PairWords {
-  typedef uint16_t Out;
-  static vf multiply_add(vf sum, vf x, vf y) { return bf16_dot(sum, x, y); }
-};
 
 // One prefetch slot: every `interval` slots, prefetches the next line of each tensor into L2.
 inline void prefetch_line(Prefetch& p) {

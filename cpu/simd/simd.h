@@ -12,6 +12,7 @@
 
 namespace p2r::cpu {
 
+struct FewRows;  // linear.h
 struct LogitGradientRow;  // arguments.h
 struct PolicyRun;
 struct RolloutRun;

@@ -1,4 +1,4 @@
-import { checkArguments, type Names } from '../arguments.js'
+import { checkArguments, choice, type Names } from '../arguments.js'
 import type { Device } from '../device.js'
 import type { FloatDType } from '../dtype.js'
 import { native, type TensorHandle } from '../native.js'
@@ -12,14 +12,22 @@ export interface LinearArgs<D extends FloatDType = FloatDType> {
   weight: Tensor<NoInfer<D>>
   /** [F], of x's type or f32; added if given. */
   bias?: Tensor<NoInfer<D> | 'f32'>
+  /**
+   * The result's type, x's or f32. In f32 the sums are not rounded: logits so made are those that
+   * `linearLogProbs` has inside, on the CPU to the bit.
+   *
+   * @default x's type
+   */
+  dtype?: NoInfer<D> | 'f32'
 }
 
-const names: Names<LinearArgs> = { x: true, weight: true, bias: true }
+const names: Names<LinearArgs> = { x: true, weight: true, bias: true, dtype: true }
 
 /**
- * A linear layer: x · weightᵀ + bias. Sums are f32 and rounded once.
+ * A linear layer: x · weightᵀ + bias. Sums are f32 and rounded once. On the CPU a row has the same bits alone,
+ * in any batch and with any number of threads; up to 16 rows take as long as reading the weight once.
  *
- * @returns [..., F], of x's type.
+ * @returns [..., F], of x's type or of `dtype`.
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
  * @example
  * ```js
@@ -32,13 +40,19 @@ const names: Names<LinearArgs> = { x: true, weight: true, bias: true }
  * device.dispose()
  * ```
  */
-export function linear<D extends FloatDType>(a: LinearArgs<D>): Tensor<D> {
+export function linear<D extends FloatDType>(a: LinearArgs<D> & { dtype?: NoInfer<D> }): Tensor<D>
+export function linear<D extends FloatDType>(a: LinearArgs<D> & { dtype: 'f32' }): Tensor<'f32'>
+export function linear<D extends FloatDType>(a: LinearArgs<D>): Tensor<D | 'f32'>
+export function linear<D extends FloatDType>(a: LinearArgs<D>): Tensor<D | 'f32'> {
   const op = 'linear'
   checkArguments(a, names, op)
+  const x = handleOf(a.x, 'x', op)
+  const dtype = a.dtype === undefined ? x.dtype : choice(a.dtype, [x.dtype, 'f32'], 'dtype', op)
   const out = native().ops.linear!(
-    handleOf(a.x, 'x', op),
+    x,
     handleOf(a.weight, 'weight', op),
     maybeHandle(a.bias, 'bias', op),
+    dtype === 'f32',
   )
   return wrap(a.x.device, out)
 }
