@@ -51,8 +51,8 @@ export default {
   workloads: [
     loss('ppo, inputs in the cache', false, true),
     loss('ppo, on-policy', true, false),
-    ...(['dppo_tv', 'dppo_kl', 'gmpo', 'vespo'] as const).map((objective) =>
-      loss(`${objective}, inputs in the cache`, false, true, objective),
+    ...(['dppo_tv', 'dppo_kl', 'gmpo', 'vespo', 'luspo', 'clip_cov', 'kl_cov'] as const).map(
+      (objective) => loss(`${objective}, inputs in the cache`, false, true, objective),
     ),
   ],
 } satisfies Benchmark

@@ -74,6 +74,10 @@ Napi::Value linear_policy_loss(Call& call) {
   call.check(!by_sequence(a.loss.objective), Code::value,
              "objective must not be 'gspo', 'luspo', 'gmpo' or 'vespo', whose ratios need all of a "
              "sequence: use linearLogProbs, policyLoss and linearLogProbsBackward");
+  call.check(!by_covariance(a.loss.objective) && a.loss.top_entropy == 1, Code::value,
+             "objective must not be 'clip_cov' or 'kl_cov', nor topEntropyQuantile below 1, which "
+             "need all tokens of a batch: use linearLogProbs, policyLoss and "
+             "linearLogProbsBackward");
   read_accumulators(call, a);
   a.log_probs = call.result(DType::f32, {a.hidden.shape[0]});
   policy_loss_results(call, a.loss);

@@ -131,6 +131,8 @@ export {
 } from './ops/log_probs.js'
 export * from './ops/optimizer.js'
 export {
+  type ApplyKlPenaltyArgs,
+  applyKlPenalty,
   type EntropyGradient,
   type KlEstimator,
   type LossAggregation,
@@ -215,6 +217,7 @@ export {
   grpoStep,
   type HeadModel,
   type HeadStep,
+  type KlPlacement,
   type LogitsModel,
   type LogitsStep,
   type LogProbsModel,
@@ -284,6 +287,9 @@ export {
   extractAnswer,
   type ModelVerifierOptions,
   modelVerifier,
+  type OverlongOptions,
+  type OverlongPenaltyArgs,
+  overlongPenalty,
   type PerceptionFaultOptions,
   perceptionFault,
   type RewardRules,

@@ -13,12 +13,26 @@ struct Named {
 };
 
 // Policy-gradient objectives; formulas in ops/policy_loss.h.
-enum class Objective : uint8_t { ppo, gspo, cispo, sapo, gpg, dppo_tv, dppo_kl, gmpo, vespo };
+enum class Objective : uint8_t {
+  ppo,
+  gspo,
+  cispo,
+  sapo,
+  gpg,
+  dppo_tv,
+  dppo_kl,
+  gmpo,
+  vespo,
+  clip_cov,
+  kl_cov
+};
 inline constexpr Named<Objective> kObjectives[] = {
-    {Objective::ppo, "ppo"},         {Objective::gspo, "gspo"}, {Objective::cispo, "cispo"},
-    {Objective::sapo, "sapo"},       {Objective::gpg, "gpg"},   {Objective::dppo_tv, "dppo_tv"},
-    {Objective::dppo_kl, "dppo_kl"}, {Objective::gmpo, "gmpo"}, {Objective::vespo, "vespo"},
-    {Objective::gspo, "luspo"}};
+    {Objective::ppo, "ppo"},           {Objective::gspo, "gspo"},
+    {Objective::cispo, "cispo"},       {Objective::sapo, "sapo"},
+    {Objective::gpg, "gpg"},           {Objective::dppo_tv, "dppo_tv"},
+    {Objective::dppo_kl, "dppo_kl"},   {Objective::gmpo, "gmpo"},
+    {Objective::vespo, "vespo"},       {Objective::gspo, "luspo"},
+    {Objective::clip_cov, "clip_cov"}, {Objective::kl_cov, "kl_cov"}};
 
 // Estimators of the KL divergence from the reference policy; formulas in ops/policy_loss.h.
 enum class Kl : uint8_t { none, k1, k2, k3, abs, k1_plus, k3_plus };
@@ -32,14 +46,16 @@ enum class Aggregation : uint8_t {
   seq_mean_token_sum,
   seq_mean_token_mean,
   seq_mean_token_sum_norm,
-  token_sum
+  token_sum,
+  prompt_mean
 };
 inline constexpr Named<Aggregation> kAggregations[] = {
     {Aggregation::token_mean, "token-mean"},
     {Aggregation::seq_mean_token_sum, "seq-mean-token-sum"},
     {Aggregation::seq_mean_token_mean, "seq-mean-token-mean"},
     {Aggregation::seq_mean_token_sum_norm, "seq-mean-token-sum-norm"},
-    {Aggregation::token_sum, "token-sum"}};
+    {Aggregation::token_sum, "token-sum"},
+    {Aggregation::prompt_mean, "prompt-mean"}};
 
 // Advantage estimators; formulas in ops/advantages.h. verl's vectorised forms are the same
 // functions under a second name.

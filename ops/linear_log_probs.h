@@ -37,10 +37,10 @@
 // The policy loss computes each logit once (three products, where linear_log_probs, policy_loss and
 // linear_log_probs_backward take four): chunk by chunk the log-probabilities, the loss's gradient
 // with respect to them, dz over the logits, and its products. That gradient must not depend on
-// other tokens' log-probabilities, so objectives of sequences (gspo, luspo, gmpo, vespo) are
-// refused. A masked token has its log-probability,
-// unless its target is -100, and takes no part in the gradient's products on the CPU. Entropy
-// is computed where entropy_coef is not 0.
+// other tokens' log-probabilities, so objectives of sequences (gspo, luspo, gmpo, vespo) and of the
+// batch (clip_cov, kl_cov, any with top_entropy) are refused. A masked token has its
+// log-probability, unless its target is -100, and takes no part in the gradient's products on the
+// CPU. Entropy is computed where entropy_coef is not 0.
 //
 // Source: cut cross-entropy (Wijmans et al. 2024) for logits that are never stored; the exact
 // gradient, without its filter.

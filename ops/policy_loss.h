@@ -24,6 +24,16 @@
 //          m = clamp(Σ d + Σ clamp(log w, log 1e-8, 20), log 1e-8, 20) over the sequence, with k
 //          and λ by the sign of A (A = 0: positive); w does not multiply the loss again
 //
+//   clip_cov  as ppo without dual clip; 0 for the chosen tokens    as ppo; 0 for the chosen tokens
+//   kl_cov    -A r; for the chosen tokens plus cov_kl |d|          -A r, plus cov_kl sign(d); 0
+//   past
+//             (Cui et al. 2025, arXiv:2505.22617)                  ±20
+//     by the covariance C = (A - mean A) (logp - mean logp), means over the batch's kept tokens, of
+//     which n = max(1, floor(cov_ratio N)) are chosen: for kl_cov those of the largest C, for
+//     clip_cov at random among those that were not clipped and have cov_low < C < cov_high (fewer
+//     where there are fewer). Random: the largest random_key; of equal C the first. A NaN C is
+//     never chosen. clip_cov's dual-clip metric, and kl_cov's, counts the chosen ones.
+//
 // delta (inf: none) bounds ppo's and gspo's r before its product with A, with gradient 0 where it
 // does: TRL's two-sided clipping. luspo is gspo with seq_mean_token_sum (arXiv:2602.05261).
 //
@@ -39,7 +49,8 @@
 // use_bias_correction_kl, but that takes the sequence's ratio with sequence ratios).
 //
 // Read: verl/trainer/ppo/core_algos.py of volcengine/verl b178a3cd (gmpo is geo_mean there, kl) and
-// of its later state (dppo_tv, dppo_kl); src/prime_rl/trainer/rl/loss.py of
+// of its later state (dppo_tv, dppo_kl; clip_cov, kl_cov, whose ratios are not clamped, and whose
+// choice is torch.randperm's); src/prime_rl/trainer/rl/loss.py of
 // PrimeIntellect-ai/prime-rl 559b4477 (dppo_tv, without delta and with an untruncated gradient);
 // trl/trainer/grpo_trainer.py of huggingface/trl f2cd5771 (delta, luspo, vespo).
 //
@@ -47,11 +58,19 @@
 //
 //   token_mean           Σ / N                  seq_mean_token_sum        Σ_i Σ_t / S
 //   seq_mean_token_mean  Σ_i (Σ_t / L_i) / S    seq_mean_token_sum_norm   Σ_i Σ_t / S / loss_scale
-//   token_sum            Σ
+//   token_sum            Σ                     prompt_mean               Σ_p (Σ_i Σ_t / N_p) / P
 //
-// L_i kept tokens, N their sum, S the sequences with L_i > 0 (count_empty: all of them). normalizer
-// > 0 replaces N or S of agg, and of agg' where that counts the same thing. Nothing kept: every
-// result 0.
+// L_i kept tokens, N their sum, S the sequences with L_i > 0 (count_empty: all of them); N_p the
+// kept tokens of a group of sequences, P the groups with N_p > 0 (all), as in SkyRL's loss
+// reduction of that name (skyrl/backends/skyrl_train/utils/ppo_utils.py of NovaSky-AI/SkyRL
+// a9564572). normalizer > 0 replaces N, S or P of agg, and of agg' where that counts the same
+// thing. Nothing kept: every result 0.
+//
+// top_entropy (1: all) leaves the policy term to the tokens of the highest entropy, as Wang et al.
+// 2025 (arXiv:2506.01939) and TRL's top_entropy_quantile: of the N entropies of kept tokens,
+// sorted, those from the one of index ceil((1 - top_entropy) (N - 1)) on and its equals (what is at
+// least the quantile by linear interpolation). The other tokens' policy terms are 0; they count in
+// N and L as before. A NaN entropy counts as the highest.
 //
 // log_probs, old, ref, entropy, importance_weights, d_log_probs, d_entropy f32 [T], packed by
 // cu_seqlens; advantages f32 [B] or [T]; mask u8 [T]; loss f32 [1]; metrics f32 [10]: loss, policy
@@ -79,12 +98,16 @@ constexpr int kLossMetrics = 1 + kLossSums + 2;          // the loss, and the ke
 struct PolicyLossArgs {
   In log_probs, old_log_probs, ref_log_probs, entropy, importance_weights, advantages, mask;
   Ints cu_seqlens;
+  Ints groups;  // of each sequence, for prompt_mean alone: any ids in any order
   Objective objective = Objective::ppo;
   double clip_low = 0.2, clip_high = 0.2;
   double dual_clip = 3;  // 0: none
   double delta = 0;      // 0: none
   double tau_positive = 1, tau_negative = 1.05;
   double k_positive = 2, lambda_positive = 3, k_negative = 3, lambda_negative = 2;  // vespo
+  double cov_ratio = 2e-4, cov_low = 1, cov_high = 5, cov_kl = 1;  // clip_cov, kl_cov
+  int64_t cov_seed = 0;
+  double top_entropy = 1;
   Kl kl = Kl::none;
   bool kl_unbiased = false;
   double kl_coef = 0.01, kl_clamp = 10;  // kl_clamp 0: none
@@ -96,11 +119,31 @@ struct PolicyLossArgs {
   Out loss, d_log_probs, d_entropy, metrics;
   auto fields() {
     return std::tie(log_probs, old_log_probs, ref_log_probs, entropy, importance_weights,
-                    advantages, mask, cu_seqlens, objective, clip_low, clip_high, dual_clip, delta,
-                    tau_positive, tau_negative, k_positive, lambda_positive, k_negative,
-                    lambda_negative, kl, kl_unbiased, kl_coef, kl_clamp, entropy_coef, aggregation,
-                    term_aggregation, count_empty, loss_scale, normalizer, per_token, loss,
-                    d_log_probs, d_entropy, metrics);
+                    advantages, mask, cu_seqlens, groups, objective, clip_low, clip_high, dual_clip,
+                    delta, tau_positive, tau_negative, k_positive, lambda_positive, k_negative,
+                    lambda_negative, cov_ratio, cov_low, cov_high, cov_kl, cov_seed, top_entropy,
+                    kl, kl_unbiased, kl_coef, kl_clamp, entropy_coef, aggregation, term_aggregation,
+                    count_empty, loss_scale, normalizer, per_token, loss, d_log_probs, d_entropy,
+                    metrics);
+  }
+  FaultFlag fault;
+  FaultSource fault_source() const { return {}; }  // the mask alone can be at fault
+};
+
+// KL in the reward: of each sequence rewards - kl_coef Σ kl(log_probs, ref_log_probs) over its kept
+// tokens, the estimates as above, with kl_clamp likewise. rewards, out f32 [B], the rest as above;
+// sums f64 in the order of the tokens (on CUDA in a fixed order). A mask value other than 0 and 1
+// faults, and makes its sequence NaN. Source: apply_kl_penalty of verl/trainer/ppo/ray_trainer.py
+// of volcengine/verl b178a3cd, with rewards that stand on a sequence's last token.
+struct ApplyKlPenaltyArgs {
+  In rewards, log_probs, ref_log_probs, mask;
+  Ints cu_seqlens;
+  Kl kl = Kl::k1;
+  double kl_coef = 0.01, kl_clamp = 10;  // kl_clamp 0: none
+  Out out;
+  auto fields() {
+    return std::tie(rewards, log_probs, ref_log_probs, mask, cu_seqlens, kl, kl_coef, kl_clamp,
+                    out);
   }
   FaultFlag fault;
   FaultSource fault_source() const { return {}; }  // the mask alone can be at fault
@@ -112,6 +155,43 @@ constexpr int64_t kLossRun = 2048;
 constexpr bool by_sequence(Objective objective) {
   return objective == Objective::gspo || objective == Objective::gmpo ||
          objective == Objective::vespo;
+}
+
+// Whether some tokens are chosen by their covariance.
+constexpr bool by_covariance(Objective objective) {
+  return objective == Objective::clip_cov || objective == Objective::kl_cov;
+}
+// How many of N kept tokens.
+constexpr int64_t chosen_of(double ratio, double tokens) {
+  const int64_t n = static_cast<int64_t>(ratio * tokens);
+  return n > 1 ? n : 1;
+}
+// The order of choice, as one number, all of which are distinct: by `key`, then the first token.
+constexpr uint64_t choice_rank(uint32_t key, int64_t token) {
+  return uint64_t{key} << 32 | (0xFFFFFFFF - static_cast<uint32_t>(token));
+}
+// f32 as integers of the same order; a NaN that is not negative is above infinity.
+constexpr uint32_t ordered_bits(uint32_t bits) {
+  return bits & 0x80000000 ? ~bits : bits | 0x80000000;
+}
+constexpr uint32_t from_ordered_bits(uint32_t x) { return x & 0x80000000 ? x & 0x7FFFFFFF : ~x; }
+// Different for different tokens: each step is a bijection (the constants are those of murmur3's).
+constexpr uint32_t scrambled(uint32_t x) {
+  x = (x ^ x >> 16) * 0x85EBCA6B;
+  x = (x ^ x >> 13) * 0xC2B2AE35;
+  return x ^ x >> 16;
+}
+constexpr uint32_t random_key(int64_t seed, int64_t token) {
+  const uint32_t low = static_cast<uint32_t>(seed),
+                 high = static_cast<uint32_t>(uint64_t(seed) >> 32);
+  return scrambled(scrambled(scrambled(static_cast<uint32_t>(token)) ^ low) + high);
+}
+// Of n sorted entropies, the index from which on tokens keep their policy term. A product that is
+// an integer but for its rounding counts as one.
+constexpr int64_t first_of_top(double top_entropy, int64_t n) {
+  const double position = (1 - top_entropy) * static_cast<double>(n - 1) * (1 - 1e-12);
+  const int64_t below = static_cast<int64_t>(position);
+  return position > static_cast<double>(below) ? below + 1 : below;
 }
 
 // What a kept token adds to its sequence's sum of log-ratios. step: logp - old; log_importance: of
@@ -166,7 +246,8 @@ inline LossRuns loss_runs(const Ints& cu_seqlens) {
   return out;
 }
 
-// The weight of each kept token of a sequence. kept: L_i; tokens, rows: N and S.
+// The weight of each kept token of a sequence. kept: L_i (prompt_mean: N_p); tokens, rows: N and S
+// (P).
 constexpr double loss_weight(Aggregation how, double kept, double tokens, double rows,
                              double loss_scale) {
   if (!(kept > 0)) return 0;
@@ -176,6 +257,7 @@ constexpr double loss_weight(Aggregation how, double kept, double tokens, double
     case Aggregation::seq_mean_token_sum:
       return 1 / rows;
     case Aggregation::seq_mean_token_mean:
+    case Aggregation::prompt_mean:
       return 1 / (kept * rows);
     case Aggregation::token_sum:
       return 1;

@@ -34,8 +34,9 @@
 // given mask keeps: (Σ w)² / (N Σ w²) of the weights before normalization, the effective share of
 // the sample (verl clamps them to [1 / high, high] first); χ², the mean of e^(2d) less 1, and the
 // mean over sequences of e^(2 clamp(Σ l, ±20)) less 1; means of -l and of e^d - 1 - d; means over
-// sequences of e^(-mean logp) and e^(-mean rollout); the shares of tokens whose weight the mode changed, and that were rejected;
-// the mean weight. Nothing kept: all 0. A mask value other than 0 and 1 faults; it counts as 1.
+// sequences of e^(-mean logp) and e^(-mean rollout); the shares of tokens whose weight the mode
+// changed, and that were rejected; the mean weight. Nothing kept: all 0. A mask value other than 0
+// and 1 faults; it counts as 1.
 //
 // A token's terms are f32, sums f64 (on the CPU, those for the metrics alone f32 in runs of some
 // hundred tokens), in fixed order: runs of kLossRun tokens within each sequence, then the runs in

@@ -1,4 +1,5 @@
 import {
+  applyKlPenalty,
   type GrpoBatch,
   type GrpoModel,
   groupAdvantages,
@@ -114,7 +115,17 @@ onEveryBackend('grpo', (b) => {
         expect((await logProbs.read()).length).toBe(T) // the caller's stays
       })
 
-  for (const objective of ['ppo', 'gspo', 'sapo', 'dppo_tv', 'gmpo', 'vespo', 'luspo'] as const)
+  for (const objective of [
+    'ppo',
+    'gspo',
+    'sapo',
+    'dppo_tv',
+    'gmpo',
+    'vespo',
+    'luspo',
+    'clip_cov',
+    'kl_cov',
+  ] as const)
     for (const entropyCoef of [0, 0.05])
       test(`${objective} on a linear head, entropyCoef ${entropyCoef}: equals the step on its logits`, async () => {
         const C = 12
@@ -155,6 +166,72 @@ onEveryBackend('grpo', (b) => {
         await expect(b.device.synchronize()).rejects.toMatchObject(fault)
         step2.dispose()
       })
+
+  test('the tokens of the highest entropy, from logits and through a head', async () => {
+    const a = { ...inputs(), topEntropyQuantile: 0.4 }
+    const { rewards: given, groups: by, ...inLoss } = a
+    const forward = tokenLogProbs({ logits: logits(), targets: targets(), entropy: true })
+    const { logProbs, entropy } = forward
+    const advantages = groupAdvantages({ rewards: given, groups: by })
+    const expected = policyLoss({ ...inLoss, logProbs, entropy, advantages })
+    using step = grpoStep({ ...a, logits: logits(), targets: targets() })
+    expect(await step.metrics()).toEqual(await expected.metrics())
+    const weight = b.device.tensor(random.normals(V * 5), [V, 5])
+    const hidden = b.device.tensor(random.normals(T * 5), [T, 5])
+    using whole = grpoStep({ ...a, logits: linear({ x: hidden, weight }), targets: targets() })
+    using head = grpoStep({ ...a, hidden, weight, targets: targets() })
+    expectClose(await head.loss.read(), await whole.loss.read(), { absolute: 1e-5 })
+    const back = linearBackward({ dOut: whole.dLogits, x: hidden, weight })
+    expectClose(await head.dWeight.read(), await back.dWeight.read(), { absolute: 1e-5 })
+    expectRefusal(() => grpoStep({ ...a, logProbs }), 'ERR_VALUE', 'grpoStep', /needs entropy/)
+  })
+
+  test('means over prompts take the groups', async () => {
+    const { groups: by, rewards: _, ...inLoss } = inputs()
+    const logProbs = f32(near.map((x) => x + 0.1))
+    const advantages = f32(random.normals(6))
+    const o = { aggregation: 'prompt-mean', groups: by } as const
+    const expected = policyLoss({ ...inLoss, ...o, logProbs, advantages })
+    using step = grpoStep({ ...inLoss, ...o, logProbs, advantages })
+    expect(await step.dLogProbs.read()).toEqual(await expected.dLogProbs.read())
+  })
+
+  test('KL in the reward', async () => {
+    const a = inputs()
+    const { rewards: given, groups: by, oldLogProbs, refLogProbs, mask } = a
+    const logProbs = f32(near.map((x) => x + 0.1))
+    for (const [kl, klCoef] of [
+      ['k1', 0.3],
+      ['k3', 0.1],
+    ] as const) {
+      const pair = { logProbs: oldLogProbs, refLogProbs, cuSeqlens, mask, kl, klCoef }
+      const less = applyKlPenalty({ rewards: given, ...pair })
+      const advantages = groupAdvantages({ rewards: less, groups: by })
+      const plain = policyLoss({ logProbs, oldLogProbs, advantages, cuSeqlens, mask })
+      using step = grpoStep({ ...a, logProbs, klIn: 'reward', kl, klCoef })
+      expect(await step.advantages.read()).toEqual(await advantages.read())
+      expect(await step.dLogProbs.read()).toEqual(await plain.dLogProbs.read())
+      const of = { logProbs, refLogProbs, advantages, cuSeqlens, mask, kl }
+      expect((await step.metrics()).kl).toBe((await policyLoss(of).metrics()).kl)
+    }
+    // k1 unless another is given; of the model's log-probs where there are no old ones.
+    const { oldLogProbs: _, ...onPolicy } = a
+    using step = grpoStep({ ...onPolicy, logProbs, klIn: 'reward' })
+    const less = applyKlPenalty({ rewards: given, logProbs, refLogProbs, cuSeqlens, mask })
+    const advantages = groupAdvantages({ rewards: less, groups: by })
+    expect(await step.advantages.read()).toEqual(await advantages.read())
+    const refuses = (extra: object, message: RegExp) =>
+      expectRefusal(
+        () => grpoStep({ ...a, logProbs, klIn: 'reward', ...extra } as never),
+        'ERR_VALUE',
+        'grpoStep',
+        message,
+      )
+    refuses({ klIn: 'both' }, /klIn/)
+    refuses({ refLogProbs: undefined }, /needs refLogProbs/)
+    refuses({ klUnbiased: true }, /klUnbiased/)
+    refuses({ rewards: undefined, groups: undefined, advantages: given }, /klIn/)
+  })
 
   for (const per of ['sequence', 'token'] as const)
     test(`the caller’s advantages of each ${per}`, async () => {

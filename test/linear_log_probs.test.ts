@@ -688,6 +688,12 @@ onEveryBackend('linear_log_probs', (b) => {
       }
       for (const objective of ['gspo', 'luspo', 'gmpo', 'vespo'])
         losses({ objective }, 'ERR_VALUE', /linearLogProbs, policyLoss and/)
+      for (const extra of [
+        { objective: 'clip_cov' },
+        { objective: 'kl_cov' },
+        { topEntropyQuantile: 0.2 },
+      ])
+        losses(extra, 'ERR_VALUE', /need all tokens of a batch/)
       losses({ objective: 'best' }, 'ERR_VALUE', /objective/)
       losses({ cuSeqlens: [0, 2] }, 'ERR_VALUE', /cuSeqlens/)
       losses({ kl: 'k3' }, 'ERR_VALUE', /refLogProbs/)

@@ -1,4 +1,5 @@
 import {
+  applyKlPenalty,
   type LossAggregation,
   type LossMetrics,
   type PolicyLossOptions,
@@ -27,6 +28,7 @@ interface Data {
   importanceWeights?: Numbers
   advantages: Numbers
   mask?: Numbers
+  groups?: readonly number[]
   cuSeqlens: number[]
 }
 
@@ -53,6 +55,8 @@ const objectives = [
   'gmpo',
   'vespo',
   'luspo',
+  'clip_cov',
+  'kl_cov',
 ] as const
 
 const clamp = (x: number, low: number, high: number): number => Math.min(Math.max(x, low), high)
@@ -74,8 +78,44 @@ function binaryKl(logQ: number, logP: number): number {
   return (q > 0 ? q * (logQ - logP) : 0) + (1 - q) * Math.log((1 - q + 1e-8) / (1 - p + 1e-8))
 }
 
+// Where a token stands in clip_cov's draw, the highest first: a bijection of 32-bit numbers.
+function randomKey(seed: number, token: number): number {
+  const scrambled = (x: number): number => {
+    let y = Math.imul(x ^ (x >>> 16), 0x85ebca6b)
+    y = Math.imul(y ^ (y >>> 13), 0xc2b2ae35)
+    return y ^ (y >>> 16)
+  }
+  const [low, high] = [seed % 2 ** 32, Math.floor(seed / 2 ** 32)]
+  return scrambled((scrambled(scrambled(token) ^ low) + high) | 0) >>> 0
+}
+
+// The tokens that clip_cov and kl_cov choose.
+function chosenOf(a: Data, o: PolicyLossOptions, held: Numbers, perToken: boolean): Set<number> {
+  const { cuSeqlens: c, mask } = a
+  const kept = c.slice(1).flatMap((end, i) =>
+    Array.from({ length: end - c[i]! }, (_, k) => c[i]! + k)
+      .filter((t) => !mask || mask[t])
+      .map((t) => ({ t, A: a.advantages[perToken ? t : i]! })),
+  )
+  const mean = (f: (x: { t: number; A: number }) => number): number =>
+    kept.reduce((s, x) => s + f(x), 0) / kept.length
+  const [meanA, meanP] = [mean(({ A }) => A), mean(({ t }) => held[t]!)]
+  const n = Math.max(1, Math.floor((o.covRatio ?? 2e-4) * kept.length))
+  const ranked = kept
+    .map(({ t, A }) => ({ t, A, C: (A - meanA) * (held[t]! - meanP) }))
+    .filter(({ t, A, C }) => {
+      if (o.objective === 'kl_cov') return !Number.isNaN(C)
+      const r = Math.exp(a.oldLogProbs ? clamp(held[t]! - a.oldLogProbs[t]!, -20, 20) : 0)
+      if (-A * clamp(r, 1 - (o.clipLow ?? 0.2), 1 + (o.clipHigh ?? 0.2)) > -A * r) return false
+      return C > (o.covLow ?? 1) && C < (o.covHigh ?? 5)
+    })
+    .map(({ t, C }) => ({ t, key: o.objective === 'kl_cov' ? C : randomKey(o.covSeed ?? 0, t) }))
+    .sort((x, y) => y.key - x.key || x.t - y.t)
+  return new Set(ranked.slice(0, n).map(({ t }) => t))
+}
+
 // From the definitions, token by token in float64. `held` gives the log-probs whose gradient cispo, dppo
-// and vespo stop.
+// and vespo stop, and by which clip_cov and kl_cov choose.
 function oracle(a: Data, o: PolicyLossOptions, held: Numbers = a.logProbs) {
   const { cuSeqlens: c, mask } = a
   const B = c.length - 1
@@ -96,12 +136,24 @@ function oracle(a: Data, o: PolicyLossOptions, held: Numbers = a.logProbs) {
   })
   const tokens = sequences.reduce((n, s) => n + s.length, 0)
   const rows = o.emptyRows === 'count' ? B : sequences.filter((s) => s.length).length
+  const group = (i: number): number => a.groups?.[i] ?? i
+  const keptOf = (g: number): number =>
+    sequences.reduce((n, s, i) => n + (group(i) === g ? s.length : 0), 0)
+  const prompts = new Set(
+    sequences.map((_, i) => group(i)).filter((g) => o.emptyRows === 'count' || keptOf(g) > 0),
+  ).size
+  const chosen = objective.endsWith('_cov') ? chosenOf(a, o, held, perToken) : new Set()
+  const quantile = o.topEntropyQuantile ?? 1
+  const entropies = sequences.flat().map((t) => a.entropy?.[t] ?? 0)
+  const sorted = entropies.toSorted((x, y) => x - y)
+  const leastEntropy = sorted[Math.ceil((1 - quantile) * (tokens - 1) - 1e-9)]!
   const longest = Math.max(1, ...c.slice(1).map((end, i) => end - c[i]!))
-  const weight = (how: string, kept: number): number => {
+  const weight = (how: string, kept: number, i: number): number => {
     const same = (how === 'token-mean') === (aggregation === 'token-mean')
     const given = same ? o.normalizer : undefined
     if (how === 'token-sum') return 1
     if (how === 'token-mean') return 1 / (given ?? tokens)
+    if (how === 'prompt-mean') return 1 / ((given ?? prompts) * keptOf(group(i)))
     const s = given ?? rows
     if (how === 'seq-mean-token-sum') return 1 / s
     if (how === 'seq-mean-token-mean') return 1 / (s * kept)
@@ -140,8 +192,8 @@ function oracle(a: Data, o: PolicyLossOptions, held: Numbers = a.logProbs) {
       return Math.exp(lambda + k * sum - lambda * Math.exp(sum))
     }
     for (const t of kept) {
-      const w = weight(aggregation, kept.length)
-      const v = weight(terms, kept.length)
+      const w = weight(aggregation, kept.length, i)
+      const v = weight(terms, kept.length, i)
       const A = a.advantages[perToken ? t : i]!
       const is = objective === 'vespo' ? 1 : (a.importanceWeights?.[t] ?? 1)
       const d = clamp(step(t), -20, 20)
@@ -176,6 +228,16 @@ function oracle(a: Data, o: PolicyLossOptions, held: Numbers = a.logProbs) {
         lower = !clipped && now > most(now)
         slope = clipped ? 0 : -A * most(now)
         value = clipped ? 0 : slope * a.logProbs[t]!
+      } else if (objective === 'clip_cov') {
+        clipped = -A * clamp(r, low, high) > -A * r
+        lower = chosen.has(t)
+        value = lower ? 0 : Math.max(-A * r, -A * clamp(r, low, high))
+        slope = inside && !clipped && !lower ? -A * r : 0
+      } else if (objective === 'kl_cov') {
+        lower = chosen.has(t)
+        const penalty = lower ? (o.covKlCoef ?? 1) : 0
+        value = -A * r + penalty * Math.abs(d)
+        slope = inside ? -A * r + penalty * Math.sign(d) : 0
       } else if (objective === 'gmpo') {
         clipped = A > 0 && step(t) > (o.clipHigh ?? 0.2)
         lower = A < 0 && step(t) < -(o.clipLow ?? 0.2)
@@ -197,6 +259,7 @@ function oracle(a: Data, o: PolicyLossOptions, held: Numbers = a.logProbs) {
         slope = -A
         value = -A * a.logProbs[t]!
       }
+      if (quantile < 1 && a.entropy![t]! < leastEntropy) value = slope = 0
       out.policyLoss += w * is * value
       dLogProbs[t] = w * is * slope
       size += Math.abs(w * is * value)
@@ -252,6 +315,7 @@ onEveryBackend('policy_loss', (b) => {
       ...(a.refLogProbs ? { refLogProbs: f32(a.refLogProbs) } : {}),
       ...(a.entropy ? { entropy: f32(a.entropy) } : {}),
       ...(a.importanceWeights ? { importanceWeights: f32(a.importanceWeights) } : {}),
+      ...(a.groups ? { groups: a.groups } : {}),
       ...(a.mask ? { mask: b.device.tensor(Uint8Array.from(a.mask), [a.mask.length]) } : {}),
       ...o,
     })
@@ -303,6 +367,7 @@ onEveryBackend('policy_loss', (b) => {
       importanceWeights: Float32Array.from({ length: T }, () => 2 * random.uniform()),
       advantages: random.normals(lengths.length),
       mask,
+      groups: [7, 9, 7, -3, 9, 9, 4],
       cuSeqlens,
     }
   }
@@ -313,6 +378,7 @@ onEveryBackend('policy_loss', (b) => {
     'seq-mean-token-mean',
     'seq-mean-token-sum-norm',
     'token-sum',
+    'prompt-mean',
   ] as const
   const variants: [string, PolicyLossOptions][] = [
     ...objectives.map((objective): [string, PolicyLossOptions] => [objective, { objective }]),
@@ -331,6 +397,20 @@ onEveryBackend('policy_loss', (b) => {
     ['gspo with delta', { objective: 'gspo', delta: 1.02 }],
     ['dppo_tv with delta', { objective: 'dppo_tv', delta: 1.1, clipLow: 0.05, clipHigh: 0.1 }],
     ['dppo_kl with delta', { objective: 'dppo_kl', delta: 1.1, clipLow: 0.02, clipHigh: 0.01 }],
+    [
+      'clip_cov of many',
+      { objective: 'clip_cov', covRatio: 0.1, covLow: 0.1, covSeed: 2 ** 40 + 3 },
+    ],
+    ['clip_cov of all candidates', { objective: 'clip_cov', covRatio: 1, covLow: 0, covHigh: 0.5 }],
+    ['kl_cov of many', { objective: 'kl_cov', covRatio: 0.2, covKlCoef: 0.4 }],
+    ['kl_cov of all', { objective: 'kl_cov', covRatio: 1 }],
+    ['top entropies', { topEntropyQuantile: 0.2, entropyCoef: 0.1, kl: 'k3' }],
+    ['top entropies of gspo', { objective: 'gspo', topEntropyQuantile: 0.5 }],
+    ['top entropies of clip_cov', { objective: 'clip_cov', topEntropyQuantile: 0.3, covLow: 0.1 }],
+    ['top entropy, one token', { topEntropyQuantile: 1e-9 }],
+    ['prompt means, counting empty', { aggregation: 'prompt-mean', emptyRows: 'count' }],
+    ['prompt means of the terms', { termAggregation: 'prompt-mean', normalizer: 9, klCoef: 0.5 }],
+    ['prompt means, normalizer', { aggregation: 'prompt-mean', normalizer: 9 }],
     ['gmpo wider', { objective: 'gmpo', clipLow: 0.4, clipHigh: 0.4 }],
     [
       'vespo of other weights',
@@ -602,16 +682,21 @@ onEveryBackend('policy_loss', (b) => {
           entropy: nan,
           advantages: [1, 1],
           mask: [0, 0, 0],
+          groups: [0, 0],
           cuSeqlens: [0, 2, 3],
         }
-        const got = run(all, { aggregation, emptyRows, entropyCoef: 1 })
-        expect(Array.from(await got.loss.read())).toEqual([0])
-        expect(Array.from(await got.dLogProbs.read())).toEqual([0, 0, 0])
-        expect(Array.from(await got.dEntropy!.read())).toEqual([0, 0, 0])
-        expect(await got.metrics()).toEqual(noMetrics)
+        for (const objective of ['ppo', 'clip_cov', 'kl_cov'] as const) {
+          const o = { objective, aggregation, emptyRows, entropyCoef: 1, topEntropyQuantile: 0.2 }
+          const got = run(all, o)
+          expect(Array.from(await got.loss.read())).toEqual([0])
+          expect(Array.from(await got.dLogProbs.read())).toEqual([0, 0, 0])
+          expect(Array.from(await got.dEntropy!.read())).toEqual([0, 0, 0])
+          expect(await got.metrics()).toEqual(noMetrics)
+        }
         for (const cuSeqlens of [[0], [0, 0, 0]]) {
+          const groups = cuSeqlens.slice(1)
           const none = run(
-            { logProbs: [], advantages: Array(cuSeqlens.length - 1).fill(1), cuSeqlens },
+            { logProbs: [], advantages: groups.map(() => 1), groups, cuSeqlens },
             { aggregation, emptyRows },
           )
           expect(Array.from(await none.loss.read())).toEqual([0])
@@ -651,6 +736,113 @@ onEveryBackend('policy_loss', (b) => {
     expect(await again.loss.read()).toEqual(await one.loss.read())
     expect(await again.dLogProbs.read()).toEqual(await one.dLogProbs.read())
   })
+
+  for (const kl of ['k1', 'k2', 'k3', 'abs', 'k1+', 'k3+'] as const)
+    for (const masked of [true, false])
+      test(`${kl} in the reward${masked ? ', masked' : ''}`, async () => {
+        const { logProbs, refLogProbs, cuSeqlens, mask, advantages } = batch(4, 600)
+        const klClamp = kl === 'k3+' ? 0.2 : false
+        const given = {
+          ...(masked && { mask: b.device.tensor(Uint8Array.from(mask), [mask.length]) }),
+        }
+        const out = recorded(b, `kl penalty ${kl} ${masked}`, { absolute: 1e-6 }, () =>
+          applyKlPenalty({
+            rewards: f32(advantages),
+            logProbs: f32(logProbs),
+            refLogProbs: f32(refLogProbs),
+            cuSeqlens,
+            kl,
+            klCoef: 0.3,
+            klClamp,
+            ...given,
+          }),
+        )
+        const expected = Array.from(advantages, (reward, i) => {
+          let sum = 0
+          for (let t = cuSeqlens[i]!; t < cuSeqlens[i + 1]!; t++) {
+            const x = refLogProbs[t]! - logProbs[t]!
+            const k3 = Math.expm1(x) - x
+            const k = {
+              k1: -x,
+              'k1+': -x,
+              k2: (x * x) / 2,
+              abs: Math.abs(x),
+              k3,
+              'k3+': Math.min(k3, 0.2),
+            }
+            if (!masked || mask[t]) sum += k[kl]
+          }
+          return reward - 0.3 * sum
+        })
+        // Rounded once, to f32.
+        expectClose(await out.read(), expected, { absolute: 1e-30, relative: 2 ** -23 })
+      })
+
+  test('KL in the reward: refusals and faults', async () => {
+    const logProbs = f32([-1, -2, -3])
+    const a = { rewards: f32([1]), logProbs, refLogProbs: logProbs, cuSeqlens: [0, 3] }
+    const refuses = (extra: object, code: string, message: RegExp) =>
+      expectRefusal(
+        () => applyKlPenalty({ ...a, ...extra } as never),
+        code,
+        'applyKlPenalty',
+        message,
+      )
+    refuses({ kl: 'none' }, 'ERR_VALUE', /'none'/)
+    refuses({ refLogProbs: f32([1]) }, 'ERR_SHAPE', /refLogProbs/)
+    refuses({ cuSeqlens: [0, 1, 3] }, 'ERR_SHAPE', /cuSeqlens/)
+    refuses({ klCoeff: 1 }, 'ERR_VALUE', /klCoef/)
+    const mask = b.device.tensor(Uint8Array.of(1, 2, 1), [3])
+    const out = applyKlPenalty({ ...a, mask })
+    await expect(out.read()).rejects.toMatchObject({ code: 'ERR_VALUE', op: 'applyKlPenalty' })
+    await expect(b.device.synchronize()).rejects.toMatchObject({ op: 'applyKlPenalty' })
+    const empty = { rewards: f32([]), logProbs: f32([]), refLogProbs: f32([]), cuSeqlens: [0] }
+    expect(applyKlPenalty(empty).shape).toEqual([0])
+  })
+
+  test('of equal covariances the first tokens are chosen', async () => {
+    const n = 40
+    const a = { logProbs: Array(n).fill(-1), advantages: [1], cuSeqlens: [0, n] }
+    const oldLogProbs = Array(n).fill(-1.5)
+    const o = { objective: 'kl_cov', covRatio: 0.25, aggregation: 'token-sum' } as const
+    const got = run({ ...a, oldLogProbs }, o)
+    const gradient = await got.dLogProbs.read()
+    expect(gradient.subarray(0, 10).every((x) => x === gradient[0]! && x > gradient[39]!)).toBe(
+      true,
+    )
+    expect(gradient.subarray(10).every((x) => x === gradient[39]!)).toBe(true)
+  })
+
+  test('clip_cov draws without favour, and by its seed', async () => {
+    // Every token is a candidate, and 64 of 4096 are drawn.
+    const n = 4096
+    const logProbs = Float32Array.from({ length: n }, (_, i) => (i < n / 2 ? -3 : -1))
+    const advantages = Float32Array.from({ length: n }, (_, i) => (i < n / 2 ? -1 : 1))
+    const a = { logProbs, advantages, cuSeqlens: [0, n] }
+    const draw = async (covSeed: number): Promise<number[]> => {
+      const o = { objective: 'clip_cov', covRatio: 1 / 64, covLow: 0.5, covSeed } as const
+      const gradient = await run(a, o).dLogProbs.read()
+      return Array.from(gradient.keys()).filter((t) => gradient[t] === 0)
+    }
+    const times = new Float64Array(8)
+    for (let seed = 0; seed < 32; seed++) {
+      const drawn = await draw(seed)
+      expect(drawn.length).toBe(64)
+      expect(await draw(seed)).toEqual(drawn)
+      for (const t of drawn) times[Math.floor((t * 8) / n)]!++
+    }
+    // 2048 draws, 256 in each eighth: within 5 standard deviations of some 15.
+    expect(Math.max(...times.map((x) => Math.abs(x - 256)))).toBeLessThan(75)
+  })
+
+  for (const objective of ['clip_cov', 'kl_cov'] as const)
+    test(`${objective} over many runs and threads`, async () => {
+      const a = batch(5, 30_000)
+      const o = { objective, covRatio: 0.01, covLow: 0.5 } as const
+      await expectLoss(run(a, o), oracle(a, o))
+      const again = await run(a, o).dLogProbs.read()
+      expect(again).toEqual(await run(a, o).dLogProbs.read())
+    })
 
   test('a mask with values other than 0 and 1 faults', async () => {
     const a = { logProbs: [-1, -2, -3], advantages: [1], mask: [1, 2, 0], cuSeqlens: [0, 3] }
@@ -695,14 +887,14 @@ onEveryBackend('policy_loss', (b) => {
       refuses(
         { objective: 'trpo' },
         'ERR_VALUE',
-        /objective must be 'ppo', 'gspo', .*, 'vespo' or 'luspo', got 'trpo'/,
+        /objective must be 'ppo', 'gspo', .*, 'clip_cov' or 'kl_cov', got 'trpo'/,
       )
-      refuses({ objective: 1 }, 'ERR_VALUE', /objective must be .* or 'luspo', got 1/)
+      refuses({ objective: 1 }, 'ERR_VALUE', /objective must be .* or 'kl_cov', got 1/)
       refuses({ kl: 'k4' }, 'ERR_VALUE', /kl must be 'none', 'k1', .*, 'k1\+' or 'k3\+', got 'k4'/)
       refuses(
         { aggregation: 'mean' },
         'ERR_VALUE',
-        /\baggregation must be 'token-mean', .*, 'seq-mean-token-sum-norm' or 'token-sum', got/,
+        /\baggregation must be 'token-mean', .*, 'token-sum' or 'prompt-mean', got/,
       )
       refuses({ termAggregation: 'mean' }, 'ERR_VALUE', /termAggregation/)
       refuses({ emptyRows: 'drop' }, 'ERR_VALUE', /emptyRows/)
@@ -713,6 +905,15 @@ onEveryBackend('policy_loss', (b) => {
       refuses({ klUnbiased: 1 }, 'ERR_VALUE', /klUnbiased/)
       refuses({ vespoKPositive: -1 }, 'ERR_VALUE', /vespoKPositive/)
       refuses({ aggregation: 'token-sum', normalizer: 3 }, 'ERR_VALUE', /normalizer/)
+      refuses({ aggregation: 'prompt-mean' }, 'ERR_VALUE', /needs groups/)
+      refuses({ termAggregation: 'prompt-mean' }, 'ERR_VALUE', /needs groups/)
+      refuses({ aggregation: 'prompt-mean', groups: [1] }, 'ERR_SHAPE', /groups/)
+      refuses({ groups: [1, 0.5] }, 'ERR_VALUE', /groups/)
+      refuses({ topEntropyQuantile: 0.2 }, 'ERR_VALUE', /needs entropy/)
+      refuses({ topEntropyQuantile: 0, entropy: logProbs }, 'ERR_VALUE', /topEntropyQuantile/)
+      refuses({ covRatio: 0 }, 'ERR_VALUE', /covRatio/)
+      refuses({ covLow: 6 }, 'ERR_VALUE', /covLow/)
+      refuses({ covSeed: -1 }, 'ERR_VALUE', /covSeed/)
       refuses({ normalizer: 0 }, 'ERR_VALUE', /normalizer/)
       refuses({ lossScale: -1 }, 'ERR_VALUE', /lossScale/)
       refuses({ klCoef: NaN }, 'ERR_VALUE', /klCoef/)

@@ -247,6 +247,75 @@ onEveryBackend('PraGrpo', (b) => {
     expect((await metricsOf(current)).ratiosTo).toBe('current')
   })
 
+  test('completions that were cut off, long ones, and KL in the reward', async () => {
+    let n = 0
+    const reasoner = functionPolicy(() => `<answer>${'AB'[n++ % 2]}</answer>`)
+    const tokens = [3, 8, 10, 4]
+    const perceiver: Policy = {
+      generate: ({ n: count = 1 }) =>
+        Promise.resolve(
+          Array.from({ length: count }, (_, i) => ({
+            text: boxes('x'),
+            tokens: Array(tokens[i]!).fill(1),
+            logProbs: Array(tokens[i]!).fill(-0.5),
+            finishReason: i === 2 ? 'length' : 'stop',
+          })),
+        ),
+    }
+    const common = { perceiver, reasoner, maxTokens: { perceiver: 10, reasoner: 20 } }
+    const pra = trainer({ ...common, truncated: 'mask', klIn: 'reward', overlong: { buffer: 4 } })
+    using batch = await pra.rollout([sample('q')])
+    expect(batch.metrics.truncated).toBe(1)
+    expect([...(await batch.rewards.read())]).toEqual([1, -0.5, 0, 0])
+    const { rewards, groups } = batch
+    const [cuSeqlens, oldLogProbs] = [batch.cuSeqlens!, batch.oldLogProbs!]
+    const T = oldLogProbs.size
+    const bits = Uint8Array.from({ length: T }, (_, t) => +(t < 11 || t >= 21))
+    const mask = b.device.tensor(bits, [T])
+    const model = { logProbs: oldLogProbs, refLogProbs: refLogProbs(oldLogProbs) }
+    const given = { rewards, groups, cuSeqlens, mask, oldLogProbs }
+    using expected = grpoStep({ ...given, ...model, klIn: 'reward' })
+    using step = pra.step(batch, model)
+    expect(await step.dLogProbs.read()).toEqual(await expected.dLogProbs.read())
+    const advantages = await step.advantages.read()
+    expect(advantages).toEqual(await expected.advantages.read())
+    // Its reward stays in the group's baseline, and none of its tokens in the loss.
+    expect(advantages[2]).not.toBe(0)
+    expect((await pra.metrics()).perceiver!.tokens).toBe(15)
+    expect((await step.dLogProbs.read()).subarray(11, 21).every((x) => x === 0)).toBe(true)
+
+    // With weights between trainer and server too.
+    const both = trainer({ ...common, truncated: 'mask' })
+    const apart = b.device.tensor(new Float32Array(T).fill(-0.4), [T])
+    const engines = { logProbs: apart, rolloutLogProbs: oldLogProbs, cuSeqlens, mask }
+    using corrected = rolloutCorrection(engines)
+    const { importanceWeights } = corrected
+    using one = grpoStep({ ...given, ...model, oldLogProbs: apart, importanceWeights })
+    using two = both.step(batch, { ...model, oldLogProbs: apart })
+    expect(await two.dLogProbs.read()).toEqual(await one.dLogProbs.read())
+
+    // Without tokens there is no length.
+    const wordless = functionPolicy(() => boxes('x'))
+    using none = await trainer({ ...common, perceiver: wordless, overlong: { buffer: 4 } }).rollout(
+      [sample('q')],
+    )
+    expect(none.metrics.errors).toBe(4)
+    expect(none.items[0]!.error).toMatchObject({ code: 'ERR_POLICY' })
+    const refuses = (extra: object, message: RegExp) =>
+      expectRefusal(
+        () => trainer({ ...common, ...extra } as never),
+        'ERR_VALUE',
+        'PraGrpo',
+        message,
+      )
+    refuses({ truncated: 'drop' }, /truncated/)
+    refuses({ klIn: 'both' }, /klIn/)
+    refuses({ overlong: { buffer: 11 } }, /overlong.buffer/)
+    refuses({ overlong: { buffer: 4, factor: -1 } }, /overlong.factor/)
+    refuses({ overlong: { bufer: 4 } }, /did you mean 'overlong.buffer'/)
+    refuses({ correction: { hi: 4 } }, /correction/)
+  })
+
   test('a batch is stepped once', async () => {
     const perceiver = sampler(() => boxes('x')).policy
     const pra = trainer({ perceiver, schedule: { perceiver: 2, reasoner: 1 } })

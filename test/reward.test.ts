@@ -7,6 +7,7 @@ import {
   extractAnswer,
   functionPolicy,
   modelVerifier,
+  overlongPenalty,
   parseBoxes,
   perceptionFault,
   type RewardRules,
@@ -422,6 +423,32 @@ test('long invalid text takes linear time', async () => {
     }
   // Quadratic time would be minutes.
   expect(performance.now() - started).toBeLessThan(10_000)
+})
+
+test('long answers cost what DAPO and verl take', () => {
+  const limit = { maxTokens: 1000, buffer: 200 }
+  // verl: min(-exceed / buffer * factor, 0); DAPO: not below -1.
+  const verl = (length: number, factor: number): number =>
+    Math.max(Math.min((-(length - 800) / 200) * factor, 0), -factor)
+  for (const factor of [0, 0.5, 1, 3])
+    for (const length of [0, 1, 799, 800, 801, 850, 999, 1000, 1001, 5000])
+      expect(overlongPenalty({ ...limit, length, factor })).toBeCloseTo(verl(length, factor), 12)
+  expect(overlongPenalty({ ...limit, length: 900 })).toBe(-0.5)
+  expect(Object.is(overlongPenalty({ ...limit, length: 800 }), 0)).toBe(true)
+  expect(overlongPenalty({ maxTokens: 8, buffer: 8, length: 4 })).toBe(-0.5)
+  const refuses = (extra: object, message: RegExp) =>
+    expectRefusal(
+      () => overlongPenalty({ ...limit, length: 1, ...extra } as never),
+      'ERR_VALUE',
+      'overlongPenalty',
+      message,
+    )
+  refuses({ length: -1 }, /length/)
+  refuses({ length: 1.5 }, /length/)
+  refuses({ buffer: 0 }, /buffer/)
+  refuses({ buffer: 1001 }, /buffer/)
+  refuses({ factor: -1 }, /factor/)
+  refuses({ bufer: 3 }, /did you mean 'buffer'/)
 })
 
 test('refuses invalid arguments', async () => {

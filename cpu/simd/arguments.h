@@ -30,7 +30,14 @@ struct PolicyRun {
   float dual_clip;            // inf: none
   float tau_positive, tau_negative;
   float phi_positive, phi_negative;  // vespo's weights of the sequence
-  float kl_clamp;                    // inf: none
+  // clip_cov and kl_cov: the batch's means; which covariances are candidates, whose places in the
+  // run are listed; whether the tokens of this run are chosen, and then there is no list.
+  float mean_advantage, mean_log_prob, cov_low, cov_high, cov_kl;
+  int32_t* candidates;
+  int64_t* candidate_count;
+  bool chosen;
+  float least_entropy;  // of a token with a policy term; -inf: none
+  float kl_clamp;       // inf: none
   bool kl_unbiased;
   float sequence_ratio;             // gspo's and gmpo's
   bool sequence_inside;             // whether its logarithm was within its bounds

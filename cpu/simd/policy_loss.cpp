@@ -73,6 +73,17 @@ inline vi outside_region(const PolicyRun& run, vf negated_advantage, vf log_p, v
   return raises ? (divergence > run.clip_high) & (p > q) : (divergence > run.clip_low) & (p < q);
 }
 
+// The covariance of clip_cov and kl_cov without its mean over tokens.
+inline vf covariance(const PolicyRun& run, vf negated_advantage, vf log_p) {
+  return (-negated_advantage - run.mean_advantage) * (log_p - run.mean_log_prob);
+}
+
+inline void list_candidates(const PolicyRun& run, vi which, int64_t i) {
+  uint32_t left = lanes(which);
+  for (; left; left &= left - 1)
+    run.candidates[(*run.candidate_count)++] = (int32_t)i + __builtin_ctz(left);
+}
+
 // The n tokens from i on, at most W. Without `extras` the loss is the policy term alone, with one
 // advantage and a valid mask, and the loop has no branches.
 template <Objective objective, bool extras>
@@ -130,6 +141,31 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
     count(keep & low, total.dual_clipped);
     policy.value = advantage.negated * ratio;
     policy.gradient = run.sequence_inside ? (high | low ? none : policy.value) : none;
+  } else if (objective == Objective::clip_cov) {
+    const vf clipped_loss = advantage.negated * clamp(ratio, run.low, run.high);
+    const vf own = advantage.negated * ratio;
+    const vi clipped = clipped_loss > own;
+    count(keep & clipped, total.clipped);
+    if (run.chosen) {
+      count(keep, total.dual_clipped);
+    } else {
+      policy.value = clipped ? clipped_loss : own;
+      policy.gradient = (d == step) & ~clipped ? own : none;
+      const vf cov = covariance(run, advantage.negated, log_p);
+      list_candidates(run, keep & ~clipped & (cov > run.cov_low) & (cov < run.cov_high), i);
+    }
+  } else if (objective == Objective::kl_cov) {
+    policy.value = advantage.negated * ratio;
+    policy.gradient = d == step ? policy.value : none;
+    if (run.chosen) {
+      count(keep, total.dual_clipped);
+      const vf away = d > 0.0f ? one : d < 0.0f ? -one : none;
+      policy.value += run.cov_kl * d * away;
+      policy.gradient += d == step ? run.cov_kl * away : none;
+    } else {
+      const vf cov = covariance(run, advantage.negated, log_p);
+      list_candidates(run, keep & (cov >= run.cov_low), i);
+    }
   } else if (objective == Objective::vespo) {
     const vf phi = advantage.negated > 0.0f ? set1(run.phi_negative) : set1(run.phi_positive);
     policy.gradient = advantage.negated * phi;
@@ -153,6 +189,11 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
     const vf weight = load_floats(run.importance + i, n);
     policy.value *= weight;
     policy.gradient *= weight;
+  }
+  if (extras && run.least_entropy > -INFINITY) {
+    const vi low = load_floats(run.entropy + i, n) < run.least_entropy;
+    policy.value = low ? none : policy.value;
+    policy.gradient = low ? none : policy.gradient;
   }
   vf gradient = policy.gradient * run.policy_weight;
   if (extras && run.faulty) {
@@ -238,9 +279,23 @@ void policy_run(const PolicyRun* run, double* sums) {
       return run_of<Objective::gmpo>(run, sums);
     case Objective::vespo:
       return run_of<Objective::vespo>(run, sums);
+    case Objective::clip_cov:
+      return run_of<Objective::clip_cov>(run, sums);
+    case Objective::kl_cov:
+      return run_of<Objective::kl_cov>(run, sums);
     default:
       return run_of<Objective::gpg>(run, sums);
   }
+}
+
+double sum_kept(const float* x, const uint8_t* mask, int64_t n) {
+  vd_half total = {};
+  for (int64_t i = 0; i < n; i += W) {
+    const int left = n - i < W ? (int)(n - i) : W;
+    const vi keep = load_marks(mask ? mask + i : nullptr, left) != 0;
+    add_to(&total, keep ? load_floats(x + i, left) : vf{});
+  }
+  return sum(total);
 }
 
 int64_t count_kept(const uint8_t* mask, int64_t n, bool* wrong) {

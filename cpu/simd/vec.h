@@ -127,6 +127,21 @@ inline vf shuffle(vf a, vf b, vi lanes) {
 inline vu bits(vf x) { return (vu)x; }
 inline vf from_bits(vu x) { return (vf)x; }
 
+// A bit for each lane of a comparison, the first lane's the lowest.
+inline uint32_t lanes(vi which) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)which);
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_ps((__m256)which);
+#elif defined(__x86_64__)
+  return (uint32_t)_mm_movemask_ps((__m128)which);
+#else
+  uint32_t out = 0;
+  for (int i = 0; i < W; ++i) out |= (uint32_t)(which[i] != 0) << i;
+  return out;
+#endif
+}
+
 // Sum of the lanes in a fixed order, so that results do not depend on the compiler.
 inline float sum(vf v) {
   float s = 0;

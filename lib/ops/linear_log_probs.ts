@@ -203,8 +203,9 @@ const policyLossNames: Names<LinearPolicyLossArgs> = { ...headNames, ...lossName
 /**
  * linearLogProbs, policyLoss and linearLogProbsBackward in one pass over the vocabulary, which computes
  * each logit once: three matrix products instead of four. For objectives whose gradient at a token needs
- * no other token's log-probability; 'gspo', 'luspo', 'gmpo' and 'vespo' are ERR_VALUE. It takes 128 MB of scratch
- * for logits beside some 20 MB on the CPU, and on CUDA what linearLogProbsBackward takes, whose rounding it has too.
+ * no other token's log-probability; 'gspo', 'luspo', 'gmpo', 'vespo', 'clip_cov', 'kl_cov' and topEntropyQuantile are
+ * ERR_VALUE. It takes 128 MB of scratch for logits beside some 20 MB on the CPU, and on CUDA what
+ * linearLogProbsBackward takes, whose rounding it has too.
  *
  * With entropyCoef the entropy is computed, and the metrics have it. Which tokens count is for the mask to
  * say: a target of -100 alone has log-probability 0 and counts.

@@ -5,7 +5,8 @@ import { type Held, handleOf, held, type Ints, maybeHandle, type Tensor, wrap } 
 
 /**
  * How tokens' terms become one number: the mean over all kept tokens; the mean over sequences of the mean, the sum, or
- * the sum divided by `lossScale`; or the sum over all kept tokens. The names are verl's, but for 'token-sum'.
+ * the sum divided by `lossScale`; the sum over all kept tokens; or 'prompt-mean', the mean over prompts (`groups`) of
+ * the mean over a prompt's kept tokens (SkyRL's). The names are verl's, but for the last two.
  */
 export type LossAggregation =
   | 'token-mean'
@@ -13,6 +14,7 @@ export type LossAggregation =
   | 'seq-mean-token-mean'
   | 'seq-mean-token-sum-norm'
   | 'token-sum'
+  | 'prompt-mean'
 
 /**
  * The policy term of the loss. 'ppo': clipped token ratios (Schulman et al. 2017); 'gspo': clipped sequence
@@ -20,7 +22,8 @@ export type LossAggregation =
  * (Gao et al. 2025); 'gpg': no ratio (Chu et al. 2025); 'dppo_tv', 'dppo_kl': truncated ratios with stopped gradient,
  * without the tokens whose probability has moved beyond a divergence; 'gmpo': the geometric mean of a sequence's
  * clipped ratios; 'vespo': a smooth weight of the sequence's ratio with stopped gradient; 'luspo': 'gspo' with sums
- * over tokens. Formulas and sources are in ops/policy_loss.h.
+ * over tokens; 'clip_cov', 'kl_cov': 'ppo' without the tokens whose advantage and log-probability vary together the
+ * most, or the plain ratio with a penalty on these (Cui et al. 2025). Formulas and sources are in ops/policy_loss.h.
  */
 export type LossObjective =
   | 'ppo'
@@ -33,6 +36,8 @@ export type LossObjective =
   | 'gmpo'
   | 'vespo'
   | 'luspo'
+  | 'clip_cov'
+  | 'kl_cov'
 
 /**
  * Estimators of the KL divergence from the reference policy (Schulman, 2020), with d the log-ratio
@@ -106,6 +111,44 @@ export interface PolicyLossOptions {
    */
   vespoLambdaNegative?: number
   /**
+   * The share of kept tokens that 'clip_cov' and 'kl_cov' choose by their covariance, at least one; greater than 0, at
+   * most 1.
+   *
+   * @default 0.0002 (verl's)
+   */
+  covRatio?: number
+  /**
+   * 'clip_cov' chooses among tokens whose covariance is above this, at random.
+   *
+   * @default 1 (verl's)
+   */
+  covLow?: number
+  /**
+   * 'clip_cov' chooses among tokens whose covariance is below this; at least covLow.
+   *
+   * @default 5 (verl's)
+   */
+  covHigh?: number
+  /**
+   * What |logProbs - oldLogProbs| of the tokens that 'kl_cov' chose costs.
+   *
+   * @default 1 (verl's ppo_kl_coef)
+   */
+  covKlCoef?: number
+  /**
+   * What 'clip_cov' draws from, with a token's place: an integer from 0 to 2^53 - 1. Change it from step to step.
+   *
+   * @default 0
+   */
+  covSeed?: number
+  /**
+   * Leaves the policy term to this share of the kept tokens, those of the highest entropy, as in the 80/20 paper (Wang et
+   * al. 2025, with 0.2) and TRL; greater than 0, at most 1. Divisors count all kept tokens. Needs entropy.
+   *
+   * @default 1
+   */
+  topEntropyQuantile?: number
+  /**
    * Temperature of SAPO's gate for positive advantages, greater than 0.
    *
    * @default 1
@@ -161,7 +204,7 @@ export interface PolicyLossOptions {
    */
   termAggregation?: LossAggregation
   /**
-   * Sequences without a kept token: left out of sequence means ('skip', as verl) or counted ('count', as TRL).
+   * Sequences, or prompts, without a kept token: left out of their means ('skip', as verl) or counted ('count', as TRL).
    *
    * @default 'skip'
    */
@@ -174,7 +217,7 @@ export interface PolicyLossOptions {
   lossScale?: number
   /**
    * The divisor taken over all workers, for gradient accumulation and data parallelism: kept tokens
-   * for 'token-mean', sequences with a kept token otherwise; must be absent for 'token-sum'. It is that of
+   * for 'token-mean', prompts for 'prompt-mean', sequences with a kept token otherwise; must be absent for 'token-sum'. It is that of
    * `aggregation`; a termAggregation that counts the other thing counts here.
    *
    * @default counted in this call
@@ -233,7 +276,10 @@ export interface LossMetrics {
    * dppo the tokens that the divergence excluded.
    */
   clipFraction: number
-  /** The share of tokens whose loss the dual clip or delta changed; for gmpo clipping, of negative advantages. */
+  /**
+   * The share of tokens whose loss the dual clip or delta changed; for gmpo clipping, of negative advantages; for
+   * clip_cov and kl_cov of the chosen tokens.
+   */
   clipFractionLower: number
   /** Of old - new log-probabilities, clamped to ±20. */
   approxKl: number
@@ -261,6 +307,8 @@ export interface PolicyLossInputs extends PolicyLossOptions {
   importanceWeights?: Tensor<'f32'>
   /** f32 [B], one a sequence, or [T], one a token. */
   advantages: Tensor<'f32'>
+  /** [B], for 'prompt-mean': the prompt of each sequence: any integers in any order. Ignored otherwise. */
+  groups?: Ints
   /** Where the B sequences begin and end: 0 = c₀ ≤ c₁ ≤ … ≤ c_B = T. A padded batch is given whole: 0, L, 2L, ... and its mask. */
   cuSeqlens: Ints
   /**
@@ -306,6 +354,12 @@ export const lossOptionNames: Names<PolicyLossOptions> = {
   vespoLambdaPositive: true,
   vespoKNegative: true,
   vespoLambdaNegative: true,
+  covRatio: true,
+  covLow: true,
+  covHigh: true,
+  covKlCoef: true,
+  covSeed: true,
+  topEntropyQuantile: true,
   tauPositive: true,
   tauNegative: true,
   kl: true,
@@ -328,6 +382,7 @@ export const lossNames: Names<PolicyLossInputs> = {
   importanceWeights: true,
   advantages: true,
   cuSeqlens: true,
+  groups: true,
   mask: true,
 }
 const names: Names<PolicyLossArgs> = { ...lossNames, logProbs: true, entropy: true }
@@ -390,6 +445,93 @@ export function withMetrics<R extends object>(
   return held({ ...results, metrics: async () => lossMetrics(await numbers.read()) }, [numbers])
 }
 
+/** The arguments of `applyKlPenalty`. */
+export interface ApplyKlPenaltyArgs {
+  /** f32 [B], one a sequence. */
+  rewards: Tensor<'f32'>
+  /** f32 [T], packed by cuSeqlens: log-probabilities of the sampled tokens under the policy that sampled them. */
+  logProbs: Tensor<'f32'>
+  /** f32 [T]: log-probabilities under the reference policy. */
+  refLogProbs: Tensor<'f32'>
+  /** Where the B sequences begin and end: 0 = c₀ ≤ c₁ ≤ … ≤ c_B = T. */
+  cuSeqlens: Ints
+  /**
+   * u8 [T]: 1 keeps a token, 0 drops it; any other value makes the wait throw ERR_VALUE.
+   *
+   * @default every token is kept
+   */
+  mask?: Tensor<'u8'>
+  /**
+   * The estimate of a token.
+   *
+   * @default 'k1', whose sum is the sequence's log-ratio
+   */
+  kl?: Exclude<KlEstimator, 'none'>
+  /**
+   * Multiplies the sum of a sequence's estimates.
+   *
+   * @default 0.01
+   */
+  klCoef?: number
+  /**
+   * Bounds 'k3', as in policyLoss; false for no bound.
+   *
+   * @default 10
+   */
+  klClamp?: number | false
+}
+const penaltyNames: Names<ApplyKlPenaltyArgs> = {
+  rewards: true,
+  logProbs: true,
+  refLogProbs: true,
+  cuSeqlens: true,
+  mask: true,
+  kl: true,
+  klCoef: true,
+  klClamp: true,
+}
+
+/**
+ * Rewards less the KL divergence from a reference policy: KL in the reward, where it changes advantages, in place of
+ * KL in the loss. Source: verl's apply_kl_penalty.
+ *
+ * @returns f32 [B]: rewards - klCoef times the sum of the kept tokens' estimates.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for options and, where the result is
+ *   read, for a mask value other than 0 and 1; ERR_DEVICE; ERR_DISPOSED.
+ * @example
+ * ```js
+ * import { applyKlPenalty, openDevice } from 'p2r-kernels'
+ *
+ * const device = openDevice('cpu')
+ * const rewards = device.tensor([1], [1])
+ * const logProbs = device.tensor([-1, -1], [2])
+ * const refLogProbs = device.tensor([-2, -1], [2])
+ * const less = applyKlPenalty({ rewards, logProbs, refLogProbs, cuSeqlens: [0, 2], klCoef: 0.5 })
+ * console.log(await less.read()) // Float32Array(1) [ 0.5 ]
+ * device.dispose()
+ * ```
+ */
+export function applyKlPenalty(a: ApplyKlPenaltyArgs): Tensor<'f32'> {
+  const op = 'applyKlPenalty'
+  checkArguments(a, penaltyNames, op)
+  return penaltyAs(op, a)
+}
+
+/** @internal For composites, under their name. */
+export function penaltyAs(op: string, a: ApplyKlPenaltyArgs): Tensor<'f32'> {
+  const out = native().ops.apply_kl_penalty!(
+    handleOf(a.rewards, 'rewards', op),
+    handleOf(a.logProbs, 'logProbs', op),
+    handleOf(a.refLogProbs, 'refLogProbs', op),
+    maybeHandle(a.mask, 'mask', op),
+    hostInts(a.cuSeqlens, 'cuSeqlens', op),
+    a.kl ?? 'k1',
+    a.klCoef ?? 0.01,
+    unlessFalse(a.klClamp, 10, 'klClamp', op),
+  )
+  return wrap(a.rewards.device, out)
+}
+
 const aggregationOf: { [objective in string]?: LossAggregation } = {
   gspo: 'seq-mean-token-mean',
   gmpo: 'seq-mean-token-mean',
@@ -411,6 +553,7 @@ export function lossArguments(op: string, a: PolicyLossInputs): unknown[] {
     a.advantagesPer === undefined
       ? null
       : choice(a.advantagesPer, ['sequence', 'token'], 'advantagesPer', op) === 'token',
+    a.groups === undefined ? null : hostInts(a.groups, 'groups', op),
     objective,
     a.clipLow ?? 0.2,
     a.clipHigh ?? 0.2,
@@ -422,6 +565,12 @@ export function lossArguments(op: string, a: PolicyLossInputs): unknown[] {
     a.vespoLambdaPositive ?? 3,
     a.vespoKNegative ?? 3,
     a.vespoLambdaNegative ?? 2,
+    a.covRatio ?? 2e-4,
+    a.covHigh ?? 5,
+    a.covLow ?? 1,
+    a.covKlCoef ?? 1,
+    a.covSeed ?? 0,
+    a.topEntropyQuantile ?? 1,
     a.kl ?? (a.refLogProbs ? 'k3' : 'none'),
     checkBoolean(a.klUnbiased ?? false, 'klUnbiased', op),
     a.klCoef ?? 0.01,

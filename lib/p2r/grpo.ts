@@ -1,4 +1,4 @@
-import { checkArguments, hostInts, type Names } from '../arguments.js'
+import { checkArguments, choice, hostInts, type Names } from '../arguments.js'
 import { composite } from '../composite.js'
 import type { DType, FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
@@ -12,7 +12,14 @@ import {
   linearLossAs,
 } from '../ops/linear_log_probs.js'
 import { tokenLogProbs, tokenLogProbsBackward } from '../ops/log_probs.js'
-import { type LossMetrics, lossAs, lossNames, type PolicyLossInputs } from '../ops/policy_loss.js'
+import {
+  type LossMetrics,
+  lossAs,
+  lossNames,
+  type PolicyLossInputs,
+  type PolicyLossOptions,
+  penaltyAs,
+} from '../ops/policy_loss.js'
 import { heldBy, scope } from '../scope.js'
 import { handleOf, held, type Ints, Tensor } from '../tensor.js'
 
@@ -103,8 +110,22 @@ export interface HeadStep<D extends FloatDType = FloatDType>
   extends CommonResults,
     Readonly<HeadGradients<D>> {}
 
+/** Where the KL divergence from the reference policy stands. */
+export interface KlPlacement {
+  /**
+   * In the 'loss', or in the 'reward' of each sequence, where it changes advantages (see applyKlPenalty): of oldLogProbs,
+   * or of logProbs as model, from refLogProbs. `kl` is 'k1' then unless given, and the metric `kl` is still that of the
+   * current weights.
+   * @default 'loss'
+   */
+  klIn?: 'loss' | 'reward'
+}
+
 /** A batch of rollouts with their rewards, and the options of grpoStep. */
-export interface RewardsBatch extends AdvantageOptions, Omit<PolicyLossInputs, 'advantages'> {
+export interface RewardsBatch
+  extends AdvantageOptions,
+    KlPlacement,
+    Omit<PolicyLossInputs, 'advantages'> {
   /** f32 [B], or [B, K] of K kinds for 'gdpo' and `combine`. Must be finite, but for the NaN of `combine`. */
   rewards: Tensor<'f32'>
   /** The group (prompt) of each of the B sequences: any integers in any order. */
@@ -121,7 +142,7 @@ type NoAdvantageOptions = { [K in keyof AdvantageOptions]?: never }
  */
 export interface AdvantagesBatch extends PolicyLossInputs, NoAdvantageOptions {
   rewards?: never
-  groups?: never
+  klIn?: never
 }
 
 /** The batch and the options of grpoStep, beside the model. */
@@ -146,6 +167,7 @@ const argumentNames: Names<GrpoStepArgs> = {
   ...advantageOptionNames,
   rewards: true,
   groups: true,
+  klIn: true,
 }
 
 /**
@@ -265,7 +287,8 @@ function tokensOf(cuSeqlens: Float64Array): number | undefined {
   return cuSeqlens.at(-1)
 }
 
-function step(op: string, a: GrpoStepArgs): GrpoStep {
+function step(op: string, given: GrpoStepArgs): GrpoStep {
+  const a = withKlInReward(op, given)
   const options = { ...a, ...advantagesOf(op, a) }
   const { advantages } = options
 
@@ -278,7 +301,7 @@ function step(op: string, a: GrpoStepArgs): GrpoStep {
   }
   if (a.hidden !== undefined) return stepOnHead(op, a, options)
   const rows = { logits: a.logits, targets: a.targets, temperature: a.temperature ?? 1 }
-  const forward = tokenLogProbs({ ...rows, entropy: !!a.entropyCoef })
+  const forward = tokenLogProbs({ ...rows, entropy: takesEntropy(a) })
   const { loss, dLogProbs, dEntropy, metrics, hidden } = withHidden(
     lossAs(op, {
       ...options,
@@ -295,6 +318,22 @@ function step(op: string, a: GrpoStepArgs): GrpoStep {
   return held({ loss, logProbs: forward.logProbs, dLogits, advantages, metrics }, hidden)
 }
 
+/** The same step with rewards less the KL term, where it stands in them, and none in the loss. */
+function withKlInReward(op: string, a: GrpoStepArgs): GrpoStepArgs {
+  if (a.klIn === undefined || choice(a.klIn, ['loss', 'reward'], 'klIn', op) === 'loss') return a
+  if (a.rewards === undefined) refuse('ERR_VALUE', op, "klIn 'reward' needs rewards")
+  const { refLogProbs, kl = 'k1', klUnbiased } = a
+  const logProbs = a.oldLogProbs ?? a.logProbs
+  if (!refLogProbs || !logProbs)
+    refuse('ERR_VALUE', op, "klIn 'reward' needs refLogProbs, and oldLogProbs or logProbs")
+  if (klUnbiased) refuse('ERR_VALUE', op, "klUnbiased must not be set with klIn 'reward'")
+  if (kl === 'none') return a
+  const { rewards, cuSeqlens } = a
+  const penalty = { rewards, logProbs, refLogProbs, cuSeqlens, kl }
+  const less = penaltyAs(op, { ...penalty, ...pickDefined(a, ['mask', 'klCoef', 'klClamp']) })
+  return { ...a, rewards: less, kl, klCoef: 0 }
+}
+
 const advantageOptions = Object.keys(advantageOptionNames) as (keyof AdvantageOptions)[]
 
 /** The caller's advantages, copied, or those of the rewards. */
@@ -303,7 +342,9 @@ function advantagesOf(
   a: GrpoBatch,
 ): { advantages: Tensor<'f32'>; advantagesPer?: 'sequence' | 'token' } {
   if (a.advantages !== undefined) {
-    for (const name of ['rewards', 'groups', ...advantageOptions] as const)
+    const byPrompt = [a.aggregation, a.termAggregation].includes('prompt-mean')
+    const ofRewards = byPrompt ? (['rewards'] as const) : (['rewards', 'groups'] as const)
+    for (const name of [...ofRewards, 'klIn', ...advantageOptions] as const)
       if (a[name] !== undefined)
         refuse('ERR_VALUE', op, `${name} must be absent where advantages are given`)
     handleOf(a.advantages, 'advantages', op)
@@ -334,6 +375,10 @@ function advantagesOf(
   return { advantages, advantagesPer }
 }
 
+function takesEntropy(options: PolicyLossOptions): boolean {
+  return !!options.entropyCoef || (options.topEntropyQuantile ?? 1) !== 1
+}
+
 /** In one pass if each token's gradient depends on that token only, else log-probs first. */
 function stepOnHead(op: string, a: LinearHead, options: PolicyLossInputs): GrpoStep {
   const { advantages } = options
@@ -343,12 +388,12 @@ function stepOnHead(op: string, a: LinearHead, options: PolicyLossInputs): GrpoS
     targets: a.targets,
     ...pickDefined(a, ['bias', 'temperature']),
   }
-  const bySequence: (string | undefined)[] = ['gspo', 'luspo', 'gmpo', 'vespo']
-  if (!bySequence.includes(options.objective)) {
+  const byOthers: (string | undefined)[] = ['gspo', 'luspo', 'gmpo', 'vespo', 'clip_cov', 'kl_cov']
+  if (!byOthers.includes(options.objective) && (options.topEntropyQuantile ?? 1) === 1) {
     const { hidden, ...results } = withHidden(linearLossAs(op, { ...options, ...head }))
     return held({ ...results, advantages }, hidden)
   }
-  const forward = linearLogProbs({ ...head, entropy: !!options.entropyCoef })
+  const forward = linearLogProbs({ ...head, entropy: takesEntropy(options) })
   const { logProbs, stats, entropy } = forward
   const { loss, dLogProbs, dEntropy, metrics, hidden } = withHidden(
     lossAs(op, { ...options, logProbs, ...(entropy ? { entropy } : {}) }),

@@ -43,6 +43,7 @@ import {
   type GrpoStep,
   type HeadModel,
   type HeadStep,
+  type KlPlacement,
   type LogitsModel,
   type LogitsStep,
   type LogProbsModel,
@@ -55,6 +56,7 @@ import {
   answered,
   type Completion,
   checkPolicy,
+  isTruncated,
   messageOf,
   type Policy,
   type PolicyRequest,
@@ -71,6 +73,10 @@ import {
 import { Reasoner } from './reasoner.js'
 import {
   answerReward,
+  checkOverlong,
+  type OverlongOptions,
+  overlongNames,
+  overlongPenalty,
   perceptionFault,
   type RewardRules,
   rulesOf,
@@ -80,6 +86,7 @@ import {
   AskedRequest,
   checkBatch,
   EvidenceImages,
+  keptTokens,
   makeBatch,
   type RolloutBatch,
   type RolloutItem,
@@ -138,6 +145,18 @@ export interface PraGrpoSettings {
    */
   correction?: RolloutCorrectionOptions | false
   /**
+   * Whether the KL term, where a step has refLogProbs, stands in the 'loss' or in the 'reward'; see grpoStep.
+   * @default 'loss'
+   */
+  klIn?: 'loss' | 'reward'
+  /**
+   * Completions that the limit of tokens cut off (`finishReason` 'length'): they are trained on ('keep'), or their
+   * tokens leave the loss, as in DAPO's overlong filtering and with TRL's mask_truncated_completions ('mask'). Their
+   * rewards stay in their group's baseline, but where `correction` can reject sequences.
+   * @default 'keep'
+   */
+  truncated?: 'keep' | 'mask'
+  /**
    * Of the trained role's rollouts, and of the log-probabilities in its loss. The frozen role answers greedily.
    * @default 1
    */
@@ -190,6 +209,12 @@ export interface PraGrpoOptions extends PraGrpoSettings {
    */
   maxTokens?: Partial<Record<Role, number>>
   /**
+   * What long completions of the trained role lose of their reward before maxTokens of that role; see overlongPenalty.
+   * Needs the policy's token ids.
+   * @default no penalty
+   */
+  overlong?: OverlongOptions
+  /**
    * What the trained role's policy gives as log-probabilities, in vLLM's words: 'raw', of temperature 1, or 'processed',
    * of the rollouts' temperature, as vLLM's are with `--logprobs-mode processed_logprobs`. At a temperature other than
    * 1, raw ones are no old log-probabilities, and `step` needs the trainer's.
@@ -226,6 +251,8 @@ export interface AlternatingSettingsOptions {
   steps?: number
 }
 
+/** The roles' limits of tokens unless others are given. */
+const longest: Readonly<Record<Role, number>> = { perceiver: 1024, reasoner: 2048 }
 const roleNames: Names<Record<Role, unknown>> = { perceiver: true, reasoner: true }
 const settingNames: Names<PraGrpoSettings> = {
   groupSize: true,
@@ -234,6 +261,8 @@ const settingNames: Names<PraGrpoSettings> = {
   estimator: true,
   loss: true,
   correction: true,
+  klIn: true,
+  truncated: true,
   temperature: true,
 }
 const optionNames: Names<PraGrpoOptions> = {
@@ -248,6 +277,7 @@ const optionNames: Names<PraGrpoOptions> = {
   evidence: true,
   prompts: true,
   maxTokens: true,
+  overlong: true,
   logProbsMode: true,
   step: true,
 }
@@ -287,6 +317,8 @@ export function paperSettings(options: PaperSettingsOptions = {}): Required<PraG
     estimator: 'grpo',
     loss: {},
     correction: verlRolloutCorrection,
+    klIn: 'loss',
+    truncated: 'keep',
     temperature: 1,
   }
 }
@@ -413,7 +445,7 @@ export class PraGrpo {
     checkArguments(options, optionNames, op)
     const { zoom, groupSize = 8, temperature = 1 } = options
     const { schedule = { perceiver: +(zoom === undefined), reasoner: 1 } } = options
-    const { estimator, loss, correction, verifier, evidence, maxTokens } = options
+    const { estimator, loss, correction, klIn, overlong, verifier, evidence, maxTokens } = options
     checkDevice(options.device, op)
     checkPositive(groupSize, 'groupSize', op)
     checkNonNegative(temperature, 'temperature', op)
@@ -435,7 +467,8 @@ export class PraGrpo {
     if (loss !== undefined) checkArguments(loss, lossOptionNames, op, 'loss')
     if (correction !== undefined && correction !== false)
       checkArguments(correction, correctionOptionNames, op, 'correction')
-    checkOnEmptyBatch(op, options.device, { ...loss, ...(estimator && { estimator }) }, correction)
+    const given = { ...loss, ...(estimator && { estimator }), ...(klIn && { klIn }) }
+    checkOnEmptyBatch(op, options.device, given, correction)
     if (verifier !== undefined) checkFunction(verifier, 'verifier', op)
     rulesOf(options.rules, op)
     promptsOf(options.prompts, op)
@@ -449,6 +482,12 @@ export class PraGrpo {
         if (tokens !== undefined) checkPositive(tokens, `maxTokens.${role}`, op)
     }
     choice(options.logProbsMode ?? 'raw', ['raw', 'processed'], 'logProbsMode', op)
+    choice(options.truncated ?? 'keep', ['keep', 'mask'], 'truncated', op)
+    if (overlong !== undefined) {
+      checkArguments(overlong, overlongNames, op, 'overlong')
+      for (const role of ['perceiver', 'reasoner'] as const)
+        if (schedule[role] > 0) checkOverlong(overlong, maxTokens?.[role] ?? longest[role], op)
+    }
     this.#options = { ...options }
     this.#settings = { groupSize, schedule, temperature }
     const reasoner = checkPolicy(options.reasoner, 'reasoner', op)
@@ -527,7 +566,8 @@ export class PraGrpo {
     const { temperature } = this.#settings
     const oldLogProbsTemperature = logProbsMode === 'processed' ? temperature : 1
     const sampling = { temperature, oldLogProbsTemperature }
-    return makeBatch(role, groups.flat(), device, sampling, estimator)
+    const items = groups.flat().map((item) => this.#withPenalty(item, role))
+    return makeBatch(role, items, device, sampling, estimator)
   }
 
   /**
@@ -563,17 +603,20 @@ export class PraGrpo {
       refuse('ERR_VALUE', op, `it is the ${this.role}'s turn, got a batch of the ${batch.role}`)
     if (this.finished) refuse('ERR_VALUE', op, `all ${this.#options.rounds} rounds are over`)
     if (this.#stepped.has(batch)) refuse('ERR_VALUE', op, 'this batch was stepped already')
-    const { cuSeqlens, rewards, groups, mask } = batch
+    const { cuSeqlens, rewards, groups } = batch
     if (!cuSeqlens)
       refuse(
         'ERR_POLICY',
         op,
         `the ${batch.role}'s policy gave no token ids, and training needs them`,
       )
-    const { estimator, loss, correction = verlRolloutCorrection } = this.#options
+    const { estimator, loss, correction = verlRolloutCorrection, klIn, truncated } = this.#options
     const sampled = batch.temperature ?? this.#settings.temperature
     const oldLogProbs = model.oldLogProbs ?? oldLogProbsOf(batch, sampled, op)
-    using corrected = correctionOf(batch, model.oldLogProbs, sampled, correction || {}, op)
+    using whole = truncated === 'mask' ? maskOfWhole(batch) : undefined
+    const mask = whole ?? batch.mask
+    const engines = { batch, logProbs: model.oldLogProbs, mask }
+    using corrected = correctionOf(engines, sampled, correction || {}, op)
     const made = stepAs(op, {
       ...loss,
       ...atTemperature(model, sampled, op),
@@ -582,12 +625,13 @@ export class PraGrpo {
       cuSeqlens,
       ...(oldLogProbs && { oldLogProbs }),
       ...(estimator && { estimator }),
+      ...(klIn && { klIn }),
       ...(mask && { mask }),
       ...(corrected &&
         correction && {
           importanceWeights: corrected.importanceWeights,
           mask: corrected.mask,
-          skipEmpty: true,
+          skipEmpty: !!correction.reject?.length || correction.maxDivergence !== undefined,
         }),
     })
     this.#stepped.add(batch)
@@ -807,6 +851,21 @@ export class PraGrpo {
     }, signal)
   }
 
+  /** A rollout with its reward less the penalty for its length. */
+  #withPenalty(item: RolloutItem, role: Role): RolloutItem {
+    const { overlong, maxTokens } = this.#options
+    if (!overlong || item.error) return item
+    const { tokens } = item.completion
+    if (!tokens) {
+      const message = `[rollout] the ${role} gave no token ids, and overlong needs them`
+      const error = new P2RError('ERR_POLICY', message, { op: 'rollout' })
+      return { ...item, error, reward: Number.NaN }
+    }
+    const limit = { ...overlong, maxTokens: maxTokens?.[role] ?? longest[role] }
+    const length = keptTokens(item.completion)
+    return { ...item, reward: item.reward + overlongPenalty({ ...limit, length }) }
+  }
+
   #reward({ truth, answerForm: form, question }: Sample, answer: string): Promise<number> {
     const { verifier, rules } = this.#options
     return answerReward({
@@ -854,7 +913,7 @@ export class PraGrpo {
 function checkOnEmptyBatch(
   op: string,
   device: Device,
-  options: PolicyLossOptions & { estimator?: AdvantageEstimator },
+  options: PolicyLossOptions & KlPlacement & { estimator?: AdvantageEstimator },
   correction: RolloutCorrectionOptions | false = {},
 ): void {
   scope(() => {
@@ -889,16 +948,28 @@ function oldLogProbsOf(
   return oldLogProbs
 }
 
+/** The batch's mask less completions that the limit of tokens cut off; undefined where there are none. */
+function maskOfWhole({ items, rewards }: RolloutBatch): Tensor<'u8'> | undefined {
+  const completions = items.filter((item) => !item.error).map(({ completion }) => completion)
+  if (!completions.some(isTruncated)) return undefined
+  const mask = Uint8Array.from(
+    completions.flatMap((completion) => {
+      const { tokens = [], mask: own = tokens.map(() => 1) } = completion
+      return isTruncated(completion) ? tokens.map(() => 0) : [...own]
+    }),
+  )
+  return rewards.device.tensor(mask, [mask.length])
+}
+
 /** What corrects the trainer's old log-probabilities for the batch's, where there are both at one temperature. */
 function correctionOf(
-  batch: RolloutBatch,
-  logProbs: Tensor<'f32'> | undefined,
+  a: { batch: RolloutBatch; logProbs: Tensor<'f32'> | undefined; mask: Tensor<'u8'> | undefined },
   sampled: number,
   correction: RolloutCorrectionOptions,
   op: string,
 ): Held<RolloutCorrectionResult> | undefined {
-  const { oldLogProbs: rolloutLogProbs, oldLogProbsTemperature = 1, cuSeqlens } = batch
-  const { advantages, mask } = batch
+  const { batch, logProbs, mask } = a
+  const { oldLogProbs: rolloutLogProbs, oldLogProbsTemperature = 1, cuSeqlens, advantages } = batch
   if (!logProbs || !rolloutLogProbs || !cuSeqlens || oldLogProbsTemperature !== sampled)
     return undefined
   handleOf(logProbs, 'oldLogProbs', op)

@@ -1,6 +1,9 @@
 import {
   checkArguments,
   checkArray,
+  checkInteger,
+  checkIntegerWithin,
+  checkNonNegative,
   checkNumbers,
   checkPositive,
   checkString,
@@ -386,6 +389,66 @@ export function perceptionFault(
     if (strict && /^[<[({"']*(description)?[>\])}"']*$/.test(name)) return 'label'
   }
   return null
+}
+
+/** How long an answer may be, in tokens, and what it costs to be longer. */
+export interface OverlongOptions {
+  /** The tokens before the limit over which the penalty grows; at least 1. */
+  buffer: number
+  /**
+   * The penalty at the limit and beyond; at least 0.
+   * @default 1
+   */
+  factor?: number
+}
+
+/** The arguments of `overlongPenalty`. */
+export interface OverlongPenaltyArgs extends OverlongOptions {
+  /** The tokens of the completion. */
+  length: number
+  /** The limit, in tokens; at least `buffer`. */
+  maxTokens: number
+}
+
+/** @internal */
+export const overlongNames: Names<OverlongOptions> = { buffer: true, factor: true }
+const overlongPenaltyNames: Names<OverlongPenaltyArgs> = {
+  ...overlongNames,
+  length: true,
+  maxTokens: true,
+}
+
+/** @internal */
+export function checkOverlong(options: OverlongOptions, maxTokens: number, op: string): void {
+  checkIntegerWithin(options.buffer, 1, maxTokens, 'overlong.buffer', op)
+  if (options.factor !== undefined) checkNonNegative(options.factor, 'overlong.factor', op)
+}
+
+/**
+ * What DAPO adds to the reward of a long completion: 0 up to maxTokens - buffer tokens, from there on falling linearly,
+ * -factor at maxTokens and beyond. Source: Yu et al. 2025, soft overlong
+ * punishment; verl's overlong_buffer.
+ *
+ * @returns a number from -factor to 0.
+ * @throws P2RError ERR_VALUE for lengths that are not integers, a buffer longer than maxTokens, or a negative factor.
+ * @example
+ * ```js
+ * import { overlongPenalty } from 'p2r-kernels'
+ *
+ * const limit = { maxTokens: 1000, buffer: 200 }
+ * console.log([700, 850, 1000].map((length) => overlongPenalty({ ...limit, length }))) // [ 0, -0.25, -1 ]
+ * ```
+ */
+export function overlongPenalty(a: OverlongPenaltyArgs): number {
+  const op = 'overlongPenalty'
+  checkArguments(a, overlongPenaltyNames, op)
+  const { length, maxTokens, buffer, factor = 1 } = a
+  checkInteger(length, 0, 'length', op)
+  checkPositive(maxTokens, 'maxTokens', op)
+  checkIntegerWithin(buffer, 1, maxTokens, 'buffer', op)
+  checkNonNegative(factor, 'factor', op)
+  const exceeding = Math.min(Math.max(length - (maxTokens - buffer), 0), buffer)
+  return exceeding === 0 ? 0 : (-exceeding / buffer) * factor
 }
 
 /**

@@ -380,6 +380,11 @@ interface Packed {
   logProbs?: Float32Array
 }
 
+/** @internal How many tokens of a completion are trained on. */
+export function keptTokens({ tokens = [], mask }: Completion): number {
+  return mask ? mask.reduce((sum, kept) => sum + kept, 0) : tokens.length
+}
+
 /** The packed tokens, if the items have them; their mask and log-probabilities likewise. */
 function pack(items: readonly RolloutItem[]): Packed | undefined {
   const completions = items.map(({ completion }) => completion)
@@ -388,9 +393,7 @@ function pack(items: readonly RolloutItem[]): Packed | undefined {
   for (const [i, { tokens }] of completions.entries())
     cuSeqlens[i + 1] = cuSeqlens[i]! + tokens!.length
   const tokens = Int32Array.from(completions.flatMap((each) => [...each.tokens!]))
-  const lengths = Int32Array.from(completions, ({ tokens, mask }) =>
-    mask ? mask.reduce((sum, kept) => sum + kept, 0) : tokens!.length,
-  )
+  const lengths = Int32Array.from(completions, keptTokens)
   const packed: Packed = { cuSeqlens, tokens, lengths }
   if (completions.some(({ mask }) => mask))
     packed.mask = Uint8Array.from(

@@ -4,6 +4,7 @@ import {
   type AdamWArgs,
   type AddArgs,
   type AdvantageOptions,
+  type ApplyKlPenaltyArgs,
   type ApplyRotaryArgs,
   type AttentionArgs,
   type AttentionBackwardArgs,
@@ -15,6 +16,7 @@ import {
   type AttentionOptions,
   type AttentionResult,
   add,
+  applyKlPenalty,
   applyRotary,
   attention,
   attentionBackward,
@@ -52,6 +54,7 @@ import {
   informativeGroups,
   type KernelOperation,
   type KlEstimator,
+  type KlPlacement,
   kernels,
   type LayerNormArgs,
   type LayerNormBackwardArgs,
@@ -79,6 +82,9 @@ import {
   meanPoolBackward,
   mropeTables,
   type Outlines,
+  type OverlongOptions,
+  type OverlongPenaltyArgs,
+  overlongPenalty,
   type PackedAttentionBackwardResult,
   type PackedGates,
   type PackedGatesGradient,
@@ -238,6 +244,13 @@ export function headStep(
   return linearPolicyLoss({ ...a, ...into })
 }
 
+export const penalty = (a: ApplyKlPenaltyArgs): Tensor<'f32'> => applyKlPenalty(a)
+export const tooLong: OverlongOptions = { buffer: 256, factor: 0.5 }
+export function shorter(length: number): number {
+  const a: OverlongPenaltyArgs = { ...tooLong, length, maxTokens: 1024 }
+  return overlongPenalty(a)
+}
+export const placed: KlPlacement = { klIn: 'reward' }
 export const objective: LossObjective = 'cispo'
 export const kl: KlEstimator = 'k3'
 export function loss(
