@@ -6,6 +6,22 @@
 
 namespace p2r::binding {
 
+bool read_advantages_per(Call& call, const In& advantages, int64_t tokens, int64_t sequences) {
+  const int64_t given = advantages.shape[0];
+  if (call.given()) {
+    const bool per_token = call.flag("advantagesPer");
+    call.check(
+        given == (per_token ? tokens : sequences), Code::shape,
+        "advantages must have one value a " + std::string(per_token ? "token, " : "sequence, ") +
+            std::to_string(per_token ? tokens : sequences) + ", got " + std::to_string(given));
+    return per_token;
+  }
+  call.check(given == sequences || given == tokens, Code::shape,
+             "advantages must have one value a sequence, " + std::to_string(sequences) +
+                 ", or a token, " + std::to_string(tokens) + ", got " + std::to_string(given));
+  return given != sequences;
+}
+
 // An option that is `false` is passed as null.
 void read_policy_loss(Call& call, PolicyLossArgs& a, int64_t tokens) {
   const auto per_token = [&](const char* name) {
@@ -22,19 +38,7 @@ void read_policy_loss(Call& call, PolicyLossArgs& a, int64_t tokens) {
   a.cu_seqlens = call.cu_seqlens("cuSeqlens", tokens);
   const int64_t sequences = static_cast<int64_t>(a.cu_seqlens.size()) - 1;
 
-  const int64_t given = a.advantages.shape[0];
-  if (call.given()) {
-    a.per_token = call.flag("advantagesPer");
-    call.check(
-        given == (a.per_token ? tokens : sequences), Code::shape,
-        "advantages must have one value a " + std::string(a.per_token ? "token, " : "sequence, ") +
-            std::to_string(a.per_token ? tokens : sequences) + ", got " + std::to_string(given));
-  } else {
-    call.check(given == sequences || given == tokens, Code::shape,
-               "advantages must have one value a sequence, " + std::to_string(sequences) +
-                   ", or a token, " + std::to_string(tokens) + ", got " + std::to_string(given));
-    a.per_token = given != sequences;
-  }
+  a.per_token = read_advantages_per(call, a.advantages, tokens, sequences);
 
   if (call.given()) {
     a.groups = call.ints("groups", INT32_MIN, UINT32_MAX);

@@ -29,7 +29,7 @@ namespace p2r::cuda {
 
 namespace {
 
-constexpr int kBlock = 256, kVector = 8, kWarps = kBlock / 32;
+constexpr int kBlock = 256, kWarps = kBlock / 32;
 constexpr int64_t kStride = kBlock * kVector;  // from one vector of a thread to its next
 constexpr int64_t kSlice = 8 * kStride;
 constexpr int64_t kTile = 4 * kStride;
@@ -56,47 +56,6 @@ struct Batch {
     for (int i = 0; i < kVector; ++i) x[i] = to_float(values[i]);
   }
 };
-
-template <class T>
-__device__ __forceinline__ bool is_aligned(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
-
-// Eight elements from p; `pad` for those from the n-th on.
-template <class T>
-__device__ __forceinline__ void load_vector(const T* p, int64_t n, bool aligned, float pad,
-                                            float (&x)[kVector]) {
-  if (aligned && n >= kVector) {
-    constexpr int words = kVector * sizeof(T) / 16;
-    uint4 raw[words];
-#pragma unroll
-    for (int w = 0; w < words; ++w) raw[w] = reinterpret_cast<const uint4*>(p)[w];
-    const T* values = reinterpret_cast<const T*>(raw);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) x[i] = to_float(values[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) x[i] = i < n ? to_float(p[i]) : pad;
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void store_vector(T* p, int64_t n, bool aligned,
-                                             const float (&x)[kVector]) {
-  if (aligned && n >= kVector) {
-    constexpr int words = kVector * sizeof(T) / 16;
-    uint4 raw[words];
-    T* values = reinterpret_cast<T*>(raw);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) values[i] = from_float<T>(x[i]);
-#pragma unroll
-    for (int w = 0; w < words; ++w) reinterpret_cast<uint4*>(p)[w] = raw[w];
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i)
-      if (i < n) p[i] = from_float<T>(x[i]);
-  }
-}
 
 // Calls f(x, at, full) for each of this thread's vectors of columns [first, end) of z: x is the
 // eight elements from column `at`, with `pad` for those past `end`; `full` if the whole batch was

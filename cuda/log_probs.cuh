@@ -1,10 +1,54 @@
 // What log-probabilities of logits in memory (log_probs.cu) and of the logits of a linear head
-// (linear_log_probs.cu) share: the online softmax, and the kernels that finish a row.
+// (linear_log_probs.cu) share: the online softmax, and the kernels that finish a row; and, also
+// with distillation.cu, loads and stores of a row's vectors.
 #pragma once
 #include "cuda/launch.cuh"
 #include "ops/log_probs.h"
 
 namespace p2r::cuda {
+
+constexpr int kVector = 8;  // elements
+
+template <class T>
+__device__ __forceinline__ bool is_aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+// Eight elements from p; `pad` for those from the n-th on.
+template <class T>
+__device__ __forceinline__ void load_vector(const T* p, int64_t n, bool aligned, float pad,
+                                            float (&x)[kVector]) {
+  if (aligned && n >= kVector) {
+    constexpr int words = kVector * sizeof(T) / 16;
+    uint4 raw[words];
+#pragma unroll
+    for (int w = 0; w < words; ++w) raw[w] = reinterpret_cast<const uint4*>(p)[w];
+    const T* values = reinterpret_cast<const T*>(raw);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) x[i] = to_float(values[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) x[i] = i < n ? to_float(p[i]) : pad;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_vector(T* p, int64_t n, bool aligned,
+                                             const float (&x)[kVector]) {
+  if (aligned && n >= kVector) {
+    constexpr int words = kVector * sizeof(T) / 16;
+    uint4 raw[words];
+    T* values = reinterpret_cast<T*>(raw);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) values[i] = from_float<T>(x[i]);
+#pragma unroll
+    for (int w = 0; w < words; ++w) reinterpret_cast<uint4*>(p)[w] = raw[w];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      if (i < n) p[i] = from_float<T>(x[i]);
+  }
+}
 
 // The online softmax over some columns of a row: the largest logit, Σ e^d and Σ e^d d, where
 // d = (logit - max) / temperature. Over no columns, or none above -inf, max is -inf and the sum 0,

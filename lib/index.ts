@@ -84,6 +84,7 @@ export {
   type SmartResizeOptions,
   smartResize,
 } from './ops/crop_resample.js'
+export * from './ops/distillation.js'
 export {
   type Color,
   type DrawBoxesArgs,

@@ -110,6 +110,12 @@ inline constexpr Named<RatioMode> kRatioModes[] = {
 enum class DivergenceMeasure : uint8_t { k1, k2, k3, ratio };
 enum class RejectOver : uint8_t { token, sum, mean, max };
 
+// Divergences between a student and a teacher; formulas in ops/distillation.h.
+enum class Divergence : uint8_t { reverse_kl, forward_kl, jsd };
+inline constexpr Named<Divergence> kDivergences[] = {{Divergence::reverse_kl, "reverse_kl"},
+                                                     {Divergence::forward_kl, "forward_kl"},
+                                                     {Divergence::jsd, "jsd"}};
+
 // Resampling filters; formulas in ops/resample_plan.h.
 enum class Filter : uint8_t { box, bilinear, bicubic, lanczos };
 inline constexpr Named<Filter> kFilters[] = {{Filter::box, "box"},

@@ -1,5 +1,6 @@
-// What the kernels of a linear head's log-probabilities share: the head, how rows and vocabulary
-// are cut, and the logits of a chunk of rows, which are computed where they are used.
+// What the kernels of a linear head's log-probabilities share, also with cpu/distillation.cpp: the
+// head, how rows and vocabulary are cut, and the logits of a chunk of rows, which are computed
+// where they are used.
 //
 //   linear_log_probs.cpp  the operations: forward, backward, and the policy loss through the head
 //   logits.cpp            logits of a block of the vocabulary, and the rows' softmax sums
@@ -128,6 +129,8 @@ const float* compute_logits(const Simd& simd, const Head& h, int64_t active, int
 // The softmax sums of every row of the chunk over every span, and the targets' logits. The logits
 // are also stored to `chunk`, [active, columns], unless it is null.
 void sum_spans(CpuDevice& cpu, const Head& h, int64_t active, float* chunk);
+// Stores the logits of the chunk's rows: [active, columns].
+void store_logits(CpuDevice& cpu, const Head& h, int64_t active, float* chunk);
 // The results of row i of the chunk, from the sums of its spans.
 RowLogProb merge_spans(const Head& h, int64_t i);
 

@@ -122,6 +122,16 @@ void sum_spans(CpuDevice& cpu, const Head& h, int64_t active, float* chunk) {
   });
 }
 
+void store_logits(CpuDevice& cpu, const Head& h, int64_t active, float* chunk) {
+  cpu.parallel(ceil_div(h.columns, h.block), 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * h.block, n = std::min(h.block, h.columns - first);
+      cpu.simd().transpose(n, active, compute_logits(cpu.simd(), h, active, first, n, thread),
+                           h.pitch, chunk + first, h.columns);
+    }
+  });
+}
+
 RowLogProb merge_spans(const Head& h, int64_t i) {
   return row_log_prob(merge_slices(h.partials + i * h.spans * 3, h.spans, h.inverse),
                       h.target_logit[i], h.inverse);

@@ -1,5 +1,6 @@
-// Arguments of the SIMD kernels that are not plain lists: of log-probabilities, of the policy loss,
-// of rollout corrections and of sums of rows. Resampling has its own in cpu/simd/resample.h.
+// Arguments of the SIMD kernels that are not plain lists: of log-probabilities, of divergences, of
+// the policy loss, of rollout corrections and of sums of rows. Resampling has its own in
+// cpu/simd/resample.h.
 #pragma once
 #include <stdint.h>
 
@@ -13,6 +14,20 @@ struct LogitGradientRow {
   float maximum, log_sum;      // stats
   float scale_p, scale_h;
 };
+
+// The divergence of one row of a student's logits and a teacher's, in this order; see
+// divergence_gradient.
+struct DivergenceRow {
+  Divergence objective;
+  float beta;
+  float inverse, inverse_low;    // 1 / temperature, in two parts
+  float maximum[2], log_sum[2];  // stats of ops/log_probs.h
+  float subtract;                // reverse_kl: D; jsd: KL(p||m)
+  float scale;                   // of the gradient
+};
+
+// Of one call of divergence_sums and mixture_sums, at most.
+constexpr int64_t kDivergenceRun = 4096;
 
 // A run of tokens within one sequence; absent inputs are null. ops/policy_loss.h has the formulas.
 struct PolicyRun {

@@ -14,6 +14,7 @@ namespace p2r::cpu {
 
 struct FewRows;  // linear.h
 struct LogitGradientRow;  // arguments.h
+struct DivergenceRow;
 struct PolicyRun;
 struct RolloutRun;
 struct ResampleRows;  // resample.h

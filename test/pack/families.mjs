@@ -121,6 +121,13 @@ export async function families(p2r, id = 'cpu') {
       })
       return [await logProbs.read(), targets.map((t, i) => logSoftmax(row(products, i, 5))[t])]
     },
+    async distillation() {
+      const logits = [1, 2, 0, -1]
+      const teacher = [0, 1, 1, 0]
+      const [p, q] = [logSoftmax(logits), logSoftmax(teacher)]
+      const out = p2r.distillation({ logits: f32(logits, 1, 4), teacherLogits: f32(teacher, 1, 4) })
+      return [await out.read(), [p.reduce((sum, v, i) => sum + Math.exp(v) * (v - q[i]), 0)]]
+    },
     async layer_norm() {
       const ones = f32(Array(8).fill(1), 8)
       const zeros = f32(Array(8).fill(0), 8)
