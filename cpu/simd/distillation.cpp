@@ -86,7 +86,9 @@ inline vf log_prob(vf x, const DivergenceRow& row, int head) {
   const vf rest = vmax(set1(-FLT_MAX), x) * row.inverse_low - row.log_sum[head];
   return (x * row.inverse - row.maximum[head]) + rest;
 }
-inline vf prob(vf log_p) { return exp2(log_p * kLog2e); }
+// The maximum with 0 keeps the last product out of a fused p - q, which would be its rounding error
+// where p = q.
+inline vf prob(vf log_p) { return vmax(vf{}, exp2(log_p * kLog2e)); }
 
 // log(p / m), and log(q / p) within the bounds between which both of it and m are as good as exact.
 inline vf log_of_mixture(vf log_p, vf log_q, float beta, vf* log_ratio) {
