@@ -20,8 +20,7 @@ void read_head(Call& call, Args& a) {
 Napi::Value linear_log_probs(Call& call) {
   LinearLogProbsArgs a;
   read_head(call, a);
-  const bool entropy = call.flag("entropy");
-  log_prob_results(call, a, a.hidden.shape[0], entropy);
+  log_prob_results(call, a, a.hidden.shape[0]);
   return call.run(&Kernels::linear_log_probs, a);
 }
 

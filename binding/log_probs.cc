@@ -18,8 +18,7 @@ Napi::Value token_log_probs(Call& call) {
   TokenLogProbsArgs a;
   read_logits(call, a);
   a.temperature = call.number("temperature", kMinTemperature, kMaxTemperature);
-  const bool entropy = call.flag("entropy");
-  log_prob_results(call, a, a.logits.shape[0], entropy);
+  log_prob_results(call, a, a.logits.shape[0]);
   return call.run(&Kernels::token_log_probs, a);
 }
 

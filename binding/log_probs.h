@@ -31,12 +31,18 @@ void read_row_gradients(Call& call, Args& a, int64_t n) {
   }
 }
 
-// Log-probabilities of n rows, with their stats and, optionally, the entropy.
+// Reads whether the entropy or the squared probabilities of n rows are wanted, and makes these
+// results after the log-probabilities and their stats.
 template <class Args>
-void log_prob_results(Call& call, Args& a, int64_t n, bool entropy) {
+void log_prob_results(Call& call, Args& a, int64_t n) {
+  const bool entropy = call.flag("entropy"), squared = call.flag("squaredProbs");
+  call.check(!entropy || !squared, Code::value,
+             "entropy and squaredProbs are sums over the vocabulary of which a call has one; call "
+             "it twice");
   a.log_probs = call.result(DType::f32, {n});
   a.stats = call.result(DType::f32, {n, 2});
   if (entropy) a.entropy = call.result(DType::f32, {n});
+  if (squared) a.squared_probs = call.result(DType::f32, {n});
 }
 
 }  // namespace p2r::binding

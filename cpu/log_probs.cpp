@@ -38,7 +38,7 @@ void set_value(const View& v, int64_t i, float x) {
 struct Job {
   In logits, targets;
   double temperature;
-  bool moment;
+  SoftmaxExtra extra;
 };
 
 void queue_slices(const Job& job, float* partials, CpuDevice& cpu) {
@@ -51,7 +51,7 @@ void queue_slices(const Job& job, float* partials, CpuDevice& cpu) {
                  const int64_t row = i / slices, first = i % slices * kSlice;
                  if (job.targets.as<int32_t>()[row] == kSkippedTarget) continue;
                  simd.softmax_sums(job.logits.dtype, job.logits.element(row * columns + first),
-                                   std::min(kSlice, columns - first), inverse, job.moment,
+                                   std::min(kSlice, columns - first), inverse, job.extra,
                                    partials + 3 * i);
                }
              });
@@ -65,25 +65,26 @@ void token_log_probs(const TokenLogProbsArgs& a, Device& device) {
   const int64_t slices = slices_of(columns);
   Scratch scratch = device.scratch(rows * slices * 3 * sizeof(float));
   float* partials = scratch.as<float>();
-  queue_slices({a.logits, a.targets, a.temperature, bool(a.entropy)}, partials, cpu);
+  queue_slices({a.logits, a.targets, a.temperature, extra_of(a)}, partials, cpu);
   cpu.launch(rows, kRowGrain, [=](int64_t begin, int64_t end, int) {
     const double inverse = 1 / a.temperature;
     for (int64_t i = begin; i < end; ++i) {
       const int32_t target = a.targets.as<int32_t>()[i];
       RowLogProb r;
       if (target != kSkippedTarget) {
-        const Sums row = merge_slices(partials + 3 * i * slices, slices, inverse);
+        const Sums row = merge_slices(partials + 3 * i * slices, slices, inverse, extra_of(a));
         if (target < 0 || target >= columns) {
           r = kNoLogProb;
           raise(a.fault, i, static_cast<uint32_t>(target));
         } else {
-          r = row_log_prob(row, value_at(a.logits, i * columns + target), inverse);
+          r = row_log_prob(row, value_at(a.logits, i * columns + target), inverse, extra_of(a));
         }
       }
       a.log_probs.as<float>()[i] = r.log_prob;
       a.stats.as<float>()[2 * i] = r.stats[0];
       a.stats.as<float>()[2 * i + 1] = r.stats[1];
-      if (a.entropy) a.entropy.as<float>()[i] = r.entropy;
+      if (a.entropy) a.entropy.as<float>()[i] = r.extra;
+      if (a.squared_probs) a.squared_probs.as<float>()[i] = r.extra;
     }
   });
 }
@@ -94,7 +95,8 @@ void token_log_probs_shard(const TokenLogProbsShardArgs& a, Device& device) {
   const int64_t slices = slices_of(columns);
   Scratch scratch = device.scratch(rows * slices * 3 * sizeof(float));
   float* partials = scratch.as<float>();
-  queue_slices({a.logits, a.targets, a.temperature, bool(a.moment)}, partials, cpu);
+  const SoftmaxExtra extra = a.moment ? SoftmaxExtra::moment : SoftmaxExtra::none;
+  queue_slices({a.logits, a.targets, a.temperature, extra}, partials, cpu);
   cpu.launch(rows, kRowGrain, [=](int64_t begin, int64_t end, int) {
     const double inverse = 1 / a.temperature;
     for (int64_t i = begin; i < end; ++i) {
@@ -103,7 +105,7 @@ void token_log_probs_shard(const TokenLogProbsShardArgs& a, Device& device) {
       Sums row;
       float target_logit = 0;
       if (target != kSkippedTarget) {
-        row = merge_slices(partials + 3 * i * slices, slices, inverse);
+        row = merge_slices(partials + 3 * i * slices, slices, inverse, extra);
         target_logit = static_cast<float>(local < 0 || local >= columns
                                               ? -kInfinity
                                               : value_at(a.logits, i * columns + local) * inverse);
@@ -112,7 +114,7 @@ void token_log_probs_shard(const TokenLogProbsShardArgs& a, Device& device) {
       write_stats(row, inverse, stats);
       // The moment relative to the rounded maximum, like the sum.
       const double shift = row.sum == 0 ? 0 : row.maximum * inverse - stats[0];
-      float moment = static_cast<float>(std::exp(shift) * (row.moment + shift * row.sum));
+      float moment = static_cast<float>(std::exp(shift) * (row.extra + shift * row.sum));
       if (target < 0 && target != kSkippedTarget) {
         target_logit = moment = stats[0] = stats[1] = kNan;
         raise(a.fault, i, static_cast<uint32_t>(target));
@@ -133,7 +135,7 @@ void merge_log_probs(const MergeLogProbsArgs& a, Device& device) {
       for (size_t k = 0; k < a.stats.size(); ++k) {
         const float* stats = a.stats[k].as<float>() + 2 * i;
         const double moment = a.moment.empty() ? 0 : a.moment[k].as<float>()[i];
-        merge(row, {stats[0], std::exp(double(stats[1])), moment}, 1);
+        merge(row, {stats[0], std::exp(double(stats[1])), moment}, 1, SoftmaxExtra::moment);
         const double x = a.target_logit[k].as<float>()[i];
         if (!(x <= target)) target = x;
       }
@@ -142,7 +144,7 @@ void merge_log_probs(const MergeLogProbsArgs& a, Device& device) {
         write_stats(row, 1, stats);
         const double log_sum = std::log(row.sum);
         log_prob = static_cast<float>((target - row.maximum) - log_sum);
-        entropy = static_cast<float>(log_sum - row.moment / row.sum);
+        entropy = static_cast<float>(log_sum - row.extra / row.sum);
       } else if (target == -kInfinity) {  // no probability anywhere; else the row was skipped
         log_prob = entropy = stats[1] = kNan;
         stats[0] = -std::numeric_limits<float>::infinity();

@@ -12,21 +12,23 @@ namespace p2r::cpu {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-// Of a row or a part of one: its maximum, Σ e^d and Σ e^d d.
+// Of a row or a part of one: its maximum, Σ e^d and the extra sum.
 struct Sums {
-  double maximum = -kInfinity, sum = 0, moment = 0;
+  double maximum = -kInfinity, sum = 0, extra = 0;
 };
 
 // Adds a part whose maximum and sums are given; log-ratios are (difference of maxima) * inverse.
-inline void merge(Sums& into, const Sums& part, double inverse) {
+inline void merge(Sums& into, const Sums& part, double inverse, SoftmaxExtra extra) {
   if (part.sum == 0) return;
   const double maximum = part.maximum > into.maximum ? part.maximum : into.maximum;
   const auto scaled = [&](const Sums& s) {
     const double shift = (s.maximum - maximum) * inverse, scale = std::exp(shift);
     // The shift may be infinite where exp(shift) is 0, and 0 * inf is NaN; a NaN of the part
     // remains.
-    return scale == 0 ? Sums{maximum, 0 * s.sum, 0 * s.moment}
-                      : Sums{maximum, scale * s.sum, scale * (s.moment + shift * s.sum)};
+    if (scale == 0) return Sums{maximum, 0 * s.sum, 0 * s.extra};
+    const double further =
+        extra == SoftmaxExtra::squares ? scale * s.extra : s.extra + shift * s.sum;
+    return Sums{maximum, scale * s.sum, scale * further};
   };
   const Sums b = scaled(part);
   if (into.sum == 0) {
@@ -34,13 +36,14 @@ inline void merge(Sums& into, const Sums& part, double inverse) {
     return;
   }
   const Sums a = scaled(into);
-  into = {maximum, a.sum + b.sum, a.moment + b.moment};
+  into = {maximum, a.sum + b.sum, a.extra + b.extra};
 }
 
-inline Sums merge_slices(const float* partials, int64_t slices, double inverse) {
+inline Sums merge_slices(const float* partials, int64_t slices, double inverse,
+                         SoftmaxExtra extra) {
   Sums row;
   for (int64_t k = 0; k < slices; ++k, partials += 3)
-    merge(row, {partials[0], partials[1], partials[2]}, inverse);
+    merge(row, {partials[0], partials[1], partials[2]}, inverse, extra);
   return row;
 }
 
@@ -54,17 +57,18 @@ inline void write_stats(const Sums& row, double inverse, float* stats) {
 
 // The results of a row; the defaults are those of a skipped one.
 struct RowLogProb {
-  float log_prob = 0, entropy = 0, stats[2] = {0, 0};
+  float log_prob = 0, extra = 0, stats[2] = {0, 0};  // extra: the entropy, or Σ p²
 };
 constexpr RowLogProb kNoLogProb = {kNan, kNan, {kNan, kNan}};
 
 // x: the target's logit.
-inline RowLogProb row_log_prob(const Sums& row, double x, double inverse) {
+inline RowLogProb row_log_prob(const Sums& row, double x, double inverse, SoftmaxExtra extra) {
   RowLogProb r;
   write_stats(row, inverse, r.stats);
   if (row.sum == 0) r.stats[1] = kNan;
   const double log_sum = row.sum == 0 ? double(kNan) : std::log(row.sum);
-  r.entropy = static_cast<float>(log_sum - row.moment / row.sum);
+  r.extra = static_cast<float>(extra == SoftmaxExtra::squares ? row.extra / (row.sum * row.sum)
+                                                              : log_sum - row.extra / row.sum);
   r.log_prob = static_cast<float>((x - row.maximum) * inverse - log_sum);
   return r;
 }

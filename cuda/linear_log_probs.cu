@@ -38,7 +38,7 @@ struct LogitsEpilogue {
   SoftmaxPartial* partials;  // [m, spans]
   int64_t spans;
   float inv_temperature;
-  bool moments;
+  SoftmaxExtra extra;
 
   struct State {
     SoftmaxPartial row[2];
@@ -83,12 +83,12 @@ struct LogitsEpilogue {
 #pragma unroll
       for (int g = 0; g < count; g += 4)
         max = fmaxf(max, fmaxf(z[g + 2 * half], z[g + 2 * half + 1]));
-      if (max > own.max) rescale(own, max, inv_temperature);
+      if (max > own.max) rescale(own, max, inv_temperature, extra);
       own.max = max;
       const float reference = max == -INFINITY ? 0 : max;
       // Two sums, for two independent chains of additions.
       float sum[2] = {0, 0};
-      if (!moments) {
+      if (extra == SoftmaxExtra::none) {
         const float scale_log2 = inv_temperature * kLog2e;
 #pragma unroll
         for (int g = 0; g < count; g += 4)
@@ -96,17 +96,23 @@ struct LogitsEpilogue {
           for (int e = 0; e < 2; ++e)
             sum[e] += ptx::ex2((z[g + 2 * half + e] - reference) * scale_log2);
       } else {
-        float moment[2] = {0, 0};
+        float further[2] = {0, 0};
+        const auto sum_both = [&](const auto& factor) {
 #pragma unroll
-        for (int g = 0; g < count; g += 4)
+          for (int g = 0; g < count; g += 4)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float d = (z[g + 2 * half + e] - reference) * inv_temperature,
-                        p = ptx::ex2(d * kLog2e);
-            sum[e] += p;
-            moment[e] += p * fmaxf(d, -128.0f);
-          }
-        own.moment += moment[0] + moment[1];
+            for (int e = 0; e < 2; ++e) {
+              const float d = (z[g + 2 * half + e] - reference) * inv_temperature,
+                          p = ptx::ex2(d * kLog2e);
+              sum[e] += p;
+              further[e] += p * factor(d, p);
+            }
+        };
+        if (extra == SoftmaxExtra::moment)
+          sum_both([](float d, float) { return fmaxf(d, -128.0f); });
+        else
+          sum_both([](float, float p) { return p; });
+        own.extra += further[0] + further[1];
       }
       own.sum += sum[0] + sum[1];
     }
@@ -116,7 +122,8 @@ struct LogitsEpilogue {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = at.row + 8 * half;
-      merge_lanes(state.row[half], 4, inv_temperature);  // of the four lanes that share the row
+      merge_lanes(state.row[half], 4, inv_temperature,
+                  extra);  // of the four lanes that share the row
       if (threadIdx.x % 4 == 0 && row < store.m) partials[row * spans + at.span] = state.row[half];
     }
   }
@@ -185,7 +192,7 @@ class ChunkedHead : public LinearHead<T, Args> {
                        partials_.template as<SoftmaxPartial>(),
                        spans,
                        static_cast<float>(1 / a_.temperature),
-                       bool(args.entropy)});
+                       extra_of(args)});
     finish_log_probs(args, columns_, partials_.template as<const SoftmaxPartial>(), spans,
                      target_logits_.template as<const float>(), device_);
   }
@@ -204,6 +211,7 @@ void linear_log_probs(const LinearLogProbsArgs& a, Device& device) {
       args.log_probs = c.chunk_of(a.log_probs);
       args.stats = c.chunk_of(a.stats);
       args.entropy = c.chunk_of(a.entropy);
+      args.squared_probs = c.chunk_of(a.squared_probs);
       c.forward(args);
     });
   });

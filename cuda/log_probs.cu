@@ -83,20 +83,26 @@ __device__ __forceinline__ void each_vector(const T* z, int64_t first, int64_t e
 }
 
 __device__ __forceinline__ void accumulate(SoftmaxPartial& a, const float (&x)[kVector],
-                                           float inv_temperature, bool moment) {
+                                           float inv_temperature, SoftmaxExtra extra) {
   float max = a.max;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) max = fmaxf(max, x[i]);
-  if (max > a.max) rescale(a, max, inv_temperature);
+  if (max > a.max) rescale(a, max, inv_temperature, extra);
   a.max = max;
   const float reference = max == -INFINITY ? 0 : max, scale_log2 = inv_temperature * kLog2e;
-  if (moment) {
+  if (extra == SoftmaxExtra::moment) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const float d = x[i] - reference, e = ptx::ex2(d * scale_log2);
       a.sum += e;
-      a.moment +=
-          e * fmaxf(d * inv_temperature, -128.0f);  // where e is 0 and 0 * -inf would be NaN
+      a.extra += e * fmaxf(d * inv_temperature, -128.0f);  // where e is 0 and 0 * -inf would be NaN
+    }
+  } else if (extra == SoftmaxExtra::squares) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const float e = ptx::ex2((x[i] - reference) * scale_log2);
+      a.sum += e;
+      a.extra += e * e;
     }
   } else {
 #pragma unroll
@@ -107,7 +113,7 @@ __device__ __forceinline__ void accumulate(SoftmaxPartial& a, const float (&x)[k
 template <class T>
 __global__ void __launch_bounds__(kBlock)
     softmax_partials_kernel(const T* logits, const int32_t* targets, int64_t columns,
-                            int64_t slices, float inv_temperature, bool moment,
+                            int64_t slices, float inv_temperature, SoftmaxExtra extra,
                             SoftmaxPartial* out) {
   SMEM_ARRAY(SoftmaxPartial, warp_partials, kWarps);
   const int64_t row = blockIdx.x / slices, first = blockIdx.x % slices * kSlice;
@@ -116,44 +122,47 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t end = first + kSlice < columns ? first + kSlice : columns;
   SoftmaxPartial partial = {-INFINITY, 0, 0};
   each_vector(z, first, end, is_aligned(z), -INFINITY, [&](float(&x)[kVector], int64_t, bool) {
-    accumulate(partial, x, inv_temperature, moment);
+    accumulate(partial, x, inv_temperature, extra);
   });
-  merge_lanes(partial, 32, inv_temperature);
+  merge_lanes(partial, 32, inv_temperature, extra);
   if (threadIdx.x % 32 == 0) warp_partials[threadIdx.x / 32] = partial;
   __syncthreads();
   if (threadIdx.x < 32) {
     partial = warp_partials[threadIdx.x % kWarps];
-    merge_lanes(partial, kWarps, inv_temperature);
+    merge_lanes(partial, kWarps, inv_temperature, extra);
     if (threadIdx.x == 0) out[blockIdx.x] = partial;
   }
 }
 
 struct RowSoftmax {
-  double max = -INFINITY, sum = 0, moment = 0;
+  double max = -INFINITY, sum = 0, extra = 0;
 };
 
-__device__ void merge_into(RowSoftmax& into, RowSoftmax part, double inv_temperature) {
+__device__ void merge_into(RowSoftmax& into, RowSoftmax part, double inv_temperature,
+                           SoftmaxExtra extra) {
   if (part.sum == 0) return;
   const double max = part.max > into.max ? part.max : into.max;
   const auto rescale = [&](RowSoftmax& r) {
     const double shift = (r.max - max) * inv_temperature, scale = exp(shift);
-    r.moment = scale == 0 ? 0 * r.moment : scale * (r.moment + shift * r.sum);
+    const double further =
+        extra == SoftmaxExtra::squares ? scale * r.extra : r.extra + shift * r.sum;
+    r.extra = scale == 0 ? 0 * r.extra : scale * further;
     r.sum *= scale;
   };
   rescale(part);
   if (into.sum == 0)
-    into = {max, part.sum, part.moment};
+    into = {max, part.sum, part.extra};
   else {
     rescale(into);
-    into = {max, into.sum + part.sum, into.moment + part.moment};
+    into = {max, into.sum + part.sum, into.extra + part.extra};
   }
 }
 
 __device__ RowSoftmax merge_slices(const SoftmaxPartial* slices, int64_t count,
-                                   double inv_temperature) {
+                                   double inv_temperature, SoftmaxExtra extra) {
   RowSoftmax row;
   for (int64_t k = 0; k < count; ++k)
-    merge_into(row, {slices[k].max, slices[k].sum, slices[k].moment}, inv_temperature);
+    merge_into(row, {slices[k].max, slices[k].sum, slices[k].extra}, inv_temperature, extra);
   return row;
 }
 
@@ -170,18 +179,19 @@ template <class T>
 __global__ void __launch_bounds__(kRows)
     finish_rows_kernel(const T* logits, int64_t row_stride, const int32_t* targets,
                        const SoftmaxPartial* partials, int64_t rows, int64_t columns,
-                       int64_t slices, double inv_temperature, float* log_probs, float2* stats,
-                       float* entropy, FaultFlag fault) {
+                       int64_t slices, double inv_temperature, SoftmaxExtra extra, float* log_probs,
+                       float2* stats, float* further, FaultFlag fault) {
   const int64_t i = int64_t{blockIdx.x} * kRows + threadIdx.x;
   if (i >= rows) return;
   const int32_t target = targets[i];
   float log_prob = 0, h = 0;
   float2 s = make_float2(0, 0);
   if (target != kSkippedTarget) {
-    const RowSoftmax row = merge_slices(partials + i * slices, slices, inv_temperature);
+    const RowSoftmax row = merge_slices(partials + i * slices, slices, inv_temperature, extra);
     s = row_stats(row, inv_temperature);
     const double log_sum = row.sum == 0 ? static_cast<double>(NAN) : log(row.sum);
-    h = static_cast<float>(log_sum - row.moment / row.sum);
+    h = static_cast<float>(extra == SoftmaxExtra::squares ? row.extra / (row.sum * row.sum)
+                                                          : log_sum - row.extra / row.sum);
     if (row.sum == 0) s.y = NAN;
     if (target < 0 || target >= columns) {
       log_prob = h = s.x = s.y = NAN;
@@ -193,7 +203,7 @@ __global__ void __launch_bounds__(kRows)
   }
   log_probs[i] = log_prob;
   stats[i] = s;
-  if (entropy) entropy[i] = h;
+  if (further) further[i] = h;
 }
 
 template <class T>
@@ -209,14 +219,14 @@ __global__ void __launch_bounds__(kRows)
   RowSoftmax row;
   float x = 0;
   if (target != kSkippedTarget) {
-    row = merge_slices(partials + i * slices, slices, inv_temperature);
+    row = merge_slices(partials + i * slices, slices, inv_temperature, SoftmaxExtra::moment);
     x = local < 0 || local >= columns
             ? -INFINITY
             : static_cast<float>(to_float(logits[i * columns + local]) * inv_temperature);
   }
   float2 s = row_stats(row, inv_temperature);
   const double shift = row.sum == 0 ? 0 : row.max * inv_temperature - s.x;
-  float t = static_cast<float>(exp(shift) * (row.moment + shift * row.sum));
+  float t = static_cast<float>(exp(shift) * (row.extra + shift * row.sum));
   if (target < 0 && target != kSkippedTarget) {
     x = t = s.x = s.y = NAN;
     ptx::raise(fault, i, static_cast<uint32_t>(target));
@@ -236,7 +246,8 @@ __global__ void __launch_bounds__(kRows)
   for (int k = 0; k < shards; ++k) {
     const float* stats = table[k] + 2 * i;
     const double moment = moments ? table[2 * shards + k][i] : 0;
-    merge_into(row, {stats[0], exp(static_cast<double>(stats[1])), moment}, 1);
+    merge_into(row, {stats[0], exp(static_cast<double>(stats[1])), moment}, 1,
+               SoftmaxExtra::moment);
     const double x = table[shards + k][i];
     if (!(x <= target)) target = x;
   }
@@ -246,7 +257,7 @@ __global__ void __launch_bounds__(kRows)
     s = row_stats(row, 1);
     const double log_sum = log(row.sum);
     log_prob = static_cast<float>((target - row.max) - log_sum);
-    h = static_cast<float>(log_sum - row.moment / row.sum);
+    h = static_cast<float>(log_sum - row.extra / row.sum);
   } else if (target == -INFINITY) {  // every logit is -inf; a skipped row has target 0
     log_prob = h = s.y = NAN;
     s.x = -INFINITY;
@@ -338,7 +349,7 @@ __global__ void __launch_bounds__(kBlock)
 // Computes the partials of all slices of all rows; finish(logits, partials, slices) turns them into
 // results.
 template <class Args, class F>
-void with_partials(const Args& a, bool moment, Device& device, const F& finish) {
+void with_partials(const Args& a, SoftmaxExtra extra, Device& device, const F& finish) {
   const int64_t rows = a.logits.shape[0], columns = a.logits.shape[1];
   if (!rows) return;
   const int64_t slices = ceil_div(columns, kSlice);
@@ -349,9 +360,13 @@ void with_partials(const Args& a, bool moment, Device& device, const F& finish) 
     if (slices > 0)
       launch(softmax_partials_kernel<T>, static_cast<unsigned>(rows * slices), kBlock, 0,
              stream_of(device), logits, a.targets.template as<const int32_t>(), columns, slices,
-             static_cast<float>(1 / a.temperature), moment, scratch.as<SoftmaxPartial>());
+             static_cast<float>(1 / a.temperature), extra, scratch.as<SoftmaxPartial>());
     finish(logits, scratch.as<const SoftmaxPartial>(), slices);
   });
+}
+
+float* extra_result(const TokenLogProbsArgs& a) {
+  return (a.entropy ? a.entropy : a.squared_probs).as<float>();
 }
 
 unsigned row_blocks(int64_t rows) { return static_cast<unsigned>(ceil_div(rows, kRows)); }
@@ -360,18 +375,18 @@ unsigned row_blocks(int64_t rows) { return static_cast<unsigned>(ceil_div(rows, 
 
 void token_log_probs(const TokenLogProbsArgs& a, Device& device) {
   const int64_t rows = a.logits.shape[0], columns = a.logits.shape[1];
-  with_partials(a, bool(a.entropy), device,
+  with_partials(a, extra_of(a), device,
                 [&]<class T>(const T* logits, const SoftmaxPartial* partials, int64_t slices) {
                   launch(finish_rows_kernel<T>, row_blocks(rows), kRows, 0, stream_of(device),
                          logits, columns, a.targets.as<const int32_t>(), partials, rows, columns,
-                         slices, 1 / a.temperature, a.log_probs.as<float>(), a.stats.as<float2>(),
-                         a.entropy.as<float>(), a.fault);
+                         slices, 1 / a.temperature, extra_of(a), a.log_probs.as<float>(),
+                         a.stats.as<float2>(), extra_result(a), a.fault);
                 });
 }
 
 void token_log_probs_shard(const TokenLogProbsShardArgs& a, Device& device) {
   const int64_t rows = a.logits.shape[0], columns = a.logits.shape[1];
-  with_partials(a, bool(a.moment), device,
+  with_partials(a, a.moment ? SoftmaxExtra::moment : SoftmaxExtra::none, device,
                 [&]<class T>(const T* logits, const SoftmaxPartial* partials, int64_t slices) {
                   launch(finish_shard_kernel<T>, row_blocks(rows), kRows, 0, stream_of(device),
                          logits, a.targets.as<const int32_t>(), partials, rows, columns, slices,
@@ -398,8 +413,8 @@ void finish_log_probs(const TokenLogProbsArgs& a, int64_t columns, const Softmax
   const int64_t rows = a.targets.shape[0];
   launch(finish_rows_kernel<float>, row_blocks(rows), kRows, 0, stream_of(device), target_logits,
          int64_t{0}, a.targets.as<const int32_t>(), partials, rows, columns, spans,
-         1 / a.temperature, a.log_probs.as<float>(), a.stats.as<float2>(), a.entropy.as<float>(),
-         a.fault);
+         1 / a.temperature, extra_of(a), a.log_probs.as<float>(), a.stats.as<float2>(),
+         extra_result(a), a.fault);
 }
 
 namespace {

@@ -50,38 +50,41 @@ __device__ __forceinline__ void store_vector(T* p, int64_t n, bool aligned,
   }
 }
 
-// The online softmax over some columns of a row: the largest logit, Σ e^d and Σ e^d d, where
-// d = (logit - max) / temperature. Over no columns, or none above -inf, max is -inf and the sum 0,
-// or NaN if one was NaN.
+// The online softmax over some columns of a row: the largest logit, Σ e^d and the extra sum, Σ e^d
+// d or Σ e^2d, where d = (logit - max) / temperature. Over no columns, or none above -inf, max is
+// -inf and the sum 0, or NaN if one was NaN.
 struct SoftmaxPartial {
-  float max, sum, moment;
+  float max, sum, extra;
 };
 
 // Makes the sums relative to `max`, at least p.max, which the caller then stores there.
-__device__ __forceinline__ void rescale(SoftmaxPartial& p, float max, float inv_temperature) {
+__device__ __forceinline__ void rescale(SoftmaxPartial& p, float max, float inv_temperature,
+                                        SoftmaxExtra extra) {
   if (p.max == -INFINITY) return;
   const float shift = (p.max - max) * inv_temperature;
   const float scale = ptx::ex2(shift * kLog2e);
-  p.moment = scale == 0 ? 0 * p.moment : scale * (p.moment + shift * p.sum);
+  const float further = extra == SoftmaxExtra::squares ? scale * p.extra : p.extra + shift * p.sum;
+  p.extra = scale == 0 ? 0 * p.extra : scale * further;
   p.sum *= scale;
 }
 
 __device__ __forceinline__ SoftmaxPartial merged(SoftmaxPartial a, SoftmaxPartial b,
-                                                 float inv_temperature) {
+                                                 float inv_temperature, SoftmaxExtra extra) {
   const float max = fmaxf(a.max, b.max);
-  rescale(a, max, inv_temperature);
-  rescale(b, max, inv_temperature);
-  return {max, a.sum + b.sum, a.moment + b.moment};
+  rescale(a, max, inv_temperature, extra);
+  rescale(b, max, inv_temperature, extra);
+  return {max, a.sum + b.sum, a.extra + b.extra};
 }
 
 // Merges the partials of `width` adjacent lanes, a power of two, into each of them.
-__device__ __forceinline__ void merge_lanes(SoftmaxPartial& p, int width, float inv_temperature) {
+__device__ __forceinline__ void merge_lanes(SoftmaxPartial& p, int width, float inv_temperature,
+                                            SoftmaxExtra extra) {
   for (int step = width / 2; step > 0; step /= 2) {
     SoftmaxPartial other;
     other.max = __shfl_xor_sync(0xffffffffu, p.max, step);
     other.sum = __shfl_xor_sync(0xffffffffu, p.sum, step);
-    other.moment = __shfl_xor_sync(0xffffffffu, p.moment, step);
-    p = merged(p, other, inv_temperature);
+    other.extra = __shfl_xor_sync(0xffffffffu, p.extra, step);
+    p = merged(p, other, inv_temperature, extra);
   }
 }
 

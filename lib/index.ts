@@ -121,6 +121,8 @@ export {
   mergeLogProbs,
   type RowEntropy,
   type RowGradients,
+  type RowResultOptions,
+  type RowSquaredProbs,
   type TokenLogits,
   type TokenLogProbsArgs,
   type TokenLogProbsBackwardArgs,

@@ -123,6 +123,11 @@ inline constexpr Named<Filter> kFilters[] = {{Filter::box, "box"},
                                              {Filter::bicubic, "bicubic"},
                                              {Filter::lanczos, "lanczos"}};
 
+// Not an option: what an online softmax sums beside Σ e^d, with d the logit less the maximum,
+// divided by the temperature: nothing, Σ e^d d for the entropy, or Σ e^2d for the squared
+// probabilities.
+enum class SoftmaxExtra : uint8_t { none, moment, squares };
+
 // Not an option: the sums over a sequence's tokens that the loss and the metrics are made of, in
 // the metrics' order: policy loss, KL, entropy, [clipped], [dual-clipped], -d, r.
 enum LossSum : uint8_t {

@@ -4,7 +4,8 @@
 //   logits [N, V] = hidden [N, C] . weight [V, C]^T + bias [V]
 //
 // and from there as ops/log_probs.h and ops/policy_loss.h say, which define log-probabilities,
-// entropy, stats, rows without a softmax, and the loss. With dz the gradient of the logits:
+// entropy, squared probabilities, stats, rows without a softmax, and the loss. With dz the gradient
+// of the logits:
 //
 //   dhidden = dz . weight,  dweight = dz^T . hidden,  dbias = Σ_n dz[n]
 //
@@ -55,9 +56,10 @@ namespace p2r {
 struct LinearLogProbsArgs {
   In hidden, weight, bias, targets;
   double temperature = 1;
-  Out log_probs, stats, entropy;  // entropy may be absent
+  Out log_probs, stats, entropy, squared_probs;  // one or both of the last two are absent
   auto fields() {
-    return std::tie(hidden, weight, bias, targets, temperature, log_probs, stats, entropy);
+    return std::tie(hidden, weight, bias, targets, temperature, log_probs, stats, entropy,
+                    squared_probs);
   }
   double work() const { return 1.0 * hidden.size() * weight.shape[0]; }
   FaultFlag fault;

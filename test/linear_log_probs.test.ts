@@ -56,6 +56,7 @@ function oracle(h: Head, g?: ArrayLike<number>, e?: ArrayLike<number>) {
     logProbs: new Float64Array(h.n),
     stats: new Float64Array(2 * h.n),
     entropy: new Float64Array(h.n),
+    squared: new Float64Array(h.n),
     dHidden: new Float64Array(h.n * h.c),
     dWeight: new Float64Array(h.v * h.c),
     dBias: new Float64Array(h.v),
@@ -80,14 +81,17 @@ function oracle(h: Head, g?: ArrayLike<number>, e?: ArrayLike<number>) {
     }
     let sum = 0
     let moment = 0
+    let squares = 0
     for (const z of x) {
       sum += Math.exp(z - maximum)
+      squares += Math.exp(2 * (z - maximum))
       moment += Math.exp(z - maximum) * (z - maximum)
     }
     const logSum = Math.log(sum)
     out.logProbs[i] = x[target]! - maximum - logSum
     out.stats.set([maximum, logSum], 2 * i)
     out.entropy[i] = logSum - moment / sum
+    out.squared[i] = squares / sum ** 2
     const dg = g?.[i] ?? 0
     const de = e?.[i] ?? 0
     if (dg === 0 && de === 0) continue
@@ -202,6 +206,17 @@ onEveryBackend('linear_log_probs', (b) => {
         expectClose(await r.logProbs.read(), expected.logProbs, forward)
         expectClose(await r.stats.read(), expected.stats, forward)
         expectClose(await r.entropy!.read(), expected.entropy, forward)
+        using s = recorded(
+          b,
+          `linear squared probs ${title}`,
+          forward,
+          () => linearLogProbs({ ...inputs, squaredProbs: true }),
+          work,
+        )
+        // Twice the relative error of a probability, whose exponent is off by `forward`.
+        expectClose(await s.squaredProbs.read(), expected.squared, { relative: 4e-5 })
+        expect(await s.logProbs.read()).toEqual(await r.logProbs.read())
+        expect(await s.stats.read()).toEqual(await r.stats.read())
         const rounded = onTensorCores(backward(dtype), dtype, expected.terms)
         const bound = here(backward(dtype), dtype, expected.terms)
         const upstream = { stats: r.stats, entropy: r.entropy!, dEntropy: f32(e) }

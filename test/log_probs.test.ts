@@ -27,6 +27,7 @@ interface Row {
   maximum: number
   logSum: number
   entropy: number
+  squared: number
 }
 
 // The definition, in float64.
@@ -35,14 +36,16 @@ function oracle(z: ArrayLike<number>, target: number, temperature: number): Row 
   for (let j = 0; j < z.length; j++) maximum = Math.max(maximum, z[j]! / temperature)
   let sum = 0
   let moment = 0
+  let squares = 0
   for (let j = 0; j < z.length; j++) {
     const d = z[j]! / temperature - maximum
     sum += Math.exp(d)
+    squares += Math.exp(2 * d)
     if (d > -Infinity) moment += Math.exp(d) * d
   }
   const logSum = Math.log(sum)
   const logProb = z[target]! / temperature - maximum - logSum
-  return { logProb, maximum, logSum, entropy: logSum - moment / sum }
+  return { logProb, maximum, logSum, entropy: logSum - moment / sum, squared: squares / sum ** 2 }
 }
 
 function logitGradient(
@@ -127,6 +130,23 @@ onEveryBackend('log_probs', (b) => {
           rows.map((x) => x.entropy),
           forward,
         )
+        // A ratio of two such sums, of some ten roundings and two exponentials each.
+        const share = { absolute: 1e-30, relative: 5e-6 }
+        using s = recorded(b, `squared probs ${title}`, forward, () =>
+          tokenLogProbs({
+            logits,
+            targets: i32(targets),
+            temperature: c.temperature,
+            squaredProbs: true,
+          }),
+        )
+        expectClose(
+          await s.squaredProbs.read(),
+          rows.map((x) => x.squared),
+          share,
+        )
+        expect(await s.logProbs.read()).toEqual(await r.logProbs.read())
+        expect(await s.stats.read()).toEqual(await r.stats.read())
 
         const random = new Random(3)
         const g = random.normals(c.rows)
@@ -243,7 +263,7 @@ onEveryBackend('log_probs', (b) => {
         const done = recorded(b, `log probs of ${shards} shards ${dtype}`, bound, () =>
           mergeLogProbs(parts.map((_, k) => tokenLogProbsShard({ ...shard(k), entropy: true }))),
         )
-        const skipped = { logProb: 0, maximum: 0, logSum: 0, entropy: 0 }
+        const skipped = { logProb: 0, maximum: 0, logSum: 0, entropy: 0, squared: 0 }
         const rows = targets.map((t, i) => (t === -100 ? skipped : oracle(row(i), t, 0.9)))
         expectClose(
           await done.logProbs.read(),
@@ -353,6 +373,8 @@ onEveryBackend('log_probs', (b) => {
     using r = tokenLogProbs({ logits, targets, entropy: true })
     expect(Array.from(await r.logProbs.read())).toEqual([0, 0, NaN])
     expect(Array.from(await r.entropy!.read())).toEqual([0, 0, NaN])
+    using s = tokenLogProbs({ logits, targets, squaredProbs: true })
+    expect(Array.from(await s.squaredProbs.read())).toEqual([0, 0, NaN])
     expect(Array.from(await r.stats.read()).slice(0, 4)).toEqual([0, 0, 0, 0])
     using d = tokenLogProbsBackward({ logits, targets, stats: r.stats, dLogProbs: f32([1, 2, 0]) })
     expect(Array.from(await d.read())).toEqual(Array(12).fill(0))
@@ -376,6 +398,10 @@ onEveryBackend('log_probs', (b) => {
     )
     expect(Array.from(await r.logProbs.read())).toEqual([NaN, NaN, NaN, NaN, 0, 0])
     expect(Array.from(await r.entropy!.read())).toEqual([NaN, NaN, NaN, NaN, 0, 0])
+    using s = recorded(b, 'squared probs without a softmax', forward, () =>
+      tokenLogProbs({ logits, targets, squaredProbs: true }),
+    )
+    expect(Array.from(await s.squaredProbs.read())).toEqual([NaN, NaN, NaN, NaN, 1, 1])
     const halves = [0, 2].map((from) =>
       tokenLogProbsShard({
         logits: f32(rows.flatMap((x) => x.slice(from, from + 2))).reshape([6, 2]),
@@ -512,6 +538,13 @@ onEveryBackend('log_probs', (b) => {
       for (const temperature of [0, -1, NaN, Infinity])
         expectRefusal(() => tokenLogProbs({ ...a, temperature }), 'ERR_VALUE', op, /temperature/)
       expectRefusal(() => tokenLogProbs({ ...a, entropy: 1 as never }), 'ERR_VALUE', op)
+      expectRefusal(() => tokenLogProbs({ ...a, squaredProbs: 1 as never }), 'ERR_VALUE', op)
+      expectRefusal(
+        () => tokenLogProbs({ ...a, entropy: true, squaredProbs: true }),
+        'ERR_VALUE',
+        op,
+        /squaredProbs/,
+      )
       expectRefusal(() => tokenLogProbs({ targets } as never), 'ERR_VALUE', op, /logits/)
       const back = 'tokenLogProbsBackward'
       const g = { ...a, stats, dLogProbs }

@@ -205,6 +205,10 @@ describe('results are in the type exactly when they are there', () => {
     >()
     expectTypeOf(linearLogProbs({ ...head, entropy: true }).entropy).toEqualTypeOf<Tensor<'f32'>>()
     expectTypeOf(linearLogProbs(head)).not.toHaveProperty('entropy')
+    const squared = tokenLogProbs({ ...rows, squaredProbs: true })
+    expectTypeOf(squared.squaredProbs).toEqualTypeOf<Tensor<'f32'>>()
+    expectTypeOf(squared).not.toHaveProperty('entropy')
+    expectTypeOf(linearLogProbs(head)).not.toHaveProperty('squaredProbs')
     const shard = { ...rows, vocabOffset: 0 }
     const withMoment = tokenLogProbsShard({ ...shard, entropy: true })
     expectTypeOf(withMoment.moment).toEqualTypeOf<Tensor<'f32'>>()

@@ -19,7 +19,7 @@ constexpr int64_t kTaskColumns = 4096;  // columns of a task that computes dz of
 void linear_log_probs(const LinearLogProbsArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   Head h(a, cpu, kMaxChunkRows);
-  h.moment = bool(a.entropy);
+  h.extra = extra_of(a);
   Workspace size(nullptr);
   h.take_buffers(size, cpu, true);
   const Scratch scratch(device, size.bytes());
@@ -30,7 +30,8 @@ void linear_log_probs(const LinearLogProbsArgs& a, Device& device) {
       a.log_probs.as<float>()[row] = r.log_prob;
       a.stats.as<float>()[2 * row] = r.stats[0];
       a.stats.as<float>()[2 * row + 1] = r.stats[1];
-      if (a.entropy) a.entropy.as<float>()[row] = r.entropy;
+      if (a.entropy) a.entropy.as<float>()[row] = r.extra;
+      if (a.squared_probs) a.squared_probs.as<float>()[row] = r.extra;
     };
     for (int64_t next = 0; next < h.rows;) {
       const int64_t active = gather_rows(h, next, [&](int64_t row) {
@@ -124,7 +125,8 @@ void linear_policy_loss(const LinearPolicyLossArgs& a, Device& device) {
       kMaxPanelRows;
   Head h(a, cpu, max_rows);
   Gradients g(a);
-  h.moment = a.loss.entropy_coef != 0;
+  const bool with_entropy = a.loss.entropy_coef != 0;
+  if (with_entropy) h.extra = SoftmaxExtra::moment;
   float *logits = nullptr, *stats = nullptr, *entropy = nullptr, *d_log_probs = nullptr,
         *d_entropy = nullptr;
   Progress* progress = nullptr;
@@ -135,7 +137,7 @@ void linear_policy_loss(const LinearPolicyLossArgs& a, Device& device) {
     stats = w.take<float>(h.chunk_rows * 2);
     d_log_probs = w.take<float>(std::max<int64_t>(h.rows, 1));
     progress = w.take<Progress>(1);
-    if (!h.moment) return;
+    if (!with_entropy) return;
     entropy = w.take<float>(std::max<int64_t>(h.rows, 1));
     d_entropy = w.take<float>(std::max<int64_t>(h.rows, 1));
   };
@@ -155,7 +157,7 @@ void linear_policy_loss(const LinearPolicyLossArgs& a, Device& device) {
   loss.fault = a.fault;
   static_cast<View&>(loss.log_probs) = a.log_probs;
   static_cast<View&>(loss.d_log_probs) = tokens(d_log_probs);
-  if (h.moment) {
+  if (with_entropy) {
     static_cast<View&>(loss.entropy) = tokens(entropy);
     static_cast<View&>(loss.d_entropy) = tokens(d_entropy);
   }
@@ -183,7 +185,7 @@ void linear_policy_loss(const LinearPolicyLossArgs& a, Device& device) {
       for (int64_t i = 0; i < p.active; ++i) {
         const RowLogProb r = merge_spans(h, i);
         log_probs[h.active_rows[i]] = r.log_prob;
-        if (entropy) entropy[h.active_rows[i]] = r.entropy;
+        if (entropy) entropy[h.active_rows[i]] = r.extra;
         stats[2 * i] = r.stats[0];
         stats[2 * i + 1] = r.stats[1];
       }

@@ -56,7 +56,7 @@ struct Head {
   int64_t pitch;  // of a block's logits; no power of two, which would map rows to the same L1 sets
   int64_t block;  // columns at once
   int64_t span, spans;
-  bool moment = false;  // whether sums include the entropy's
+  SoftmaxExtra extra = SoftmaxExtra::none;  // of the sums
 
   int64_t* active_rows = nullptr;  // the chunk's
   float* panels = nullptr;         // their hidden states, packed

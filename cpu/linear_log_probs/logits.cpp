@@ -107,7 +107,7 @@ void sum_spans(CpuDevice& cpu, const Head& h, int64_t active, float* chunk) {
       for (int64_t first = s * h.span; first < stop; first += kMaxBlockColumns) {
         const int64_t n = std::min(kMaxBlockColumns, stop - first);
         const float* logits = compute_logits(simd, h, active, first, n, thread);
-        simd.softmax_lanes(n, h.pitch, lanes, static_cast<float>(h.inverse), h.moment, logits,
+        simd.softmax_lanes(n, h.pitch, lanes, static_cast<float>(h.inverse), h.extra, logits,
                            running);
         for (int64_t i = 0; i < active; ++i) {
           const int64_t label = h.target(i) - first;
@@ -133,8 +133,8 @@ void store_logits(CpuDevice& cpu, const Head& h, int64_t active, float* chunk) {
 }
 
 RowLogProb merge_spans(const Head& h, int64_t i) {
-  return row_log_prob(merge_slices(h.partials + i * h.spans * 3, h.spans, h.inverse),
-                      h.target_logit[i], h.inverse);
+  return row_log_prob(merge_slices(h.partials + i * h.spans * 3, h.spans, h.inverse, h.extra),
+                      h.target_logit[i], h.inverse, h.extra);
 }
 
 }  // namespace p2r::cpu::linear_head

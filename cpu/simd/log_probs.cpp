@@ -44,25 +44,27 @@ inline vf get_part(const typename E::Element* p, int64_t n, vf padding) {
   return lane < (int32_t)n ? x : padding;
 }
 
-// Σ 2^d and, where `moment`, Σ 2^d d, in four accumulators that hide the latency.
-template <bool moment>
+// Σ 2^d and the extra sum, Σ 2^d d or Σ 2^2d, in four accumulators that hide the latency.
+template <SoftmaxExtra extra>
 struct Powers {
   vf s[4] = {}, t[4] = {};
   void add(int k, vf d) {
     const Exp2 e = exp2_factors(d, 1);
-    s[k] += e.scale * e.rest;  // the same bits with the moment or without: no product is shared
-    if (moment) t[k] += e.scale * (e.rest * vmax(set1(-160.0f), d));  // 0 · -inf is not 0
+    s[k] += e.scale * e.rest;  // the same bits whatever the extra: no product is shared
+    if (extra == SoftmaxExtra::moment)
+      t[k] += e.scale * (e.rest * vmax(set1(-160.0f), d));  // 0 · -inf is not 0
+    if (extra == SoftmaxExtra::squares) t[k] += (e.scale * e.scale) * (e.rest * e.rest);
   }
   vf sum() const { return (s[0] + s[1]) + (s[2] + s[3]); }
-  vf weighted() const { return (t[0] + t[1]) + (t[2] + t[3]); }
+  vf further() const { return (t[0] + t[1]) + (t[2] + t[3]); }
 };
 
-template <class E, bool moment>
+template <class E, SoftmaxExtra extra>
 void sums(const typename E::Element* z, int64_t n, float inverse, float* out) {
   const vf lowest = set1(-INFINITY);
   const float to_binary = (float)(inverse / kLn2);
   float maximum = -INFINITY;
-  double total = 0, weighted = 0;
+  double total = 0, further = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const typename E::Element* block = z + begin;
     const int64_t size = n - begin < kBlock ? n - begin : kBlock;
@@ -80,14 +82,15 @@ void sums(const typename E::Element* z, int64_t n, float inverse, float* out) {
       if (total != 0) {
         const double shift = ((double)maximum - (double)block_maximum) * inverse;
         const double scale = exp(shift);
-        weighted = scale * (weighted + shift * total);
+        further = extra == SoftmaxExtra::squares ? scale * scale * further
+                                                 : scale * (further + shift * total);
         total *= scale;
       }
       maximum = block_maximum;
     }
     // A block of -inf alone adds 0 with any reference; a NaN reaches the sum.
     const vf from = set1(maximum == -INFINITY ? 0 : maximum);
-    Powers<moment> powers;
+    Powers<extra> powers;
     const auto add = [&](int k, vf x) { powers.add(k, (x - from) * to_binary); };
     for (i = 0; i + 4 * W <= whole; i += 4 * W) {
       for (size_t byte = 0; byte < 4 * W * sizeof *block; byte += 64)
@@ -97,14 +100,15 @@ void sums(const typename E::Element* z, int64_t n, float inverse, float* out) {
     for (; i < whole; i += W) add(0, load_f32<E>(block + i));
     if (whole < size) add(0, get_part<E>(block + whole, size - whole, lowest));
     total += sum(powers.sum());
-    if (moment) weighted += kLn2 * sum(powers.weighted());
+    if (extra == SoftmaxExtra::moment) further += kLn2 * sum(powers.further());
+    if (extra == SoftmaxExtra::squares) further += sum(powers.further());
   }
   out[0] = maximum;
   out[1] = (float)total;
-  out[2] = (float)weighted;
+  out[2] = extra == SoftmaxExtra::none ? 0 : (float)further;
 }
 
-template <bool moment>
+template <SoftmaxExtra extra>
 void lane_sums(int64_t n, int64_t ld, int64_t lanes, float inverse, const float* z, float* sums) {
   const float to_binary = (float)(inverse / kLn2);
   for (int64_t l = 0; l < lanes; l += W, z += W, sums += W) {
@@ -117,7 +121,7 @@ void lane_sums(int64_t n, int64_t ld, int64_t lanes, float inverse, const float*
     const vf maximum = vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
     const vf from = maximum == -INFINITY ? vf{} : maximum;
 
-    Powers<moment> powers;
+    Powers<extra> powers;
     const auto add = [&](int k, vf x) { powers.add(k, (x - from) * to_binary); };
     for (j = 0; j + 4 <= n; j += 4)
       for (int k = 0; k < 4; ++k) add(k, loadf(z + (j + k) * ld));
@@ -129,10 +133,12 @@ void lane_sums(int64_t n, int64_t ld, int64_t lanes, float inverse, const float*
     const vf scale = e.scale * e.rest, sum = loadf(sums + ld);
     store(sums, maximum);
     store(sums + ld, scale * sum + powers.sum());
-    if (moment) {
+    if (extra == SoftmaxExtra::moment) {
       const vf so_far = loadf(sums + 2 * ld) + shift * (float)kLn2 * sum;
-      store(sums + 2 * ld, scale * so_far + powers.weighted() * (float)kLn2);
+      store(sums + 2 * ld, scale * so_far + powers.further() * (float)kLn2);
     }
+    if (extra == SoftmaxExtra::squares)
+      store(sums + 2 * ld, scale * scale * loadf(sums + 2 * ld) + powers.further());
   }
 }
 
@@ -166,12 +172,14 @@ void gradient(const typename E::Element* z, typename E::Element* dz, int64_t n,
 }
 
 template <class E>
-void sums_of(const void* z, int64_t n, float inverse, bool moment, float* out) {
+void sums_of(const void* z, int64_t n, float inverse, SoftmaxExtra extra, float* out) {
   const auto* p = static_cast<const typename E::Element*>(z);
-  if (moment)
-    sums<E, true>(p, n, inverse, out);
+  if (extra == SoftmaxExtra::moment)
+    sums<E, SoftmaxExtra::moment>(p, n, inverse, out);
+  else if (extra == SoftmaxExtra::squares)
+    sums<E, SoftmaxExtra::squares>(p, n, inverse, out);
   else
-    sums<E, false>(p, n, inverse, out);
+    sums<E, SoftmaxExtra::none>(p, n, inverse, out);
 }
 
 template <class E>
@@ -188,18 +196,24 @@ void gradient_as(const void* z, void* dz, int64_t n, const LogitGradientRow& row
 
 }  // namespace
 
-void softmax_sums(DType type, const void* z, int64_t n, float inverse, bool moment, float* out) {
+void softmax_sums(DType type, const void* z, int64_t n, float inverse, SoftmaxExtra extra,
+                  float* out) {
   if (type == DType::f32)
-    sums_of<F32>(z, n, inverse, moment, out);
+    sums_of<F32>(z, n, inverse, extra, out);
   else if (type == DType::f16)
-    sums_of<F16>(z, n, inverse, moment, out);
+    sums_of<F16>(z, n, inverse, extra, out);
   else
-    sums_of<Bf16>(z, n, inverse, moment, out);
+    sums_of<Bf16>(z, n, inverse, extra, out);
 }
 
-void softmax_lanes(int64_t n, int64_t ld, int64_t lanes, float inverse, bool moment, const float* z,
-                   float* sums) {
-  (moment ? lane_sums<true> : lane_sums<false>)(n, ld, lanes, inverse, z, sums);
+void softmax_lanes(int64_t n, int64_t ld, int64_t lanes, float inverse, SoftmaxExtra extra,
+                   const float* z, float* sums) {
+  if (extra == SoftmaxExtra::moment)
+    lane_sums<SoftmaxExtra::moment>(n, ld, lanes, inverse, z, sums);
+  else if (extra == SoftmaxExtra::squares)
+    lane_sums<SoftmaxExtra::squares>(n, ld, lanes, inverse, z, sums);
+  else
+    lane_sums<SoftmaxExtra::none>(n, ld, lanes, inverse, z, sums);
 }
 
 void logit_gradient(DType type, const void* z, void* dz, int64_t n, const LogitGradientRow* row) {

@@ -8,6 +8,7 @@
 #pragma once
 #include <cstdint>
 
+#include "ops/enums.h"
 #include "ops/tensor.h"
 
 namespace p2r::cpu {

@@ -88,7 +88,7 @@ export interface AdvantageOptions {
   skipEmpty?: boolean
   /** f32 [B], for 'remax' alone: the reward of each prompt's greedy completion; finite. */
   baselines?: Tensor<'f32'>
-  /** f32 [T], for 'opt_baseline' alone: the sum of the squares of each token's distribution. */
+  /** f32 [T], for 'opt_baseline' alone: Σ p² of each token's distribution, a result of `tokenLogProbs` and `linearLogProbs`. */
   squaredProbs?: Tensor<'f32'>
 }
 

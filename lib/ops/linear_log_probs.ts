@@ -9,10 +9,11 @@ import {
   type WeightGradients,
 } from './linear.js'
 import {
-  type EntropyOption,
   logProbResults,
   type RowEntropy,
   type RowGradients,
+  type RowResultOptions,
+  type RowSquaredProbs,
   type TokenLogProbsResult,
 } from './log_probs.js'
 import {
@@ -47,7 +48,7 @@ export interface LinearHead<D extends FloatDType = FloatDType> {
 /** The arguments of `linearLogProbs`. */
 export interface LinearLogProbsArgs<D extends FloatDType = FloatDType>
   extends LinearHead<D>,
-    EntropyOption {}
+    RowResultOptions {}
 
 const headNames: Names<LinearHead> = {
   hidden: true,
@@ -56,7 +57,7 @@ const headNames: Names<LinearHead> = {
   targets: true,
   temperature: true,
 }
-const names: Names<LinearLogProbsArgs> = { ...headNames, entropy: true }
+const names: Names<LinearLogProbsArgs> = { ...headNames, entropy: true, squaredProbs: true }
 
 /**
  * tokenLogProbs of the logits hidden · weightᵀ + bias, which are never materialized: besides its results it takes
@@ -64,8 +65,8 @@ const names: Names<LinearLogProbsArgs> = { ...headNames, entropy: true }
  * bits, and C a multiple of 8), and 128 MB elsewhere. Sums are f32, and logits are never rounded to 16
  * bits. A row whose target is -100 is not read, and on the CPU costs nothing.
  *
- * @returns logProbs and stats; entropy exactly if it is requested.
- * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the temperature and, where a
+ * @returns logProbs and stats; entropy or squaredProbs exactly if it is requested.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the options and, where a
  *   result is read, for a target outside the vocabulary; ERR_DEVICE; ERR_MEMORY; ERR_DISPOSED.
  * @example
  * ```js
@@ -80,21 +81,28 @@ const names: Names<LinearLogProbsArgs> = { ...headNames, entropy: true }
  * ```
  */
 export function linearLogProbs<D extends FloatDType>(
-  a: LinearLogProbsArgs<D> & { entropy: true },
+  a: LinearLogProbsArgs<D> & { entropy: true; squaredProbs?: false },
 ): Held<TokenLogProbsResult & RowEntropy>
 export function linearLogProbs<D extends FloatDType>(
-  a: LinearLogProbsArgs<D> & { entropy?: false },
+  a: LinearLogProbsArgs<D> & { entropy?: false; squaredProbs: true },
+): Held<TokenLogProbsResult & RowSquaredProbs>
+export function linearLogProbs<D extends FloatDType>(
+  a: LinearLogProbsArgs<D> & { entropy?: false; squaredProbs?: false },
 ): Held<TokenLogProbsResult>
 export function linearLogProbs<D extends FloatDType>(
   a: LinearLogProbsArgs<D>,
-): Held<TokenLogProbsResult & Partial<RowEntropy>>
+): Held<TokenLogProbsResult & Partial<RowEntropy & RowSquaredProbs>>
 export function linearLogProbs<D extends FloatDType>(
   a: LinearLogProbsArgs<D>,
-): Held<TokenLogProbsResult & Partial<RowEntropy>> {
+): Held<TokenLogProbsResult & Partial<RowEntropy & RowSquaredProbs>> {
   const op = 'linearLogProbs'
   checkArguments(a, names, op)
-  const results = native().ops.linear_log_probs!(...headArguments(op, a), a.entropy ?? false)
-  return logProbResults(results, a.hidden.device)
+  const results = native().ops.linear_log_probs!(
+    ...headArguments(op, a),
+    a.entropy ?? false,
+    a.squaredProbs ?? false,
+  )
+  return logProbResults(results, a.hidden.device, a.squaredProbs)
 }
 
 /** Where the head's gradients go. */
@@ -122,7 +130,8 @@ export interface HeadGradients<D extends FloatDType = FloatDType> {
 }
 
 const backwardNames: Names<LinearLogProbsBackwardArgs> = {
-  ...names,
+  ...headNames,
+  entropy: true,
   stats: true,
   dLogProbs: true,
   dEntropy: true,

@@ -32,10 +32,21 @@ export interface EntropyOption {
   entropy?: boolean
 }
 
+/** Which further result of each row a call gives: one of the two. */
+export interface RowResultOptions extends EntropyOption {
+  /**
+   * Whether Σ p², the sum of the squares of each row's distribution, is a result too: what the advantage
+   * estimator 'opt_baseline' takes. With entropy too it is ERR_VALUE: each takes a call of its own.
+   *
+   * @default false
+   */
+  squaredProbs?: boolean
+}
+
 /** The arguments of `tokenLogProbs`. */
 export interface TokenLogProbsArgs<D extends FloatDType = FloatDType>
   extends TokenLogits<D>,
-    EntropyOption {}
+    RowResultOptions {}
 
 /** The results of `tokenLogProbs`, `mergeLogProbs` and `linearLogProbs`. */
 export interface TokenLogProbsResult {
@@ -51,12 +62,19 @@ export interface RowEntropy {
   entropy: Tensor<'f32'>
 }
 
-const names: Names<TokenLogProbsArgs> = {
+/** A further result where the squared probabilities were requested. */
+export interface RowSquaredProbs {
+  /** f32 [N]: Σ p² of each row's distribution. */
+  squaredProbs: Tensor<'f32'>
+}
+
+const rowNames: Names<TokenLogits & EntropyOption> = {
   logits: true,
   targets: true,
   temperature: true,
   entropy: true,
 }
+const names: Names<TokenLogProbsArgs> = { ...rowNames, squaredProbs: true }
 
 /**
  * log softmax(logits / temperature) at the target of each row. The logits are read once and nothing
@@ -64,8 +82,8 @@ const names: Names<TokenLogProbsArgs> = {
  *
  * A row with NaN or +inf, or of -inf alone, is NaN; single logits of -inf are fine.
  *
- * @returns logProbs and stats; entropy exactly if it is requested.
- * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the temperature and, where a
+ * @returns logProbs and stats; entropy or squaredProbs exactly if it is requested.
+ * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the options and, where a
  *   result is read, for a target outside the vocabulary; ERR_DEVICE; ERR_DISPOSED.
  * @example
  * ```js
@@ -80,13 +98,20 @@ const names: Names<TokenLogProbsArgs> = {
  * ```
  */
 export function tokenLogProbs(
-  a: TokenLogProbsArgs & { entropy: true },
+  a: TokenLogProbsArgs & { entropy: true; squaredProbs?: false },
 ): Held<TokenLogProbsResult & RowEntropy>
-export function tokenLogProbs(a: TokenLogProbsArgs & { entropy?: false }): Held<TokenLogProbsResult>
-export function tokenLogProbs(a: TokenLogProbsArgs): Held<TokenLogProbsResult & Partial<RowEntropy>>
+export function tokenLogProbs(
+  a: TokenLogProbsArgs & { entropy?: false; squaredProbs: true },
+): Held<TokenLogProbsResult & RowSquaredProbs>
+export function tokenLogProbs(
+  a: TokenLogProbsArgs & { entropy?: false; squaredProbs?: false },
+): Held<TokenLogProbsResult>
 export function tokenLogProbs(
   a: TokenLogProbsArgs,
-): Held<TokenLogProbsResult & Partial<RowEntropy>> {
+): Held<TokenLogProbsResult & Partial<RowEntropy & RowSquaredProbs>>
+export function tokenLogProbs(
+  a: TokenLogProbsArgs,
+): Held<TokenLogProbsResult & Partial<RowEntropy & RowSquaredProbs>> {
   const op = 'tokenLogProbs'
   checkArguments(a, names, op)
   const results = native().ops.token_log_probs!(
@@ -94,20 +119,22 @@ export function tokenLogProbs(
     handleOf(a.targets, 'targets', op),
     a.temperature ?? 1,
     a.entropy ?? false,
+    a.squaredProbs ?? false,
   )
-  return logProbResults(results, a.logits.device)
+  return logProbResults(results, a.logits.device, a.squaredProbs)
 }
 
-/** @internal The addon's results of a forward pass; the entropy where it was requested. */
+/** @internal The addon's results of a forward pass; what was requested beside log-probabilities comes last. */
 export function logProbResults(
   results: unknown,
   device: Device,
-): Held<TokenLogProbsResult & Partial<RowEntropy>> {
-  const [logProbs, stats, entropy] = results as unknown[]
+  squared = false,
+): Held<TokenLogProbsResult & Partial<RowEntropy & RowSquaredProbs>> {
+  const [logProbs, stats, further] = results as unknown[]
   return held({
     logProbs: wrap<'f32'>(device, logProbs),
     stats: wrap<'f32'>(device, stats),
-    ...(entropy ? { entropy: wrap<'f32'>(device, entropy) } : {}),
+    ...(further ? { [squared ? 'squaredProbs' : 'entropy']: wrap<'f32'>(device, further) } : {}),
   })
 }
 
@@ -140,7 +167,7 @@ export interface LogProbsShard {
   moment?: Tensor<'f32'>
 }
 
-const shardNames: Names<TokenLogProbsShardArgs> = { ...names, vocabOffset: true }
+const shardNames: Names<TokenLogProbsShardArgs> = { ...rowNames, vocabOffset: true }
 
 /**
  * The part that one shard of the vocabulary, columns vocabOffset and following, has in

@@ -8,6 +8,8 @@ import {
   linearLogProbs,
   linearLogProbsBackward,
   linearPolicyLoss,
+  type RowResultOptions,
+  type RowSquaredProbs,
   type Tensor,
   type WeightGradients,
 } from 'p2r-kernels'
@@ -18,6 +20,12 @@ export function evaluate(head: LinearHead, dLogProbs: Tensor, into: WeightGradie
   const back: LinearLogProbsBackwardArgs = { ...head, stats, dLogProbs, into }
   const { dHidden, dWeight, dBias } = linearLogProbsBackward(back)
   return [logProbs, entropy ?? stats, dHidden, dWeight, ...(dBias ? [dBias] : [])]
+}
+
+export function energies(head: LinearHead): RowSquaredProbs {
+  const options: RowResultOptions = { squaredProbs: true }
+  linearLogProbs({ ...head, ...options }).dispose()
+  return linearLogProbs({ ...head, squaredProbs: true })
 }
 
 export async function train(head: LinearHead, advantages: Tensor): Promise<number> {
