@@ -88,6 +88,8 @@ Napi::Value group_advantages(Call& call) {
   a.log_probs = per_token("logProbs");
   a.squared_probs = per_token("squaredProbs");
   a.importance_weights = per_token("importanceWeights");
+  a.zero_tail = call.flag("zeroTail");
+  call.check(!a.zero_tail || by_token, Code::value, "zeroTail needs the estimator 'opt_baseline'");
   call.check(!by_token || (bounded && a.log_probs && a.squared_probs), Code::value,
              "the estimator 'opt_baseline' needs logProbs, squaredProbs and cuSeqlens");
   const bool counted = a.mask || static_cast<int64_t>(a.lengths.size()) == n;

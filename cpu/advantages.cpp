@@ -104,16 +104,24 @@ void token_advantages(const GroupAdvantagesArgs& a, const Group& g, double* cumu
   float* out = a.advantages.as<float>();
   const bool alone = s.n == 1, equal = s.finite && !alone && !(s.high > s.low);
   int64_t longest = 0;
+  // Past the last kept token of all sequences, and of all but one.
+  int64_t last_end = 0, second_end = 0;
   for (int64_t i = 0; i < g.size; ++i) {
     const int64_t begin = a.cu_seqlens[g.members[i]], end = a.cu_seqlens[g.members[i] + 1];
     longest = std::max(longest, end - begin);
     double total = 0;
+    int64_t kept_end = 0;
     for (int64_t t = begin; t < end; ++t) {
       const double w = importance ? importance[t] : 1;
-      if (!mask || mask[t])
+      if (!mask || mask[t]) {
         total += w * w * (1 - 2 * std::exp(double{log_probs[t]}) + double{squared[t]});
+        kept_end = t + 1 - begin;
+      }
       cumulative[t] = total;
     }
+    if (std::isnan(g[i])) continue;
+    second_end = std::max(second_end, std::min(last_end, kept_end));
+    last_end = std::max(last_end, kept_end);
   }
   for (int64_t at = 0; at < longest; ++at) {
     double weighted = 0, weights = 0;
@@ -128,12 +136,13 @@ void token_advantages(const GroupAdvantagesArgs& a, const Group& g, double* cumu
       weighted += g[i] * cumulative[t];
       weights += cumulative[t];
     }
-    const double baseline = alone ? 0 : weighted / (weights + 1e-8);
+    const bool without = alone || (a.zero_tail && at >= second_end);
+    const double baseline = without ? 0 : weighted / (weights + 1e-8);
     for (int64_t i = 0; i < g.size; ++i) {
       const int64_t t = token(i);
       if (t < 0) continue;
-      const bool zero =
-          !kept(t) || std::isnan(g[i]) || (s.finite && (equal || (alone && a.singleton_zero)));
+      const bool zero = !kept(t) || std::isnan(g[i]) ||
+                        (s.finite && ((equal && !without) || (alone && a.singleton_zero)));
       out[t] = static_cast<float>(zero ? 0 : s.finite ? g[i] - baseline : kNan);
     }
   }

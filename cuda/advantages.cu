@@ -51,7 +51,9 @@ struct Advantages {
   const float *log_probs, *squared_probs, *importance;
   const uint8_t* mask;
   const int64_t* cu_seqlens;
+  bool zero_tail;
   double* cumulative;
+  int64_t* kept_ends;  // of each sequence, past its last kept token, from its first
   float* token_out;
   FaultFlag fault;
 };
@@ -194,12 +196,14 @@ __global__ void __launch_bounds__(kBlock) advantages_kernel(Advantages a) {
   }
 }
 
-// W_t of the tokens of a sequence, by a warp: a scan of 32 tokens at a time.
+// W_t of the tokens of a sequence and where its kept tokens end, by a warp: a scan of 32 tokens at
+// a time.
 __global__ void __launch_bounds__(kBlock) cumulative_weights_kernel(Advantages a) {
   const int64_t sequence = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (sequence >= a.sequences) return;
   const int lane = threadIdx.x % 32;
   double total = 0;
+  int64_t kept_end = 0;
   for (int64_t begin = a.cu_seqlens[sequence]; begin < a.cu_seqlens[sequence + 1]; begin += 32) {
     const int64_t t = begin + lane;
     const bool inside = t < a.cu_seqlens[sequence + 1];
@@ -209,6 +213,7 @@ __global__ void __launch_bounds__(kBlock) cumulative_weights_kernel(Advantages a
       x = w * w *
           (1 - 2 * exp(static_cast<double>(a.log_probs[t])) +
            static_cast<double>(a.squared_probs[t]));
+      kept_end = t + 1 - a.cu_seqlens[sequence];
     }
     for (int step = 1; step < 32; step *= 2) {
       const double before = __shfl_up_sync(kFull, x, step);
@@ -217,6 +222,11 @@ __global__ void __launch_bounds__(kBlock) cumulative_weights_kernel(Advantages a
     if (inside) a.cumulative[t] = total + x;
     total += __shfl_sync(kFull, x, 31);
   }
+  for (int step = 16; step > 0; step /= 2) {
+    const int64_t other = __shfl_xor_sync(kFull, kept_end, step);
+    kept_end = other > kept_end ? other : kept_end;
+  }
+  if (lane == 0) a.kept_ends[sequence] = kept_end;
 }
 
 // The advantages of a group's tokens: a block a group, a thread a position.
@@ -226,9 +236,16 @@ __global__ void __launch_bounds__(kBlock) token_advantages_kernel(Advantages a) 
   const RewardStats s = reward_stats(n, [&](int i) { return a.values[members[i]]; });
   const bool alone = s.n == 1, equal = s.finite && !alone && !(s.high > s.low);
   int64_t longest = 0;
+  // Past the last kept token of all sequences, and of all but one.
+  int64_t last_end = 0, second_end = 0;
   for (int i = 0; i < n; ++i) {
     const int64_t length = a.cu_seqlens[members[i] + 1] - a.cu_seqlens[members[i]];
     longest = length > longest ? length : longest;
+    if (is_nan(a.values[members[i]])) continue;
+    const int64_t end = a.kept_ends[members[i]];
+    const int64_t smaller = end < last_end ? end : last_end;
+    second_end = smaller > second_end ? smaller : second_end;
+    last_end = end > last_end ? end : last_end;
   }
   for (int64_t at = threadIdx.x; at < longest; at += kBlock) {
     const auto token = [&](int i) {
@@ -246,13 +263,14 @@ __global__ void __launch_bounds__(kBlock) token_advantages_kernel(Advantages a) 
       weighted += r * a.cumulative[t];
       weights += a.cumulative[t];
     }
-    const double baseline = alone ? 0 : weighted / (weights + 1e-8);
+    const bool without = alone || (a.zero_tail && at >= second_end);
+    const double baseline = without ? 0 : weighted / (weights + 1e-8);
     for (int i = 0; i < n; ++i) {
       const int64_t t = token(i);
       if (t < 0) continue;
       const double r = a.values[members[i]];
-      const bool zero =
-          !kept(t) || is_nan(r) || (s.finite && (equal || (alone && a.singleton_zero)));
+      const bool zero = !kept(t) || is_nan(r) ||
+                        (s.finite && ((equal && !without) || (alone && a.singleton_zero)));
       a.token_out[t] = zero ? 0 : s.finite ? static_cast<float>(r - baseline) : NAN;
     }
   }
@@ -349,6 +367,7 @@ void group_advantages(const GroupAdvantagesArgs& a, Device& device) {
   r.squared_probs = a.squared_probs.as<const float>();
   r.importance = a.importance_weights.as<const float>();
   r.mask = a.mask.as<const uint8_t>();
+  r.zero_tail = a.zero_tail;
   r.token_out = a.advantages.as<float>();
   r.fault = a.fault;
   const ScratchWorkspace scratch(device, [&](Workspace& workspace) {
@@ -360,7 +379,9 @@ void group_advantages(const GroupAdvantagesArgs& a, Device& device) {
     r.values = workspace.take<double>(n * r.kinds);
     r.out = workspace.take<double>(n);
     r.batch = workspace.take<double>(2);
-    if (by_token) r.cumulative = workspace.take<double>(a.log_probs.size());
+    if (!by_token) return;
+    r.cumulative = workspace.take<double>(a.log_probs.size());
+    r.kept_ends = workspace.take<int64_t>(n);
   });
   cudaStream_t stream = stream_of(device);
   if (!a.lengths.empty()) {

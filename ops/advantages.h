@@ -32,13 +32,16 @@
 // importance weight (1 unless given), W_t = Σ_{j<=t} w_j² (1 - 2 π_j + Σ_v p_jv²) over the kept
 // tokens of a sequence, and at each position t of the sequences of a group, counted from their
 // first token, b_t = Σ r W_t / (Σ W_t + 1e-8) over the sequences that keep a token there; 0 in a
-// group of one. Masked tokens have advantage 0.
+// group of one. With zero_tail, b_t is 0 past the last kept token of every other sequence of the
+// group (handle_zero_tail, verl's default at 1dda039b), where it would be r. Masked tokens have
+// advantage 0.
 //
 // Whitening, N = Σ len over the batch: mean = Σ len a / (N + 1e-8), var = Σ len (a - mean)² /
 // (N + 1e-8) · N / (N - 1), (a - mean) / √(var + 1e-8); with fewer than two tokens all
 // advantages are 0. Longer sequences weigh more.
 //
-// A group whose rewards are all equal (max == min) has a relative part of exactly 0. A group of
+// A group whose rewards are all equal (max == min) has a relative part of exactly 0 (but a zero_tail's
+// is r). A group of
 // one: mean 0, std 1 (verl), or a relative part of 0 with singleton_zero (TRL); grpo_passk and
 // maxrl: always 0. skip_empty: sequences without a kept token are left out of their group and have
 // advantage 0.
@@ -92,11 +95,12 @@ struct GroupAdvantagesArgs {
   Ints cu_seqlens;
   In baselines;                                     // remax
   In log_probs, squared_probs, importance_weights;  // opt_baseline; the last may be absent
+  bool zero_tail = false;                           // opt_baseline
   Out advantages;
   auto fields() {
     return std::tie(rewards, groups, estimator, epsilon, singleton_zero, scale, combine, skip_empty,
                     weights, lengths, mask, cu_seqlens, baselines, log_probs, squared_probs,
-                    importance_weights, advantages);
+                    importance_weights, zero_tail, advantages);
   }
   FaultFlag fault;
   FaultSource fault_source() const {

@@ -259,9 +259,11 @@ onEveryBackend('advantages', (b) => {
     }
   })
 
-  for (const [title, masked, weighted] of [
-    ['all tokens', false, false],
-    ['masked and weighted', true, true],
+  for (const [title, masked, weighted, zeroTail] of [
+    ['all tokens', false, false, false],
+    ['masked and weighted', true, true, false],
+    ['without a baseline of the longest alone', false, false, true],
+    ['masked, without a baseline of the longest alone', true, false, true],
   ] as const)
     test(`opt_baseline, ${title}`, async () => {
       const rewards = rewardsOf(1)
@@ -280,6 +282,7 @@ onEveryBackend('advantages', (b) => {
           groups,
           estimator: 'opt_baseline',
           cuSeqlens,
+          zeroTail,
           logProbs: column(logProbs),
           squaredProbs: column(squaredProbs),
           ...(masked && { mask: b.device.tensor(mask, [T]) }),
@@ -304,11 +307,16 @@ onEveryBackend('advantages', (b) => {
           const t = cuSeqlens[i]! + at
           const here = members.filter((j) => at < lengths[j]! && keeps(cuSeqlens[j]! + at))
           const W = here.map((j) => total(j, at))
+          const goOn = members.filter((j) => {
+            for (let k = at; k < lengths[j]!; k++) if (keeps(cuSeqlens[j]! + k)) return true
+            return false
+          })
+          const tail = zeroTail && members.length > 1 && goOn.length < 2
           const baseline =
-            members.length === 1
+            members.length === 1 || tail
               ? 0
               : sum(here.map((j, k) => rewards[j]![0]! * W[k]!)) / (sum(W) + 1e-8)
-          expected[t] = keeps(t) && id !== 6 ? rewards[i]![0]! - baseline : 0
+          expected[t] = keeps(t) && (id !== 6 || tail) ? rewards[i]![0]! - baseline : 0
         }
       })
       expectClose(await a.read(), expected, bound)
@@ -452,6 +460,7 @@ onEveryBackend('advantages', (b) => {
       refuses({ baselines: rewards }, 'ERR_VALUE', /remax/)
       refuses({ estimator: 'remax', baselines: b.device.zeros([2]) }, 'ERR_SHAPE', /baselines/)
       refuses({ estimator: 'opt_baseline' }, 'ERR_VALUE', /squaredProbs/)
+      refuses({ zeroTail: true }, 'ERR_VALUE', /opt_baseline/)
       refuses({ logProbs: rewards, cuSeqlens: [0, 1, 2, 3] }, 'ERR_VALUE', /opt_baseline/)
       refuses({ mask: b.device.zeros([3], 'u8') }, 'ERR_VALUE', /cuSeqlens/)
       refuses(

@@ -90,6 +90,13 @@ export interface AdvantageOptions {
   baselines?: Tensor<'f32'>
   /** f32 [T], for 'opt_baseline' alone: Σ p² of each token's distribution, a result of `tokenLogProbs` and `linearLogProbs`. */
   squaredProbs?: Tensor<'f32'>
+  /**
+   * For 'opt_baseline' alone: whether the baseline is 0 where one sequence of a group goes on after all others have
+   * ended; it is the sequence's own reward otherwise. verl's handle_zero_tail, which it has on by default.
+   *
+   * @default false
+   */
+  zeroTail?: boolean
 }
 
 /** The arguments of `groupAdvantages`. */
@@ -128,6 +135,7 @@ export const advantageOptionNames: Names<AdvantageOptions> = {
   skipEmpty: true,
   baselines: true,
   squaredProbs: true,
+  zeroTail: true,
 }
 const names: Names<GroupAdvantagesArgs> = {
   ...advantageOptionNames,
@@ -188,6 +196,7 @@ export function advantagesAs(op: string, a: GroupAdvantagesArgs): Tensor<'f32'> 
     maybeHandle(a.logProbs, 'logProbs', op),
     maybeHandle(a.squaredProbs, 'squaredProbs', op),
     maybeHandle(a.importanceWeights, 'importanceWeights', op),
+    checkBoolean(a.zeroTail ?? false, 'zeroTail', op),
   )
   return wrap(a.rewards.device, out)
 }
