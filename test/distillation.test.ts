@@ -321,12 +321,12 @@ onEveryBackend('distillation', (b) => {
           if (c.n > 2) g[1] = 0
           const exact = headOracle(h, f, g, mask)
           const a = { ...headTensors(h, dtype, teacherType), ...f, mask: u8(mask) }
-          using one = recorded(b, `linear ${title}`, forward, () => linearDistillation(a), work)
+          using one = recorded(b, `heads ${title}`, forward, () => linearDistillation(a), work)
           expectClose(await one.read(), exact.divergence, forward)
           const bound = onTensorCores(backward(dtype), dtype, exact.terms)
           using all = recorded(
             b,
-            `linear backward ${title}`,
+            `heads backward ${title}`,
             { ...bound, absolute: bound.absolute + forward.absolute },
             () => linearDistillationBackward({ ...a, dDivergence: f32(g) }),
             work,

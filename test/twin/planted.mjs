@@ -65,10 +65,19 @@ export const planted = [
   },
   {
     bug: 'logProbs: entries past the end of a row count as logits of 0',
-    file: 'cuda/log_probs.cu',
+    file: 'cuda/log_probs.cuh',
+    compile: 'cuda/log_probs.cu',
     search: 'x[i] = i < n ? to_float(p[i]) : pad;',
     replace: 'x[i] = i < n ? to_float(p[i]) : 0.0f;',
     cases: /^log/,
+    variant: 'plain',
+  },
+  {
+    bug: "distillation: no barrier before a row's sums are read",
+    file: 'cuda/distillation.cu',
+    search: '  __syncthreads();\n  RowState state = row_state[0];',
+    replace: '  RowState state = row_state[0];',
+    cases: /^distillation/,
     variant: 'plain',
   },
   {
