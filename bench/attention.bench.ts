@@ -3,7 +3,7 @@ import { type Block, bf16Bits, evenly, normals } from './data.js'
 import type { Backend, Benchmark, Workload } from './harness.js'
 import { attentionOnCuda } from './large/attention.js'
 import { attentions } from './peers/onnxruntime.js'
-import { scaledDotProductAttention } from './peers/pytorch.js'
+import { attentionPeer } from './peers/pytorch.js'
 
 interface Shape {
   batch: number
@@ -82,8 +82,8 @@ function workload(
           ? []
           : [
               ...(backward || dtype !== 'f32' || s.batch > 1000 ? [] : attentions(s, q, k, v)),
-              scaledDotProductAttention(
-                '',
+              attentionPeer(
+                'sdpa',
                 { q: block(q), k: block(k), v: block(v), dOut: block(dOut) },
                 { sequences: s.batch, pass: backward ? 'fwd+bwd' : 'fwd', last: 0 },
               ),

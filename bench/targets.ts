@@ -114,8 +114,8 @@ export function judged(
 export function reachOf({ times, than, share, teraflops, then, ms }: Target, of?: string): string {
   if (times !== undefined) return `x${times} of ${than ?? of ?? 'the best peer'}`
   if (share !== undefined) return `${share * 100} % of ${of ?? 'the ceiling'}`
-  if (teraflops === undefined) return `${ms} ms`
-  return `${teraflops}${then === undefined ? '' : `, then ${then}`} TFLOP/s`
+  const further = then === undefined ? '' : `, then ${then}`
+  return teraflops === undefined ? `${ms}${further} ms` : `${teraflops}${further} TFLOP/s`
 }
 
 /** 'met', 'missed' or 'not measured'. */

@@ -1,12 +1,11 @@
-// Casts: one grid-stride loop over the elements, through f32 except between the integer types.
-#include "cuda/launch.cuh"
+// Casts, a function of each element (elementwise.cuh): through f32 except between the integer
+// types.
+#include "cuda/elementwise.cuh"
 #include "ops/cast.h"
 
 namespace p2r::cuda {
 
 namespace {
-
-constexpr int kBlock = 256;
 
 __device__ __forceinline__ float widen(int32_t x) { return static_cast<float>(x); }
 __device__ __forceinline__ float widen(uint8_t x) { return x; }
@@ -35,12 +34,13 @@ __device__ __forceinline__ To convert(From x) {
   }
 }
 
-template <class From, class To>
-__global__ void __launch_bounds__(kBlock) cast_kernel(const From* x, To* out, int64_t n) {
-  for (int64_t i = blockIdx.x * int64_t{kBlock} + threadIdx.x; i < n;
-       i += int64_t{gridDim.x} * kBlock)
-    out[i] = convert<To>(x[i]);
-}
+template <class To>
+struct Convert {
+  template <class From>
+  __device__ __forceinline__ To operator()(From x) const {
+    return convert<To>(x);
+  }
+};
 
 template <class F>
 void with_any_type(DType t, F&& f) {
@@ -55,16 +55,13 @@ void with_any_type(DType t, F&& f) {
 }  // namespace
 
 void cast(const CastArgs& a, Device& device) {
-  const int64_t n = a.x.size();
-  if (!n) return;
   if (a.x.dtype == a.out.dtype) return device.copy(a.out.data, a.x.data, a.x.bytes());
   with_any_type(a.x.dtype, [&](auto* from) {
     with_any_type(a.out.dtype, [&](auto* to) {
       using From = std::remove_pointer_t<decltype(from)>;
       using To = std::remove_pointer_t<decltype(to)>;
       if constexpr (!std::is_same_v<From, To>)
-        launch(cast_kernel<From, To>, blocks_for(n, kBlock), kBlock, 0, stream_of(device),
-               a.x.as<const From>(), a.out.as<To>(), n);
+        elementwise(device, a.x.size(), a.out.as<To>(), Convert<To>(), a.x.as<const From>());
     });
   });
 }

@@ -1,7 +1,9 @@
 // The CUDA device: one stream; memory from cudaMalloc, which the caching allocator of ops/memory.h
 // reuses in stream order; pinned staging buffers for transfers; and a thread, the waiter, that
 // waits for events and calls completions.
+#include <algorithm>
 #include <atomic>
+#include <bit>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -25,10 +27,17 @@ void check(cudaError_t e, const char* what) {
 // held.
 struct Staging {
   void* data = nullptr;
-  size_t capacity = 0;
   cudaEvent_t done = nullptr;
   // By a download that the waiter still has to copy out.
   std::shared_ptr<std::atomic<bool>> held = std::make_shared<std::atomic<bool>>(false);
+
+  bool free() const {
+    if (*held) return false;
+    const cudaError_t e = cudaEventQuery(done);
+    // Not ready is an answer here; a later check of the last error must not find it.
+    if (e != cudaSuccess) cudaGetLastError();
+    return e == cudaSuccess;
+  }
 };
 
 // Words of mapped host memory for kernels to raise faults in. Faults share it, since tensors that
@@ -88,10 +97,11 @@ class CudaDevice final : public Device {
     waiter_.join();
     release_everything();
     for (void* block : opened_) cudaIpcCloseMemHandle(block);
-    for (Staging& s : staging_) {
-      cudaFreeHost(s.data);
-      cudaEventDestroy(s.done);
-    }
+    for (const auto& [capacity, buffers] : staging_)
+      for (const Staging& s : buffers) {
+        cudaFreeHost(s.data);
+        cudaEventDestroy(s.done);
+      }
     cudaStreamDestroy(stream_);
   }
 
@@ -265,18 +275,22 @@ class CudaDevice final : public Device {
     return event;
   }
 
+  // A buffer whose size is a power of two. The stream finishes transfers in order, so only the
+  // buffer of this size that was used longest ago is asked about, however many are in flight.
   Staging& stage(size_t bytes) {
     bind();
-    for (Staging& s : staging_)
-      if (!*s.held && s.capacity >= bytes && s.capacity <= 4 * bytes + 4096 &&
-          cudaEventQuery(s.done) == cudaSuccess)
-        return s;
+    const size_t capacity = std::bit_ceil(std::max(bytes, kSmallestStaging));
+    std::deque<Staging>& buffers = staging_[capacity];
+    if (!buffers.empty() && buffers.front().free()) {
+      buffers.push_back(std::move(buffers.front()));
+      buffers.pop_front();
+      return buffers.back();
+    }
     Staging s;
-    s.capacity = bytes < 4096 ? 4096 : bytes;
-    check(cudaHostAlloc(&s.data, s.capacity, cudaHostAllocDefault), "cudaHostAlloc");
+    check(cudaHostAlloc(&s.data, capacity, cudaHostAllocDefault), "cudaHostAlloc");
     s.done = new_event(cudaEventDisableTiming);
-    staging_.push_back(s);
-    return staging_.back();
+    buffers.push_back(std::move(s));
+    return buffers.back();
   }
 
   void send(void* destination, Staging& s, size_t bytes) {
@@ -311,7 +325,8 @@ class CudaDevice final : public Device {
   int multiprocessors_ = 0;
   cudaStream_t stream_ = nullptr;
   std::shared_ptr<FaultWords> words_ = std::make_shared<FaultWords>();
-  std::deque<Staging> staging_;
+  static constexpr size_t kSmallestStaging = 4096;
+  std::map<size_t, std::deque<Staging>> staging_;  // by size, the one used longest ago first
   std::multiset<void*> opened_;  // the runtime counts how often a handle is opened
   uint64_t queued_ = 0;
   std::atomic<uint64_t> completed_{0};

@@ -529,6 +529,17 @@ P2R_PTX void bulk_reduce_add(float* dst, uint32_t src, uint32_t bytes P2R_AND_HE
 #endif
 }
 
+// Adds two neighbouring f32, aligned to 8 bytes, in global memory, and waits for nothing. Subnormal
+// results become 0.
+P2R_PTX void red_add2(float* dst, float x, float y) {
+#if defined(P2R_TWIN) || !defined(P2R_SM90)
+  atomicAdd(dst, x);
+  atomicAdd(dst + 1, y);
+#else
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(dst), "f"(x), "f"(y) : "memory");
+#endif
+}
+
 P2R_PTX void tma_commit() {
 #ifdef P2R_TWIN
   simt::tma_commit();
@@ -592,7 +603,8 @@ P2R_PTX void tma_prefetch(const TensorMap& map) {
 //   swizzled, MN-major    next swizzle row of mn: 64, 32 or 16 of it   next 8 of k
 //
 // A K-major operand advances by 16 of k, one instruction, by 32 bytes added to the address.
-P2R_PTX uint64_t matrix_desc(uint32_t address, uint32_t leading, uint32_t stride, Swizzle swizzle) {
+__host__ P2R_PTX uint64_t matrix_desc(uint32_t address, uint32_t leading, uint32_t stride,
+                                      Swizzle swizzle) {
   return uint64_t(address >> 4 & 0x3FFF) | uint64_t(leading >> 4 & 0x3FFF) << 16 |
          uint64_t(stride >> 4 & 0x3FFF) << 32 | uint64_t(swizzle) << 62;
 }

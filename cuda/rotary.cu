@@ -1,6 +1,9 @@
-// Rotary embedding and its tables: one entry a thread and step of a grid-stride loop; both are
-// bound by memory. The entry that is rotated with another is half a row away, in the same cache
-// lines.
+// Rotary embedding and its tables, bound by memory. The rotation: a thread takes vectors of up to
+// 16 bytes from the same place in both halves of a head, so that every entry is loaded once, and
+// what is rotated in place is read before it is written; the tables' rows come from L1 for all
+// heads but the first. A block takes a few tokens at a time, so that indices within them have 32
+// bits.
+#include "cuda/elementwise.cuh"
 #include "cuda/rotary.cuh"
 #include "cuda/workspace.h"
 #include "ops/grid.h"
@@ -12,18 +15,39 @@ namespace {
 
 constexpr int kBlock = 256;
 
-template <class T>
+constexpr int kTokens = 8;  // that a block takes at a time
+
+// N divides half a head.
+template <class T, int N>
 __global__ void __launch_bounds__(kBlock)
     rotate_kernel(const T* x, int64_t x_row, const float* cos, const float* sin, T* out,
-                  int64_t out_row, int64_t tokens, int64_t width, int d, bool inverse) {
-  for (int64_t i = blockIdx.x * int64_t{kBlock} + threadIdx.x; i < tokens * width;
-       i += int64_t{gridDim.x} * kBlock) {
-    const int64_t token = i / width, at = i % width;
-    const int c = static_cast<int>(at % d);
-    const T* row = x + token * x_row + (at - c);
-    const auto entry = [row](int j) { return to_float(row[j]); };
-    out[token * out_row + at] =
-        from_float<T>(rotate_half(entry, cos + token * d, sin + token * d, c, d / 2, inverse));
+                  int64_t out_row, int64_t tokens, int heads, int d, bool inverse) {
+  const int half = d / 2, vectors = half / N;
+  for (int64_t first = int64_t{blockIdx.x} * kTokens; first < tokens;
+       first += int64_t{gridDim.x} * kTokens) {
+    const int count = static_cast<int>(tokens - first < kTokens ? tokens - first : kTokens);
+    for (int i = static_cast<int>(threadIdx.x); i < count * heads * vectors; i += kBlock) {
+      const int row = i / vectors, c = i % vectors * N;  // row: token and head
+      const int64_t token = first + row / heads;
+      const int64_t at = row % heads * d + c;
+      const Vector<T, N> low = load_vector<N>(x + token * x_row + at),
+                         high = load_vector<N>(x + token * x_row + at + half);
+      const Vector<float, N> cos_low = load_vector<N>(cos + token * d + c),
+                             cos_high = load_vector<N>(cos + token * d + c + half),
+                             sin_low = load_vector<N>(sin + token * d + c),
+                             sin_high = load_vector<N>(sin + token * d + c + half);
+      Vector<T, N> rotated_low, rotated_high;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float a = to_float(low.at[j]), b = to_float(high.at[j]);
+        rotated_low.at[j] = from_float<T>(inverse ? cos_low.at[j] * a + sin_high.at[j] * b
+                                                  : cos_low.at[j] * a - sin_low.at[j] * b);
+        rotated_high.at[j] = from_float<T>(inverse ? cos_high.at[j] * b - sin_low.at[j] * a
+                                                   : cos_high.at[j] * b + sin_high.at[j] * a);
+      }
+      store_vector(out + token * out_row + at, rotated_low);
+      store_vector(out + token * out_row + at + half, rotated_high);
+    }
   }
 }
 
@@ -61,10 +85,24 @@ template <class T>
 void rotate_rows(const T* x, int64_t x_row, const float* cos, const float* sin, T* out,
                  int64_t out_row, int64_t tokens, int64_t heads, int64_t d, bool inverse,
                  Device& device) {
-  const int64_t n = tokens * heads * d;
-  if (!n) return;
-  launch(rotate_kernel<T>, blocks_for(n, kBlock), kBlock, 0, stream_of(device), x, x_row, cos, sin,
-         out, out_row, tokens, heads * d, static_cast<int>(d), inverse);
+  if (!(tokens * heads * d)) return;
+  const auto run = [&](auto width) {
+    launch(rotate_kernel<T, decltype(width)::value>, blocks_for(tokens, kTokens), kBlock, 0,
+           stream_of(device), x, x_row, cos, sin, out, out_row, tokens, static_cast<int>(heads),
+           static_cast<int>(d), inverse);
+  };
+  // 4 entries of 16 bits, for half heads of 36 entries and the like, are vectors of 8 bytes.
+  constexpr int kWide = kVectorWidth<T>, kNarrow = 4;
+  const auto fits = [&](int n) {
+    return begin_at_16_bytes(x, cos, sin, out) && d / 2 % n == 0 && x_row % n == 0 &&
+           out_row % n == 0;
+  };
+  if (kWide > kNarrow && fits(kWide))
+    run(std::integral_constant<int, kWide>());
+  else if (fits(kNarrow))
+    run(std::integral_constant<int, kNarrow>());
+  else
+    run(std::integral_constant<int, 1>());
 }
 template void rotate_rows(const float*, int64_t, const float*, const float*, float*, int64_t,
                           int64_t, int64_t, int64_t, bool, Device&);

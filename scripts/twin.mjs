@@ -261,7 +261,7 @@ async function tryPlanted(variant, index) {
 // ---- NVIDIA's own answers ----
 
 /** Compares layouts with the tables of test/golden/hopper.br. */
-function compareWithTables(program) {
+export function compareWithTables(program) {
   const folder = join(root, 'build/twin/hopper')
   const { index, bytes } = unpackGolden('hopper')
   mkdirSync(folder, { recursive: true })

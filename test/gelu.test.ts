@@ -4,6 +4,7 @@ import {
   expectClose,
   expectGradient,
   expectRefusal,
+  type Float,
   floats,
   onEveryBackend,
   Random,
@@ -70,6 +71,34 @@ onEveryBackend('gelu', (b) => {
         )
       })
     }
+
+  test.each(floats)('%s of views that begin anywhere: the bits of other tensors', async (dtype) => {
+    const [x, dOut] = [3, 4].map((seed) =>
+      b.device.tensor(rounded(new Random(seed).normals(38), dtype), [38], dtype),
+    ) as [Tensor<Float>, Tensor<Float>]
+    const copy = (view: Tensor<Float>) => {
+      const whole = b.device.zeros([37], dtype)
+      whole.copyFrom(view)
+      return whole
+    }
+    const [viewX, viewDOut] = [x.slice(1), dOut.slice(1)]
+    const bound = { absolute: 2e-6, relative: 4e-6 + roundoff[dtype] }
+    for (const approximate of ['none', 'tanh'] as const) {
+      const [forward, backward] = recorded(
+        b,
+        `gelu of views ${approximate} ${dtype}`,
+        bound,
+        () => [
+          gelu({ x: viewX, approximate }),
+          geluBackward({ dOut: viewDOut, x: viewX, approximate }),
+        ],
+      )
+      expect(await forward!.read()).toEqual(await gelu({ x: copy(viewX), approximate }).read())
+      expect(await backward!.read()).toEqual(
+        await geluBackward({ dOut: copy(viewDOut), x: copy(viewX), approximate }).read(),
+      )
+    }
+  })
 
   test('propagates NaN and accepts empty inputs', async () => {
     using x = b.device.tensor([NaN, Infinity, -Infinity], [3])

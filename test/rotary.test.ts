@@ -325,6 +325,23 @@ onEveryBackend('rotary', (b) => {
     })
   }
 
+  test.each(floats)('%s of a view that begins anywhere: the bits of a tensor', async (dtype) => {
+    const [tokens, heads, d] = [3, 2, 8]
+    const random = new Random(9)
+    const flat = b.device.tensor(random.normals(tokens * heads * d + 1), [49], dtype)
+    const view = flat.slice(1).reshape([tokens, heads, d])
+    const whole = b.device.zeros([tokens, heads, d], dtype)
+    const bound = { absolute: 32 * roundoff.f32, relative: roundoff[dtype] }
+    whole.copyFrom(view)
+    const [cos, sin] = [0, 1].map(() => b.device.tensor(random.normals(tokens * d), [tokens, d]))
+    const rotated = recorded(b, `rotary of a view ${dtype}`, bound, () =>
+      applyRotary({ x: view, cos: cos!, sin: sin! }),
+    )
+    expect(await rotated.read()).toEqual(
+      await applyRotary({ x: whole, cos: cos!, sin: sin! }).read(),
+    )
+  })
+
   test('accepts empty inputs', () => {
     const t = visionRotary({ gridThw: [], headDim: 16, device: b.device })
     expect(t.cos.shape).toEqual([0, 16])

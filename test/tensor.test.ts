@@ -370,6 +370,10 @@ onEveryBackend('tensor', (b) => {
           using z = n === 33 ? recorded(b, `cast ${from} ${to}`, {}, cast) : cast()
           expect(z.dtype).toBe(to)
           expect(await z.toFloat32()).toEqual(data)
+          // A view that begins between multiples of 16 bytes.
+          if (n !== 33) continue
+          using inner = recorded(b, `cast of a view ${from} ${to}`, {}, () => y.slice(1).cast(to))
+          expect(await inner.toFloat32()).toEqual(data.subarray(1))
         }
     }
     const normal = random.normals(1000)

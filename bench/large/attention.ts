@@ -2,7 +2,7 @@
 import { attention, attentionBackward } from 'p2r-kernels'
 import { normalBlock, tiled } from '../data.js'
 import type { Backend, Series, Workload } from '../harness.js'
-import { lastRows, scaledDotProductAttention } from '../peers/pytorch.js'
+import { attentionPeer, lastRows } from '../peers/pytorch.js'
 
 const heads = 16
 
@@ -38,8 +38,12 @@ export function longAttention(
     inputs(seed) {
       const block = (i: number) => normalBlock(shape, dtype, 4 * seed + i)
       const arrays = { q: block(0), k: block(1), v: block(2), dOut: block(3) }
-      const sdpa = (backend: 'cudnn' | 'flash' | '') =>
-        scaledDotProductAttention(backend, arrays, {
+      const kinds =
+        dtype === 'f32'
+          ? (['sdpa'] as const)
+          : (['flash3', 'cudnn', 'sdpa cudnn', 'sdpa flash'] as const)
+      const peerOf = (kind: (typeof kinds)[number]) =>
+        attentionPeer(kind, arrays, {
           sequences: 1,
           pass: backward ? 'bwd' : 'fwd',
           deterministic,
@@ -67,7 +71,7 @@ export function longAttention(
           }
         },
         // Peers are compared with the default kernel only.
-        peers: kernel ? [] : dtype === 'f32' ? [sdpa('')] : [sdpa('cudnn'), sdpa('flash')],
+        peers: kernel ? [] : kinds.map(peerOf),
       }
     },
   }

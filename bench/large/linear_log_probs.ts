@@ -70,6 +70,12 @@ export function headOf(
   }
 }
 
-export const linearLogProbsOnCuda = [false, true].map((loss) =>
-  headOf(16_384, 2560, 151_936, 'bf16', loss, { backend: 'cuda' }),
+/** Qwen3-VL's vocabulary, and that of Qwen3.5. */
+export const linearLogProbsOnCuda = [151_936, 248_320].flatMap((vocabulary) =>
+  [false, true].map((loss) =>
+    headOf(16_384, 2560, vocabulary, 'bf16', loss, {
+      backend: 'cuda',
+      slow: vocabulary > 151_936,
+    }),
+  ),
 )

@@ -55,7 +55,10 @@ export function logProbsOf(
   }
 }
 
+/** With Qwen3-VL's vocabulary, and with that of Qwen3.5. */
 export const logProbsOnCuda = [
+  logProbsOf(16_384, 248_320, 'bf16', false, { backend: 'cuda', slow: true }),
+  logProbsOf(16_384, 248_320, 'bf16', true, { backend: 'cuda', slow: true }),
   logProbsOf(16_384, 151_936, 'bf16', false, { backend: 'cuda' }),
   logProbsOf(16_384, 151_936, 'bf16', true, { backend: 'cuda' }),
 ]

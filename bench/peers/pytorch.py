@@ -68,43 +68,150 @@ def closed():
 # ---- Attention: [T, H, D] of sequences of one length ----
 
 
+def passes(arrays, options, forward):
+    """The pass that is asked for, of out = forward(q, k, v) on [sequence, T, H, D]; compared are the last rows of out
+    or, of a backward pass, of dK."""
+    q, k, v, d_out = (arrays[name].unflatten(0, (options["sequences"], -1)) for name in ("q", "k", "v", "dOut"))
+    last = options["last"]
+    if options["pass"] == "fwd":
+        return lambda: forward(q, k, v), lambda: forward(q, k, v).flatten(0, 1)[-last:]
+    for x in (q, k, v):
+        x.requires_grad_()
+    kept = forward(q, k, v) if options["pass"] == "bwd" else None
+
+    def backward():
+        out = forward(q, k, v) if kept is None else kept
+        return torch.autograd.grad(out, (q, k, v), d_out, retain_graph=kept is not None)
+
+    return backward, lambda: backward()[1].flatten(0, 1)[-last:]
+
+
 def sdpa(arrays, options):
-    """softmax(q kT / sqrt(D)) v by the backend that is named, or whichever PyTorch takes."""
+    """PyTorch's by the backend that is named, or whichever it takes."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     named = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
     backends = [named[options["backend"]]] if options["backend"] else list(SDPBackend.__members__.values())
-    sequences = options["sequences"]
 
-    def split(x):
-        return x.unflatten(0, (sequences, -1)).transpose(1, 2)
-
-    def joined(x):
-        return x.transpose(1, 2).flatten(0, 1)
-
-    leaves = [arrays[name] for name in "qkv"]
-    q, k, v = (split(x) for x in leaves)
-
-    def forward():
+    def forward(*tensors):
         with sdpa_kernel(backends):
-            return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors)).transpose(1, 2)
 
-    if options["pass"] == "fwd":
-        return forward, lambda: joined(forward())[-options["last"] :]
-    for x in (q, k, v):
-        x.requires_grad_()
-    d_out = split(arrays["dOut"])
-    kept = forward() if options["pass"] == "bwd" else None
+    run, answer = passes(arrays, options, forward)
 
-    def backward():
+    def deterministically(run):
         torch.use_deterministic_algorithms(options["deterministic"])
         try:
-            out = forward() if kept is None else kept
-            return torch.autograd.grad(out, (q, k, v), d_out, retain_graph=kept is not None)
+            return run()
         finally:
             torch.use_deterministic_algorithms(False)
 
-    return backward, lambda: joined(backward()[1])[-options["last"] :]
+    return lambda: deterministically(run), lambda: deterministically(answer)
+
+
+def flash3(arrays, options):
+    """FlashAttention-3, as its repository's hopper/ builds it."""
+    try:
+        from flash_attn_interface import flash_attn_func
+    except ImportError as error:
+        raise Absent("FlashAttention-3 (flash_attn_interface) is not installed") from error
+
+    def forward(q, k, v):
+        out = flash_attn_func(q, k, v, deterministic=options["deterministic"])
+        return out[0] if isinstance(out, tuple) else out
+
+    return passes(arrays, options, forward)
+
+
+def cudnn_frontend(arrays, options):
+    """cuDNN by its own frontend: a graph for each pass, with the plan that its heuristics choose."""
+    try:
+        import cudnn
+    except ImportError as error:
+        raise Absent("cuDNN's frontend (the package nvidia-cudnn-frontend) is not installed") from error
+
+    if options["pass"] == "fwd+bwd":
+        raise Absent("cuDNN's frontend is timed one pass at a time")
+    handle = cudnn.create_handle()
+    # [sequence, H, T, D], as views of [T, H, D].
+    q, k, v, d_out = (
+        arrays[name].unflatten(0, (options["sequences"], -1)).transpose(1, 2) for name in ("q", "k", "v", "dOut")
+    )
+    out = torch.empty_like(q)
+    stats = torch.empty(*q.shape[:3], 1, device=where)
+    scale = q.shape[-1] ** -0.5
+    io = {torch.float16: cudnn.data_type.HALF, torch.bfloat16: cudnn.data_type.BFLOAT16}[q.dtype]
+
+    def built(describe):
+        graph = cudnn.pygraph(
+            handle=handle,
+            io_data_type=io,
+            intermediate_data_type=cudnn.data_type.FLOAT,
+            compute_data_type=cudnn.data_type.FLOAT,
+        )
+        places = {}
+
+        def given(x):
+            tensor = graph.tensor_like(x)
+            places[tensor] = x
+            return tensor
+
+        def made(tensor, x):
+            tensor.set_output(True).set_dim(list(x.shape)).set_stride(list(x.stride()))
+            if x.dtype == torch.float32:
+                tensor.set_data_type(cudnn.data_type.FLOAT)
+            places[tensor] = x
+
+        describe(graph, given, made)
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+        workspace = torch.empty(max(1, graph.get_workspace_size()), device=where, dtype=torch.uint8)
+
+        def run():
+            cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
+            graph.execute(places, workspace, handle=handle)
+
+        return run
+
+    def forward(graph, given, made):
+        o, lse = graph.sdpa(q=given(q), k=given(k), v=given(v), generate_stats=True, attn_scale=scale)
+        made(o, out)
+        made(lse, stats)
+
+    run = built(forward)
+    last = options["last"]
+
+    def rows(x):
+        return x.transpose(1, 2).flatten(0, 1)[-last:]
+
+    def after(run, result):
+        run()
+        return rows(result)
+
+    if options["pass"] == "fwd":
+        return run, lambda: after(run, out)
+    run()
+    d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
+
+    def backward(graph, given, made):
+        gradients = graph.sdpa_backward(
+            q=given(q),
+            k=given(k),
+            v=given(v),
+            o=given(out),
+            dO=given(d_out),
+            stats=given(stats),
+            attn_scale=scale,
+            use_deterministic_algorithm=options["deterministic"],
+        )
+        for gradient, x in zip(gradients, (d_q, d_k, d_v)):
+            made(gradient, x)
+
+    run = built(backward)
+    return run, lambda: after(run, d_k)
 
 
 # ---- Log-probabilities of logits [N, V] ----

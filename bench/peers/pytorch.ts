@@ -13,13 +13,21 @@ const both: readonly Backend[] = ['cpu', 'cuda']
 /** How many of the last rows of a large result are compared. */
 export const lastRows = 512
 
+const attentions = {
+  flash3: { name: 'FlashAttention-3', call: 'flash3' },
+  cudnn: { name: 'cuDNN', call: 'cudnn_frontend' },
+  'sdpa cudnn': { name: 'PyTorch SDPA, cuDNN', call: 'sdpa', backend: 'cudnn' },
+  'sdpa flash': { name: 'PyTorch SDPA, flash', call: 'sdpa', backend: 'flash' },
+  sdpa: { name: 'PyTorch SDPA', call: 'sdpa', backend: '' },
+} as const
+
 /**
- * Attention over sequences of one length, q, k and v [T, H, D]: by the backend that is named, or
- * PyTorch's choice. Compared are the last rows of out or, of a backward pass, of dK.
+ * Attention over sequences of one length, q, k and v [T, H, D]: of libraries of their own, or of PyTorch by a backend
+ * or by its choice. Compared are the last rows of out or, of a backward pass, of dK.
  */
-export function scaledDotProductAttention(
-  backend: 'cudnn' | 'flash' | '',
-  arrays: { q: Block; k: Block; v: Block; dOut?: Block },
+export function attentionPeer(
+  kind: keyof typeof attentions,
+  arrays: { q: Block; k: Block; v: Block; dOut: Block },
   options: {
     sequences: number
     pass: 'fwd' | 'bwd' | 'fwd+bwd'
@@ -28,15 +36,15 @@ export function scaledDotProductAttention(
     last?: number
   },
 ): Peer {
-  const names = { cudnn: 'PyTorch SDPA, cuDNN', flash: 'PyTorch SDPA, flash', '': 'PyTorch SDPA' }
+  const { name, call, ...backend } = attentions[kind]
   return pythonPeer({
-    name: names[backend],
+    name,
     script: 'pytorch',
-    call: 'sdpa',
+    call,
     tolerance: toleranceOf(arrays.q),
-    backends: backend ? ['cuda'] : both,
+    backends: kind === 'sdpa' ? both : ['cuda'],
     arrays: () => arrays,
-    options: { deterministic: false, last: lastRows, ...options, backend },
+    options: { deterministic: false, last: lastRows, ...options, ...backend },
   })
 }
 

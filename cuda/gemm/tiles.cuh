@@ -56,6 +56,10 @@ struct TileScheduler {
 };
 
 // C (+)= scale * acc + bias. Split s of k stores to c + s * split_stride.
+//
+// Accumulating sends additions to L2 instead of loading C, for which a tile would wait in eight
+// round trips. A launch adds to each element once, so that the result does not depend on their
+// order.
 template <class C>
 struct StoreEpilogue {
   C* c;
@@ -70,7 +74,17 @@ struct StoreEpilogue {
 
   template <int count>
   __device__ __forceinline__ void tile(State&, float (&acc)[count], const FragmentCoord& at) const {
-    // Two adjacent columns are stored as one word; loads are issued in batches of eight.
+    if constexpr (std::is_same_v<C, float>)
+      if (accumulate) return put_tile<add_pair>(acc, at);
+    put_tile<store_pair>(acc, at);
+  }
+
+ private:
+  // put(to, left, vectorized, x, y) takes two adjacent columns, which can be moved as one word if
+  // `vectorized`; `left` columns are within C. The bias is loaded in batches of eight pairs.
+  template <auto put, int count>
+  __device__ __forceinline__ void put_tile(const float (&acc)[count],
+                                           const FragmentCoord& at) const {
     constexpr int kBatch = 8;
     static_assert(count % (4 * kBatch) == 0);
     C* base = c + at.split * split_stride;
@@ -94,34 +108,21 @@ struct StoreEpilogue {
         const int64_t row = at.row + 8 * half;
         if (row >= m) continue;
         C* to = base + row * row_stride + at.column + 8 * first;
-        float c_pairs[kBatch][2] = {};
-        if (accumulate)
-#pragma unroll
-          for (int g = 0; g < kBatch; ++g)
-            load_pair(to + 8 * g, left - 8 * (first + g), vectorized, c_pairs[g]);
 #pragma unroll
         for (int g = 0; g < kBatch; ++g) {
           const int i = 4 * (first + g) + 2 * half;
-          store_pair(to + 8 * g, left - 8 * (first + g), vectorized,
-                     acc[i] * alpha + bias_pairs[g][0] + c_pairs[g][0],
-                     acc[i + 1] * alpha + bias_pairs[g][1] + c_pairs[g][1]);
+          put(to + 8 * g, left - 8 * (first + g), vectorized, acc[i] * alpha + bias_pairs[g][0],
+              acc[i + 1] * alpha + bias_pairs[g][1]);
         }
       }
     }
   }
 
-  static __device__ __forceinline__ void load_pair(const C* from, int left, bool vectorized,
-                                                   float (&v)[2]) {
-    if constexpr (std::is_same_v<C, float>) {
-      if (vectorized && left >= 2) {
-        const float2 pair = *reinterpret_cast<const float2*>(from);
-        v[0] = pair.x;
-        v[1] = pair.y;
-        return;
-      }
-    }
-    if (left >= 1) v[0] = to_float(from[0]);
-    if (left >= 2) v[1] = to_float(from[1]);
+  static __device__ __forceinline__ void add_pair(float* to, int left, bool vectorized, float x,
+                                                  float y) {
+    if (vectorized && left >= 2) return ptx::red_add2(to, x, y);
+    if (left >= 1) atomicAdd(to, x);
+    if (left >= 2) atomicAdd(to + 1, y);
   }
 
   static __device__ __forceinline__ void store_pair(C* to, int left, bool vectorized, float x,

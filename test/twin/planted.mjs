@@ -105,12 +105,20 @@ export const planted = [
     variant: 'plain',
   },
   {
-    bug: 'gelu: one element too many',
+    bug: 'gelu: the launcher waits for the device',
     file: 'cuda/gelu.cu',
-    search:
-      'kBlock) gelu_kernel(const T* x, T* out, int64_t n, bool tanh) {\n  for (int64_t i = blockIdx.x * int64_t{kBlock} + threadIdx.x; i < n;',
+    search: '    if (a.tanh)\n      run(Gelu<T, true>());',
     replace:
-      'kBlock) gelu_kernel(const T* x, T* out, int64_t n, bool tanh) {\n  for (int64_t i = blockIdx.x * int64_t{kBlock} + threadIdx.x; i <= n;',
+      '    cudaStreamSynchronize(stream_of(device));\n    if (a.tanh)\n      run(Gelu<T, true>());',
+    cases: /^gelu/,
+    variant: 'plain',
+  },
+  {
+    bug: 'gelu: one element too many',
+    file: 'cuda/elementwise.cuh',
+    compile: 'cuda/gelu.cu',
+    search: 'if (last < n) out[last]',
+    replace: 'if (last <= n) out[last]',
     cases: /^gelu/,
     variant: 'asan',
   },

@@ -140,6 +140,12 @@ __global__ void bulk_out(float* to) {
   }
 }
 
+__global__ void pairs_out(float* to) {
+  // Each pair by two threads.
+  const int pair = threadIdx.x % 64;
+  ptx::red_add2(to + 2 * pair, float(threadIdx.x), float(3 * pair));
+}
+
 // Operands are linear arrays of integers: what counts is that both builds read the same elements.
 template <class T, int N, bool FromRegisters, bool AMajor, bool BMajor, Swizzle Mode>
 __global__ void __launch_bounds__(128) wgmma(uint32_t* out) {
@@ -244,6 +250,17 @@ void run_wgmma() {
   run((n + "rs f16").c_str(), wgmma<__half, N, true, false, false, b128>, 128, o);
 }
 
+template <int N>
+void run_ragged_wgmma() {
+  const std::string n = "wgmma n" + std::to_string(N) + " 64B ";
+  uint32_t* o = output->get();
+  constexpr Swizzle b64 = Swizzle::b64;
+  run((n + "rs bf16 b_mn").c_str(), wgmma<bf16, N, true, false, true, b64>, 128, o);
+  run((n + "rs f16 b_mn").c_str(), wgmma<__half, N, true, false, true, b64>, 128, o);
+  run((n + "ss bf16 b_mn").c_str(), wgmma<bf16, N, false, false, true, b64>, 128, o);
+  run((n + "ss f16 a_mn b_mn").c_str(), wgmma<__half, N, false, true, true, b64>, 128, o);
+}
+
 }  // namespace
 
 int main() try {
@@ -271,6 +288,11 @@ int main() try {
   run_tma_out<2>("2d");
   run_tma_out<3>("3d");
   run("bulk_reduce_add", bulk_out, 128, reinterpret_cast<float*>(to));
+  run("red_add2", pairs_out, 128, reinterpret_cast<float*>(to));
+  // First what is least like anything that others run: 72 and 80 columns do not divide into the
+  // patterns of 32 (cuda/attention/wgmma.cuh).
+  run_ragged_wgmma<72>();
+  run_ragged_wgmma<80>();
   run_wgmma<8>();
   run_wgmma<16>();
   run_wgmma<64>();

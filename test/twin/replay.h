@@ -53,6 +53,8 @@ class Place {
   virtual std::vector<long long> launched() = 0;
   // Further lines about the launches since it was last called.
   virtual std::string told() { return ""; }
+  // A rule that the calls since it was last called broke, beyond those that stop a kernel.
+  virtual std::string broken() { return ""; }
   virtual bool option(const std::string& name, const std::string& value) = 0;
 };
 
@@ -194,8 +196,10 @@ inline void run_share(const std::vector<std::string>& paths, size_t first, size_
     std::string why;
     place.launched();
     place.told();
+    place.broken();
     try {
       why = run_case(paths[i], shift, place);
+      if (why.empty()) why = place.broken();
     } catch (const std::exception& e) {
       why = e.what();
     }

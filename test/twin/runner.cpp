@@ -128,6 +128,11 @@ class Twin final : public replay::Place {
     operands_.clear();
     return lines;
   }
+  std::string broken() override {
+    const bool waited = simt::stats().synchronisations > 0;
+    simt::stats().synchronisations = 0;
+    return waited ? "the operation waits for the device or reads from it" : "";
+  }
   bool option(const std::string& name, const std::string& value) override {
     using simt::Async;
     using simt::Order;

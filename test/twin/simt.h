@@ -85,6 +85,7 @@ Options& options();
 struct Stats {
   uint64_t resumes = 0, collectives = 0, blocks = 0;
   size_t shared_high = 0;
+  uint64_t synchronisations = 0;  // calls that wait for the device, or copy from it to the host
   std::set<const void*> kernels;  // that were launched
 };
 Stats& stats();

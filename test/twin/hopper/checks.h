@@ -1,7 +1,9 @@
-// What the checks against the tables share: the counts, launches on the twin, and codes of
-// elements.
+// What the checks against the tables share: the counts, launches, and memory for them. On the twin,
+// and check_primitives on a device as well.
 #pragma once
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <string>
 #include <vector>
@@ -55,15 +57,51 @@ class Checks {
 };
 
 // Runs one block, with as much dynamic shared memory as there is room for beside static arrays. An
-// error of the twin counts as a difference.
+// error counts as a difference.
 template <class... P, class... A>
 void run(Group& group, void (*kernel)(P...), int threads, A... args) {
   try {
     launch(kernel, 1, unsigned(threads), 224 * 1024, nullptr, args...);
+#ifndef P2R_TWIN
+    if (const cudaError_t e = cudaDeviceSynchronize(); e != cudaSuccess)
+      throw p2r::Error(p2r::Code::cuda, cudaGetErrorString(e));
+#endif
   } catch (const std::exception& e) {
-    group.expect(false, "the twin refuses it: %s", e.what());
+    group.expect(false, "it does not run: %s", e.what());
   }
 }
+
+// An array for kernels and the host, which TMA and cp.async may read: at a multiple of 64 bytes.
+template <class T>
+class Array {
+ public:
+  explicit Array(size_t size) : size_(size) {
+    const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
+#ifdef P2R_TWIN
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+#else
+    if (const cudaError_t e = cudaMallocManaged(&data_, bytes); e != cudaSuccess)
+      throw p2r::Error(p2r::Code::cuda, cudaGetErrorString(e));
+#endif
+    std::memset(static_cast<void*>(data_), 0, bytes);
+  }
+  ~Array() {
+#ifdef P2R_TWIN
+    std::free(data_);
+#else
+    cudaFree(data_);
+#endif
+  }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  T* data() { return data_; }
+  size_t size() const { return size_; }
+  T& operator[](size_t i) { return data_[i]; }
+
+ private:
+  T* data_ = nullptr;
+  size_t size_;
+};
 
 // The tables' tiles begin at `base`, a shared address; dynamic memory begins below it.
 __device__ inline unsigned char* at_address(unsigned char* dynamic, uint32_t address) {
@@ -75,21 +113,14 @@ uint16_t bits_of(float value) {
   return uint16_t(ptx::pack2<T>(value, 0));
 }
 
-// 16-bit codes in memory that TMA and cp.async may read: at a multiple of 64 bytes.
-class Codes {
+// 16-bit codes of elements.
+class Codes : public Array<uint16_t> {
  public:
   template <class F>
-  Codes(size_t count, F code) : words_((count * 2 + 63) / 64) {
-    for (size_t i = 0; i < count; ++i) data()[i] = uint16_t(code(i));
+  Codes(size_t count, F code) : Array(count) {
+    for (size_t i = 0; i < count; ++i) (*this)[i] = uint16_t(code(i));
   }
-  uint16_t* data() { return words_[0].half; }
   const bf16* as_bf16() { return reinterpret_cast<const bf16*>(data()); }
-
- private:
-  struct alignas(64) Words {
-    uint16_t half[32];
-  };
-  std::vector<Words> words_;
 };
 
 // primitives.cpp, attention.cpp, gemm.cpp, mma.cpp, rules.cpp

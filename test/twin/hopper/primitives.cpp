@@ -1,5 +1,6 @@
-// The primitives of cuda/ptx.cuh on the twin: the fragments of ldmatrix, mma and wgmma, the
-// addresses that wgmma reads by a descriptor, and those that TMA writes.
+// The primitives of cuda/ptx.cuh: the fragments of ldmatrix, mma and wgmma, the addresses that
+// wgmma reads by a descriptor, and those that TMA writes. On the twin, and on a device
+// (device_main.cpp).
 #include <array>
 #include <cstring>
 
@@ -28,7 +29,7 @@ __global__ void ldmatrix_kernel(uint32_t* out) {
 
 template <int Count, bool Transposed>
 void check_ldmatrix(const Tables& tables, const char* name, Group& group) {
-  std::vector<uint32_t> out(32 * Count);
+  Array<uint32_t> out(32 * Count);
   run(group, ldmatrix_kernel<Count, Transposed>, 32, out.data());
   for (int lane = 0; lane < 32; ++lane)
     for (int v = 0; v < 2 * Count; ++v) {
@@ -59,7 +60,7 @@ void check_mma(const Tables& tables, Group& group) {
   });
   for (size_t i = 0; i < 32 * 8; ++i) {
     a.data()[i] = bits_of<T>(1);
-    std::vector<float> d(128);
+    Array<float> d(128);
     run(group, mma_kernel<T>, 32, reinterpret_cast<const uint32_t*>(a.data()),
         reinterpret_cast<const uint32_t*>(b.data()), d.data());
     a.data()[i] = 0;
@@ -132,7 +133,7 @@ Entry accumulator(const Tables& tables, int thread, int i) {
 // read(high, out) for both bytes; then the byte that each accumulator of width n was read from.
 template <class F>
 std::vector<uint32_t> bytes_read(const Form& form, int n, F read) {
-  std::vector<float> low(size_t(64 * n)), high(size_t(64 * n));
+  Array<float> low(size_t(64 * n)), high(size_t(64 * n));
   read(false, low.data());
   read(true, high.data());
   std::vector<uint32_t> address(low.size());
@@ -169,8 +170,8 @@ void check_a(const Tables& tables, const Form& form, Group& group) {
   const uint64_t moved = (form.base + uint32_t(form.bytes) + 1023) / 1024 * 1024;
   const uint64_t b_desc = identity.descriptors[0][0] + (moved - identity.base) / 16;
   identity.base = uint32_t(moved);
-  std::vector<uint32_t> b;
-  for (int i = 0; i < 256; ++i) b.push_back(identity.address(i / 16, i % 16));
+  Array<uint32_t> b(256);
+  for (int i = 0; i < 256; ++i) b[size_t(i)] = identity.address(i / 16, i % 16);
   for (size_t sub = 0; sub < form.descriptors.size(); ++sub)
     for (int step = 0; step < form.steps(); ++step) {
       const auto got = bytes_read(form, 16, [&](bool high, float* out) {
@@ -197,7 +198,7 @@ void check_width(const Tables& tables, Group& group) {
     random = random * 1664525 + 1013904223;
     return bits_of<T>(entry[at / 16][at % 16] = float(int(random >> 10) % 15 - 7));
   });
-  std::vector<float> out(64 * N);
+  Array<float> out(64 * N);
   run(group, read_b<T, N, true>, 128, form.descriptors[0][0], form.base, form.bytes, false,
       reinterpret_cast<const uint32_t*>(a.data()), out.data());
   for (int i = 0; i < 64 * N; ++i) {
@@ -275,7 +276,7 @@ void check_tile(const Form& form, Group& group) {
   const auto map = make_tensor_map<bf16, 2>(
       x.as_bf16(), {uint64_t(inner), uint64_t(lines)}, {uint64_t(inner) * 2},
       {uint32_t(box_inner), uint32_t(box_lines)}, swizzle_of(form.swizzle));
-  std::vector<uint16_t> out(size_t(form.bytes) / 2);
+  Array<uint16_t> out(size_t(form.bytes) / 2);
   run(group, load_boxes, 128, map, inner / box_inner, box_inner, form.base,
       box_inner * box_lines * 2, out.data());
   for (int mn = 0; mn < form.tile_mn; ++mn)
@@ -298,7 +299,7 @@ void check_swizzle(const Tables& tables, Group& group) {
     const auto map = make_tensor_map<bf16, 2>(
         x.as_bf16(), {uint64_t(row / 2), uint64_t(1024 / row)}, {uint64_t(row)},
         {uint32_t(row / 2), uint32_t(1024 / row)}, swizzle);
-    std::vector<uint16_t> out(512);
+    Array<uint16_t> out(512);
     run(group, load_boxes, 128, map, 1, 0, 5120u, 1024, out.data());
     for (int c = 0; c < 64; ++c)
       group.expect(out[size_t(8 * mode["chunks"][size_t(c)])] == c, "%s chunk %d", name.c_str(), c);
