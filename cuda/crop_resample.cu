@@ -4,10 +4,11 @@
 //   rows_kernel     image -> quads, horizontally, only the rows that the second pass needs. A block
 //                   makes kTile outputs of four rows. It loads the pixels under them into shared
 //                   memory, chunk by chunk, as planes of signed bytes (pixel - 128, with the
-//                   overlay drawn), so that four taps of a channel are one word; a thread computes
-//                   one output of one channel for the four rows and stores these as one word, a
-//                   quad. Quads are some 25 MB of scratch for 8K to a width of 1920, and stay in
-//                   L2.
+//                   overlay drawn), so that four taps of a channel are one word: by words and byte
+//                   permutations where four pixels are inside of the image and no stroke is near; a
+//                   thread computes one output of one channel for the four rows and stores these as
+//                   one word, a quad. Quads are some 25 MB of scratch for 8K to a width of 1920,
+//                   and stay in L2.
 //   columns_kernel  quads -> result, vertically, four rows a word, one pixel a thread; then the
 //                   bytes as images, or as patches, as they are or through the table of normalised
 //                   values.
@@ -19,16 +20,17 @@
 // because the total fits. Pixels are taken as pixel - 128 to be signed; the rounding term of each
 // output adds the missing 128 Σ k back. An axis of unchanged size has one tap of weight 1.
 //
-// Prediction for an H200, nothing of it measured: 8K to 1920 x 1056 as bf16, some 90 µs.
+// Prediction for an H200, nothing of it measured: 8K to 1920 x 1056 as bf16, some 80 µs.
 // Bytes: 99.5 MB of image read and 24 MB of result written, 26 µs at 4.8 TB/s; 25 MB of quads
 // written and some 150 MB read, in L2. Horizontally 8.3 M pixels of three channels in five words,
 // 373 M __dp4a at 64 a clock and SM (132 SMs, 1.75 GHz): 25 µs; vertically 6.1 M values in six
-// words, 7 µs. Loading 33 M pixels (7 % twice, at the tiles' edges) into shared memory byte by byte
-// costs most: some 40 instructions a pixel are 45 µs at four warps' a clock, in part overlapped
-// with the rest. As u8 the result is half of bf16's and a quarter of f32's.
-// values_kernel for the same image, 12.2 M values of bf16: 12 MB read and 24 MB written, 8 µs.
-// Look-ups of 32 lanes in 32 banks take some 3.5 turns: 12.2 M at nine a clock and SM are 6 µs,
-// behind the copies. A block takes several rows (kMaxBlocks), to load its table once for them.
+// words, 7 µs. Loading 33 M pixels (7 % twice, at the tiles' edges) into shared memory, four at a
+// time, takes four loads of a word each, 384 bytes apart by warp or 12 turns of L1 for 128 pixels:
+// 14 µs, and some 50 instructions for four pixels, 14 µs at four warps' a clock. Together 55 to 80
+// µs, as copies and arithmetic overlap or do not. As u8 the result is half of bf16's and a quarter
+// of f32's. values_kernel for the same image, 12.2 M values of bf16: 12 MB read and 24 MB written,
+// 8 µs. Look-ups of 32 lanes in 32 banks take some 3.5 turns: 12.2 M at nine a clock and SM are 6
+// µs, behind the copies. A block takes several rows (kMaxBlocks), to load its table once for them.
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -102,16 +104,32 @@ struct FixedPointSum {
   }
 };
 
+// Four neighbouring pixels, as the four bytes of each channel. `rgb` may begin anywhere, but none
+// of the aligned words that hold the pixels may reach beyond the image.
+__device__ __forceinline__ void four_pixels(const uint8_t* rgb, uint32_t (&channel)[3]) {
+  const uint32_t offset = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(rgb)) % 4;
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(rgb - offset);
+  const uint32_t a = words[0], b = words[1], c = words[2], d = offset ? words[3] : 0;
+  // r g b r, g b r g, b r g b
+  const uint32_t x = __funnelshift_r(a, b, 8 * offset), y = __funnelshift_r(b, c, 8 * offset),
+                 z = __funnelshift_r(c, d, 8 * offset);
+  channel[0] = __byte_perm(__byte_perm(x, y, 0x0630), z, 0x5210);
+  channel[1] = __byte_perm(__byte_perm(x, y, 0x0741), z, 0x6210);
+  channel[2] = __byte_perm(__byte_perm(x, y, 0x0052), z, 0x7410);
+}
+
 __global__ void __launch_bounds__(kRowsBlock)
     rows_kernel(const RegionTask* tasks, const int64_t* starts, int count) {
   SMEM_ARRAY(int32_t, stroke_range, 2);
   SMEM_ARRAY(uint32_t, planes, 4 * 3 * kChunk);  // [row][channel][word]
   const int index = region_of(starts, count, blockIdx.x);
   const RegionTask& t = tasks[index];
-  const int64_t tiles = ceil_div(t.width, kTile), block = int64_t{blockIdx.x} - starts[index];
-  const int64_t quad = block / tiles, tile = block % tiles * kTile;
+  const uint32_t tiles = static_cast<uint32_t>(ceil_div(t.width, kTile));
+  const uint32_t block = blockIdx.x - static_cast<uint32_t>(starts[index]);
+  const int64_t quad = block / tiles, tile = int64_t{block % tiles} * kTile;
   const int64_t top = (t.first + quad) * 4;  // rows of the crop
   strokes_in_rows(t.strokes, t.stroke_count, top + t.y0, top + 4 + t.y0, stroke_range);
+  const int32_t first_stroke = stroke_range[0], end_stroke = stroke_range[1];
 
   const int c = threadIdx.x / kTile;
   const int64_t x = tile + threadIdx.x % kTile,
@@ -120,24 +138,39 @@ __global__ void __launch_bounds__(kRowsBlock)
   const int32_t start = t.x.start[clamped_x];
   const int32_t end_word = t.x.start[last] + t.x.steps;
   FixedPointSum sums[4];
+
+  // Copies: stores to shared memory might change what t refers to, so that the loop over pixels
+  // would load it again for each.
+  const uint8_t *image = t.image, *image_end = image + t.image_height * t.image_width * 3;
+  const int64_t image_width = t.image_width, crop_width = t.crop_width;
+  const int64_t x0 = t.x0, first_y = t.y0 + top;
+  uint32_t rows_inside = 0;  // a bit each
+  for (int row = 0; row < 4; ++row)
+    if (first_y + row >= 0 && first_y + row < t.image_height && top + row < t.crop_height)
+      rows_inside |= 1u << row;
   for (int32_t chunk = t.x.start[tile]; chunk < end_word; chunk += kChunk) {
     const int32_t words = end_word - chunk < kChunk ? end_word - chunk : kChunk;
     __syncthreads();
-    uint8_t* bytes = reinterpret_cast<uint8_t*>(planes);
-    for (int row = 0; row < 4; ++row) {
-      const int64_t sy = t.y0 + top + row;
-      const bool row_inside = sy >= 0 && sy < t.image_height && top + row < t.crop_height;
-      for (int i = threadIdx.x; i < words * 4; i += kRowsBlock) {
-        const int64_t cx = int64_t{chunk} * 4 + i, sx = t.x0 + cx;
-        const bool inside = row_inside && sx >= 0 && sx < t.image_width && cx < t.crop_width;
-        const uint8_t* rgb = inside
-                                 ? pixel_color(t.image + (sy * t.image_width + sx) * 3, t.strokes,
-                                               stroke_range[0], stroke_range[1], sy, sx)
-                                 : nullptr;
-        for (int k = 0; k < 3; ++k)
-          bytes[(row * 3 + k) * kChunk * 4 + i] =
-              static_cast<uint8_t>((inside ? rgb[k] : 0) ^ 0x80);
+    for (int i = threadIdx.x; i < 4 * words; i += kRowsBlock) {
+      const int row = i / words, word = i % words;
+      const int64_t sy = first_y + row, cx = int64_t{chunk + word} * 4, sx = x0 + cx;
+      const bool row_inside = rows_inside >> row & 1;
+      const uint8_t* rgb = image + (sy * image_width + sx) * 3;
+      uint32_t* to = planes + row * 3 * kChunk + word;
+      uint32_t channel[3] = {};
+      if (row_inside && first_stroke >= end_stroke && sx >= 0 && sx + 4 <= image_width &&
+          cx + 4 <= crop_width && rgb - image >= 4 && image_end - rgb >= 16) {
+        four_pixels(rgb, channel);
+      } else if (row_inside) {
+#pragma unroll 1
+        for (int p = 0; p < 4; ++p)
+          if (sx + p >= 0 && sx + p < image_width && cx + p < crop_width) {
+            const uint8_t* color =
+                pixel_color(rgb + 3 * p, t.strokes, first_stroke, end_stroke, sy, sx + p);
+            for (int k = 0; k < 3; ++k) channel[k] |= uint32_t{color[k]} << (8 * p);
+          }
       }
+      for (int k = 0; k < 3; ++k) to[k * kChunk] = channel[k] ^ 0x80808080u;
     }
     __syncthreads();
     const int32_t from = start > chunk ? start : chunk;
