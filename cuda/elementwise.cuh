@@ -8,27 +8,11 @@
 #pragma once
 #include <algorithm>
 
-#include "cuda/launch.cuh"
+#include "cuda/vectors.cuh"
 
 namespace p2r::cuda {
 
 constexpr int kElementwiseBlock = 256;
-
-// Neighbouring elements, moved 16 bytes at a time.
-template <class T, int N>
-struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
-  T at[N];
-};
-
-template <int N, class T>
-__device__ __forceinline__ Vector<T, N> load_vector(const T* from) {
-  return *reinterpret_cast<const Vector<T, N>*>(from);
-}
-
-template <int N, class T>
-__device__ __forceinline__ void store_vector(T* to, const Vector<T, N>& v) {
-  *reinterpret_cast<Vector<T, N>*>(to) = v;
-}
 
 // 16 bytes of the smallest of these types.
 template <class... T>
@@ -49,7 +33,7 @@ struct LoadedVectors {
                                            int64_t vectors) {
 #pragma unroll
     for (int j = 0; j < kVectorsInFlight; ++j)
-      if (first + j * stride < vectors) at[j] = load_vector<N>(x + (first + j * stride) * N);
+      if (first + j * stride < vectors) at[j] = Vector<T, N>::load(x + (first + j * stride) * N);
   }
 };
 
@@ -65,8 +49,8 @@ __global__ void __launch_bounds__(kElementwiseBlock)
         if (first + j * stride >= vectors) break;
         Vector<Out, N> result;
 #pragma unroll
-        for (int i = 0; i < N; ++i) result.at[i] = f(x.at[j].at[i]...);
-        store_vector(out + (first + j * stride) * N, result);
+        for (int i = 0; i < N; ++i) result.v[i] = f(x.at[j].v[i]...);
+        result.store(out + (first + j * stride) * N);
       }
     };
     // All loads come before the first store, which the compiler could not move them above: `out`

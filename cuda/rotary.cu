@@ -30,23 +30,23 @@ __global__ void __launch_bounds__(kBlock)
       const int row = i / vectors, c = i % vectors * N;  // row: token and head
       const int64_t token = first + row / heads;
       const int64_t at = row % heads * d + c;
-      const Vector<T, N> low = load_vector<N>(x + token * x_row + at),
-                         high = load_vector<N>(x + token * x_row + at + half);
-      const Vector<float, N> cos_low = load_vector<N>(cos + token * d + c),
-                             cos_high = load_vector<N>(cos + token * d + c + half),
-                             sin_low = load_vector<N>(sin + token * d + c),
-                             sin_high = load_vector<N>(sin + token * d + c + half);
+      const Vector<T, N> low = Vector<T, N>::load(x + token * x_row + at),
+                         high = Vector<T, N>::load(x + token * x_row + at + half);
+      const Vector<float, N> cos_low = Vector<float, N>::load(cos + token * d + c),
+                             cos_high = Vector<float, N>::load(cos + token * d + c + half),
+                             sin_low = Vector<float, N>::load(sin + token * d + c),
+                             sin_high = Vector<float, N>::load(sin + token * d + c + half);
       Vector<T, N> rotated_low, rotated_high;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const float a = to_float(low.at[j]), b = to_float(high.at[j]);
-        rotated_low.at[j] = from_float<T>(inverse ? cos_low.at[j] * a + sin_high.at[j] * b
-                                                  : cos_low.at[j] * a - sin_low.at[j] * b);
-        rotated_high.at[j] = from_float<T>(inverse ? cos_high.at[j] * b - sin_low.at[j] * a
-                                                   : cos_high.at[j] * b + sin_high.at[j] * a);
+        const float a = to_float(low.v[j]), b = to_float(high.v[j]);
+        rotated_low.v[j] = from_float<T>(inverse ? cos_low.v[j] * a + sin_high.v[j] * b
+                                                 : cos_low.v[j] * a - sin_low.v[j] * b);
+        rotated_high.v[j] = from_float<T>(inverse ? cos_high.v[j] * b - sin_low.v[j] * a
+                                                  : cos_high.v[j] * b + sin_high.v[j] * a);
       }
-      store_vector(out + token * out_row + at, rotated_low);
-      store_vector(out + token * out_row + at + half, rotated_high);
+      rotated_low.store(out + token * out_row + at);
+      rotated_high.store(out + token * out_row + at + half);
     }
   }
 }

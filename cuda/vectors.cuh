@@ -7,7 +7,7 @@
 namespace p2r::cuda {
 
 template <class T, int N>
-struct alignas(sizeof(T) * N) Vector {
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
   T v[N];
 
   __device__ __forceinline__ static Vector load(const T* p) {
