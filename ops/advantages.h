@@ -40,11 +40,10 @@
 // (N + 1e-8) · N / (N - 1), (a - mean) / √(var + 1e-8); with fewer than two tokens all
 // advantages are 0. Longer sequences weigh more.
 //
-// A group whose rewards are all equal (max == min) has a relative part of exactly 0 (but a zero_tail's
-// is r). A group of
-// one: mean 0, std 1 (verl), or a relative part of 0 with singleton_zero (TRL); grpo_passk and
-// maxrl: always 0. skip_empty: sequences without a kept token are left out of their group and have
-// advantage 0.
+// A group whose rewards are all equal (max == min) has a relative part of exactly 0 (but a
+// zero_tail's is r). A group of one: mean 0, std 1 (verl), or a relative part of 0 with
+// singleton_zero (TRL); grpo_passk and maxrl: always 0. skip_empty: sequences without a kept token
+// are left out of their group and have advantage 0.
 //
 // rewards f32 [B] ([B, K] as above); groups: any ids in any order; baselines f32 [B]; log_probs,
 // squared_probs (Σ_v p²), importance_weights f32 [T]; advantages f32 [B], opt_baseline [T]. Means

@@ -13,7 +13,7 @@
 
 namespace p2r::cpu {
 
-struct FewRows;  // linear.h
+struct FewRows;           // linear.h
 struct LogitGradientRow;  // arguments.h
 struct DivergenceRow;
 struct PolicyRun;
