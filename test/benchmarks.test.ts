@@ -1,5 +1,5 @@
 // Benchmarks by name and methods side by side, by the command against a server on loopback; samples are made up.
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs'
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -290,6 +290,10 @@ test('VisualProbe: hard, medium and easy', async () => {
   ])
   const one = await evaluate('vp/VisualProbe_Hard', '--benchmark', 'visualprobe')
   expect(scores(one.out)).toHaveLength(2)
+  // A folder whose name has a dot.
+  renameSync(join(folder, 'vp'), join(folder, 'vp.v1'))
+  const renamed = await evaluate('vp.v1/', '--benchmark', 'visualprobe', '--out', 'vp1.jsonl')
+  expect(scores(renamed.out)).toHaveLength(3)
 })
 
 test('files that are none', async () => {

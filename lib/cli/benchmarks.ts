@@ -1,5 +1,5 @@
 // Benchmarks as they are distributed, by name: the files in a folder, and the categories in the order of the papers.
-import { existsSync } from 'node:fs'
+import { existsSync, statSync } from 'node:fs'
 import { readdir, readFile } from 'node:fs/promises'
 import { basename, extname, join, resolve } from 'node:path'
 import type { AnswerForm } from '../p2r/prompts.js'
@@ -176,7 +176,7 @@ async function* entriesOf(
   path: string,
 ): AsyncGenerator<Entry> {
   if (!existsSync(path)) throw new UsageError(`there is no ${path}`)
-  if (extname(path) !== '') return yield* entriesIn(path)
+  if (!statSync(path).isDirectory()) return yield* entriesIn(path)
   const found = files.map((file) => join(path, file)).find((file) => existsSync(file))
   if (found) return yield* entriesIn(found)
   const own = folders.filter((folder) => existsSync(join(path, folder)))

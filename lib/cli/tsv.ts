@@ -2,12 +2,10 @@
 import { createReadStream } from 'node:fs'
 import { open } from 'node:fs/promises'
 
-const [tab, newline, carriage, quote] = ['\t', '\n', '\r', '"'].map((c) => c.charCodeAt(0)) as [
-  number,
-  number,
-  number,
-  number,
-]
+const tab = 0x09
+const newline = 0x0a
+const carriage = 0x0d
+const quote = 0x22
 
 /** A part of a file. */
 export interface Span {
