@@ -43,6 +43,10 @@ export function readQuantity(text: string): Quantity | undefined {
   if (sign === '-') value = -value
 
   let rest = parts.rest!.trim()
+  if (/^(?:\\?pi(?!\p{L})|π)/u.test(rest))
+    return /^(?:\\?pi|π)$/.test(rest)
+      ? { value: value * Math.PI, percent: false, unit: '' }
+      : undefined
   const percent = /^(%|percent\b|per cent\b)/.exec(rest)
   if (percent) rest = rest.slice(percent[0].length).trim()
   const scale = /^(hundred|thousand|million|billion|trillion)s?\b/.exec(rest)

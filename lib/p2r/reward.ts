@@ -346,7 +346,12 @@ function asFraction({ value, percent }: Quantity): number {
 /** What is left of a text that is no number: letters in one case, without blanks, TeX's fonts and braces. */
 function plainText(text: string): string {
   // Bounds the time of the patterns.
-  const plain = text.length > 200 ? text : numeralsOf(text).replace(/^\s*\$(.*)\$\s*$/s, '$1')
+  if (text.length > 200) return words(text).join('').toLowerCase()
+  const plain = numeralsOf(text.replace(/\\([{}])/g, '$1'))
+    .replace(/^\s*\$(.*)\$\s*$/s, '$1')
+    .replace(/\\pi(?![A-Za-z])|π/g, 'pi')
+    .replace(/\\infty(?![A-Za-z])|∞/g, 'inf')
+    .replace(/ (?:and|or) /g, ',')
   return words(plain).join('').toLowerCase()
 }
 
