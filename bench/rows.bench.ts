@@ -1,5 +1,4 @@
 import {
-  add,
   gatherRows,
   gatherRowsBackward,
   meanPool,
@@ -37,10 +36,6 @@ function workload(
 export default {
   op: 'rows',
   workloads: [
-    workload('add', { read: 2 * all, write: all }, (x) => {
-      const y = x.device.zeros([rows, channels])
-      return () => add({ x, y })
-    }),
     workload('gather', { read: all, write: all }, (x, seed) => {
       const index = integers(rows, rows, seed)
       return () => gatherRows({ x, index })

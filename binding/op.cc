@@ -40,12 +40,12 @@ std::string one_of(DTypes dtypes) {
   return out;
 }
 
+}  // namespace
+
 std::string number_text(double x) {
   if (x == std::floor(x) && std::fabs(x) < 1e15) return std::to_string(static_cast<int64_t>(x));
   return std::to_string(x);
 }
-
-}  // namespace
 
 std::string quoted_list(const std::vector<const char*>& names) {
   std::string out;

@@ -37,6 +37,9 @@ inline constexpr DTypes kAny = {DType::f32, DType::f16, DType::bf16, DType::i32,
 // 'a', 'b' or 'c'.
 std::string quoted_list(const std::vector<const char*>& names);
 
+// A whole number without decimals.
+std::string number_text(double x);
+
 class Call {
  public:
   Call(const Napi::CallbackInfo& info, const char* function);

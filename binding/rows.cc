@@ -21,20 +21,6 @@ void at_least_one_axis(const Call& call, const char* name, const View& x) {
 
 }  // namespace
 
-Napi::Value add(Call& call) {
-  AddArgs a;
-  a.x = call.in("x", kFloats);
-  a.y = call.in("y", kFloats);
-  call.same_dtype("y", a.y, a.x.dtype);
-  const Shape &x = a.x.shape, &y = a.y.shape;
-  bool ends = y.rank <= x.rank;
-  for (int i = 1; ends && i <= y.rank; ++i) ends = y[-i] == x[-i];
-  call.check(ends, Code::shape,
-             "y must have x's shape " + to_string(x) + " or the end of it, got " + to_string(y));
-  a.out = call.result(a.x.dtype, x);
-  return call.run(&Kernels::add, a);
-}
-
 Napi::Value gather_rows(Call& call) {
   GatherRowsArgs a;
   a.x = call.in("x", kAny);

@@ -13,7 +13,6 @@ namespace p2r::cpu {
 
 namespace {
 
-constexpr int64_t kSlice = 8192;
 constexpr int64_t kRowGrain = 64;
 
 int64_t slices_of(int64_t columns) { return ceil_div(columns, kSlice); }

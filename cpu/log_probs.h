@@ -39,6 +39,9 @@ inline void merge(Sums& into, const Sums& part, double inverse, SoftmaxExtra ext
   into = {maximum, a.sum + b.sum, a.extra + b.extra};
 }
 
+// Columns that are summed at once, whatever the number of rows and threads.
+constexpr int64_t kSlice = 8192;
+
 inline Sums merge_slices(const float* partials, int64_t slices, double inverse,
                          SoftmaxExtra extra) {
   Sums row;

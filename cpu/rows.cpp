@@ -49,18 +49,6 @@ void sum_segments(CpuDevice& cpu, const View& x, Ints offsets, Ints list, bool m
 
 }  // namespace
 
-void add(const AddArgs& a, Device& device) {
-  CpuDevice& cpu = cpu_device(device);
-  const int64_t n = a.x.size(), period = a.y.size();
-  cpu.launch(n, kGrain, [a, period, &simd = cpu.simd()](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end;) {
-      const int64_t from = i % period, part = std::min(end - i, period - from);
-      simd.add(a.x.dtype, a.x.element(i), a.y.element(from), a.out.element(i), part);
-      i += part;
-    }
-  });
-}
-
 void gather_rows(const GatherRowsArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   const int64_t n = a.out.shape[0], c = row_size(a.out.shape);

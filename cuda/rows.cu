@@ -2,6 +2,7 @@
 // block takes 32 columns of one segment; its 16 warps take the rows in turn and their sums are
 // added in order.
 #include "cuda/launch.cuh"
+#include "cuda/vectors.cuh"
 #include "cuda/workspace.h"
 #include "ops/rows.h"
 
@@ -11,14 +12,6 @@ namespace {
 
 constexpr int kBlock = 256;
 constexpr int kSumBlock = 512, kSumRows = kSumBlock / 32;
-
-template <class T>
-__global__ void __launch_bounds__(kBlock)
-    add_kernel(const T* x, const T* y, T* out, int64_t n, int64_t period) {
-  for (int64_t i = int64_t{blockIdx.x} * kBlock + threadIdx.x; i < n;
-       i += int64_t{gridDim.x} * kBlock)
-    out[i] = from_float<T>(to_float(x[i]) + to_float(y[i % period]));
-}
 
 template <class Word>
 __global__ void __launch_bounds__(kBlock)
@@ -106,22 +99,6 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// Calls f with a null pointer of the largest word that divides a row of so many bytes and to which
-// the tensors are aligned, which may be views into larger ones.
-template <class F>
-void with_words(int64_t bytes, std::initializer_list<const void*> tensors, F&& f) {
-  uint64_t alignment = static_cast<uint64_t>(bytes);
-  for (const void* p : tensors) alignment |= reinterpret_cast<uintptr_t>(p);
-  if (alignment % 16 == 0)
-    f(static_cast<uint4*>(nullptr));
-  else if (alignment % 4 == 0)
-    f(static_cast<uint32_t*>(nullptr));
-  else if (alignment % 2 == 0)
-    f(static_cast<uint16_t*>(nullptr));
-  else
-    f(static_cast<uint8_t*>(nullptr));
-}
-
 int64_t row_bytes(const View& v) {
   return row_size(v.shape) * static_cast<int64_t>(size_of(v.dtype));
 }
@@ -143,16 +120,6 @@ void sum_segments(const View& x, const Ints& offsets, const Ints& list, bool mea
 }
 
 }  // namespace
-
-void add(const AddArgs& a, Device& device) {
-  const int64_t n = a.x.size();
-  if (!n) return;
-  with_float_type(a.x.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    launch(add_kernel<T>, blocks_for(n, kBlock), kBlock, 0, stream_of(device), a.x.as<const T>(),
-           a.y.as<const T>(), a.out.as<T>(), n, a.y.size());
-  });
-}
 
 void gather_rows(const GatherRowsArgs& a, Device& device) {
   const int64_t bytes = row_bytes(a.out), n = a.out.shape[0];

@@ -31,4 +31,20 @@ void with_vectors(DType t, int64_t width, std::initializer_list<const void*> ten
   });
 }
 
+// Calls f with a null pointer of the largest word that divides a row of so many bytes and to which
+// the tensors are aligned, which may be views into larger ones.
+template <class F>
+void with_words(int64_t bytes, std::initializer_list<const void*> tensors, F&& f) {
+  uint64_t alignment = static_cast<uint64_t>(bytes);
+  for (const void* p : tensors) alignment |= reinterpret_cast<uintptr_t>(p);
+  if (alignment % 16 == 0)
+    f(static_cast<uint4*>(nullptr));
+  else if (alignment % 4 == 0)
+    f(static_cast<uint32_t*>(nullptr));
+  else if (alignment % 2 == 0)
+    f(static_cast<uint16_t*>(nullptr));
+  else
+    f(static_cast<uint8_t*>(nullptr));
+}
+
 }  // namespace p2r::cuda

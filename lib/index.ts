@@ -92,6 +92,7 @@ export {
   type Outlines,
   type PixelBox,
 } from './ops/draw_boxes.js'
+export * from './ops/elementwise.js'
 export * from './ops/gelu.js'
 export * from './ops/layer_norm.js'
 export {
@@ -149,6 +150,8 @@ export {
   trlDefaults,
 } from './ops/policy_loss.js'
 export * from './ops/positions.js'
+export * from './ops/rearrange.js'
+export * from './ops/reduce.js'
 export * from './ops/rms_norm.js'
 export {
   type RolloutCorrectionArgs,

@@ -129,6 +129,20 @@ export class Tensor<out D extends DType = any> implements Disposable {
   }
 
   /**
+   * The value of a tensor of one element, as `read` and `toFloat32` give it.
+   *
+   * @throws P2RError ERR_SHAPE for another number of elements; as `read`.
+   */
+  async item(): Promise<number> {
+    handleOf(this, 'this', 'item')
+    if (this.size !== 1)
+      refuse('ERR_SHAPE', 'item', `a tensor of ${this.size} elements is no single value`)
+    const isInteger = this.dtype === 'i32' || this.dtype === 'u8'
+    const [value] = await (isInteger ? this.read() : this.toFloat32())
+    return value!
+  }
+
+  /**
    * A view of the same storage with another shape of the same size.
    *
    * @throws P2RError ERR_SHAPE for a shape of another size; ERR_VALUE for anything but a shape; ERR_DISPOSED.

@@ -1,6 +1,5 @@
-// Moving and summing rows: embeddings, residuals and pooling.
+// Moving and summing rows: embeddings and pooling.
 //
-//   add             out = x + y; y's shape is the end of x's, and is repeated over the leading axes
 //   gather_rows     out[i] = x[index[i]]
 //   gather_rows_backward   dX[r] = Σ dOut[i] over the i with index[i] = r, in rising order of i
 //   scatter_rows    out = x, but out[index[i]] = y[i], or 0 where there is no y
@@ -8,7 +7,7 @@
 //   i mean_pool       out[b] = Σ x[t] / n over the n tokens t of sequence b; 0 for an empty one
 //   mean_pool_backward     dX[t] = dOut[b] / n
 //
-// add: f32 | f16 | bf16, one type; out may be x. gather_rows: x [R, ...] of any type, index [n] in
+// gather_rows: x [R, ...] of any type, index [n] in
 // [0, R), copied bit for bit. gather_rows_backward: dOut [n, ...] f32 | f16 | bf16, dX [rows, ...]
 // as dOut. scatter_rows: x [R, ...] of any type, y [n, ...] as x, index without repeats.
 // scatter_add_rows: x [R, ...] f32 | f16 | bf16, y [n, ...] as x, repeats allowed. mean_pool: x [T,
@@ -25,12 +24,6 @@
 namespace p2r {
 
 constexpr int64_t kSumRun = 64;
-
-struct AddArgs {
-  In x, y;
-  Out out;
-  auto fields() { return std::tie(x, y, out); }
-};
 
 struct GatherRowsArgs {
   In x;

@@ -61,6 +61,11 @@ test('operations on empty tensors of large shapes return', async () => {
     const big = 2 ** 40, targets = d.tensor(new Int32Array(0), [0]), cuSeqlens = [0]
     const calls = {
       add: () => p.add({ x: z(big, 0), y: z(0) }),
+      mul: () => p.mul({ x: z(big, 0), y: z(1, 1) }),
+      sum: () => p.sum({ x: z(big, 0), axes: [0] }),
+      concat: () => p.concat({ tensors: [z(0, big), z(0, big)] }),
+      transpose: () => p.transpose({ x: z(big, 0) }),
+      sampleTokens: () => p.sampleTokens({ logits: z(0, 2 ** 31 - 1), seeds: [] }).tokens,
       gelu: () => p.gelu({ x: z(big, 0) }),
       cast: () => z(big, 0).cast('f16'),
       layerNorm: () => p.layerNorm({ x: z(0, 8), weight: z(8), bias: z(8) }).out,
@@ -88,6 +93,11 @@ test('operations on empty tensors of large shapes return', async () => {
     return ended`)
   expect(ended).toEqual({
     add: 0,
+    mul: 0,
+    sum: 0,
+    concat: 0,
+    transpose: 0,
+    sampleTokens: 0,
     gelu: 0,
     cast: 0,
     layerNorm: 0,
@@ -121,12 +131,14 @@ test('sizes of results that overflow are ERR_MEMORY', async () => {
       () => p.meanPoolBackward({ dOut: z(1, 2 ** 40), cuSeqlens: [0, 2 ** 31 - 1] }),
       () => p.gatherRowsBackward({ dOut: z(0, 2 ** 50), index: [], rows: 16384 }),
       () => p.gatherRowsBackward({ dOut: z(0, 2 ** 31 + 1, 2 ** 31), index: [], rows: 4 }),
+      () => p.concat({ tensors: [z(2 ** 40, 0, 2 ** 10), z(2 ** 40, 0, 2 ** 10)] }),
+      () => p.mul({ x: z(2 ** 30, 1, 0), y: z(2 ** 30, 1) }),
       () => z(2 ** 52, 4),
       () => z(2 ** 40),
       () => w.reshape([2 ** 31, 2 ** 31, 0]),
       () => d.tensor([], [2 ** 50, 2, 0]),
     ].map(refusal)`)
-  expect(refusals).toEqual(new Array(13).fill('P2RError ERR_MEMORY'))
+  expect(refusals).toEqual(new Array(15).fill('P2RError ERR_MEMORY'))
 })
 
 test('a getter in an argument that disposes or grows what the call reads', async () => {

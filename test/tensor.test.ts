@@ -249,6 +249,24 @@ onEveryBackend('tensor', (b) => {
     expect(Array.from(await y.read())).toEqual([7])
   })
 
+  test('item is the value of a tensor of one element', async () => {
+    const of = (dtype: (typeof all)[number], value: number) =>
+      b.device.tensor([value], [], dtype).item()
+    expect(await of('f32', 0.1)).toBe(Math.fround(0.1))
+    expect(await of('f16', 65504)).toBe(65504)
+    expect(await of('bf16', -2.5)).toBe(-2.5)
+    // Beyond what f32 holds.
+    expect(await of('i32', 2 ** 31 - 1)).toBe(2 ** 31 - 1)
+    expect(await of('u8', 255)).toBe(255)
+    expect(await b.device.tensor([4], [1, 1, 1]).item()).toBe(4)
+    const refusal = { code: 'ERR_SHAPE', op: 'item' }
+    await expect(b.device.zeros([2]).item()).rejects.toMatchObject(refusal)
+    await expect(b.device.zeros([0]).item()).rejects.toMatchObject(refusal)
+    const gone = b.device.zeros([1])
+    gone.dispose()
+    await expect(gone.item()).rejects.toMatchObject({ code: 'ERR_DISPOSED' })
+  })
+
   test('sizes of 0 are legal everywhere', async () => {
     const other = openDevice('cpu')
     for (const dtype of all) {

@@ -74,6 +74,8 @@ struct RolloutRun {
   int rule_count;
 };
 
+enum class Arithmetic : uint8_t { add, mul };
+
 // sum_rows: at most kSumColumns columns a call; kRowsPerRun is kSumRun of ops/rows.h.
 constexpr int64_t kSumColumns = 64, kRowsPerRun = 64;
 

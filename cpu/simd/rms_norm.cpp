@@ -1,12 +1,14 @@
 // Root mean square normalisation and its backward pass, a row at a time: the row stays in the
 // first-level cache between its passes. 16-bit rows are converted to f32 in a buffer. The order of
 // a row's sums depends on its length alone.
+#include "cpu/simd/arguments.h"
 #include "cpu/simd/rows.h"
 #include "cpu/simd/simd.h"
 
 namespace p2r::cpu::P2R_ISA {
 
-void add(DType dtype, const void* x, const void* y, void* out, int64_t n);
+void elementwise(Arithmetic operation, DType dtype, const void* x, bool repeat_x, const void* y,
+                 bool repeat_y, void* out, int64_t n);
 
 namespace {
 
@@ -38,7 +40,9 @@ void rms_norm(DType dtype, const void* x, const void* residual, const float* wei
     return static_cast<const char*>(p) + r * c * size;
   };
   for (int64_t r = 0; r < rows; ++r) {
-    if (residual) add(dtype, at(x, r), at(residual, r), static_cast<char*>(sum) + r * c * size, c);
+    if (residual)
+      elementwise(Arithmetic::add, dtype, at(x, r), false, at(residual, r), false,
+                  static_cast<char*>(sum) + r * c * size, c);
     const float* in = row_f32(dtype, residual ? sum : x, r * c, c, buffer);
     const float inverse = 1 / __builtin_sqrtf(sum_of_squares(in, c) * inv_c + eps);
     rstd[r] = inverse;

@@ -1,4 +1,4 @@
-// Rows of any float type: the sum of two, the weighted sum of four, and the sum of many.
+// Rows of any float type: the weighted sum of four, and the sum of many.
 #include "cpu/simd/arguments.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/vec.h"
@@ -12,29 +12,7 @@ namespace {
 
 constexpr int64_t kBlock = 512;
 
-void add_f32(const float* x, const float* y, float* out, int64_t n) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store(out + i, loadf(x + i) + loadf(y + i));
-  for (; i < n; ++i) out[i] = x[i] + y[i];
-}
-
 }  // namespace
-
-void add(DType dtype, const void* x, const void* y, void* out, int64_t n) {
-  if (dtype == DType::f32) {
-    add_f32(static_cast<const float*>(x), static_cast<const float*>(y), static_cast<float*>(out),
-            n);
-    return;
-  }
-  float a[kBlock], b[kBlock];
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t part = n - i < kBlock ? n - i : kBlock;
-    to_f32(dtype, static_cast<const uint16_t*>(x) + i, a, part);
-    to_f32(dtype, static_cast<const uint16_t*>(y) + i, b, part);
-    add_f32(a, b, a, part);
-    from_f32(dtype, a, static_cast<uint16_t*>(out) + i, part);
-  }
-}
 
 void blend_rows(DType dtype, const void* const* rows, const float* weights, int64_t n, void* out) {
   const int64_t size = dtype == DType::f32 ? 4 : 2;

@@ -18,6 +18,7 @@ struct LogitGradientRow;  // arguments.h
 struct DivergenceRow;
 struct PolicyRun;
 struct RolloutRun;
+enum class Arithmetic : uint8_t;
 struct ResampleRows;  // resample.h
 struct PatchRow;
 struct PatchValues;

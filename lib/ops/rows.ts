@@ -5,39 +5,6 @@ import { refuse } from '../errors.js'
 import { native } from '../native.js'
 import { type Held, handleOf, held, type Ints, type Tensor, wrap } from '../tensor.js'
 
-/** The arguments of `add`. */
-export interface AddArgs<D extends FloatDType = FloatDType> {
-  /** Any shape, f32 | f16 | bf16. */
-  x: Tensor<D>
-  /** Of x's type; its shape is x's or the end of it. */
-  y: Tensor<NoInfer<D>>
-}
-
-const addNames: Names<AddArgs> = { x: true, y: true }
-
-/**
- * x + y. y may lack leading axes of x and is then repeated over them, as a position embedding is over
- * a batch. Its gradient is the sum over them: `gatherRowsBackward` with an index of zeros and one row.
- *
- * @returns as x in shape and type.
- * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
- * @example
- * ```js
- * import { add, openDevice } from 'p2r-kernels'
- *
- * const device = openDevice('cpu')
- * const x = device.tensor([1, 2, 3, 4], [2, 2])
- * const y = device.tensor([10, 20], [2])
- * console.log(await add({ x, y }).read()) // Float32Array(4) [ 11, 22, 13, 24 ]
- * device.dispose()
- * ```
- */
-export function add<D extends FloatDType>(a: AddArgs<D>): Tensor<D> {
-  checkArguments(a, addNames, 'add')
-  const out = native().ops.add!(handleOf(a.x, 'x', 'add'), handleOf(a.y, 'y', 'add'))
-  return wrap(a.x.device, out)
-}
-
 /** The arguments of `gatherRows`. */
 export interface GatherRowsArgs<D extends DType = DType> {
   /** [R, ...], any type. */

@@ -24,9 +24,11 @@ import {
   type BiasGradient,
   type CausalArgs,
   type ClipGradNormArgs,
+  type ConcatArgs,
   type CropRegion,
   type CropResampleArgs,
   clipGradNorm,
+  concat,
   cropResample,
   type Device,
   type DrawBoxesArgs,
@@ -75,12 +77,17 @@ import {
   linearLogProbs,
   linearPolicyLoss,
   loadImage,
+  type MeanArgs,
   type MeanPoolArgs,
   type MeanPoolBackwardArgs,
   type MropeTablesArgs,
+  type MulArgs,
+  mean,
   meanPool,
   meanPoolBackward,
   mropeTables,
+  mul,
+  type Operands,
   type Outlines,
   type OverlongOptions,
   type OverlongPenaltyArgs,
@@ -89,6 +96,7 @@ import {
   type PackedGates,
   type PackedGatesGradient,
   type PackedHeads,
+  type PerRow,
   type PixelValuesArgs,
   type PixelValuesOptions,
   type PixelValuesResult,
@@ -97,6 +105,7 @@ import {
   type PolicyLossResult,
   pixelValues,
   policyLoss,
+  type ReduceArgs,
   type ResidualSum,
   type RmsNormArgs,
   type RmsNormBackwardArgs,
@@ -112,6 +121,8 @@ import {
   rmsNormBackward,
   ropeIndex,
   type SampleArgs,
+  type SampleTokensArgs,
+  type SampleTokensResult,
   type ScatterAddRowsArgs,
   type ScatterRowsArgs,
   type ScatterRowsBackwardArgs,
@@ -119,15 +130,20 @@ import {
   type SeparateGates,
   type SeparateHeads,
   type SmartResizeOptions,
+  type SplitArgs,
+  type SumArgs,
   type SwigluArgs,
   type SwigluBackwardArgs,
   type SwigluBackwardResult,
   type SwigluGradient,
   sample,
+  sampleTokens,
   scatterAddRows,
   scatterRows,
   scatterRowsBackward,
   smartResize,
+  split,
+  sum as sumOver,
   swiglu,
   swigluBackward,
   type Tensor,
@@ -135,8 +151,10 @@ import {
   type TokenLogProbsArgs,
   type TokenLogProbsResult,
   type TokenLogProbsShardArgs,
+  type TransposeArgs,
   tokenLogProbs,
   tokenLogProbsShard,
+  transpose,
   type VisionPositionsArgs,
   type VisionRotaryArgs,
   visionPositions,
@@ -150,6 +168,15 @@ export const form: GeluForm = 'tanh'
 export const activate = <D extends FloatDType>(a: GeluArgs<D>): Tensor<D> => gelu(a)
 export const activateBack = (a: GeluBackwardArgs<'f16'>): Tensor<'f16'> => geluBackward(a)
 export const sum = (a: AddArgs<'bf16'>): Tensor<'bf16'> => add(a)
+export const product = (a: MulArgs<'f32'>): Tensor<'f32'> => mul(a)
+export const operands: Operands | undefined = undefined
+export const total = (a: SumArgs<'f32'> & ReduceArgs<'f32'>): Tensor<'f32'> => sumOver(a)
+export const average = (a: MeanArgs<'bf16'>): Tensor<'bf16'> => mean(a)
+export const joined = (a: ConcatArgs<'u8'>): Tensor<'u8'> => concat(a)
+export const cut = (a: SplitArgs<'i32'>): Tensor<'i32'>[] => split(a)
+export const turned = (a: TransposeArgs<'f16'>): Tensor<'f16'> => transpose(a)
+export const temperature: PerRow = [1, 0.5]
+export const next = (a: SampleTokensArgs): SampleTokensResult => sampleTokens(a)
 export const pick = (a: GatherRowsArgs<'u8'>): Tensor<'u8'> => gatherRows(a)
 export const pickBack = (a: GatherRowsBackwardArgs): Tensor<FloatDType> => gatherRowsBackward(a)
 export const replace = (a: ScatterRowsArgs<'i32'>): Tensor<'i32'> => scatterRows(a)

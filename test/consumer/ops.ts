@@ -3,6 +3,7 @@ import {
   adamW,
   add,
   clipGradNorm,
+  concat,
   type Device,
   type EncodeArgs,
   type EncodedMass,
@@ -19,20 +20,26 @@ import {
   linear,
   linearBackward,
   loadTensors,
+  mean,
   meanPool,
   meanPoolBackward,
   mropeTables,
+  mul,
   type PackedGates,
   rmsNorm,
   rmsNormBackward,
   sample,
+  sampleTokens,
   saveTensors,
   scatterAddRows,
   scatterRows,
   scatterRowsBackward,
+  split,
+  sum,
   swiglu,
   swigluBackward,
   type Tensor,
+  transpose,
   type VisionEncoding,
   VisionTower,
   type VisionTowerConfig,
@@ -97,6 +104,32 @@ export function rows(x: Tensor, y: Tensor): Tensor[] {
     meanPoolBackward({ dOut: y, cuSeqlens: new Uint32Array(2) }),
     sample({ logits: x, temperature: 0, seed: 1 }),
   ]
+}
+
+export async function glue(x: Tensor, y: Tensor): Promise<number> {
+  const all: Tensor[] = [
+    mul({ x, y }),
+    sum({ x, axes: [0, -1], keepDims: true }),
+    concat({ tensors: [x, y], axis: -1 }),
+    ...split({ x, sizes: [1, 2] }),
+    transpose({ x, axes: [0, 1] }),
+    transpose({ x: y }),
+  ]
+  return (await mean({ x: all[0]! }).item()) + (await sum({ x }).item())
+}
+
+export function draws(logits: Tensor): Tensor[] {
+  const { tokens, logProbs } = sampleTokens({
+    logits,
+    seeds: [1, 2],
+    temperature: [1, 0.7],
+    topK: 20,
+    topP: Float64Array.of(1, 0.9),
+    minP: 0.1,
+    repetitionPenalty: 1.1,
+    history: [[1, 2], new Int32Array(3)],
+  })
+  return [tokens, logProbs, sampleTokens({ logits, seeds: new Uint32Array(2) }).logProbsFiltered]
 }
 
 export function train(params: readonly Tensor[], grads: readonly Tensor[]): Tensor {

@@ -161,6 +161,21 @@ export async function families(p2r, id = 'cpu') {
         Array.from(x, (v) => 0.5 * v * (1 + Math.tanh(c * (v + 0.044715 * v ** 3)))),
       ]
     },
+    async elementwise() {
+      const out = p2r.mul({ x: f32(x, 3, 8), y: f32([1, 2, 3], 3, 1) })
+      return [await out.read(), Array.from(x, (v, i) => v * (1 + Math.floor(i / 8)))]
+    },
+    async reduce() {
+      const out = p2r.sum({ x: f32(x, 3, 8), axes: [1] })
+      return [await out.read(), [0, 1, 2].map((i) => dot(row(x, i, 8), Array(8).fill(1)))]
+    },
+    async rearrange() {
+      const out = p2r.transpose({ x: f32(x, 3, 8) })
+      return [
+        await out.read(),
+        [...Array(24).keys()].map((k) => x[(k % 3) * 8 + Math.floor(k / 3)]),
+      ]
+    },
     async rows() {
       const out = p2r.gatherRows({ x: f32(x, 3, 8), index: [2, 0] })
       return [await out.read(), [...row(x, 2, 8), ...row(x, 0, 8)]]

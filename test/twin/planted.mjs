@@ -133,8 +133,8 @@ export const planted = [
   {
     bug: 'sample: no barrier before the first warp reads all sums',
     file: 'cuda/sampling.cu',
-    search: '  __syncthreads();\n  if (warp) return;',
-    replace: '  if (warp) return;',
+    search: '  __syncthreads();\n  if (warp == 0) {\n    uint64_t all',
+    replace: '  if (warp == 0) {\n    uint64_t all',
     cases: /^sample/,
     variant: 'tsan',
   },
