@@ -1,4 +1,4 @@
-import { type PolicyLossOptions, policyLoss } from 'p2r-kernels'
+import { applyKlPenalty, type PolicyLossOptions, policyLoss } from 'p2r-kernels'
 import { evenly, normals, uniforms } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
 import { policyLossLoop } from './peers/loops.js'
@@ -46,6 +46,34 @@ function loss(
   }
 }
 
+/** The KL of each sequence from a reference policy, off its reward. */
+function klPenalty(): Workload {
+  const inputBytes = tokens * 8 + sequences * 4
+  return {
+    name: `${sequences}x${length} KL in the reward`,
+    traffic: { read: inputBytes, write: sequences * 4 },
+    inputs(seed) {
+      const logProbs = normals(tokens, seed, 0.5).map((x) => -Math.abs(x))
+      const noise = normals(tokens, seed + 2, 0.1)
+      const reference = logProbs.map((x, t) => x + noise[t]!)
+      const rewards = normals(sequences, seed + 1)
+      return {
+        byteLength: inputBytes,
+        load(device) {
+          const a = {
+            rewards: device.tensor(rewards, [sequences]),
+            logProbs: device.tensor(logProbs, [tokens]),
+            refLogProbs: device.tensor(reference, [tokens]),
+            cuSeqlens,
+            klCoef: 0.01,
+          }
+          return { run: () => applyKlPenalty(a), answer: () => applyKlPenalty(a).read() }
+        },
+      }
+    },
+  }
+}
+
 export default {
   op: 'policy_loss',
   workloads: [
@@ -54,5 +82,6 @@ export default {
     ...(['dppo_tv', 'dppo_kl', 'gmpo', 'vespo', 'luspo', 'clip_cov', 'kl_cov'] as const).map(
       (objective) => loss(`${objective}, inputs in the cache`, false, true, objective),
     ),
+    klPenalty(),
   ],
 } satisfies Benchmark
