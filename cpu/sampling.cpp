@@ -278,15 +278,15 @@ Sums sums_of(const Simd& simd, DType dtype, const View& logits, int64_t row, dou
   for (int64_t first = 0; first < v; first += kSlice) {
     float part[3];
     simd.softmax_sums(dtype, logits.element(row * v + first), std::min(kSlice, v - first),
-                      static_cast<float>(inverse), false, part);
-    merge(sums, {part[0], part[1], part[2]}, inverse);
+                      static_cast<float>(inverse), SoftmaxExtra::none, part);
+    merge(sums, {part[0], part[1], part[2]}, inverse, SoftmaxExtra::none);
   }
   return sums;
 }
 
 float largest_of(const Simd& simd, const float* z, int64_t v) {
   float part[3];
-  simd.softmax_sums(DType::f32, z, v, 1, false, part);
+  simd.softmax_sums(DType::f32, z, v, 1, SoftmaxExtra::none, part);
   return part[0];
 }
 
@@ -329,7 +329,7 @@ void sample_tokens(const SampleTokensArgs& a, Device& device) {
         }
         float drawn;
         simd.to_f32(a.logits.dtype, a.logits.element(r * v + token), &drawn, 1);
-        log_prob = row_log_prob(sums, drawn, row.inverse).log_prob;
+        log_prob = row_log_prob(sums, drawn, row.inverse, SoftmaxExtra::none).log_prob;
         if (row.rate > 0 && !row.has_filter() && !row.has_history()) filtered = log_prob;
       }
       a.tokens.as<int32_t>()[r] = static_cast<int32_t>(token);
