@@ -44,7 +44,7 @@ export function concat<D extends DType>(a: ConcatArgs<D>): Tensor<D> {
 
 /** The arguments of `split`. */
 export interface SplitArgs<D extends DType = DType> {
-  /** At least one axis, any type. */
+  /** [...], any type; at least one axis. */
   x: Tensor<D>
   /** The parts' sizes along the axis, which add up to x's. */
   sizes: Ints
@@ -88,7 +88,7 @@ export function split<D extends DType>(a: SplitArgs<D>): Tensor<D>[] {
 
 /** The arguments of `transpose`. */
 export interface TransposeArgs<D extends DType = DType> {
-  /** At least one axis, any type. */
+  /** [...], any type; at least one axis. */
   x: Tensor<D>
   /**
    * The two axes that are exchanged: from 0, or from -1 for the last.
