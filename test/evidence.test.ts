@@ -179,7 +179,8 @@ describe('parseBoxes', () => {
     const text = `<think></think>${piece.repeat(100_000 / piece.length)}`
     const start = performance.now()
     expect(parseBoxes(`${text}":"`, { rules: 'strict' })).toEqual([])
-    expect(performance.now() - start).toBeLessThan(2000)
+    // Quadratic time would be minutes.
+    expect(performance.now() - start).toBeLessThan(10_000)
   })
 
   test('never throws, and returns only valid boxes', () => {

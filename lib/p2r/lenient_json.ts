@@ -8,11 +8,12 @@ const noLiteral = new Error('no literal')
 
 /** Levels within an object. Bounds the time: a brace is read once for each level that it may be at. */
 const maxDepth = 8
-/** Characters of a text or a comment within an object. */
+/** Characters of a text, and of a comment, within an object. */
 const longest = 2000
+const longestComment = 300
 const blank = /\s*/y
 const comment = new RegExp(
-  `(?://|#)[^\\n]{0,${longest}}(?:\\n|$)|/\\*[\\s\\S]{0,${longest}}?\\*/`,
+  `(?://|#)[^\\n]{0,${longestComment}}(?:\\n|$)|/\\*[\\s\\S]{0,${longestComment}}?\\*/`,
   'y',
 )
 const number = /[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?/y
