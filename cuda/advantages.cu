@@ -238,6 +238,7 @@ __global__ void __launch_bounds__(kBlock) token_advantages_kernel(Advantages a) 
   int64_t longest = 0;
   // Past the last kept token of all sequences, and of all but one.
   int64_t last_end = 0, second_end = 0;
+#pragma unroll 1
   for (int i = 0; i < n; ++i) {
     const int64_t length = a.cu_seqlens[members[i] + 1] - a.cu_seqlens[members[i]];
     longest = length > longest ? length : longest;
@@ -247,6 +248,7 @@ __global__ void __launch_bounds__(kBlock) token_advantages_kernel(Advantages a) 
     second_end = smaller > second_end ? smaller : second_end;
     last_end = end > last_end ? end : last_end;
   }
+  const int64_t tail = a.zero_tail ? second_end : longest;  // positions without a baseline
   for (int64_t at = threadIdx.x; at < longest; at += kBlock) {
     const auto token = [&](int i) {
       const int64_t t = a.cu_seqlens[members[i]] + at;
@@ -263,7 +265,7 @@ __global__ void __launch_bounds__(kBlock) token_advantages_kernel(Advantages a) 
       weighted += r * a.cumulative[t];
       weights += a.cumulative[t];
     }
-    const bool without = alone || (a.zero_tail && at >= second_end);
+    const bool without = alone || at >= tail;
     const double baseline = without ? 0 : weighted / (weights + 1e-8);
     for (int i = 0; i < n; ++i) {
       const int64_t t = token(i);
