@@ -1,4 +1,4 @@
-import { linear, linearBackward } from 'p2r-kernels'
+import { type Device, linear, linearBackward, quantize } from 'p2r-kernels'
 import { normals } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
 import { gemm } from './peers/onnxruntime.js'
@@ -35,7 +35,64 @@ function workload(rows: number, channels: number, features: number, backward: bo
   }
 }
 
+/** Numbers of magnitude 2^-7 to 2^-5 as bf16 bits: fast to make for weights of gigabytes. */
+function bf16Bits(n: number, seed: number): Uint16Array {
+  const bits = new Uint16Array(n)
+  let state = seed + 1
+  for (let i = 0; i < n; i++) {
+    state = (Math.imul(state, 1_664_525) + 1_013_904_223) >>> 0
+    bits[i] = 0x3c00 | ((state >>> 16) & 0x80ff)
+  }
+  return bits
+}
+
+const channels = 2048
+const bytesOf = { bf16: 2, int8: 1 + 2 / 32, int4: 0.5 + 2 / 32 } as const
+
+/** Decoding: few rows, so that the weight is what is read. */
+function decode(rows: number, features: number, format: keyof typeof bytesOf): Workload {
+  const weightBytes = features * channels * bytesOf[format]
+  return {
+    name: `${rows}x${channels} -> ${features} ${format}`,
+    flops: 2 * rows * channels * features,
+    products: 'bf16',
+    traffic: { read: weightBytes + 2 * rows * channels, write: 2 * rows * features },
+    slow: features > 100_000,
+    inputs(seed) {
+      const weight = bf16Bits(features * channels, seed)
+      const x = bf16Bits(rows * channels, seed + 1)
+      return {
+        byteLength: weightBytes,
+        load(device) {
+          const a = {
+            x: device.tensor(x, [rows, channels], 'bf16'),
+            weight: stored(device, weight, features, format),
+          }
+          return { run: () => linear(a) }
+        },
+      }
+    },
+  }
+}
+
+function stored(device: Device, bits: Uint16Array, features: number, format: keyof typeof bytesOf) {
+  const weight = device.tensor(bits, [features, channels], 'bf16')
+  if (format === 'bf16') return weight
+  const quantized = quantize({ weight, bits: format === 'int8' ? 8 : 4 })
+  weight.dispose()
+  return quantized
+}
+
 export default {
   op: 'linear',
-  workloads: [workload(1024, 1152, 4304, false), workload(1024, 1152, 4304, true)],
+  workloads: [
+    workload(1024, 1152, 4304, false),
+    workload(1024, 1152, 4304, true),
+    ...[6144, 151_936].flatMap((features) =>
+      (['bf16', 'int8', 'int4'] as const).flatMap((format) =>
+        [1, 8].map((rows) => decode(rows, features, format)),
+      ),
+    ),
+    ...(['bf16', 'int8', 'int4'] as const).map((format) => decode(512, 6144, format)),
+  ],
 } satisfies Benchmark

@@ -20,8 +20,7 @@ Napi::Value enter(const Napi::CallbackInfo& info) {
   const char* function = static_cast<const char*>(info.Data());
   std::string op;
   try {
-    Call call(info, function);
-    op = call.op();
+    Call call(info, function, op);
     return parse(call);
   } catch (...) {
     throw convert(info.Env(), op);

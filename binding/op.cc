@@ -54,10 +54,15 @@ std::string quoted_list(const std::vector<const char*>& names) {
   return out;
 }
 
-Call::Call(const Napi::CallbackInfo& info, const char* function)
-    : info_(info), function_(function), op_(exported_name(function)) {
+Call::Call(const Napi::CallbackInfo& info, const char* function, std::string& op)
+    : info_(info), function_(function), op_(op) {
+  op_ = exported_name(function);
   State& state = State::of(info.Env());
   if (!state.composites.empty()) op_ = state.composites.back().name;
+}
+
+void Call::name(const char* public_name) {
+  if (State::of(env()).composites.empty()) op_ = public_name;
 }
 
 Call::~Call() {

@@ -42,11 +42,14 @@ std::string number_text(double x);
 
 class Call {
  public:
-  Call(const Napi::CallbackInfo& info, const char* function);
+  // op becomes the public name, which errors carry.
+  Call(const Napi::CallbackInfo& info, const char* function, std::string& op);
   Call(const Call&) = delete;
   ~Call();
 
   const std::string& op() const { return op_; }
+  // The public name, where it is not the function's own; a composite's name stays.
+  void name(const char* public_name);
   Napi::Env env() const { return info_.Env(); }
   // The device of the tensors read so far.
   const Device& device() const {
@@ -129,7 +132,8 @@ class Call {
   Napi::Value finish(const std::shared_ptr<Case>& recorded);
 
   const Napi::CallbackInfo& info_;
-  std::string function_, op_;
+  std::string function_;
+  std::string& op_;
   size_t at_ = 0;
   bool finished_ = false;
   std::shared_ptr<OpenDevice> device_;

@@ -1,6 +1,6 @@
 // A linear layer and its gradients: GEMMs (cpu/gemm.h), and column sums for the bias. Few rows, as
 // in decoding, read the weight in place, and take no longer than that (cpu/simd/linear.cpp).
-#include "ops/linear.h"
+#include "cpu/linear.h"
 
 #include <algorithm>
 #include <vector>
@@ -8,6 +8,7 @@
 #include "cpu/gemm.h"
 #include "cpu/simd/linear.h"
 #include "ops/integer.h"
+#include "ops/linear.h"
 
 namespace p2r::cpu {
 
@@ -45,27 +46,8 @@ void column_sums(CpuDevice& cpu, const View& rows, int64_t n, float* sums, bool 
   });
 }
 
-// The product of the leading axes.
-int64_t rows_of(const View& v) {
-  int64_t rows = 1;
-  for (int i = 0; i + 1 < v.shape.rank; ++i) rows *= v.shape[i];
-  return rows;
-}
-
 constexpr int64_t kFewRows = 16;
 constexpr int64_t kFeatureTile = 16;  // whole vectors of every instruction set
-
-// `tiles` tiles of features cut into chunks, as their first tiles and the end. A thread that takes
-// a chunk gets half of its share of what is left, so that it reads long stretches of the weight, of
-// at least `least` tiles, and still all threads end together.
-std::vector<int64_t> cut_features(int64_t tiles, int64_t least, int threads) {
-  std::vector<int64_t> first = {0};
-  while (first.back() < tiles) {
-    const int64_t left = tiles - first.back();
-    first.push_back(first.back() + std::min(left, std::max(least, left / (2 * threads))));
-  }
-  return first;
-}
 
 void multiply_few_rows(CpuDevice& cpu, const LinearArgs& a, int64_t rows) {
   constexpr int64_t kLeastChunkBytes = 128 * 1024;
@@ -113,6 +95,15 @@ void multiply_few_rows(CpuDevice& cpu, const LinearArgs& a, int64_t rows) {
 }
 
 }  // namespace
+
+std::vector<int64_t> cut_features(int64_t tiles, int64_t least, int threads) {
+  std::vector<int64_t> first = {0};
+  while (first.back() < tiles) {
+    const int64_t left = tiles - first.back();
+    first.push_back(first.back() + std::min(left, std::max(least, left / (2 * threads))));
+  }
+  return first;
+}
 
 void linear(const LinearArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);

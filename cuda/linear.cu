@@ -1,40 +1,25 @@
 // The linear layer: three GEMMs (cuda/gemm/gemm.cuh), and column sums (cuda/linear.cuh) for the
-// gradient of the bias.
+// gradient of the bias. Up to 16 rows are multiplied by cuda/gemm/few_rows.cuh, where lines of C
+// are aligned to 16 bytes: there, a row has the same bits in any batch of up to 16.
+#include "cuda/gemm/few_rows.cuh"
 #include "cuda/linear.cuh"
 #include "ops/linear.h"
 
 namespace p2r::cuda {
 
-namespace {
-
-// The leading axes flattened.
-int64_t rows_of(const View& v) {
-  int64_t rows = 1;
-  for (int i = 0; i + 1 < v.shape.rank; ++i) rows *= v.shape[i];
-  return rows;
-}
-
-}  // namespace
-
 void linear(const LinearArgs& a, Device& device) {
   const int64_t features = a.weight.shape[0], channels = a.weight.shape[1];
+  const int64_t rows = rows_of(a.x);
+  const Bias bias = {a.bias.data, a.bias.dtype};
   with_float_type(a.x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    const auto multiply = [&](auto* out) {
-      using Out = std::remove_pointer_t<decltype(out)>;
-      gemm<Major::k, Major::k>(device, Gemm<T, T, Out>{.m = rows_of(a.x),
-                                                       .n = features,
-                                                       .k = channels,
-                                                       .a = {a.x.as<const T>(), channels},
-                                                       .b = {a.weight.as<const T>(), channels},
-                                                       .c = out,
-                                                       .c_row_stride = features,
-                                                       .bias = {a.bias.data, a.bias.dtype}});
-    };
-    if (a.out.dtype == a.x.dtype)
-      multiply(a.out.as<T>());
+    const T *x = a.x.as<const T>(), *weight = a.weight.as<const T>();
+    if (few_rows::takes(rows, channels, x, weight))
+      with_result<T>(a.out, [&](auto* out) {
+        few_rows::run(device, x, weight, bias, out, rows, features, channels);
+      });
     else
-      multiply(a.out.as<float>());
+      multiply_many_rows(device, x, weight, bias, a.out, rows, features, channels);
   });
 }
 

@@ -1,8 +1,41 @@
-// Column sums of a matrix: the gradient of a bias (linear.cu, linear_log_probs.cu).
+// What linear layers share: products of rows (linear.cu, quantize.cu), and column sums of a matrix,
+// the gradient of a bias (linear.cu, linear_log_probs.cu).
 #pragma once
 #include "cuda/gemm/gemm.cuh"
 
 namespace p2r::cuda {
+
+// The product of the leading axes.
+inline int64_t rows_of(const View& v) {
+  int64_t rows = 1;
+  for (int i = 0; i + 1 < v.shape.rank; ++i) rows *= v.shape[i];
+  return rows;
+}
+
+// Calls f with out's data as T*, or float* where it is f32.
+template <class T, class F>
+void with_result(const View& out, const F& f) {
+  if constexpr (!std::is_same_v<T, float>)
+    if (out.dtype != DType::f32) return f(out.as<T>());
+  f(out.as<float>());
+}
+
+// out [m, n] = x [m, k] weight [n, k]^T + bias by the GEMM; out f32 or of T.
+template <class T>
+void multiply_many_rows(Device& device, const T* x, const T* weight, Bias bias, const View& out,
+                        int64_t m, int64_t n, int64_t k) {
+  with_result<T>(out, [&](auto* to) {
+    using Out = std::remove_pointer_t<decltype(to)>;
+    gemm<Major::k, Major::k>(device, Gemm<T, T, Out>{.m = m,
+                                                     .n = n,
+                                                     .k = k,
+                                                     .a = {x, k},
+                                                     .b = {weight, k},
+                                                     .c = to,
+                                                     .c_row_stride = n,
+                                                     .bias = bias});
+  });
+}
 
 namespace linear_detail {
 

@@ -150,6 +150,7 @@ export {
   trlDefaults,
 } from './ops/policy_loss.js'
 export * from './ops/positions.js'
+export { type QuantizeArgs, type QuantizedWeight, quantize } from './ops/quantize.js'
 export * from './ops/rearrange.js'
 export * from './ops/reduce.js'
 export * from './ops/rms_norm.js'

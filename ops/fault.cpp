@@ -44,6 +44,8 @@ std::string describe_fault(const FaultSource& source, uint64_t word) {
         return "baselines[" + std::to_string(baseline) + "] = " + number_text(real) +
                " is not finite";
       return entry("rewards") + " = " + number_text(real) + " is not finite";
+    case Invalid::weight:
+      return entry("weight") + " holds " + number_text(real) + ": nothing that can be quantised";
     default:
       return entry("logits") + " holds " +
              (real < 0 ? "nothing but -infinity" : number_text(real)) + ": nothing can be drawn";

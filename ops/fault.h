@@ -12,7 +12,7 @@
 
 namespace p2r {
 
-enum class Invalid : uint8_t { target, shard_target, reward, logits };
+enum class Invalid : uint8_t { target, shard_target, reward, logits, weight };
 
 // What an operation may find at fault besides a mask. extent: V of targets, K of rewards [B, K],
 // whose sequences are B; an index of B K and beyond is that of a baseline.

@@ -406,7 +406,7 @@ onEveryBackend('linear', (b) => {
     const devices = [1, 2, 5].map((threads) => b.open({ threads }))
     // Odd and even, of one block of k and of several, with and without a whole one at the end; past
     // 4096 a product of many rows takes k in slabs.
-    const channels = [1, 7, 64, 255, 512, 520, 1030, 1536, 2048, 4352, 5001]
+    const channels = [1, 7, 255, 512, 520, 1030, 2048, 5001]
     for (const [i, c] of channels.entries())
       for (const dtype of floats) {
         const [rows, f] = [200, random.int(1, 75)]
@@ -423,7 +423,8 @@ onEveryBackend('linear', (b) => {
           return Buffer.from((await y.read()).buffer)
         }
         const all = await run(b.device, 0, rows)
-        for (const n of [1, random.int(2, 8), random.int(9, 16), random.int(17, 20), 64, 97, 200]) {
+        const some = [random.int(2, 8), random.int(9, 16), random.int(17, 20)]
+        for (const n of [1, ...some, i % 2 ? 64 : 97]) {
           const first = random.int(0, rows - n)
           const part = await run(devices[random.int(0, 2)]!, first, n)
           const expected = all.subarray(4 * first * f, 4 * (first + n) * f)

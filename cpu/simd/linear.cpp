@@ -26,11 +26,6 @@ void transpose(int64_t m, int64_t n, const float* x, int64_t ldx, float* y, int6
 
 namespace {
 
-// Rows of x at once: as many sums as fit the registers beside a block of W vectors.
-constexpr int kTileRows = W == 8 ? 4 : 8;
-
-int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
-
 // How a weight's elements become the vectors of the sums' steps. kSteps: words of x to a word of
 // the weight; kLoaded: elements loaded from a row for W words of it.
 struct F32Weight {

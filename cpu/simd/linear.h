@@ -1,4 +1,5 @@
-// Arguments of the products of a few rows (cpu/simd/linear.cpp).
+// Arguments of the products of a few rows (cpu/simd/linear.cpp) and with a quantised weight
+// (cpu/simd/quantize.cpp).
 #pragma once
 #include <stdint.h>
 
@@ -15,6 +16,19 @@ struct FewRows {
   const float* x;     // of pack_few_rows
   const float* bias;  // n, or null
   float* out;
+  int64_t ld;
+};
+
+// The same of panels of a quantised weight, laid out as ops/quantize.h says.
+struct QuantizedRows {
+  int64_t rows, panels, groups, group;
+  int bits;
+  bool pairs;
+  const uint8_t* values;
+  const uint16_t* scales;
+  const float* x;     // of pack_few_rows, whole groups of channels, those past the last 0
+  const float* bias;  // of whole panels, or null
+  float* out;         // likewise
   int64_t ld;
 };
 

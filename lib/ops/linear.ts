@@ -1,15 +1,17 @@
 import { checkArguments, choice, type Names } from '../arguments.js'
 import type { Device } from '../device.js'
 import type { FloatDType } from '../dtype.js'
+import { refuse } from '../errors.js'
 import { native, type TensorHandle } from '../native.js'
 import { type Held, handleOf, held, maybeHandle, type Tensor, wrap } from '../tensor.js'
+import { QuantizedWeight } from './quantize.js'
 
-/** The arguments of `linear`. */
+/** The arguments of `linear`. A quantised weight is for inference: it has no gradients. */
 export interface LinearArgs<D extends FloatDType = FloatDType> {
   /** [..., C], f32 | f16 | bf16. */
   x: Tensor<D>
-  /** [F, C], of x's type. */
-  weight: Tensor<NoInfer<D>>
+  /** [F, C], of x's type; or quantised, for an x of any type. */
+  weight: Tensor<NoInfer<D>> | QuantizedWeight
   /** [F], of x's type or f32; added if given. */
   bias?: Tensor<NoInfer<D> | 'f32'>
   /**
@@ -25,7 +27,8 @@ const names: Names<LinearArgs> = { x: true, weight: true, bias: true, dtype: tru
 
 /**
  * A linear layer: x · weightᵀ + bias. Sums are f32 and rounded once. On the CPU a row has the same bits alone,
- * in any batch and with any number of threads; up to 16 rows take as long as reading the weight once.
+ * in any batch and with any number of threads; up to 16 rows take as long as reading the weight once. A quantised
+ * weight counts with its values as they are, see `quantize`.
  *
  * @returns [..., F], of x's type or of `dtype`.
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE; ERR_DEVICE; ERR_DISPOSED.
@@ -48,6 +51,20 @@ export function linear<D extends FloatDType>(a: LinearArgs<D>): Tensor<D | 'f32'
   checkArguments(a, names, op)
   const x = handleOf(a.x, 'x', op)
   const dtype = a.dtype === undefined ? x.dtype : choice(a.dtype, [x.dtype, 'f32'], 'dtype', op)
+  if (a.weight instanceof QuantizedWeight) {
+    const { values, scales, bits, group, shape } = a.weight
+    const out = native().ops.quantized_linear!(
+      x,
+      handleOf(values, 'weight', op),
+      handleOf(scales, 'weight', op),
+      maybeHandle(a.bias, 'bias', op),
+      bits,
+      group,
+      ...shape,
+      dtype === 'f32',
+    )
+    return wrap(a.x.device, out)
+  }
   const out = native().ops.linear!(
     x,
     handleOf(a.weight, 'weight', op),
@@ -138,6 +155,8 @@ export function linearBackward<D extends FloatDType>(
 ): Held<LinearBackwardResult<D> & Partial<BiasGradient>> {
   const op = 'linearBackward'
   checkArguments(a, backwardNames, op)
+  if ((a.weight as unknown) instanceof QuantizedWeight)
+    refuse('ERR_VALUE', op, 'weight is quantised, and has no gradients; expected a Tensor')
   const made = native().ops.linear_backward!(
     handleOf(a.dOut, 'dOut', op),
     handleOf(a.x, 'x', op),

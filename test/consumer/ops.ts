@@ -26,6 +26,9 @@ import {
   mropeTables,
   mul,
   type PackedGates,
+  type QuantizeArgs,
+  type QuantizedWeight,
+  quantize,
   rmsNorm,
   rmsNormBackward,
   sample,
@@ -88,6 +91,16 @@ export function layers(x: Tensor, weight: Tensor, bias: Tensor, dOut: Tensor): T
     into: { dWeight: plain.dWeight, dBias: bias },
   })
   return [...all, plain.dX, added.dBias ?? linear({ x, weight, bias })]
+}
+
+export function quantized(x: Tensor<'bf16'>, weight: Tensor<'bf16'>): Tensor<'f32'> {
+  const a: QuantizeArgs = { weight, bits: 4, group: 64 }
+  using small: QuantizedWeight = quantize(a)
+  const out: Tensor<'bf16'> = linear({ x, weight: small })
+  const error: Tensor<'f32'> = small.dequantize()
+  out.dispose()
+  error.dispose()
+  return linear({ x, weight: small, dtype: 'f32' })
 }
 
 export function rows(x: Tensor, y: Tensor): Tensor[] {
