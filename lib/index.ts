@@ -67,6 +67,12 @@ export {
   windowLayout,
 } from './ops/attention.js'
 export {
+  type CachedAttentionArgs,
+  cachedAttention,
+  KvCache,
+  type KvCacheOptions,
+} from './ops/cached_attention.js'
+export {
   type CropRegion,
   type CropResampleArgs,
   cropResample,

@@ -35,7 +35,7 @@ constexpr KernelChoice kChoices[] = {
     {"attention", "cpu", "", "tiled", true, any, any_lengths},
     {"attention", "cuda", "9.0", "wgmma", false, hopper, fills_tiles_of_128},
     {"attention", "cuda", "", "mma", false, halves, any_lengths},
-    {"attention", "cuda", "", "plain", false, any, any_lengths},
+    {"attention", "cuda", "", "plain", true, any, any_lengths},
 };
 
 }  // namespace

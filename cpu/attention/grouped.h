@@ -2,7 +2,7 @@
 // rows, one for each query and each query head of a key head's group, so that a key is read once
 // for all of them.
 //
-//   grouped_forward.cpp   forward
+//   grouped_forward.cpp   forward, of attention and of cached_attention
 //
 // Logical keys: a sequence's keys are numbered from 0 in the order of ops/attention.h, wherever
 // they stand. Blocks and chunks of keys begin at multiples of their sizes in this order, whatever
@@ -30,7 +30,7 @@ struct GroupedSequence {
   int64_t query, queries;  // rows of q
   int64_t keys;
   int64_t always, own;  // keys that every query sees, and those after them
-  size_t first_run, runs;
+  size_t first_run;     // of Grouped::runs
 
   int64_t visible(int64_t i, bool causal) const {
     return causal ? always + std::clamp<int64_t>(i + 1 + own - queries, 0, own) : keys;
@@ -43,10 +43,11 @@ struct Grouped {
   const char *k, *v;
   int64_t key_row, key_head;  // elements from row to row, and from key head to key head
   int64_t key_heads, group;
-  bool causal;
+  bool causal = false;
   std::vector<GroupedSequence> sequences;
   std::vector<KeyRun> runs;
 
+  explicit Grouped(const Call& call);  // without sequences
   Grouped(const Call& call, const AttentionKeys& keys, const Ints& cu_seqlens);
   const char* queries() const { return c.in.q; }
   int64_t max_keys() const;

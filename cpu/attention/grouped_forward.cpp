@@ -246,22 +246,24 @@ double work_of(const Grouped& g, const GroupedTask& t) {
 
 }  // namespace
 
-Grouped::Grouped(const Call& call, const AttentionKeys& keys, const Ints& cu_seqlens)
+Grouped::Grouped(const Call& call)
     : c(call),
       k(call.in.k),
       v(call.in.v),
       key_row(call.in.key_row),
       key_head(call.in.head_dim),
       key_heads(call.in.key_heads),
-      group(call.in.group()),
-      causal(keys.causal) {
+      group(call.in.group()) {}
+
+Grouped::Grouped(const Call& call, const AttentionKeys& keys, const Ints& cu_seqlens)
+    : Grouped(call) {
+  causal = keys.causal;
   for (size_t s = 0; s < keys.sequences(cu_seqlens); ++s) {
     const AttentionSequence x = keys.sequence(cu_seqlens, s);
     const size_t first_run = runs.size();
     if (x.shared_keys) runs.push_back({0, x.shared_keys, x.shared * key_row});
     if (x.own_keys) runs.push_back({x.shared_keys, x.own_keys, x.own * key_row});
-    sequences.push_back({x.query, x.queries, x.keys(), x.shared_keys, x.own_keys, first_run,
-                         runs.size() - first_run});
+    sequences.push_back({x.query, x.queries, x.keys(), x.shared_keys, x.own_keys, first_run});
   }
 }
 
@@ -309,6 +311,7 @@ Rows gather_keys(const Grouped& g, const GroupedSequence& s, const char* x, Span
 
 void grouped_attention(CpuDevice& cpu, std::shared_ptr<const Grouped> g, char* out, float* lse) {
   const Call& c = g->c;
+  if (!g->group) return;  // no heads
   int64_t max_queries = std::max<int64_t>(1, kMaxRows / g->group);
   auto tasks = make_tasks(*g, max_queries);
   const auto items = [&] { return static_cast<int64_t>(tasks.size()) * g->key_heads; };

@@ -1,5 +1,6 @@
 // Attention's entry points: each runs the kernel that was chosen by name.
 #include "cuda/attention/attention.cuh"
+#include "cuda/attention/grouped.cuh"
 #include "ops/kernel_choice.h"
 
 namespace p2r::cuda {
@@ -10,13 +11,15 @@ struct NamedKernel {
   const char* name;
   void (*forward)(const AttentionArgs&, Device&);
   void (*backward)(const AttentionBackwardArgs&, Device&);
+  // With any keys, or null.
+  void (*grouped_forward)(const AttentionArgs&, Device&);
 };
 
 // The names are those of ops/kernel_choice.cpp.
 constexpr NamedKernel kKernels[] = {
-    {"wgmma", wgmma_attention, wgmma_attention_backward},
-    {"mma", mma_attention, mma_attention_backward},
-    {"plain", plain_attention, plain_attention_backward},
+    {"wgmma", wgmma_attention, wgmma_attention_backward, nullptr},
+    {"mma", mma_attention, mma_attention_backward, nullptr},
+    {"plain", plain_attention, plain_attention_backward, plain_grouped_attention},
 };
 
 const NamedKernel& kernel_of(int64_t kernel, Device& device) {
@@ -45,14 +48,20 @@ class Aligned {
 void attention(const AttentionArgs& args, Device& device) {
   AttentionArgs a = args;
   const Aligned q(a.q, device), k(a.k, device), v(a.v, device), qkv(a.qkv, device);
-  kernel_of(a.kernel, device).forward(a, device);
+  const NamedKernel& kernel = kernel_of(a.kernel, device);
+  const bool own = sees_own_sequence(attention_layout(a.q, a.k, a.v, a.qkv), a.keys);
+  (own ? kernel.forward : kernel.grouped_forward)(a, device);
 }
 
 void attention_backward(const AttentionBackwardArgs& args, Device& device) {
   AttentionBackwardArgs a = args;
   const Aligned q(a.q, device), k(a.k, device), v(a.v, device), qkv(a.qkv, device);
   const Aligned d_out(a.d_out, device), out(a.out, device);
-  kernel_of(a.kernel, device).backward(a, device);
+  const NamedKernel& kernel = kernel_of(a.kernel, device);
+  const bool own = sees_own_sequence(attention_layout(a.q, a.k, a.v, a.qkv), a.keys);
+  if (!own)
+    throw Error(Code::value, "causal, cuSeqlensK, sharedKeys and grouped heads are forward only");
+  kernel.backward(a, device);
 }
 
 void attention_mass(const AttentionMassArgs& args, Device& device) {

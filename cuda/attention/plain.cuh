@@ -16,16 +16,21 @@ constexpr int kPad = 4;
 // Bytes of a tile in shared memory.
 constexpr size_t tile_bytes(int rows, int width) { return sizeof(float) * rows * (width + kPad); }
 
+// A tile of rows that begin at place(0), place(1), ...; zeros from row n on and beyond d.
+template <int Rows, int Dim, class Place>
+__device__ __forceinline__ void load_rows(float* tile, int n, int d, Place place) {
+  for (int i = threadIdx.x; i < Rows * Dim; i += kThreads) {
+    const int r = i / Dim, c = i % Dim;
+    tile[r * (Dim + kPad) + c] = r < n && c < d ? to_float(place(r)[c]) : 0.0f;
+  }
+}
+
 // Rows first .. first + Rows-1 of one head of a sequence; zeros beyond its end and beyond d.
 template <int Rows, int Dim, class T>
 __device__ __forceinline__ void load_tile(float* tile, const T* x, int64_t row, int first,
                                           int length, int d) {
-  for (int i = threadIdx.x; i < Rows * Dim; i += kThreads) {
-    const int r = i / Dim, c = i % Dim;
-    const bool inside = first + r < length && c < d;
-    tile[r * (Dim + kPad) + c] =
-        inside ? to_float(x[static_cast<int64_t>(first + r) * row + c]) : 0.0f;
-  }
+  load_rows<Rows, Dim>(tile, length - first, d,
+                       [&](int r) { return x + static_cast<int64_t>(first + r) * row; });
 }
 
 // The reverse. With tables, rows are rotated back by their angles.

@@ -22,11 +22,13 @@ import {
   attentionBackward,
   attentionMass,
   type BiasGradient,
+  type CachedAttentionArgs,
   type CausalArgs,
   type ClipGradNormArgs,
   type ConcatArgs,
   type CropRegion,
   type CropResampleArgs,
+  cachedAttention,
   clipGradNorm,
   concat,
   cropResample,
@@ -57,6 +59,8 @@ import {
   type KernelOperation,
   type KlEstimator,
   type KlPlacement,
+  KvCache,
+  type KvCacheOptions,
   kernels,
   type LayerNormArgs,
   type LayerNormBackwardArgs,
@@ -226,6 +230,14 @@ export function attend(
 ): AttentionResult<'f32'> {
   const a: AttentionArgs<'f32'> = { ...heads, ...how, ...keys }
   return attention(a)
+}
+export function decode(
+  device: Device,
+  options: KvCacheOptions,
+  a: Omit<CachedAttentionArgs<'f32'>, 'cache' | 'sequences'>,
+): AttentionResult<'f32'> {
+  using cache = new KvCache(device, options)
+  return cachedAttention({ ...a, cache, sequences: [cache.add()] })
 }
 export function attendBack(
   a: AttentionArgs<'f32'>,

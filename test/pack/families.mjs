@@ -38,6 +38,35 @@ export async function families(p2r, id = 'cpu') {
         ),
       ]
     },
+    async cached_attention() {
+      const cache = new p2r.KvCache(device, { layers: 1, kvHeads: 1, headDim: 8, pages: 1 })
+      const q = f32(x, 3, 1, 8)
+      const { out } = p2r.cachedAttention({
+        q,
+        k: q,
+        v: q,
+        cuSeqlens: [0, 3],
+        cache,
+        layer: 0,
+        sequences: [cache.add()],
+        scale: 0.5,
+      })
+      return [
+        await out.read(),
+        [0, 1, 2].flatMap((i) => {
+          const seen = [0, 1, 2].slice(0, i + 1)
+          const weights = logSoftmax(seen.map((j) => 0.5 * dot(row(x, i, 8), row(x, j, 8)))).map(
+            Math.exp,
+          )
+          return [...Array(8).keys()].map((c) =>
+            dot(
+              weights,
+              seen.map((j) => x[8 * j + c]),
+            ),
+          )
+        }),
+      ]
+    },
     async rotary() {
       const { cos, sin } = p2r.visionRotary({ gridThw: [[1, 2, 2]], headDim: 8, device })
       const [c, s] = [await cos.read(), await sin.read()]
