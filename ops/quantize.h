@@ -54,7 +54,9 @@ struct QuantizedLayout {
 
   constexpr int64_t panels() const { return ceil_div(features, kQuantizedPanel); }
   constexpr int64_t groups() const { return ceil_div(channels, group); }
-  constexpr int64_t group_bytes() const { return group * bits / 8 * kQuantizedPanel; }  // of a panel
+  constexpr int64_t group_bytes() const {
+    return group * bits / 8 * kQuantizedPanel;
+  }  // of a panel
   Shape values() const { return {panels(), groups(), group * bits / 8, kQuantizedPanel}; }
   Shape scales() const { return {panels(), groups(), kQuantizedPanel}; }
 };

@@ -7,8 +7,8 @@ namespace p2r::cpu::P2R_ISA {
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Rows of x that a product of a few rows multiplies at once: as many sums as fit the registers beside
-// W vectors of the weight. The rows are cut into tiles of nearly that many.
+// Rows of x that a product of a few rows multiplies at once: as many sums as fit the registers
+// beside W vectors of the weight. The rows are cut into tiles of nearly that many.
 constexpr int kTileRows = W == 8 ? 4 : 8;
 inline int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
