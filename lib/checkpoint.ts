@@ -4,7 +4,7 @@ import { basename, join } from 'node:path'
 import { isJsonObject } from './arguments.js'
 import type { Device } from './device.js'
 import { P2RError, refuse } from './errors.js'
-import { bytesOfSome, loadSome } from './safetensors.js'
+import { listSome, loadSome, type StoredTensor } from './safetensors.js'
 import type { Tensor } from './tensor.js'
 
 /** @internal A JSON file; ERR_IO, ERR_FORMAT. */
@@ -58,7 +58,7 @@ export async function loadWeights(
   { keep = (_, tensor) => tensor, onProgress }: LoadWeightsOptions = {},
 ): Promise<Record<string, Tensor>> {
   const files = await weightFiles(folder, rename, op)
-  const all = onProgress ? await bytesOf(op, files, rename) : 0
+  const all = onProgress ? bytesOf(await listAll(op, files, rename)) : 0
   let done = 0
   const onBytes = (count: number): void => {
     done += count
@@ -80,22 +80,26 @@ export async function loadWeights(
   }
 }
 
-/** @internal The bytes of the weights that loadWeights loads. */
-export async function weightBytes(
+/** @internal What loadWeights would load, without the data. */
+export async function listWeights(
   op: string,
   folder: string,
   rename: (name: string) => string | undefined,
-): Promise<number> {
-  return bytesOf(op, await weightFiles(folder, rename, op), rename)
+): Promise<StoredTensor[]> {
+  return listAll(op, await weightFiles(folder, rename, op), rename)
 }
 
-async function bytesOf(
+/** @internal */
+export function bytesOf(stored: readonly StoredTensor[]): number {
+  return stored.reduce((sum, { bytes }) => sum + bytes, 0)
+}
+
+async function listAll(
   op: string,
   files: readonly string[],
   rename: (name: string) => string | undefined,
-): Promise<number> {
-  const bytes = await Promise.all(files.map((file) => bytesOfSome(op, file, rename)))
-  return bytes.reduce((sum, n) => sum + n, 0)
+): Promise<StoredTensor[]> {
+  return (await Promise.all(files.map((file) => listSome(op, file, rename)))).flat()
 }
 
 async function weightFiles(

@@ -25,8 +25,21 @@ export {
   type UrlLike,
 } from './image.js'
 export type { IpcDescription, IpcHandle } from './ipc.js'
-export type { Qwen3VLConfig, Qwen3VLSampling } from './models/qwen3_vl/config.js'
-export { Qwen3VL, type Qwen3VLOptions } from './models/qwen3_vl/model.js'
+export type {
+  Qwen3VLConfig,
+  Qwen3VLImageRules,
+  Qwen3VLSampling,
+} from './models/qwen3_vl/config.js'
+export {
+  Qwen3VL,
+  type Qwen3VLForwardArgs,
+  type Qwen3VLLogProbs,
+  type Qwen3VLLogProbsArgs,
+  type Qwen3VLOptions,
+  type Qwen3VLResults,
+  type Qwen3VLWant,
+} from './models/qwen3_vl/model.js'
+export type { PackedTokens, Vision } from './models/qwen3_vl/prompt.js'
 export {
   type ChatMessage,
   type ChatOptions,

@@ -228,18 +228,27 @@ export async function loadSome(
   return Object.fromEntries(loaded)
 }
 
-/** @internal The bytes of those tensors of a file to which `rename` gives a name. */
-export async function bytesOfSome(
+/** A tensor in a file that is not loaded yet. */
+export interface StoredTensor {
+  name: string
+  /** Undefined for a type that no tensor has. */
+  dtype: DType | undefined
+  bytes: number
+}
+
+/** @internal Those tensors of a file to which `rename` gives a name, without their data. */
+export async function listSome(
   op: string,
   path: string,
   rename: (name: string) => string | undefined,
-): Promise<number> {
+): Promise<StoredTensor[]> {
   const file = await openFile(path, op)
   try {
     const { entries } = await readHeader(file, path, op)
-    return entries
-      .filter(({ name }) => rename(name) !== undefined)
-      .reduce((sum, { begin, end }) => sum + end - begin, 0)
+    return entries.flatMap(({ name: stored, stored: type, begin, end }) => {
+      const name = rename(stored)
+      return name === undefined ? [] : [{ name, dtype: dtypes.get(type), bytes: end - begin }]
+    })
   } finally {
     await file.close()
   }

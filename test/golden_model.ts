@@ -1,7 +1,7 @@
 // The two whole models of the reference data, as folders that Hugging Face would write.
 import { mkdirSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import type { Grid } from 'p2r-kernels'
+import type { Device, Grid, Vision } from 'p2r-kernels'
 import { golden } from './golden.js'
 
 const files = golden('qwen3vl')
@@ -33,6 +33,30 @@ export function modelGrids(name: GoldenModel, file: string): Grid[] {
     list[3 * i + 1]!,
     list[3 * i + 2]!,
   ])
+}
+
+/** The images or videos of some sequences, whose patches follow one another. */
+export function visionOf(
+  device: Device,
+  name: GoldenModel,
+  kind: 'images' | 'videos',
+  [from, to] = [0, Number.POSITIVE_INFINITY],
+): { images?: Vision; videos?: Vision } {
+  const suffix = kind === 'images' ? '' : '_videos'
+  const grids = modelGrids(name, kind === 'images' ? 'image_grid_thw' : 'video_grid_thw')
+  const counts: number[] = modelJson(name, 'meta.json')[`${kind}_per_sequence`]
+  const first = counts.slice(0, from).reduce((sum, n) => sum + n, 0)
+  const count = counts.slice(from, to).reduce((sum, n) => sum + n, 0)
+  if (!count) return {}
+  const patches = (list: typeof grids) => list.reduce((sum, [t, h, w]) => sum + t * h * w, 0)
+  const own = grids.slice(first, first + count)
+  const at = patches(grids.slice(0, first))
+  const all = modelF32(name, `pixel_values${suffix}`)
+  const width = all.length / patches(grids)
+  const pixels = all.slice(at * width, (at + patches(own)) * width)
+  return {
+    [kind]: { pixelValues: device.tensor(pixels, [patches(own), width]), gridThw: own },
+  }
 }
 
 export interface Stored {

@@ -93,6 +93,11 @@ const configNames: Names<RopeIndexConfig> = {
 export function ropeIndex(a: RopeIndexArgs): RopeIndexResult {
   const op = 'ropeIndex'
   checkArguments(a, names, op)
+  return ropeIndexAs(op, a)
+}
+
+/** @internal For operations that contain it, under their name. */
+export function ropeIndexAs(op: string, a: RopeIndexArgs): RopeIndexResult {
   const { imageToken, videoToken, visionStartToken, mergeSize } = checkArguments(
     a.config,
     configNames,

@@ -36,7 +36,7 @@ import { linear } from '../ops/linear.js'
 import { visionPositions } from '../ops/positions.js'
 import { visionRotary } from '../ops/rotary.js'
 
-import { scope } from '../scope.js'
+import { holds, scope } from '../scope.js'
 import { type Held, handleOf, held, type Tensor } from '../tensor.js'
 
 /** The sizes of a vision tower, from its config.json. */
@@ -181,6 +181,7 @@ export class VisionTower implements Disposable {
     this.device = device
     this.dtype = dtype
     this.#weights = weights
+    Object.defineProperty(this, holds, { value: () => Object.values(weights) })
     this.#activation = activation
   }
 

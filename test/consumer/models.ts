@@ -5,20 +5,33 @@ import {
   type ChatPart,
   type ChatVideo,
   type Device,
+  type PackedTokens,
   Qwen3VL,
   type Qwen3VLConfig,
+  type Qwen3VLForwardArgs,
+  type Qwen3VLImageRules,
+  type Qwen3VLLogProbs,
+  type Qwen3VLLogProbsArgs,
   type Qwen3VLOptions,
+  type Qwen3VLResults,
   type Qwen3VLSampling,
   type Qwen3VLTokenizer,
+  type Qwen3VLWant,
+  type Tensor,
+  type Vision,
 } from 'p2r-kernels'
 
 export async function load(folder: string, device: Device): Promise<number> {
-  const options: Qwen3VLOptions = { dtype: 'bf16', onProgress: (done, of) => void (done / of) }
+  const options: Qwen3VLOptions = {
+    dtype: 'bf16',
+    onProgress: (done, of) => void (done / of),
+  }
   using model = await Qwen3VL.load(folder, device, options)
   const config: Qwen3VLConfig = model.config
   const sampling: Qwen3VLSampling = model.sampling
+  const rules: Qwen3VLImageRules = model.imageRules
   const [first]: readonly number[] = sampling.stopTokens
-  return first ?? config.vocabSize
+  return first ?? config.vocabSize + rules.maxPixels
 }
 
 export async function layout(model: Qwen3VL): Promise<string> {
@@ -28,4 +41,17 @@ export async function layout(model: Qwen3VL): Promise<string> {
   const video: ChatVideo = { seconds: [0.5], tokens: 4 }
   const options: ChatOptions = { images: [16], videos: [video], prompt: false }
   return tokenizer.decode(tokenizer.encodeChat([message], options))
+}
+
+export function passes(model: Qwen3VL, images: Vision): Tensor[] {
+  const packed: PackedTokens = { tokens: [1, 2, 3], cuSeqlens: [0, 3], images }
+  const want: Qwen3VLWant[] = ['final', 'logits']
+  const a: Qwen3VLForwardArgs = { ...packed, want, rows: [2] }
+  const some: Partial<Qwen3VLResults> = model.forward(a)
+  const plain = model.forward(packed).logits
+  // @ts-expect-error it was not wanted
+  const missing = model.forward({ ...packed, want: ['final'] }).logits
+  const scored: Qwen3VLLogProbsArgs = { ...packed, temperature: 0.5 }
+  const { logProbs, entropy }: Qwen3VLLogProbs = model.logProbs(scored)
+  return [plain, missing, logProbs, entropy, ...(some.hiddenStates ?? [])]
 }

@@ -54,6 +54,18 @@ export interface Qwen3VLSampling {
   repetitionPenalty: number
 }
 
+/** How a checkpoint's images become patches, from its preprocessor_config.json. */
+export interface Qwen3VLImageRules {
+  /** Images of fewer pixels are enlarged. */
+  minPixels: number
+  /** Images of more pixels are reduced. */
+  maxPixels: number
+  /** Of each channel, from 0 to 1. */
+  mean: readonly [number, number, number]
+  /** Of each channel. */
+  std: readonly [number, number, number]
+}
+
 /** Sizes beyond these are mistakes or attacks, not models. */
 const most = { sizes: 2 ** 20, layers: 1024, vocabulary: 2 ** 24, positions: 2 ** 24 } as const
 
@@ -205,6 +217,37 @@ export async function readSampling(
     topK: number('top_k', 0, (value) => Number.isInteger(value) && value >= 0),
     topP: number('top_p', 1, (value) => value > 0 && value <= 1),
     repetitionPenalty: number('repetition_penalty', 1, positive),
+  })
+}
+
+/** preprocessor_config.json; without one, the values of the released models. */
+export async function readImageRules(folder: string, op: string): Promise<Qwen3VLImageRules> {
+  const path = join(folder, 'preprocessor_config.json')
+  const bad: Bad = (why) => refuse('ERR_FORMAT', op, `${path}: ${why}`)
+  const json = (await ifThere(readJson(path, op))) ?? {}
+  if (!isJsonObject(json)) return bad(`must hold an object, got ${describeValue(json)}`)
+  // The names of `size` mislead: they are numbers of pixels.
+  const size = isJsonObject(json.size) ? json.size : {}
+  const pixels = (value: unknown, name: string): number => {
+    if (!Number.isInteger(value) || (value as number) < 1 || (value as number) > 2 ** 28)
+      return bad(`${name} must be a number of pixels, got ${describeValue(value)}`)
+    return value as number
+  }
+  const channels = (name: string): readonly [number, number, number] => {
+    const list = json[name] ?? [0.5, 0.5, 0.5]
+    const whole = Array.isArray(list) && list.length === 3 && list.every(Number.isFinite)
+    if (!whole || (name === 'image_std' && list.includes(0)))
+      return bad(`${name} must hold three numbers`)
+    return Object.freeze(list as [number, number, number])
+  }
+  const minPixels = pixels(json.min_pixels ?? size.shortest_edge ?? 65_536, 'size.shortest_edge')
+  const maxPixels = pixels(json.max_pixels ?? size.longest_edge ?? 2 ** 24, 'size.longest_edge')
+  if (maxPixels < minPixels) bad(`size.longest_edge is ${maxPixels}, below ${minPixels}`)
+  return Object.freeze({
+    minPixels,
+    maxPixels,
+    mean: channels('image_mean'),
+    std: channels('image_std'),
   })
 }
 

@@ -3,20 +3,37 @@
  */
 import {
   checkArguments,
+  checkArray,
   checkFunction,
   checkReceiver,
   checkString,
+  choice,
+  hostInts,
   isObject,
   type Names,
 } from '../../arguments.js'
-import { weightBytes } from '../../checkpoint.js'
+import { bytesOf, listWeights } from '../../checkpoint.js'
+import { composite } from '../../composite.js'
 import { checkDevice, type Device } from '../../device.js'
 import { checkFloatDType, type FloatDType } from '../../dtype.js'
 import { refuse } from '../../errors.js'
+import { attention } from '../../ops/attention.js'
+import { gatherRows } from '../../ops/rows.js'
+import { holds, scope } from '../../scope.js'
+import { type Held, held, type Ints, type Tensor } from '../../tensor.js'
 import { VisionTower } from '../../vision/tower.js'
-import { type Qwen3VLConfig, type Qwen3VLSampling, readConfig, readSampling } from './config.js'
+import {
+  type Qwen3VLConfig,
+  type Qwen3VLImageRules,
+  type Qwen3VLSampling,
+  readConfig,
+  readImageRules,
+  readSampling,
+} from './config.js'
+import { Decoder } from './decoder.js'
+import { checkPacked, type Packed, type PackedTokens, packedNames, place } from './prompt.js'
 import { type Qwen3VLTokenizer, tokenizerOf } from './tokens.js'
-import { loadText, type TextWeights, textName, textShapes } from './weights.js'
+import { loadText, storedType, type TextWeights, textName, textShapes } from './weights.js'
 
 /** Options of Qwen3VL.load. */
 export interface Qwen3VLOptions {
@@ -29,6 +46,54 @@ export interface Qwen3VLOptions {
   onProgress?: (done: number, of: number) => void
 }
 
+const wants = ['hiddenStates', 'final', 'logits'] as const
+
+/** A result of `forward`. */
+export type Qwen3VLWant = (typeof wants)[number]
+
+/** The arguments of Qwen3VL's `forward`. */
+export interface Qwen3VLForwardArgs<W extends Qwen3VLWant = Qwen3VLWant> extends PackedTokens {
+  /**
+   * The results: the layers' states, the states after the last norm, the logits.
+   * @default ['logits']
+   */
+  want?: readonly W[]
+  /**
+   * Of which tokens logits are made, by their places in `tokens`; a token's logits predict the one after it.
+   * @default all
+   */
+  rows?: Ints
+}
+
+/** The results of Qwen3VL's `forward`, those that were wanted; of T tokens, H wide, V in the vocabulary. */
+export interface Qwen3VLResults {
+  /** [T, H] each: the first layer's input, and each layer's output. */
+  hiddenStates: Tensor[]
+  /** [T, H]: after the last norm. */
+  final: Tensor
+  /** [T, V], or [rows.length, V]. */
+  logits: Tensor
+}
+
+/** The arguments of Qwen3VL's `logProbs`. */
+export interface Qwen3VLLogProbsArgs extends PackedTokens {
+  /**
+   * Divides the logits; greater than 0.
+   * @default 1
+   */
+  temperature?: number
+}
+
+/** The results of Qwen3VL's `logProbs`. */
+export interface Qwen3VLLogProbs {
+  /** f32 [T], in nats: of each token, given those before it in its sequence; 0 for a sequence's first. */
+  logProbs: Tensor<'f32'>
+  /** f32 [T], in nats: of the distribution that each token is of; 0 for a sequence's first. */
+  entropy: Tensor<'f32'>
+}
+
+const forwardNames: Names<Qwen3VLForwardArgs> = { ...packedNames, want: true, rows: true }
+const logProbsNames: Names<Qwen3VLLogProbsArgs> = { ...packedNames, temperature: true }
 const optionNames: Names<Qwen3VLOptions> = { dtype: true, onProgress: true }
 const opName = 'Qwen3VL'
 const construct = Symbol('construct')
@@ -40,6 +105,7 @@ interface Parts {
   dtype: FloatDType
   config: Qwen3VLConfig
   sampling: Qwen3VLSampling
+  imageRules: Qwen3VLImageRules
   tower: VisionTower
   weights: TextWeights
 }
@@ -64,13 +130,15 @@ export class Qwen3VL implements Disposable {
   readonly config: Qwen3VLConfig
   /** How the checkpoint's authors sample. */
   readonly sampling: Qwen3VLSampling
+  /** How images become patches. */
+  readonly imageRules: Qwen3VLImageRules
   /** Where its weights are. */
   readonly device: Device
   /** In which its weights are held and its activations computed. */
   readonly dtype: FloatDType
   /** Its vision tower. */
   readonly tower: VisionTower
-  readonly #weights: TextWeights
+  readonly #decoder: Decoder
   readonly #folder: string
   #tokenizer: Promise<Qwen3VLTokenizer> | undefined
 
@@ -78,10 +146,13 @@ export class Qwen3VL implements Disposable {
     if (key !== construct) refuse('ERR_VALUE', opName, 'a Qwen3VL is made by Qwen3VL.load()')
     this.config = Object.freeze(parts.config)
     this.sampling = parts.sampling
+    this.imageRules = parts.imageRules
     this.device = parts.device
     this.dtype = parts.dtype
     this.tower = parts.tower
-    this.#weights = parts.weights
+    const tensors = (): Iterable<unknown> => [parts.tower, ...this.#decoder.tensors()]
+    Object.defineProperty(this, holds, { value: tensors })
+    this.#decoder = new Decoder(parts.config, parts.device, parts.weights)
     this.#folder = parts.folder
   }
 
@@ -105,8 +176,10 @@ export class Qwen3VL implements Disposable {
     if (onProgress !== undefined) checkFunction(onProgress, 'onProgress', opName)
     const config = await readConfig(folder, opName)
     const sampling = await readSampling(folder, config.vocabSize, opName)
+    const imageRules = await readImageRules(folder, opName)
     const wanted = textShapes(config)
-    const textBytes = await weightBytes(opName, folder, (name) => textName(name, wanted))
+    const stored = await listWeights(opName, folder, (name) => textName(name, wanted))
+    const textBytes = bytesOf(stored)
     let towerBytes = 0
     const tower = await VisionTower.load(folder, device, {
       ...(dtype && { dtype }),
@@ -117,10 +190,12 @@ export class Qwen3VL implements Disposable {
     })
     try {
       checkTower(tower, config, folder)
-      const text = await loadText(opName, folder, device, wanted, dtype, (done) =>
+      const type = dtype ?? storedType(stored, folder, opName)
+      const weights = await loadText(opName, folder, device, wanted, type, (done) =>
         onProgress?.(towerBytes + done, towerBytes + textBytes),
       )
-      return new Qwen3VL(construct, { folder, device, config, sampling, tower, ...text })
+      const read = { config, sampling, imageRules }
+      return new Qwen3VL(construct, { folder, device, ...read, tower, weights, dtype: type })
     } catch (error) {
       tower.dispose()
       throw error
@@ -135,17 +210,88 @@ export class Qwen3VL implements Disposable {
    *   an optional peer dependency is not installed.
    */
   async tokenizer(given?: unknown): Promise<Qwen3VLTokenizer> {
-    checkReceiver(isObject(this) && #weights in this, 'Qwen3VL', 'tokenizer')
+    checkReceiver(isObject(this) && #decoder in this, 'Qwen3VL', 'tokenizer')
     if (given !== undefined) return tokenizerOf(this.#folder, this.config, given)
     this.#tokenizer ??= tokenizerOf(this.#folder, this.config)
     return this.#tokenizer
   }
 
+  /**
+   * The states and logits of packed sequences, each computed by itself.
+   *
+   * @throws P2RError ERR_VALUE for tokens outside the vocabulary, sequences beyond the model's context, and images or
+   *   videos that are not those of the placeholders; ERR_SHAPE, ERR_DTYPE, ERR_DEVICE for patches that do not fit;
+   *   ERR_MEMORY; ERR_DISPOSED.
+   */
+  forward<W extends Qwen3VLWant = 'logits'>(
+    a: Qwen3VLForwardArgs<W>,
+  ): Held<Pick<Qwen3VLResults, W>> {
+    checkReceiver(isObject(this) && #decoder in this, 'Qwen3VL', opName)
+    checkArguments(a, forwardNames, opName)
+    const want = checkArray<Qwen3VLWant>(a.want ?? ['logits'], 'want', opName)
+    want.forEach((one, i) => {
+      choice(one, wants, `want[${i}]`, opName)
+    })
+    const packed = checkPacked(a, this.config, this.tower, opName)
+    const rows = a.rows === undefined ? undefined : hostInts(a.rows, 'rows', opName)
+    return composite(opName, () =>
+      held(
+        scope(() => {
+          const { final, hidden } = this.#run(packed, want.includes('hiddenStates'))
+          const parts: Partial<Qwen3VLResults> = {}
+          if (want.includes('hiddenStates')) parts.hiddenStates = hidden
+          if (want.includes('final')) parts.final = final
+          if (want.includes('logits'))
+            parts.logits = this.#decoder.logits(
+              rows ? gatherRows({ x: final, index: rows }) : final,
+            )
+          return parts as Pick<Qwen3VLResults, W> & object
+        }),
+      ),
+    )
+  }
+
+  /**
+   * The log-probability of each token of packed sequences given those before it, and the entropy of what it was drawn
+   * from, at a temperature. Logits are never held.
+   *
+   * @throws P2RError as `forward`.
+   */
+  logProbs(a: Qwen3VLLogProbsArgs): Held<Qwen3VLLogProbs> {
+    checkReceiver(isObject(this) && #decoder in this, 'Qwen3VL', opName)
+    checkArguments(a, logProbsNames, opName)
+    const packed = checkPacked(a, this.config, this.tower, opName)
+    return composite(opName, () =>
+      held(
+        scope(() => {
+          const { final } = this.#run(packed, false)
+          // Token t is predicted by row t - 1; a sequence's first by none.
+          const before = packed.tokens.map((_, t) => Math.max(0, t - 1))
+          const targets = packed.tokens.slice()
+          for (const first of packed.cuSeqlens) if (first < targets.length) targets[first] = -100
+          const states = gatherRows({ x: final, index: before })
+          return this.#decoder.logProbs(states, targets, a.temperature ?? 1)
+        }),
+      ),
+    )
+  }
+
+  #run(packed: Packed, hiddenStates: boolean): { final: Tensor; hidden: Tensor[] } {
+    const { tokens, cuSeqlens, positions } = packed
+    return this.#decoder.run({
+      tokens,
+      positions,
+      attend: (_, q, k, v) => attention({ q, k, v, cuSeqlens, causal: true }).out,
+      placements: place(packed, this.tower, this.config),
+      hiddenStates,
+    })
+  }
+
   /** Frees the weights. A second call does nothing. */
   dispose(): void {
-    checkReceiver(isObject(this) && #weights in this, 'Qwen3VL', 'dispose')
+    checkReceiver(isObject(this) && #decoder in this, 'Qwen3VL', 'dispose')
     this.tower.dispose()
-    for (const tensor of Object.values(this.#weights)) tensor.dispose()
+    this.#decoder.dispose()
   }
 
   [Symbol.dispose](): void {

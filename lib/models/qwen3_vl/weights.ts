@@ -3,10 +3,14 @@ import { loadWeights } from '../../checkpoint.js'
 import type { Device } from '../../device.js'
 import { type FloatDType, isFloatDType } from '../../dtype.js'
 import { refuse } from '../../errors.js'
+import type { StoredTensor } from '../../safetensors.js'
 import type { Tensor } from '../../tensor.js'
 import type { Qwen3VLConfig } from './config.js'
 
-/** Weights by Hugging Face's names without prefix: 'layers.0.mlp.up_proj.weight', 'lm_head.weight'. */
+/**
+ * Weights by Hugging Face's names without prefix: 'layers.0.mlp.up_proj.weight', 'lm_head.weight'. gate_proj and
+ * up_proj are the two halves of 'layers.0.mlp.gate_up_proj.weight', so that one product makes both.
+ */
 export type TextWeights = Record<string, Tensor>
 
 /** Every weight with its shape, [outputs, inputs]. A tied head is the embedding. */
@@ -43,15 +47,33 @@ export function textName(stored: string, wanted: ReadonlyMap<string, unknown>): 
   return wanted.has(name) ? name : undefined
 }
 
-/** Loads each weight once, and converts it as it comes, so that the device never holds two copies of them all. */
+/** The type of the stored embedding, which is that of all weights but in odd checkpoints. */
+export function storedType(
+  stored: readonly StoredTensor[],
+  folder: string,
+  op: string,
+): FloatDType {
+  const embedding = stored.find(({ name }) => name === 'embed_tokens.weight')
+  if (!embedding) refuse('ERR_FORMAT', op, `${folder}: there is no weight 'embed_tokens.weight'`)
+  const { dtype } = embedding
+  if (!isFloatDType(dtype))
+    refuse('ERR_FORMAT', op, `${folder}: 'embed_tokens.weight' must be of type f32, f16 or bf16`)
+  return dtype
+}
+
+/**
+ * Loads each weight once and converts it as it comes, so that the device never holds two copies of them all, not even
+ * in its cache of freed blocks.
+ */
 export async function loadText(
   op: string,
   folder: string,
   device: Device,
   wanted: ReadonlyMap<string, readonly number[]>,
-  dtype: FloatDType | undefined,
+  dtype: FloatDType,
   onProgress: (done: number, of: number) => void,
-): Promise<{ weights: TextWeights; dtype: FloatDType }> {
+): Promise<TextWeights> {
+  const fused: TextWeights = {}
   const keep = (name: string, tensor: Tensor): Tensor => {
     const shape = wanted.get(name)!
     if (!isFloatDType(tensor.dtype))
@@ -62,11 +84,22 @@ export async function loadText(
         op,
         `${folder}: '${name}' must be [${shape.join(', ')}], got [${tensor.shape.join(', ')}]`,
       )
-    return dtype && tensor.dtype !== dtype ? tensor.cast(dtype) : tensor
+    const [, mlp, half] = /^(.*\.mlp)\.(gate|up)_proj\.weight$/.exec(name) ?? []
+    if (mlp === undefined) return tensor.dtype === dtype ? tensor : tensor.cast(dtype)
+    const [rows, columns] = shape as [number, number]
+    const whole = `${mlp}.gate_up_proj.weight`
+    fused[whole] ??= device.zeros([2 * rows, columns], dtype)
+    const from = half === 'gate' ? 0 : rows
+    const part = fused[whole].slice(from, from + rows)
+    const converted = tensor.dtype === dtype ? tensor : tensor.cast(dtype)
+    part.copyFrom(converted)
+    if (converted !== tensor) converted.dispose()
+    return part
   }
-  const rename = (name: string) => textName(name, wanted)
-  const weights: TextWeights = await loadWeights(op, folder, device, rename, { keep, onProgress })
+  const weights: TextWeights = {}
   try {
+    const rename = (name: string) => textName(name, wanted)
+    Object.assign(weights, await loadWeights(op, folder, device, rename, { keep, onProgress }))
     for (const name of wanted.keys())
       if (!weights[name])
         refuse(
@@ -76,15 +109,9 @@ export async function loadText(
             name === 'lm_head.weight' ? ', and tie_word_embeddings is not true' : ''
           }`,
         )
-    const type = dtype ?? (weights['embed_tokens.weight']!.dtype as FloatDType)
-    for (const [name, tensor] of Object.entries(weights)) {
-      if (tensor.dtype === type) continue
-      weights[name] = tensor.cast(type)
-      tensor.dispose()
-    }
-    return { weights, dtype: type }
+    return Object.assign(weights, fused)
   } catch (error) {
-    for (const tensor of Object.values(weights)) tensor.dispose()
+    for (const tensor of [...Object.values(weights), ...Object.values(fused)]) tensor.dispose()
     throw error
   }
 }
