@@ -120,7 +120,7 @@ const names: Names<QuantizeArgs> = { weight: true, bits: true, group: true }
  *
  * const device = openDevice('cpu')
  * const weight = device.tensor([127, 0, -50, 0, 127, 4], [2, 3])
- * using quantized = quantize({ weight, bits: 8 })
+ * const quantized = quantize({ weight, bits: 8 })
  * const x = device.tensor([1, 2, 3], [1, 3])
  * console.log(await linear({ x, weight: quantized }).read()) // Float32Array(2) [ -23, 266 ]
  * device.dispose()
