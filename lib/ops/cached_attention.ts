@@ -80,8 +80,8 @@ let isCache: (value: unknown) => value is KvCache
  * const device = openDevice('cpu')
  * const cache = new KvCache(device, { layers: 1, kvHeads: 1, headDim: 8, pages: 4 })
  * const prompt = cache.add()
- * const heads = (n) => device.zeros([n, 1, 8])
- * const a = { q: heads(5), k: heads(5), v: heads(5), cuSeqlens: [0, 5] }
+ * const zeros = device.zeros([5, 1, 8])
+ * const a = { q: zeros, k: zeros, v: zeros, cuSeqlens: [0, 5] }
  * cachedAttention({ ...a, cache, layer: 0, sequences: [prompt] })
  * const rollout = cache.add(prompt) // the same five tokens in the same page
  * console.log(cache.length(rollout), cache.pagesFree) // 5 3
