@@ -1,11 +1,19 @@
-// attention with causal, grouped key heads, cuSeqlensK and sharedKeys.
-import { attention, kernels, openDevice, type Tensor } from 'p2r-kernels'
+// attention and attentionBackward with causal, grouped key heads, cuSeqlensK and sharedKeys.
+import {
+  applyRotary,
+  attention,
+  attentionBackward,
+  kernels,
+  openDevice,
+  type Tensor,
+} from 'p2r-kernels'
 import { expect, test } from 'vitest'
 import { golden } from './golden.js'
 import {
   type Backend,
   cpuPaths,
   expectClose,
+  expectGradient,
   expectRefusal,
   type Float,
   floats,
@@ -228,6 +236,12 @@ const forwardBound = (dtype: Float, rounds: boolean) => ({
   absolute: 1e-5 + (rounds ? 2 * roundoff[dtype] : 0),
   relative: roundoff[dtype] * 1.01,
 })
+// A key's gradient is a sum over all query heads of its group, and over all who share it: some forty
+// terms of a roundoff's size each, of either sign.
+const backwardBound = (dtype: Float, rounds: boolean) => ({
+  absolute: 4e-5 + (dtype === 'f32' ? 0 : rounds ? 8 : 4) * roundoff[dtype],
+  relative: roundoff[dtype] * 1.01,
+})
 const tilesWork = 2 ** 25
 
 onEveryBackend('causal attention', (b) => {
@@ -236,7 +250,7 @@ onEveryBackend('causal attention', (b) => {
       test(`${name}, D ${c.d}, ${c.heads} heads of ${c.kv}, ${dtype}`, async () => {
         const x = random(c, dtype)
         const expected = oracle(c, x)
-        const { given } = upload(b, c, x, dtype)
+        const { given, dOut } = upload(b, c, x, dtype)
         for (const kernel of kernelsFor(b, dtype)) {
           const rounds = roundsWeights(b, dtype, kernel)
           const { out, lse } = recorded(
@@ -250,8 +264,45 @@ onEveryBackend('causal attention', (b) => {
           expect(lse.shape).toEqual([c.heads, x.tokens])
           expectClose(await out.toFloat32(), expected.out, forwardBound(dtype, rounds))
           expectClose(await lse.read(), expected.lse, { absolute: 1e-5 })
+
+          const back = recorded(
+            b,
+            `causal attention backward ${name} ${dtype}`,
+            backwardBound(dtype, dtype !== 'f32'),
+            () => attentionBackward({ ...given, dOut, out, lse, kernel }),
+            tilesWork,
+          )
+          expect([back.dQ.shape, back.dK.shape]).toEqual([given.q.shape, given.k.shape])
+          const bound = backwardBound(dtype, rounds)
+          expectClose(await back.dQ.toFloat32(), expected.dq, bound)
+          expectClose(await back.dK.toFloat32(), expected.dk, bound)
+          expectClose(await back.dV.toFloat32(), expected.dv, bound)
         }
       })
+
+  test('the gradient matches finite differences', async () => {
+    const c = makeCase(
+      { d: 8, heads: 4, kv: 2, causal: true },
+      [
+        [3, 3, [0, 4]],
+        [2, 3, [1, 2]],
+        [1, 0, [0, 4]],
+      ],
+      { before: 4 },
+    )
+    const x = random(c, 'f32', 3)
+    const { given, dOut } = upload(b, c, x, 'f32')
+    const { out, lse } = attention(given)
+    const back = attentionBackward({ ...given, dOut, out, lse })
+    const gradients = { q: back.dQ, k: back.dK, v: back.dV }
+    for (const name of ['q', 'k', 'v'] as const)
+      expectGradient(
+        (at) => oracle(c, { ...x, [name]: at }).out.reduce((s, o, i) => s + o * x.dOut[i]!, 0),
+        x[name],
+        await gradients[name].read(),
+        { absolute: 2e-5, relative: 1e-5, entries: 160 },
+      )
+  })
 
   for (const dtype of floats)
     test(`values that a query does not see do not reach it, ${dtype}`, async () => {
@@ -303,7 +354,6 @@ onEveryBackend('causal attention', (b) => {
         .map((a, i, all) => (i % d < d / 2 ? a : all[i - d / 2]!))
       const table = (f: (a: number) => number) => b.device.tensor(angles.map(f), [tokens, d])
       const rotary = { cos: table(Math.cos), sin: table(Math.sin) }
-      const { applyRotary } = await import('p2r-kernels')
       const options = { cuSeqlens: [0, 3, tokens], causal: true }
       const [q, k, v] = [part(0), part(1), part(2)]
       const plain = [attention({ qkv, ...options }), attention({ q, k, v, ...options })] as const
@@ -320,6 +370,32 @@ onEveryBackend('causal attention', (b) => {
         expect(await one.out.read()).toEqual(await two.out.read())
         expect(await one.lse.read()).toEqual(await two.lse.read())
       }
+      const dOut = b.device.tensor(r.normals(tokens * inner), [tokens, heads, d], dtype)
+      const { dQkv } = attentionBackward({ qkv, ...options, ...plain[0], dOut })
+      const back = attentionBackward({ q, k, v, ...options, ...plain[1], dOut })
+      const packed = await dQkv.toFloat32()
+      for (const [i, part] of [back.dQ, back.dK, back.dV].entries())
+        expect(packed.filter((_, at) => Math.floor(at / inner) % 3 === i)).toEqual(
+          await part.toFloat32(),
+        )
+      // Computed separately, the gradient is rounded before the inverse rotation and again after it.
+      const rotated = attentionBackward({ qkv, rotary, ...options, ...turned[0], dOut })
+      const apart = attentionBackward({
+        q: applyRotary({ x: q, ...rotary }),
+        k: applyRotary({ x: k, ...rotary }),
+        v,
+        ...options,
+        ...turned[1],
+        dOut,
+      })
+      const all = await rotated.dQkv.toFloat32()
+      const twice = 1e-6 + 3 * roundoff[dtype]
+      for (const [i, g] of [apart.dQ, apart.dK].entries())
+        expectClose(
+          all.filter((_, at) => Math.floor(at / inner) % 3 === i),
+          await applyRotary({ x: g, ...rotary, inverse: true }).toFloat32(),
+          { absolute: twice, relative: twice },
+        )
       expect(await plain[0].out.read()).not.toEqual(await turned[0].out.read())
     }
   })
@@ -375,6 +451,13 @@ onEveryBackend('causal attention', (b) => {
           const { out, lse } = attention({ ...given, kernel })
           expect(relativeL2(await out.toFloat32(), read('out'))).toBeLessThanOrEqual(gate('out'))
           expect(relativeL2(await lse.read(), read('lse'))).toBeLessThanOrEqual(2e-6)
+          if (meta.kind !== 'causal_attention') continue
+          const back = attentionBackward({ ...given, out, lse, dOut: put('dout'), kernel })
+          for (const [name, tensor] of Object.entries({ dq: back.dQ, dk: back.dK, dv: back.dV }))
+            expect(
+              relativeL2(await tensor.toFloat32(), read(name)),
+              `${name} by ${kernel}`,
+            ).toBeLessThanOrEqual(gate(name))
         }
       })
   }
@@ -575,15 +658,19 @@ test.for(pathsAndTypes)(
   'causal attention does not depend on the number of threads on $name, $dtype',
   async (path) => {
     // Few queries and many keys, so that keys are divided among threads; and many queries.
-    for (const sequences of [[[2, 3000]], [[40], [900]]] as [number, number?][][]) {
-      const c = makeCase({ d: 64, heads: 4, kv: 2, causal: true }, sequences)
+    for (const [sequences, before] of [
+      [[[2, 3000]], 0],
+      [[[40, 40, [0, 300]], [900], [20, 20, [0, 300]]], 300],
+    ] as [Parameters<typeof makeCase>[1], number][]) {
+      const c = makeCase({ d: 64, heads: 4, kv: 2, causal: true }, sequences, { before })
       const x = random(c, path.dtype, 11)
       const run = async (threads: number) => {
         using device = openDevice('cpu', { ...path.options, threads })
-        const { given } = upload({ device }, c, x, path.dtype)
+        const { given, dOut } = upload({ device }, c, x, path.dtype)
         const { out, lse } = attention(given)
+        const { dQ, dK, dV } = attentionBackward({ ...given, dOut, out, lse })
         const bytes = async (t: Tensor) => Buffer.from((await t.toFloat32()).buffer)
-        return Promise.all([out, lse].map(bytes))
+        return Promise.all([out, lse, dQ, dK, dV].map(bytes))
       }
       const [many, one] = [await run(13), await run(1)]
       expect(many.map((bytes, i) => bytes.equals(one[i]!))).toEqual(many.map(() => true))

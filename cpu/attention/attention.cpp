@@ -131,10 +131,13 @@ void attention(const AttentionArgs& a, Device& device) {
 void attention_backward(const AttentionBackwardArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   const Call c(cpu, attention_layout(a.q, a.k, a.v, a.qkv), a.cos, a.sin, a.scale);
-  if (!sees_own_sequence(c.in, a.keys))
-    throw Error(Code::value, "causal, cuSeqlensK, sharedKeys and grouped heads are forward only");
   const BackwardTensors tensors{a.d_out.as<char>(), a.out.as<char>(), a.lse.as<float>(),
                                 attention_layout(a.d_q, a.d_k, a.d_v, a.d_qkv)};
+  if (!sees_own_sequence(c.in, a.keys)) {
+    grouped_attention_backward(cpu, std::make_shared<const Grouped>(c, a.keys, a.cu_seqlens),
+                               tensors);
+    return;
+  }
   const auto pass = [&](int gradients, std::vector<Task> tasks, int64_t keys) {
     launch_tasks(cpu, c, std::move(tasks),
                  bytes_of([&](Workspace& w) { BackwardBuffers(c, w, gradients, keys); }),

@@ -124,7 +124,7 @@ void backward(const Call& c, const BackwardBuffers& w, int gradients, const Task
         product.b = w.v + panel;
         product.c = w.d_s;
         simd.gemm_rows(c.pairs, product);
-        simd.softmax_backward(c.pairs, n, c.nr, count, c.scale, lse, w.delta, w.s, w.d_s,
+        simd.softmax_backward(c.pairs, n, c.nr, count, c.scale, lse, w.delta, nullptr, w.s, w.d_s,
                               gradients & kDq ? w.d_s_rows + p * c.depth(c.nr) : nullptr,
                               w.d_s_stride);
         if (gradients & kDkDv) {

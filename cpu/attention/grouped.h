@@ -3,6 +3,7 @@
 // for all of them.
 //
 //   grouped_forward.cpp   forward, of attention and of cached_attention
+//   grouped_backward.cpp  dQ, dK, dV
 //
 // Logical keys: a sequence's keys are numbered from 0 in the order of ops/attention.h, wherever
 // they stand. Blocks and chunks of keys begin at multiples of their sizes in this order, whatever
@@ -59,6 +60,8 @@ struct GroupedTask {
   int64_t first, queries;
 };
 
+// At most max_queries of every sequence.
+std::vector<GroupedTask> make_tasks(const Grouped& g, int64_t max_queries);
 // The rows of a task, one for each query and each head of the group: [queries][group][D] of x, with
 // `row` elements from token to token, rotated if there are tables and `rotate`.
 Rows gather_queries(const Grouped& g, const GroupedTask& t, const char* x, int64_t row,
@@ -69,5 +72,7 @@ Rows gather_keys(const Grouped& g, const GroupedSequence& s, const char* x, Span
                  int64_t key_head, bool rotate, float* buffer);
 
 void grouped_attention(CpuDevice& cpu, std::shared_ptr<const Grouped> g, char* out, float* lse);
+void grouped_attention_backward(CpuDevice& cpu, std::shared_ptr<const Grouped> g,
+                                const BackwardTensors& t);
 
 }  // namespace p2r::cpu::attention_kernels

@@ -229,14 +229,6 @@ class Attend {
   const int64_t key_head_, rows_;
 };
 
-std::vector<GroupedTask> make_tasks(const Grouped& g, int64_t max_queries) {
-  std::vector<GroupedTask> tasks;
-  for (size_t s = 0; s < g.sequences.size(); ++s)
-    for (int64_t first = 0; first < g.sequences[s].queries; first += max_queries)
-      tasks.push_back({s, first, std::min(max_queries, g.sequences[s].queries - first)});
-  return tasks;
-}
-
 // Roughly, and the same for whatever is as long.
 double work_of(const Grouped& g, const GroupedTask& t) {
   const GroupedSequence& s = g.sequences[t.sequence];
@@ -245,6 +237,14 @@ double work_of(const Grouped& g, const GroupedTask& t) {
 }
 
 }  // namespace
+
+std::vector<GroupedTask> make_tasks(const Grouped& g, int64_t max_queries) {
+  std::vector<GroupedTask> tasks;
+  for (size_t s = 0; s < g.sequences.size(); ++s)
+    for (int64_t first = 0; first < g.sequences[s].queries; first += max_queries)
+      tasks.push_back({s, first, std::min(max_queries, g.sequences[s].queries - first)});
+  return tasks;
+}
 
 Grouped::Grouped(const Call& call)
     : c(call),

@@ -138,11 +138,12 @@ void scale_rows(int64_t rows, int64_t n, const float* factor, float* x) {
 
 namespace {
 
-// P and dS of at most two vectors of keys. kFull: `keys` is at least 2 W.
-template <bool kPairs, bool kFull>
+// P and dS of at most two vectors of keys. kFull: `keys` is at least 2 W. kMasked: row r sees the
+// keys before `visible[r] - first`.
+template <bool kPairs, bool kFull, bool kMasked>
 inline void backward_columns(int64_t queries, int64_t ld, int64_t keys, float scale,
-                             const float* lse, const float* delta, float* s, float* dp,
-                             float* ds_rows, int64_t ld_rows) {
+                             const float* lse, const float* delta, const int32_t* visible,
+                             int32_t first, float* s, float* dp, float* ds_rows, int64_t ld_rows) {
   vi lane;
   for (int i = 0; i < W; ++i) lane[i] = i;
   for (int64_t r = 0; r < queries; r += 2) {
@@ -156,6 +157,11 @@ inline void backward_columns(int64_t queries, int64_t ld, int64_t keys, float sc
         const Exp2 e = exp2_factors(loadf(s + at) * scale - set1(lse[r + i]), kLog2e);
         p[i][v] = e.scale * e.rest;
         ds[i][v] = p[i][v] * ((loadf(dp + at) - set1(delta[r + i])) * scale);
+        if constexpr (kMasked) {
+          const vi seen = lane < visible[r + i] - first - v * W;
+          p[i][v] = seen ? p[i][v] : vf{};
+          ds[i][v] = seen ? ds[i][v] : vf{};
+        }
         if (kPairs && !kFull) {
           ds[i][v] = lane < static_cast<int32_t>(keys - v * W) ? ds[i][v] : vf{};
         } else if (!kPairs) {
@@ -182,16 +188,25 @@ inline void backward_columns(int64_t queries, int64_t ld, int64_t keys, float sc
 }  // namespace
 
 void softmax_backward(bool pairs, int64_t queries, int64_t ld, int64_t keys, float scale,
-                      const float* lse, const float* delta, float* s, float* dp, float* ds_rows,
-                      int64_t ld_rows) {
+                      const float* lse, const float* delta, const int32_t* visible, float* s,
+                      float* dp, float* ds_rows, int64_t ld_rows) {
   for (int64_t c = 0; c < keys; c += 2 * W) {
     const bool full = c + 2 * W <= keys;
-    (pairs  ? full ? backward_columns<true, true> : backward_columns<true, false>
-      : full ? backward_columns<false, true>
-            : backward_columns<false, false>)(queries, ld, keys - c, scale, lse, delta, s + c,
-                                              dp + c,
-                                              ds_rows ? ds_rows + (pairs ? c / 2 : c) : nullptr,
-                                              ld_rows);
+    float* rows = ds_rows ? ds_rows + (pairs ? c / 2 : c) : nullptr;
+    const auto columns = [&](auto f) {
+      f(queries, ld, keys - c, scale, lse, delta, visible, static_cast<int32_t>(c), s + c, dp + c,
+        rows, ld_rows);
+    };
+    if (visible)
+      columns(pairs
+                  ? full ? backward_columns<true, true, true> : backward_columns<true, false, true>
+              : full ? backward_columns<false, true, true>
+                     : backward_columns<false, false, true>);
+    else
+      columns(pairs  ? full ? backward_columns<true, true, false>
+                            : backward_columns<true, false, false>
+               : full ? backward_columns<false, true, false>
+                     : backward_columns<false, false, false>);
   }
 }
 
