@@ -95,3 +95,14 @@ export function tiled(device: Device, { data, dtype, shape }: Block): Tensor {
   }
   return out
 }
+
+/** Numbers of magnitude 2^-7 to 2^-5 as bf16 bits: fast to make for weights of gigabytes. */
+export function randomBf16(n: number, seed: number): Uint16Array {
+  const bits = new Uint16Array(n)
+  let state = seed + 1
+  for (let i = 0; i < n; i++) {
+    state = (Math.imul(state, 1_664_525) + 1_013_904_223) >>> 0
+    bits[i] = 0x3c00 | ((state >>> 16) & 0x80ff)
+  }
+  return bits
+}

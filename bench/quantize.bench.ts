@@ -1,0 +1,36 @@
+import { quantize } from 'p2r-kernels'
+import { randomBf16 } from './data.js'
+import type { Benchmark, Workload } from './harness.js'
+
+// The linear layer of a quantised weight is among the rows of `linear`.
+const [features, channels] = [6144, 2048]
+const weights = features * channels
+
+function workload(bits: 8 | 4, back: boolean): Workload {
+  const quantized = (weights * (bits + 16 / 32)) / 8
+  return {
+    name: `${features}x${channels} ${back ? `int${bits} to f32` : `bf16 to int${bits}`}`,
+    traffic: back
+      ? { read: quantized, write: 4 * weights }
+      : { read: 2 * weights, write: quantized },
+    inputs(seed) {
+      const bits16 = randomBf16(weights, seed)
+      return {
+        byteLength: (back ? 4 : 2) * weights + quantized,
+        load(device) {
+          const weight = device.tensor(bits16, [features, channels], 'bf16')
+          if (!back) return { run: () => quantize({ weight, bits }) }
+          const stored = quantize({ weight, bits })
+          weight.dispose()
+          const dequantize = () => stored.dequantize()
+          return { run: dequantize }
+        },
+      }
+    },
+  }
+}
+
+export default {
+  op: 'quantize',
+  workloads: [workload(8, false), workload(4, false), workload(8, true)],
+} satisfies Benchmark
