@@ -75,17 +75,27 @@ void count_run(const PolicyLossArgs& a, const LossRun& run, const Simd& simd, Ru
   const int64_t kept = mask ? simd.count_kept(mask, run.size, &out.faulty) : run.size;
   if (out.faulty) raise_invalid_mask(a.fault, mask, run.begin, run.size);
   double log_ratio = 0;
-  const bool weighted = a.objective == Objective::vespo && a.importance_weights;
-  if (by_sequence(a.objective) && (a.old_log_probs || weighted)) {
-    const float *now = from(a.log_probs, run.begin), *old = from(a.old_log_probs, run.begin),
-                *importance = from(a.importance_weights, run.begin);
-    const float* advantages = a.advantages.as<float>() + (a.per_token ? run.begin : run.sequence);
+  const float *now = from(a.log_probs, run.begin), *old = from(a.old_log_probs, run.begin);
+  const float* advantages = a.advantages.as<float>() + (a.per_token ? run.begin : run.sequence);
+  if (a.objective == Objective::vespo && a.importance_weights) {
+    const float* importance = from(a.importance_weights, run.begin);
     for (int32_t t = 0; t < run.size; ++t)
       if (!mask || mask[t])
-        log_ratio +=
-            log_ratio_term(a.objective, a.clip_low, a.clip_high, advantages[a.per_token ? t : 0],
-                           old ? double(now[t]) - double(old[t]) : 0,
-                           weighted ? std::log(double(importance[t])) : 0);
+        log_ratio += log_ratio_term(
+            a.objective, a.clip_low, a.clip_high, advantages[a.per_token ? t : 0],
+            old ? double(now[t]) - double(old[t]) : 0, std::log(double(importance[t])));
+  } else if (by_sequence(a.objective) && old) {
+    PolicyRun r = {};
+    r.log_probs = now;
+    r.old_log_probs = old;
+    r.advantages = a.per_token ? advantages : nullptr;
+    r.advantage = a.per_token ? 0 : *advantages;
+    r.mask = mask;
+    r.n = run.size;
+    r.objective = a.objective;
+    r.clip_low = static_cast<float>(a.clip_low);
+    r.clip_high = static_cast<float>(a.clip_high);
+    log_ratio = simd.sum_log_ratios(&r);
   }
   out.kept = static_cast<double>(kept);
   out.log_ratio = log_ratio;

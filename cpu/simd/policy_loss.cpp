@@ -135,12 +135,14 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
     policy.gradient = outside ? none : advantage.negated * truncated;
     policy.value = outside ? none : policy.gradient * log_p;
   } else if (objective == Objective::gmpo) {
-    const vi high = (advantage.negated < 0.0f) & (step > run.clip_high);
-    const vi low = (advantage.negated > 0.0f) & (step < -run.clip_low);
+    const vf most = advantage.negated < 0.0f ? set1(run.clip_high) : set1(INFINITY);
+    const vf least = advantage.negated > 0.0f ? set1(-run.clip_low) : set1(-INFINITY);
+    const vi high = step > most, low = step < least;
     count(keep & high, total.clipped);
     count(keep & low, total.dual_clipped);
+    const vi moves = run.sequence_inside ? keep : keep & 0;
     policy.value = advantage.negated * ratio;
-    policy.gradient = run.sequence_inside ? (high | low ? none : policy.value) : none;
+    policy.gradient = moves & ~high & ~low ? policy.value : none;
   } else if (objective == Objective::clip_cov) {
     const vf clipped_loss = advantage.negated * clamp(ratio, run.low, run.high);
     const vf own = advantage.negated * ratio;
@@ -286,6 +288,24 @@ void policy_run(const PolicyRun* run, double* sums) {
     default:
       return run_of<Objective::gpg>(run, sums);
   }
+}
+
+double sum_log_ratios(const PolicyRun* pointer) {
+  const PolicyRun run = *pointer;
+  vd_half total = {};
+  for (int64_t i = 0; i < run.n; i += W) {
+    const int left = run.n - i < W ? (int)(run.n - i) : W;
+    const vi keep = load_marks(run.mask ? run.mask + i : nullptr, left) != 0;
+    vf x = load_floats(run.log_probs + i, left) - load_floats(run.old_log_probs + i, left);
+    if (run.objective == Objective::vespo) x = clamp(x, -20, 20);
+    if (run.objective == Objective::gmpo) {
+      const vf a = run.advantages ? load_floats(run.advantages + i, left) : set1(run.advantage);
+      const vf raised = vmin(set1(run.clip_high), x), lowered = vmax(set1(-run.clip_low), x);
+      x = a > 0.0f ? raised : a < 0.0f ? lowered : a;
+    }
+    add_to(&total, keep ? x : vf{});
+  }
+  return sum(total);
 }
 
 double sum_kept(const float* x, const uint8_t* mask, int64_t n) {
