@@ -109,6 +109,15 @@ __global__ void __launch_bounds__(kBlock) count_kept_kernel(Loss a) {
   }
 }
 
+// `kept`: the tokens among which a mean is taken, of a sequence or a prompt; `counted` of these.
+__device__ __forceinline__ double weight_of(const Loss& a, Aggregation aggregation, double tokens,
+                                            double kept, double counted) {
+  const bool given = a.normalizer > 0 && (aggregation == Aggregation::token_mean) ==
+                                             (a.aggregation == Aggregation::token_mean);
+  return loss_weight(aggregation, kept, given ? a.normalizer : tokens,
+                     given ? a.normalizer : counted, a.loss_scale);
+}
+
 __global__ void __launch_bounds__(kBlock) sequence_weights_kernel(Loss a) {
   SMEM_ARRAY(double, shared, kWarps);
   const bool covariances = by_covariance(a.objective);
@@ -133,40 +142,10 @@ __global__ void __launch_bounds__(kBlock) sequence_weights_kernel(Loss a) {
     advantages = block_sum<kWarps>(advantages, shared);
     log_probs = block_sum<kWarps>(log_probs, shared);
   }
-  // `kept`: the tokens among which a mean is taken, of a sequence or a prompt; `counted` of these.
-  const auto weight = [&](Aggregation aggregation, double kept, double counted) {
-    const bool given = a.normalizer > 0 && (aggregation == Aggregation::token_mean) ==
-                                               (a.aggregation == Aggregation::token_mean);
-    return loss_weight(aggregation, kept, given ? a.normalizer : tokens,
-                       given ? a.normalizer : counted, a.loss_scale);
-  };
   for (int64_t s = threadIdx.x; s < a.sequences; s += kBlock) {
-    a.per_sequence[s].policy_weight = weight(a.aggregation, a.per_sequence[s].kept, rows);
-    a.per_sequence[s].term_weight = weight(a.term_aggregation, a.per_sequence[s].kept, rows);
-  }
-  if (a.groups) {
-    __syncthreads();  // sequences of a group are other threads'
-    const auto kept_of = [&](int64_t g) {
-      double kept = 0;
-      for (int32_t j = a.group_starts[g]; j < a.group_starts[g + 1]; ++j)
-        kept += a.per_sequence[a.group_order[j]].kept;
-      return kept;
-    };
-    double prompts = 0;
-    for (int64_t g = threadIdx.x; g < a.groups; g += kBlock)
-      prompts += a.count_empty || kept_of(g) > 0;
-    prompts = block_sum<kWarps>(prompts, shared);
-    for (int64_t g = threadIdx.x; g < a.groups; g += kBlock) {
-      const double kept = kept_of(g);
-      for (int32_t j = a.group_starts[g]; j < a.group_starts[g + 1]; ++j) {
-        Sequence& sequence = a.per_sequence[a.group_order[j]];
-        if (sequence.kept == 0) continue;
-        if (a.aggregation == Aggregation::prompt_mean)
-          sequence.policy_weight = weight(a.aggregation, kept, prompts);
-        if (a.term_aggregation == Aggregation::prompt_mean)
-          sequence.term_weight = weight(a.term_aggregation, kept, prompts);
-      }
-    }
+    const double kept = a.per_sequence[s].kept;
+    a.per_sequence[s].policy_weight = weight_of(a, a.aggregation, tokens, kept, rows);
+    a.per_sequence[s].term_weight = weight_of(a, a.term_aggregation, tokens, kept, rows);
   }
   if (threadIdx.x != 0) return;
   const int64_t kept = static_cast<int64_t>(tokens);
@@ -175,6 +154,34 @@ __global__ void __launch_bounds__(kBlock) sequence_weights_kernel(Loss a) {
   a.totals->mean_log_prob = static_cast<float>(tokens > 0 ? log_probs / tokens : 0);
   a.totals->by_covariance = {kept == 0, chosen_of(a.cov_ratio, tokens), 0};
   a.totals->by_entropy = {kept == 0, kept > 0 ? kept - first_of_top(a.top_entropy, kept) : 0, 0};
+}
+
+// After sequence_weights_kernel: of prompt_mean, weights by the tokens of all of a prompt's
+// sequences.
+__global__ void __launch_bounds__(kBlock) prompt_weights_kernel(Loss a) {
+  SMEM_ARRAY(double, shared, kWarps);
+  const double tokens = a.totals->kept;
+  const auto kept_of = [&](int64_t g) {
+    double kept = 0;
+    for (int32_t j = a.group_starts[g]; j < a.group_starts[g + 1]; ++j)
+      kept += a.per_sequence[a.group_order[j]].kept;
+    return kept;
+  };
+  double prompts = 0;
+  for (int64_t g = threadIdx.x; g < a.groups; g += kBlock)
+    prompts += a.count_empty || kept_of(g) > 0;
+  prompts = block_sum<kWarps>(prompts, shared);
+  for (int64_t g = threadIdx.x; g < a.groups; g += kBlock) {
+    const double kept = kept_of(g);
+    for (int32_t j = a.group_starts[g]; j < a.group_starts[g + 1]; ++j) {
+      Sequence& sequence = a.per_sequence[a.group_order[j]];
+      if (sequence.kept == 0) continue;
+      if (a.aggregation == Aggregation::prompt_mean)
+        sequence.policy_weight = weight_of(a, a.aggregation, tokens, kept, prompts);
+      if (a.term_aggregation == Aggregation::prompt_mean)
+        sequence.term_weight = weight_of(a, a.term_aggregation, tokens, kept, prompts);
+    }
+  }
 }
 
 struct Term {
@@ -582,6 +589,7 @@ void policy_loss(const PolicyLossArgs& a, Device& device) {
   const unsigned runs = static_cast<unsigned>(p.run_count);
   if (runs) launch(count_kept_kernel, runs, kBlock, 0, stream, p);
   launch(sequence_weights_kernel, 1u, kBlock, 0, stream, p);
+  if (p.groups) launch(prompt_weights_kernel, 1u, kBlock, 0, stream, p);
   const auto choose = [&](bool entropies, int last_shift) {
     for (int shift = 56; shift >= last_shift; shift -= 8) {
       launch(count_bytes_kernel, runs, kBlock, 0, stream, p, entropies, shift);
