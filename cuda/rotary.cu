@@ -85,7 +85,7 @@ template <class T>
 void rotate_rows(const T* x, int64_t x_row, const float* cos, const float* sin, T* out,
                  int64_t out_row, int64_t tokens, int64_t heads, int64_t d, bool inverse,
                  Device& device) {
-  if (!(tokens * heads * d)) return;
+  if (tokens * heads * d == 0) return;
   const auto run = [&](auto width) {
     launch(rotate_kernel<T, decltype(width)::value>, blocks_for(tokens, kTokens), kBlock, 0,
            stream_of(device), x, x_row, cos, sin, out, out_row, tokens, static_cast<int>(heads),
