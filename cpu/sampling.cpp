@@ -184,6 +184,13 @@ class FilteredRow {
   float log2_of_inverse(uint64_t w) const {
     return static_cast<float>(bits_ - std::log2(static_cast<double>(w)));
   }
+  static constexpr int32_t kIntervals = 1024;
+  // Of the distance from the largest logit; it does not fall with the distance. Weights are 0 in
+  // the last one, from 64 halvings on.
+  int32_t interval_of(int64_t i) const {
+    const float distance = (maximum_ - z_[i]) * row_.rate * (kIntervals / 64);
+    return distance < kIntervals - 1 ? static_cast<int32_t>(distance) : kIntervals - 1;
+  }
   uint64_t weight_at(int64_t i) const { return weight(maximum_ - z_[i], row_.rate, bits_); }
 
   // Lists the places of all logits of at least `low`.
@@ -211,28 +218,33 @@ class FilteredRow {
 
   // Raises low_ to the last logit that top_p keeps, and says how many of its equals are kept.
   void limit_to_top_p() {
-    uint64_t target = 0;
-    int64_t count = 0;
     int32_t* places = scratch_.places;
+    uint64_t target = 0, before = 0;
+    int64_t count = 0;
     if (row_.top_k) {
       count = find(low_);
       target = mass_to_keep(mass(places, count), row_.top_p);
     } else {
-      uint64_t total = 0;
-      for (int64_t i = 0; i < v_; ++i) total += weight_at(i);
-      target = mass_to_keep(total, row_.top_p);
-      // All weights above 0 are within 64 of the exponent.
-      for (float reach = 8; reach <= 64; reach *= 2) {
-        count = find(maximum_ - reach / row_.rate);
-        if (mass(places, count) >= target) break;
+      // The weights by distance from the largest logit: the bound is in the interval where their
+      // sum reaches the target.
+      uint64_t intervals[kIntervals] = {}, total = 0;
+      for (int64_t i = 0; i < v_; ++i) {
+        const uint64_t w = weight_at(i);
+        intervals[interval_of(i)] += w;
+        total += w;
       }
+      target = mass_to_keep(total, row_.top_p);
+      int32_t last = 0;
+      while (before + intervals[last] < target) before += intervals[last++];
+      for (int64_t i = 0; i < v_; ++i)
+        if (interval_of(i) == last) places[count++] = static_cast<int32_t>(i);
     }
-    // Selection by mass: those before `first` are kept, the last kept one is before `last`.
+    // Selection among these by mass: those before `first` are kept, the last kept one is before
+    // `last`.
     const auto earlier = [this](int32_t a, int32_t b) {
       return z_[a] > z_[b] || (z_[a] == z_[b] && a < b);
     };
     int64_t first = 0, last = count;
-    uint64_t before = 0;
     while (last - first > 1) {
       const int64_t middle = first + (last - first) / 2;
       std::nth_element(places + first, places + middle, places + last, earlier);
