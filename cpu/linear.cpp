@@ -108,6 +108,7 @@ std::vector<int64_t> cut_features(int64_t tiles, int64_t least, int threads) {
 void linear(const LinearArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   const int64_t rows = rows_of(a.x), features = a.weight.shape[0];
+  if (rows == 0 || features == 0) return;
   if (rows <= kFewRows) return multiply_few_rows(cpu, a, rows);
   gemm(cpu, {.m = rows,
              .n = features,
