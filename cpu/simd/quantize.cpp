@@ -12,6 +12,7 @@
 // reads 8 bytes, 8 or 14 weights: with one row both formats are bound by memory. Many rows are not
 // cut into blocks of k: a panel of 8 bits and 2048 channels has 36 KB, and stays in L2 for all
 // rows.
+// Measured on a core of Zen 5 that read 43 to 48 GB/s: 1 row at 38 GB/s of 8 bits, 40 of 4.
 #include "cpu/simd/linear.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/words.h"
