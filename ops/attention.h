@@ -199,13 +199,24 @@ struct AttentionBackwardArgs {
   }
   // S and dP in each of the two passes, and the three gradients.
   double work() const { return 7 * attention_product(qkv ? qkv : q, cu_seqlens, keys); }
-  // An upper bound of a GPU's scratch memory: the workspace, delta, the list of tiles of at least
-  // 32 tokens, and copies of misaligned inputs.
+  // An upper bound of a GPU's scratch memory: the workspace, delta, the lists of tiles of at least
+  // 32 tokens (with any keys also of who reads a tile of keys, which is cut where ranges end), and
+  // copies of misaligned inputs.
   int64_t scratch() const {
     const AttentionLayout in = attention_layout(q, k, v, qkv);
-    const int64_t tiles = in.tokens / 32 + static_cast<int64_t>(cu_seqlens.size());
+    const int64_t sequences = static_cast<int64_t>(cu_seqlens.size());
+    const int64_t tiles = in.tokens / 32 + sequences;
+    int64_t lists = 12 * tiles + 16;
+    if (!sees_own_sequence(in, keys)) {
+      int64_t readers = 0;
+      for (int64_t s = 0; s + 1 < sequences; ++s)
+        readers += keys.sequence(cu_seqlens, static_cast<size_t>(s)).keys() / 32 + 4 * sequences;
+      lists = 3 * 64 + 28 * sequences +
+              std::max(8 * (in.tokens * in.group() / 32 + sequences),
+                       16 * (in.key_tokens / 32 + 4 * sequences + 2) + 8 * readers);
+    }
     return attention_workspace(in, static_cast<bool>(cos), deterministic) +
-           4 * in.tokens * in.heads + 12 * tiles + 16 + attention_alignment_copy(q) +
+           4 * in.tokens * in.heads + lists + attention_alignment_copy(q) +
            attention_alignment_copy(k) + attention_alignment_copy(v) +
            attention_alignment_copy(qkv) + attention_alignment_copy(d_out) +
            attention_alignment_copy(out);

@@ -13,13 +13,15 @@ struct NamedKernel {
   void (*backward)(const AttentionBackwardArgs&, Device&);
   // With any keys, or null.
   void (*grouped_forward)(const AttentionArgs&, Device&);
+  void (*grouped_backward)(const AttentionBackwardArgs&, Device&);
 };
 
 // The names are those of ops/kernel_choice.cpp.
 constexpr NamedKernel kKernels[] = {
-    {"wgmma", wgmma_attention, wgmma_attention_backward, nullptr},
-    {"mma", mma_attention, mma_attention_backward, nullptr},
-    {"plain", plain_attention, plain_attention_backward, plain_grouped_attention},
+    {"wgmma", wgmma_attention, wgmma_attention_backward, nullptr, nullptr},
+    {"mma", mma_attention, mma_attention_backward, nullptr, nullptr},
+    {"plain", plain_attention, plain_attention_backward, plain_grouped_attention,
+     plain_grouped_attention_backward},
 };
 
 const NamedKernel& kernel_of(int64_t kernel, Device& device) {
@@ -59,9 +61,7 @@ void attention_backward(const AttentionBackwardArgs& args, Device& device) {
   const Aligned d_out(a.d_out, device), out(a.out, device);
   const NamedKernel& kernel = kernel_of(a.kernel, device);
   const bool own = sees_own_sequence(attention_layout(a.q, a.k, a.v, a.qkv), a.keys);
-  if (!own)
-    throw Error(Code::value, "causal, cuSeqlensK, sharedKeys and grouped heads are forward only");
-  kernel.backward(a, device);
+  (own ? kernel.backward : kernel.grouped_backward)(a, device);
 }
 
 void attention_mass(const AttentionMassArgs& args, Device& device) {

@@ -173,6 +173,7 @@ class GroupedOnDevice {
 
 // By the name of the kernel, as in attention.cuh.
 void plain_grouped_attention(const AttentionArgs& a, Device& device);
+void plain_grouped_attention_backward(const AttentionBackwardArgs& a, Device& device);
 void plain_cached_attention(const CachedAttentionArgs& a, Device& device);
 
 }  // namespace p2r::cuda
