@@ -1,5 +1,5 @@
 import { attention, attentionBackward, attentionMass, type Tensor } from 'p2r-kernels'
-import { type Block, bf16Bits, evenly, normals } from './data.js'
+import { type Block, bf16Bits, evenly, normalBlock, normals, tiled } from './data.js'
 import type { Backend, Benchmark, Workload } from './harness.js'
 import { attentionOnCuda } from './large/attention.js'
 import { attentions } from './peers/onnxruntime.js'
@@ -118,6 +118,45 @@ function mass(s: Shape): Workload {
   }
 }
 
+/** A decoder's prefill, as Qwen3-VL-2B's: each key head for two query heads, half of the logits masked. */
+function causal(length: number, dtype: 'f32' | 'bf16', backward: boolean): Workload {
+  const [heads, kvHeads, headDim] = [16, 8, 128]
+  const width = dtype === 'f32' ? 4 : 2
+  const bytes = (count: number): number => length * count * headDim * width
+  return {
+    name: `1x${length}x${heads}(${kvHeads})x${headDim} ${dtype} causal ${backward ? 'fwd+bwd' : 'fwd'}`,
+    flops: products({ batch: 1, length, heads, headDim }) * (backward ? 3 : 1),
+    products: dtype,
+    traffic: {
+      read: (bytes(heads) + 2 * bytes(kvHeads)) * (backward ? 2 : 1),
+      write: bytes(heads) + (backward ? bytes(heads) + 2 * bytes(kvHeads) : 0),
+    },
+    inputs(seed) {
+      const rows = (count: number, at: number): Block =>
+        normalBlock([length, count, headDim], dtype, 4 * seed + at)
+      return {
+        byteLength: bytes(heads) + 2 * bytes(kvHeads),
+        load(device) {
+          const a = {
+            q: tiled(device, rows(heads, 0)),
+            k: tiled(device, rows(kvHeads, 1)),
+            v: tiled(device, rows(kvHeads, 2)),
+            cuSeqlens: [0, length],
+            causal: true,
+          }
+          const dOut = tiled(device, rows(heads, 3))
+          return {
+            run() {
+              const { out, lse } = attention(a)
+              if (backward) attentionBackward({ ...a, dOut, out, lse })
+            },
+          }
+        },
+      }
+    },
+  }
+}
+
 export default {
   op: 'attention',
   workloads: [
@@ -134,6 +173,9 @@ export default {
     workload(shape(4096, 64, 2, 80), false, { dtype: 'bf16' }),
     workload(shape(1, 1024, 16, 64), true, { dtype: 'bf16' }),
     mass(shape(1, 1024, 16, 64)),
+    causal(2048, 'f32', false),
+    causal(2048, 'bf16', false),
+    causal(2048, 'bf16', true),
     ...attentionOnCuda,
     // Windows for which 'wgmma' is not the default, on Hopper.
     ...[false, true].map((backward) =>
