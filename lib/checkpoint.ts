@@ -1,11 +1,20 @@
 // Folders of checkpoints in Hugging Face's form.
-import { readdir, readFile } from 'node:fs/promises'
+import { readdir } from 'node:fs/promises'
 import { basename, join } from 'node:path'
 import { isJsonObject } from './arguments.js'
 import type { Device } from './device.js'
 import { P2RError, refuse } from './errors.js'
+import { readText as readTextFile } from './files.js'
 import { listSome, loadSome, type StoredTensor } from './safetensors.js'
 import type { Tensor } from './tensor.js'
+
+/** @internal What a config may ask for: sizes beyond these are mistakes or attacks, not models. */
+export const most = {
+  sizes: 2 ** 20,
+  layers: 1024,
+  vocabulary: 2 ** 24,
+  positions: 2 ** 24,
+} as const
 
 /** @internal A JSON file; ERR_IO, ERR_FORMAT. */
 export async function readJson(path: string, op: string): Promise<unknown> {
@@ -20,7 +29,7 @@ export async function readJson(path: string, op: string): Promise<unknown> {
 /** @internal A text file; ERR_IO. */
 export async function readText(path: string, op: string): Promise<string> {
   try {
-    return await readFile(path, 'utf8')
+    return await readTextFile(path)
   } catch (cause) {
     refuse('ERR_IO', op, `${path} could not be read: ${(cause as Error).message}`, { cause })
   }

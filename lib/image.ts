@@ -1,6 +1,8 @@
-import { readFile, writeFile } from 'node:fs/promises'
+import { writeFile } from 'node:fs/promises'
 import { extname } from 'node:path'
+import { setImmediate } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
+import { types } from 'node:util'
 import type { Sharp, SharpOptions } from 'sharp'
 import { type AbortSignalLike, onAbort } from './abort.js'
 import {
@@ -11,12 +13,14 @@ import {
   checkString,
   choice,
   describeValue,
+  hostMemory,
   isObject,
   type Names,
 } from './arguments.js'
 import { BadBitmap, decodeBitmap, isBitmap } from './bmp.js'
 import { checkDevice, type Device } from './device.js'
 import { P2RError, refuse } from './errors.js'
+import { readBytes, TooLarge } from './files.js'
 import { imageSize, type Tensor } from './tensor.js'
 
 const sharpModule = 'sharp' as string
@@ -75,7 +79,7 @@ export interface LoadImageOptions {
   /**
    * Larger images are ERR_FORMAT, before they are decoded.
    *
-   * @default 268 402 689
+   * @default 100 000 000
    */
   maxPixels?: number
   /** An abort rejects with the signal's reason. */
@@ -98,7 +102,8 @@ const loadNames: Names<LoadImageOptions> = {
  * applied; grey is repeated over the channels; CMYK becomes (255 - ink)(255 - black) / 255; of 16 bits a
  * channel the high byte is kept.
  *
- * @param source a path, a URL, the encoded bytes or a Blob; see ImageSource. Nothing is fetched over the network.
+ * @param source a path, a URL, the encoded bytes or a Blob; see ImageSource. Nothing is fetched over the network. Bytes
+ *   are copied at the call; a file must be a regular one of at most 1 GiB.
  * @throws P2RError ERR_IO (with cause) for a file that cannot be read; ERR_FORMAT for anything but such an
  *   image, truncated, or of another depth or colour space; ERR_VALUE for wrong arguments;
  *   ERR_NATIVE where the package sharp cannot be loaded.
@@ -120,7 +125,7 @@ export async function loadImage(
   const op = 'loadImage'
   checkArguments(options, loadNames, op, 'options')
   const { autoOrient = false, alpha = 'white', grey16 = 'high-byte' } = options
-  const { maxPixels = 268_402_689, signal } = options
+  const { maxPixels = 100_000_000, signal } = options
   const input = inputOf(source, op)
   checkDevice(device, op)
   checkBoolean(autoOrient, 'autoOrient', op)
@@ -131,7 +136,7 @@ export async function loadImage(
   signal?.throwIfAborted()
   const decoding = decode(input, { autoOrient, grey16, maxPixels }, op, signal)
   const { data, width, height, channels } = await abortable(decoding, signal)
-  return device.tensor(toRgb(data, channels, alpha === 'white'), [height, width, 3], 'u8')
+  return device.tensor(await toRgb(data, channels, alpha === 'white'), [height, width, 3], 'u8')
 }
 
 /** An image to decode: how errors name it, and how its bytes are read. */
@@ -143,8 +148,15 @@ interface Input {
 /** Longer than any path; a text of this length is an image that was not decoded from base64. */
 const maxPath = 4096
 
+/** Bytes of an encoded image: more than one of the largest images has, and less than the codecs' limits. */
+const maxFile = 2 ** 30
+
 function inputOf(source: unknown, op: string): Input {
-  if (source instanceof Uint8Array) return { name: 'the data', read: async () => source }
+  if (types.isUint8Array(source)) {
+    // A copy, since the caller may transfer or change the bytes while a thread of the codec's reads them.
+    const bytes = hostMemory(() => new Uint8Array(source), op)
+    return { name: 'the data', read: async () => bytes }
+  }
   if (typeof source === 'string') {
     if (/^(data|file|https?):/i.test(source)) return fromUrl(source, op)
     if (source.length > maxPath)
@@ -161,7 +173,7 @@ function inputOf(source: unknown, op: string): Input {
     if (typeof arrayBuffer === 'function')
       return {
         name: 'the Blob',
-        read: async () => new Uint8Array(await (source as BlobLike).arrayBuffer()),
+        read: () => blobBytes(source as BlobLike, op),
       }
   }
   refuse(
@@ -171,12 +183,26 @@ function inputOf(source: unknown, op: string): Input {
   )
 }
 
+async function blobBytes(blob: BlobLike, op: string): Promise<Uint8Array> {
+  let bytes: unknown
+  try {
+    bytes = await blob.arrayBuffer()
+  } catch (cause) {
+    refuse('ERR_IO', op, `the Blob could not be read: ${(cause as Error)?.message}`, { cause })
+  }
+  if (!types.isAnyArrayBuffer(bytes))
+    refuse('ERR_VALUE', op, `the Blob must have an ArrayBuffer, got ${describeValue(bytes)}`)
+  return hostMemory(() => new Uint8Array(new Uint8Array(bytes)), op)
+}
+
 function fromPath(path: string, op: string): Input {
   const name = describeValue(path)
   return {
     name,
     read: (signal) =>
-      readFile(path, signal ? { signal: signal as AbortSignal } : {}).catch((cause) => {
+      readBytes(path, maxFile, signal).catch((cause) => {
+        if (signal?.aborted) throw cause
+        if (cause instanceof TooLarge) refuse('ERR_FORMAT', op, `${name}: ${cause.message}`)
         // The system's message repeats the path.
         const why = cause.code === undefined ? cause.message : `${cause.code}`
         return refuse('ERR_IO', op, `${name} could not be read: ${why}`, { cause })
@@ -214,7 +240,22 @@ interface Decoded {
   channels: number
 }
 
-const formats = ['jpeg', 'png', 'webp', 'gif', 'tiff', 'avif']
+/** The format by a file's first bytes, so that no decoder of another one, such as SVG's, sees it. */
+function formatOf(bytes: Uint8Array): string | undefined {
+  const text = (from: number, to: number): string =>
+    String.fromCharCode(...bytes.subarray(from, to))
+  const start = text(0, 4)
+  if (start.startsWith('\xff\xd8\xff')) return 'jpeg'
+  if (text(0, 8) === '\x89PNG\r\n\x1a\n') return 'png'
+  if (start === 'RIFF' && text(8, 12) === 'WEBP') return 'webp'
+  if (/^GIF8[79]a$/.test(text(0, 6))) return 'gif'
+  // With 43 it is BigTIFF.
+  if (['II*\0', 'MM\0*', 'II+\0', 'MM\0+'].includes(start)) return 'tiff'
+  if (text(4, 8) !== 'ftyp') return undefined
+  // The box of a file's type: its length, 'ftyp', the major brand, a version, the other brands.
+  const brands = text(8, Math.min(64, 256 * bytes[2]! + bytes[3]!))
+  return /^(?:.{4})*(?:avif|avis)/s.test(brands) ? 'avif' : undefined
+}
 
 async function decode(
   { name, read }: Input,
@@ -232,6 +273,8 @@ async function decode(
       if (error instanceof BadBitmap) reject(`is a BMP that ${error.message}`)
       throw error
     }
+  const format = formatOf(bytes)
+  if (!format) reject('must be JPEG, PNG, WebP, GIF, TIFF, AVIF or BMP')
   const sharp = await codec(op)
   const input: SharpOptions = {
     limitInputPixels: false,
@@ -241,9 +284,8 @@ async function decode(
   }
   try {
     const meta = await sharp(bytes, input).metadata()
-    const format = meta.format === 'heif' && meta.compression === 'av1' ? 'avif' : meta.format
-    if (!formats.includes(format as string))
-      reject(`must be JPEG, PNG, WebP, GIF, TIFF, AVIF or BMP, got ${format}`)
+    const found = meta.format === 'heif' && meta.compression === 'av1' ? 'avif' : meta.format
+    if (found !== format) reject(`begins as ${format}, but is ${found}`)
     const { depth, space = '' } = meta
     if (depth !== 'uchar' && depth !== 'ushort')
       reject(`must have 8 or 16 bits a channel, got ${depth}`)
@@ -261,19 +303,34 @@ async function decode(
     const { width, height, channels } = info
     if (space === 'cmyk') {
       if (channels !== 4) reject(`must have four channels of CMYK, got ${channels}`)
-      return { data: cmykToRgb(data), width, height, channels: 3 }
+      return { data: await cmykToRgb(data), width, height, channels: 3 }
     }
-    return { data: clip ? clipped(data) : data, width, height, channels }
+    return { data: clip ? await clipped(data) : data, width, height, channels }
   } catch (cause) {
     if (cause instanceof P2RError || signal?.aborted) throw cause
     refuse('ERR_FORMAT', op, `${name} could not be decoded: ${(cause as Error).message}`, { cause })
   }
 }
 
+/** Pixels that are converted before other work of the event loop has its turn; some 10 ms. */
+const pixelsAtOnce = 1 << 19
+
+/** Calls f for ranges of pixels, and lets other work go on between them. */
+async function inParts(pixels: number, f: (from: number, to: number) => void): Promise<void> {
+  for (let from = 0; from < pixels; from += pixelsAtOnce) {
+    if (from) await setImmediate()
+    f(from, Math.min(pixels, from + pixelsAtOnce))
+  }
+}
+
 /** 16-bit values in native order, those above 255 as 255. */
-function clipped(data: Uint8Array): Uint8Array {
+async function clipped(data: Uint8Array): Promise<Uint8Array> {
   const wide = new Uint16Array(data.buffer, data.byteOffset, data.length / 2)
-  return Uint8Array.from(wide, (v) => Math.min(v, 255))
+  const out = new Uint8Array(wide.length)
+  await inParts(out.length, (from, to) => {
+    for (let i = from; i < to; i++) out[i] = Math.min(wide[i]!, 255)
+  })
+  return out
 }
 
 /** a b / 255, rounded, as Pillow computes it. */
@@ -283,12 +340,14 @@ function scaled(a: number, b: number): number {
 }
 
 /** As Pillow converts CMYK, without a profile. */
-function cmykToRgb(data: Uint8Array): Uint8Array {
+async function cmykToRgb(data: Uint8Array): Promise<Uint8Array> {
   const out = new Uint8Array((data.length / 4) * 3)
-  for (let i = 0, p = 0; i < out.length; i += 3, p += 4) {
-    const light = 255 - data[p + 3]!
-    for (let c = 0; c < 3; c++) out[i + c] = light - scaled(data[p + c]!, light)
-  }
+  await inParts(data.length / 4, (from, to) => {
+    for (let i = 3 * from, p = 4 * from; p < 4 * to; i += 3, p += 4) {
+      const light = 255 - data[p + 3]!
+      for (let c = 0; c < 3; c++) out[i + c] = light - scaled(data[p + c]!, light)
+    }
+  })
   return out
 }
 
@@ -307,22 +366,28 @@ async function abortable<T>(work: Promise<T>, signal: AbortSignalLike | undefine
   }
 }
 
-/** One to four channels (grey, grey and alpha, RGB, RGB and alpha) to three. */
-function toRgb(data: Uint8Array, channels: number, overWhite: boolean): Uint8Array {
+/**
+ * One to four channels (grey, grey and alpha, RGB, RGB and alpha) to three. Not sharp's own conversion, which rounds what
+ * is composited in another way than Pillow.
+ */
+async function toRgb(data: Uint8Array, channels: number, overWhite: boolean): Promise<Uint8Array> {
   if (channels === 3) return data
   const pixels = data.length / channels
   const out = new Uint8Array(pixels * 3)
   const [green, blue] = channels >= 3 ? [1, 2] : [0, 0]
   const alphaAt = overWhite && channels % 2 === 0 ? channels - 1 : -1
-  for (let i = 0, p = 0; i < out.length; i += 3, p += channels) {
-    out[i] = data[p]!
-    out[i + 1] = data[p + green]!
-    out[i + 2] = data[p + blue]!
-    if (alphaAt < 0) continue
-    // Pillow's paste through a mask: (v a + 255 (255 - a)) / 255, rounded.
-    const a = data[p + alphaAt]!
-    for (let c = i; c < i + 3; c++) out[c] = scaled(out[c]!, a) + 255 - a
-  }
+  await inParts(pixels, (from, to) => {
+    for (let i = 3 * from, p = channels * from; i < 3 * to; i += 3, p += channels) {
+      out[i] = data[p]!
+      out[i + 1] = data[p + green]!
+      out[i + 2] = data[p + blue]!
+      // Opaque pixels stay as they are.
+      if (alphaAt < 0 || data[p + alphaAt] === 255) continue
+      // Pillow's paste through a mask: (v a + 255 (255 - a)) / 255, rounded.
+      const a = data[p + alphaAt]!
+      for (let c = i; c < i + 3; c++) out[c] = scaled(out[c]!, a) + 255 - a
+    }
+  })
   return out
 }
 

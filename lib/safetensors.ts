@@ -12,6 +12,7 @@ import {
 import { checkDevice, type Device } from './device.js'
 import { type DType, hostTypes } from './dtype.js'
 import { P2RError, refuse } from './errors.js'
+import { openRegular } from './files.js'
 import { type HostArray, handleOf, type Tensor } from './tensor.js'
 
 // The file: the header's length (8 bytes, little-endian), the header (JSON), the data. The header
@@ -452,7 +453,7 @@ async function readAll(
 }
 
 function openFile(path: string, op: string): Promise<FileHandle> {
-  return open(path, 'r').catch((cause) => fail(cause, path, 'read', op))
+  return openRegular(path).catch((cause) => fail(cause, path, 'read', op))
 }
 
 /** Rethrows errors of the library; those of the file system become ERR_IO. */

@@ -619,10 +619,10 @@ describe('recordings', () => {
     const path = join(folder, 'bad.jsonl')
     for (const [text, message] of [
       ['{', /bad.jsonl:1 is not JSON/],
-      ['\n{"role": "reasoner"}', /bad.jsonl:2 must have/],
-      ['{"role": "cook", "prompt": "", "completions": []}', /:1 must have/],
-      ['{"role": "reasoner", "prompt": "", "completions": [{}]}', /:1 must have/],
-      ['null', /:1 must have/],
+      ['\n{"role": "reasoner"}', /bad.jsonl:2: a line must have/],
+      ['{"role": "cook", "prompt": "", "completions": []}', /:1: a line must have/],
+      ['{"role": "reasoner", "prompt": "", "completions": [{}]}', /:1: a line must have/],
+      ['null', /:1: a line must have/],
     ] as const) {
       await writeFile(path, text)
       await expect(RecordedPolicy.load(path)).rejects.toMatchObject({

@@ -1,7 +1,8 @@
 // Benchmarks as they are distributed, by name: the files in a folder, and the categories in the order of the papers.
 import { existsSync, statSync } from 'node:fs'
-import { readdir, readFile } from 'node:fs/promises'
+import { readdir } from 'node:fs/promises'
 import { basename, extname, join, resolve } from 'node:path'
+import { readText } from '../files.js'
 import type { AnswerForm } from '../p2r/prompts.js'
 import { type Layout, type Row, readJsonl, rowOf } from './questions.js'
 import { readSpan, readTsv, type Span } from './tsv.js'
@@ -247,7 +248,7 @@ async function* entriesOfTable(file: string): AsyncGenerator<Entry> {
 }
 
 async function jsonIn(file: string): Promise<unknown> {
-  const text = await readFile(file, 'utf8')
+  const text = await readText(file)
   try {
     return JSON.parse(text)
   } catch (cause) {
@@ -269,7 +270,7 @@ function listOf(text: unknown): unknown {
   try {
     return JSON.parse(text)
   } catch {
-    return [...text.matchAll(/'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)"/g)].map(
+    return [...text.matchAll(/(?<!\\)(?:'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)")/g)].map(
       ([, single, double]) => (single ?? double ?? '').replace(/\\(.)/g, '$1'),
     )
   }

@@ -1,8 +1,9 @@
 import { createHash } from 'node:crypto'
-import { appendFile, open, readFile, writeFile } from 'node:fs/promises'
+import { appendFile, open, writeFile } from 'node:fs/promises'
 import { basename, dirname, extname, join } from 'node:path'
 import { SingleBar } from 'cli-progress'
 import { type Device, openDevice } from '../device.js'
+import { readText } from '../files.js'
 import { loadImage } from '../image.js'
 import { evaluate, type Question } from '../p2r/evaluate.js'
 import { type AnswerForm, defaultPrompts } from '../p2r/prompts.js'
@@ -384,7 +385,7 @@ function checkSettings(settings: Settings, recorded: Settings | undefined, resul
 
 /** Removes an incomplete last line, left by a crash. */
 async function dropPartialLine(path: string): Promise<void> {
-  const text = await readFile(path, 'utf8').catch(() => '')
+  const text = await readText(path).catch(() => '')
   if (text === '' || text.endsWith('\n')) return
   const complete = Buffer.byteLength(text.slice(0, text.lastIndexOf('\n') + 1))
   const file = await open(path, 'r+')

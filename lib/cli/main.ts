@@ -3,15 +3,17 @@
 // codes: 0; 1 for a failure; 2 for an invalid command line; 130 after Ctrl-C.
 import { spawnSync } from 'node:child_process'
 import { readFileSync } from 'node:fs'
-import { mkdir, readFile, writeFile } from 'node:fs/promises'
+import { mkdir, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Command, CommanderError, InvalidArgumentError, Option } from 'commander'
 import { cudaStatus, devices, openDevice } from '../device.js'
+import { readText } from '../files.js'
 import { loadImage, saveImage } from '../image.js'
 import { answer } from '../p2r/answer.js'
 import { parseBoxes } from '../p2r/boxes.js'
 import { collectEvidence, type Evidence } from '../p2r/evidence.js'
+import { hasCredentials } from '../p2r/openai.js'
 import { type AnswerForm, answerForms } from '../p2r/prompts.js'
 import type { RewardRules } from '../p2r/reward.js'
 import { benchmarkNames } from './benchmarks.js'
@@ -51,7 +53,10 @@ function seeds(text: string): number[] {
 }
 
 function url(text: string, before: string[] = []): string[] {
-  if (/^https?:\/\//.test(text) && URL.canParse(text)) return [...before, text]
+  if (/^https?:\/\//.test(text) && URL.canParse(text) && !hasCredentials(text))
+    return [...before, text]
+  if (hasCredentials(text))
+    throw new InvalidArgumentError('It must not hold a password; give a key by --api-key.')
   throw new InvalidArgumentError('It should be an address such as http://localhost:8000/v1.')
 }
 
@@ -271,7 +276,7 @@ cropOptions(
       },
     ) => {
       const text = options.boxes.startsWith('@')
-        ? await readFile(options.boxes.slice(1), 'utf8')
+        ? await readText(options.boxes.slice(1))
         : options.boxes
       const boxes = parseBoxes(text, { rules: options.rules })
       if (!boxes.length)

@@ -1,9 +1,8 @@
 // The files that `evaluate` reads and writes, a line of JSON a question.
 import { createHash } from 'node:crypto'
-import { createReadStream, existsSync } from 'node:fs'
-import { readFile } from 'node:fs/promises'
+import { existsSync } from 'node:fs'
 import { dirname, resolve } from 'node:path'
-import { createInterface } from 'node:readline'
+import { readLines, readText } from '../files.js'
 import type { Role } from '../p2r/policy.js'
 import { type AnswerForm, answerForms } from '../p2r/prompts.js'
 import type { Span } from './tsv.js'
@@ -64,7 +63,8 @@ export type Settings = Record<string, unknown>
 
 const letters = ['A', 'B', 'C', 'D', 'E', 'F', 'G', 'H']
 /** The end of V-Star's questions; the reasoner's prompt has its own instruction. */
-const lettersOnly = /\s*Answer with the option'?s letter from the given choices directly\.?\s*$/
+const lettersOnly =
+  /(?<!\s)\s*Answer with the option'?s letter from the given choices directly\.?\s*$/
 
 /**
  * The questions of a file in order, in the fields of V-Star (image, text, label, category) or HR-Bench
@@ -83,7 +83,7 @@ async function* linesOf(
   path: string,
 ): AsyncGenerator<{ entry: Record<string, unknown>; line: number }> {
   let line = 0
-  for await (const text of readLines(path)) {
+  for await (const text of textsOf(path)) {
     line++
     if (text.trim() === '') continue
     try {
@@ -96,14 +96,11 @@ async function* linesOf(
   }
 }
 
-async function* readLines(path: string): AsyncGenerator<string> {
-  const input = createReadStream(path, 'utf8')
+async function* textsOf(path: string): AsyncGenerator<string> {
   try {
-    yield* createInterface({ input, crlfDelay: Number.POSITIVE_INFINITY })
+    yield* readLines(path)
   } catch (cause) {
     throw new Error(`${path} could not be read: ${(cause as Error).message}`, { cause })
-  } finally {
-    input.destroy()
   }
 }
 
@@ -196,7 +193,7 @@ function imageOf(
     const file = places.find((place) => existsSync(place))
     if (file !== undefined) return { image: file, imageId: image }
   }
-  if (image.length >= 100 && /^[A-Za-z0-9+/\s]+={0,2}\s*$/.test(image)) return encoded(image)
+  if (image.length >= 100 && /^[A-Za-z0-9+/\s]+={0,2}$/.test(image.trimEnd())) return encoded(image)
   return undefined
 }
 
@@ -210,7 +207,7 @@ export async function readResults(
   const results = new Map<number, Result>()
   let settings: Settings | undefined
   if (!existsSync(path)) return { results }
-  const lines = (await readFile(path, 'utf8')).split('\n')
+  const lines = (await readText(path)).split('\n')
   for (const [i, text] of lines.entries()) {
     if (text.trim() === '') continue
     try {

@@ -1,6 +1,6 @@
 import type { Answerer } from '../p2r/answer.js'
 import type { Coordinates, EvidenceOptions } from '../p2r/evidence.js'
-import { OpenAIPolicy, type OpenAIPolicyOptions } from '../p2r/openai.js'
+import { fetchWithin, OpenAIPolicy, type OpenAIPolicyOptions } from '../p2r/openai.js'
 import { Perceiver } from '../p2r/perceiver.js'
 import { Reasoner } from '../p2r/reasoner.js'
 import { reproductionSettings } from '../p2r/reproduction.js'
@@ -173,7 +173,7 @@ async function onlyModel(url: string, part: Part, apiKey: string | undefined): P
   const name = `name the model by --model or --${part}-model`
   let models: unknown
   try {
-    const response = await fetch(`${url.replace(/\/$/, '')}/models`, {
+    const response = await fetchWithin(`${url.replace(/\/$/, '')}/models`, {
       headers: apiKey ? { authorization: `Bearer ${apiKey}` } : {},
       signal: AbortSignal.timeout(10_000),
     })

@@ -1,6 +1,5 @@
 // Tables of tab-separated values as pandas writes them: a header, fields that may be in quotes.
-import { createReadStream } from 'node:fs'
-import { open } from 'node:fs/promises'
+import { openRegular } from '../files.js'
 
 const tab = 0x09
 const newline = 0x0a
@@ -42,7 +41,7 @@ export async function* readTsv(path: string, large: string): AsyncGenerator<TsvR
 
 /** The bytes of a part of a file. */
 export async function readSpan({ path, start, end }: Span): Promise<Buffer> {
-  const file = await open(path)
+  const file = await openRegular(path)
   try {
     const bytes = Buffer.allocUnsafe(end - start)
     for (let done = 0; done < bytes.length; ) {
@@ -61,11 +60,19 @@ interface Record {
   spans: Map<number, { start: number; end: number }>
 }
 
+/** Bytes of a field in another column than the large one. */
+const longestField = 1 << 26
 /** Bytes of a field that are kept, where it is in the large column. */
 const kept = 64
 
+function opened(path: string): ReturnType<typeof openRegular> {
+  return openRegular(path).catch((cause) => {
+    throw new Error(`${path} could not be read: ${(cause as Error).message}`, { cause })
+  })
+}
+
 async function* recordsOf(path: string, largeColumn: () => number): AsyncGenerator<Record> {
-  const input = createReadStream(path, { highWaterMark: 1 << 20 })
+  const input = (await opened(path)).createReadStream({ highWaterMark: 1 << 20 })
   let record: Record = { pieces: [], spans: new Map() }
   let field: Buffer[] = []
   let size = 0
@@ -80,6 +87,8 @@ async function* recordsOf(path: string, largeColumn: () => number): AsyncGenerat
     if (!bytes.length) return
     if (!large || size < kept) field.push(Buffer.from(bytes))
     size += bytes.length
+    if (!large && size > longestField)
+      throw new Error(`a field has more than ${longestField} bytes`)
   }
   const endField = (end: number, endsLine: boolean): void => {
     const carriages = +(endsLine && previous === carriage)

@@ -9,12 +9,12 @@ import {
   type Names,
 } from '../arguments.js'
 import { refuse } from '../errors.js'
-import type { Tensor } from '../tensor.js'
+import { imageSize, type Tensor } from '../tensor.js'
 import { type Answerer, answer, checkAnswerer } from './answer.js'
 import { messageOf, type Role } from './policy.js'
 import { type AnswerForm, checkForm } from './prompts.js'
 import { answerReward, type RewardRules, rulesOf, type Verifier } from './reward.js'
-import { mapUnordered, pipelineDepth } from './semaphore.js'
+import { ImageGate, mapUnordered, pipelineDepth } from './semaphore.js'
 
 /** A question of a benchmark. */
 export interface Question {
@@ -69,7 +69,7 @@ export interface EvaluateOptions<Q extends Question = Question> {
   rules?: RewardRules
   /**
    * The policies' requests in flight, which should be the policies' own limit. About 1.5 times as many questions
-   * are processed at once, each with its image.
+   * are processed at once, each with its image; fewer where images have more than 4 GiB in all.
    * @default 32
    */
   concurrency?: number
@@ -79,6 +79,11 @@ export interface EvaluateOptions<Q extends Question = Question> {
 
 /** The arguments of evaluate. */
 export type EvaluateArgs<Q extends Question = Question> = Answerer & EvaluateOptions<Q>
+
+/** Bytes of the images of all questions that are processed, at which no further one is loaded: 40 of 33 megapixels. */
+const mostImageBytes = 2 ** 32
+/** A decoder holds several times an image's bytes, and there are few threads to decode on. */
+const loadedAtOnce = 8
 
 const argumentNames: Names<EvaluateArgs> = {
   perceiver: true,
@@ -132,16 +137,22 @@ export function evaluate<Q extends Question>(
   rulesOf(rules, op)
   checkPositive(concurrency, 'concurrency', op)
   checkSignal(signal, op)
+  const gate = new ImageGate(mostImageBytes, loadedAtOnce)
   const judge = async (question: Q): Promise<Judged<Q>> => {
     let image: Tensor<'u8'> | undefined
+    let held: Tensor<'u8'> | undefined
     try {
       signal?.throwIfAborted()
       checkQuestion(question, op)
-      image = await question.load()
+      held = await gate.load(async () => {
+        image = await question.load()
+        imageSize(image, op)
+        return image
+      }, signal)
       const { answerForm, truth } = question
       const made = await answer({
         ...answerer,
-        image,
+        image: held,
         question: question.question,
         answerForm,
         ...(signal && { signal }),
@@ -174,6 +185,7 @@ export function evaluate<Q extends Question>(
       signal?.throwIfAborted()
       return { question, error: error instanceof Error ? error : new Error(messageOf(error)) }
     } finally {
+      if (held) gate.release(held)
       image?.dispose()
     }
   }

@@ -7,21 +7,24 @@ import {
   checkString,
   choice,
   describeValue,
+  isJsonObject,
   isObject,
   type Names,
 } from '../arguments.js'
 import { checkDevice, type Device } from '../device.js'
+import type { DType } from '../dtype.js'
 import { P2RError, refuse } from '../errors.js'
 import { loadImage, saveImage } from '../image.js'
 import { loadMetadata, loadTensors, saveTensors } from '../safetensors.js'
 import type { Tensor } from '../tensor.js'
-import type { Completion } from './policy.js'
+import { type Completion, savedCompletion, wrongIn } from './policy.js'
 import {
   AskedRequest,
   checkBatch,
   type RequestImages,
   type RolloutBatch,
   type RolloutItem,
+  type RolloutMetrics,
   type RolloutRequest,
   Rollouts,
   type StoredImage,
@@ -253,18 +256,35 @@ export async function loadRollouts(
   const tensors = await loadTensors(path, device)
   const loaded = new Map<string, Tensor<'u8'>>()
   try {
-    const { rewards, advantages, mask, old_log_probs: oldLogProbs } = tensors
-    const ints = async (name: string): Promise<Int32Array | undefined> =>
-      tensors[name]?.dtype === 'i32' ? ((await tensors[name].read()) as Int32Array) : undefined
-    const [groups, tokens, cuSeqlens] = [
-      await ints('groups'),
-      await ints('tokens'),
-      await ints('cu_seqlens'),
+    const list = <T extends DType>(
+      name: string,
+      dtype: T,
+      length?: number,
+    ): Tensor<T> | undefined => {
+      const tensor = tensors[name]
+      if (!tensor) return undefined
+      const { shape } = tensor
+      if (tensor.dtype !== dtype || shape.length !== 1 || (length ?? shape[0]) !== shape[0])
+        bad(
+          `${name} must be ${dtype} [${length ?? 'n'}], got ${tensor.dtype} [${shape.join(', ')}]`,
+        )
+      return tensor as Tensor<T>
+    }
+    const ints = async (name: string, length?: number): Promise<Int32Array | undefined> =>
+      list(name, 'i32', length)?.read()
+    const groups = await ints('groups')
+    const count = groups?.length
+    const [rewards, advantages] = [list('rewards', 'f32', count), list('advantages', 'f32', count)]
+    if (!groups || !rewards || !advantages) return bad('rewards, advantages and groups are needed')
+    const tokens = await ints('tokens')
+    const cuSeqlens = await ints('cu_seqlens', groups.length + 1)
+    if (!!tokens !== !!cuSeqlens) bad('tokens and cu_seqlens must come together')
+    if (tokens && cuSeqlens) checkSequences(tokens, cuSeqlens, bad)
+    const [mask, oldLogProbs] = [
+      list('mask', 'u8', tokens?.length ?? 0),
+      list('old_log_probs', 'f32', tokens?.length ?? 0),
     ]
-    if (!rewards || !advantages || !groups || rewards.size !== groups.length)
-      return bad('rewards, advantages and groups of one length are needed')
-    if (!!tokens !== !!cuSeqlens || (cuSeqlens && cuSeqlens.length !== groups.length + 1))
-      bad('tokens and cu_seqlens must come together')
+    if ((await mask?.read())?.some((kept) => kept > 1)) bad('the mask must hold 0 and 1')
     for (const name of ['groups', 'tokens', 'cu_seqlens']) tensors[name]?.dispose()
     const requests: AskedRequest[] = []
     for (const request of requestsOf(header.requests, bad)) {
@@ -276,11 +296,11 @@ export async function loadRollouts(
     return new Rollouts(
       {
         role,
-        items: itemsOf(header.items, requests, bad),
+        items: itemsOf(header.items, requests, groups.length, bad),
         groups,
         rewards,
         advantages,
-        metrics: JSON.parse(header.metrics ?? 'null'),
+        metrics: metricsOf(header.metrics, bad),
         ...samplingOf(header.sampling, bad),
         ...(tokens && cuSeqlens && { tokens, cuSeqlens }),
         ...(mask && { mask }),
@@ -293,6 +313,29 @@ export async function loadRollouts(
     if (error instanceof P2RError) throw error
     return bad('its header does not describe a batch', error)
   }
+}
+
+/** The sequences cover the tokens, one after the other. */
+function checkSequences(
+  tokens: Int32Array,
+  cuSeqlens: Int32Array,
+  bad: (why: string) => never,
+): void {
+  const ascend = cuSeqlens.every((at, i) => (i === 0 ? at === 0 : at >= cuSeqlens[i - 1]!))
+  if (!ascend || cuSeqlens.at(-1) !== tokens.length)
+    bad(`cu_seqlens must ascend from 0 to the number of tokens, ${tokens.length}`)
+  if (tokens.some((id) => id < 0)) bad('token ids must be at least 0')
+}
+
+/** Every number of a batch's metrics that this release knows, and no other kind of value. */
+function metricsOf(text: string | undefined, bad: (why: string) => never): RolloutMetrics {
+  const metrics: unknown = JSON.parse(text ?? 'null')
+  const { faults, ...numbers } = (isJsonObject(metrics) ? metrics : {}) as Record<string, unknown>
+  const isNumbers = (of: object): boolean =>
+    Object.values(of).every((value) => typeof value === 'number')
+  if (!isJsonObject(faults) || !isNumbers(faults) || !isNumbers(numbers))
+    return bad('its metrics must be numbers by name')
+  return metrics as RolloutMetrics
 }
 
 /** The temperatures of a batch; none in files of earlier releases. */
@@ -323,14 +366,21 @@ function requestsOf(
   const requests: unknown = JSON.parse(text ?? '[]')
   if (!Array.isArray(requests)) return bad('its requests are no list')
   return requests.map((request) => {
-    const { system, prompt, promptTokens, images } = request as Record<string, unknown>
+    const { system, prompt, promptTokens, images } = (
+      isJsonObject(request) ? request : {}
+    ) as Record<string, unknown>
+    const wrong = wrongIn({ text: '', promptTokens } as Completion)
+    if (wrong !== undefined) bad(`a request has ${wrong}`)
     if (typeof system !== 'string' || typeof prompt !== 'string' || !Array.isArray(images))
       return bad(`a request must have system, prompt and images, got ${describeValue(request)}`)
     for (const image of images as unknown[]) {
-      const { sha256, file } = (isObject(image) ? image : {}) as Partial<StoredImage>
-      if (typeof sha256 !== 'string' || (file !== undefined && !isInside(file)))
+      const { sha256, height, width, file } = (isObject(image) ? image : {}) as Partial<StoredImage>
+      const isStored =
+        typeof sha256 === 'string' &&
+        [height, width].every((size) => Number.isSafeInteger(size) && (size as number) > 0)
+      if (!isStored || (file !== undefined && !isInside(file)))
         bad(
-          `an image must have its SHA-256 and a file beside the batch, got ${JSON.stringify(image)}`,
+          `an image must have its SHA-256, its sizes and a file beside the batch, got ${JSON.stringify(image)}`,
         )
     }
     return {
@@ -378,28 +428,48 @@ function imagesOf(
 function itemsOf(
   text: string | undefined,
   requests: readonly AskedRequest[],
+  rewarded: number,
   bad: (why: string) => never,
 ): RolloutItem[] {
-  const items: unknown = JSON.parse(text ?? 'null')
-  if (!Array.isArray(items)) return bad('its header has no items')
-  return items.map(({ boxes: _, error, reward, request: at, completion, ...item }) => ({
-    ...item,
-    completion: completionOf(completion, requests[at]),
-    ...(requests[at] && { request: requests[at] }),
-    ...(error === undefined
-      ? { reward }
-      : { error: new P2RError('ERR_POLICY', error, { op: 'rollout' }), reward: Number.NaN }),
-  }))
+  const list: unknown = JSON.parse(text ?? 'null')
+  if (!Array.isArray(list)) return bad('its header has no items')
+  const items = list.map((item) => itemOf(item, requests, bad))
+  const without = items.filter(({ error }) => !error).length
+  if (without !== rewarded) bad(`${without} items have no error, but there are ${rewarded} rewards`)
+  return items
 }
 
-/** A completion as it was saved: JSON has null for NaN, and the request has the prompt's tokens. */
-function completionOf(
-  { logProbs, ...saved }: Omit<Completion, 'logProbs'> & { logProbs?: (number | null)[] },
-  request: AskedRequest | undefined,
-): Completion {
+/** An item as it was saved; the request has the prompt's tokens. */
+function itemOf(
+  value: unknown,
+  requests: readonly AskedRequest[],
+  bad: (why: string) => never,
+): RolloutItem {
+  if (!isJsonObject(value)) return bad(`an item must be an object, got ${describeValue(value)}`)
+  const { boxes: _, error, reward, request: at, completion, ...item } = value
+  const { sample, fault, counterpart, answer, outOfTurns } = item
+  const good =
+    Number.isSafeInteger(sample) &&
+    (at === undefined || (Number.isInteger(at) && requests[at as number] !== undefined)) &&
+    (error === undefined ? typeof reward === 'number' : typeof error === 'string') &&
+    (fault === undefined || fault === 'overlap' || fault === 'label') &&
+    [counterpart, answer].every((text) => text === undefined || typeof text === 'string') &&
+    (outOfTurns === undefined || typeof outOfTurns === 'boolean')
+  if (!good)
+    bad('an item must have a sample, a completion, a reward or an error, and one of its requests')
+  const request = at === undefined ? undefined : requests[at as number]
   return {
-    ...saved,
-    ...(logProbs && { logProbs: logProbs.map((x) => x ?? Number.NaN) }),
-    ...(request?.promptTokens && { promptTokens: request.promptTokens }),
+    ...(item as Pick<RolloutItem, 'sample'>),
+    completion: {
+      ...savedCompletion(completion, bad),
+      ...(request?.promptTokens && { promptTokens: request.promptTokens }),
+    },
+    ...(request && { request }),
+    ...(error === undefined
+      ? { reward: reward as number }
+      : {
+          error: new P2RError('ERR_POLICY', error as string, { op: 'rollout' }),
+          reward: Number.NaN,
+        }),
   }
 }

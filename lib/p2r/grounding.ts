@@ -205,7 +205,7 @@ export function formatReward(text: string, role: Role): number {
   return +(role === 'perceiver' ? isListOfBoxes(text) : isThoughtAndAnswer(text))
 }
 
-const fenced = new RegExp(`^\`\`\`(?:json)?[${blanks}]*\n([^\`]*)\`\`\`$`)
+const fenced = new RegExp(`^\`\`\`(?:json)?(?=[${blanks}]*\n)([^\`]*)\`\`\`$`)
 
 function isListOfBoxes(text: string): boolean {
   const shown = strip(afterThinking(text))

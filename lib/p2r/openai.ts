@@ -30,7 +30,7 @@ import { Semaphore } from './semaphore.js'
 /** Options of OpenAIPolicy. */
 export interface OpenAIPolicyOptions {
   /**
-   * The API's address with its version: 'http://localhost:8000/v1'. Several are used in turn, and a
+   * The API's address with its version: 'http://localhost:8000/v1', without a password. Several are used in turn, and a
    * retry uses the next.
    */
   baseURL: string | readonly string[]
@@ -126,7 +126,8 @@ const encodedAhead = 8
  *
  * Broken connections, truncated or invalid responses, timeouts, 408, 409, 429 and 5xx are retried after
  * the delay of Retry-After, else after 0.5 s, 1 s, 2 s, ... with jitter.
- * A final failure is ERR_POLICY with its cause; an abort rejects with the signal's reason.
+ * A final failure is ERR_POLICY with its cause; an abort rejects with the signal's reason. A redirect to another
+ * server is a failure, and the key is left out of messages and of what the server repeats.
  *
  * Text parts are joined. A response with fewer choices than `n` is completed by further requests for those that
  * are missing. A model that declines gives completions with `refusal`. What holds no answer (a thought that
@@ -300,7 +301,7 @@ export class OpenAIPolicy implements Policy {
       } catch (error) {
         if (signal?.aborted) throw signal.reason
         if (error instanceof P2RError) throw error
-        failure = failureOf(error, timeoutMs)
+        failure = redactedFailure(failureOf(error, timeoutMs), this.#options.apiKey)
       }
       const wait = failure.after ?? Math.min(backoff.first * 2 ** attempt, backoff.most)
       if (!failure.retry || attempt === maxRetries || wait > longestWait) {
@@ -341,7 +342,7 @@ export class OpenAIPolicy implements Policy {
       const streamed =
         typeof answer === 'object' && answer !== null && Symbol.asyncIterator in answer
       const whole = streamed ? await assemble(answer as AsyncIterable<unknown>) : answer
-      return completionsOf(whole, tools)
+      return completionsOf(redacted(whole, this.#options.apiKey), tools)
     } catch (error) {
       throw deadline.signal.aborted && !signal?.aborted ? deadline.signal.reason : error
     } finally {
@@ -364,7 +365,7 @@ export class OpenAIPolicy implements Policy {
         )
       }
       const { apiKey } = this.#options
-      const fetch = await patientFetch()
+      const fetch = await patientFetch(apiKey)
       return this.#urls.map(
         (baseURL) => new library.OpenAI({ baseURL, apiKey, fetch, logLevel: 'off' }),
       )
@@ -390,19 +391,101 @@ class BadAnswer extends Error {
  * Fetch without time limits of its own (Node's ends a request after 300 s without headers or data, whatever
  * `timeoutMs` is), whose error responses have a body that the client reads.
  */
-async function patientFetch(): Promise<typeof globalThis.fetch> {
+async function patientFetch(apiKey: string): Promise<typeof globalThis.fetch> {
   const { Agent } = await import('undici')
   const dispatcher = new Agent({ headersTimeout: 0, bodyTimeout: 0 })
   const patient = async (url: string, init?: object): Promise<Response> => {
-    const response = await fetch(url, { ...init, dispatcher } as object)
-    return response.ok ? response : withError(response)
+    const response = await fetchWithin(url, { ...init, dispatcher } as object)
+    const bounded = response.body
+      ? new Response(response.body.pipeThrough(limited()), response)
+      : response
+    return bounded.ok ? bounded : withError(bounded, apiKey)
   }
   return patient as typeof globalThis.fetch
 }
 
+/** Bytes of a response. Beyond them a server is broken, or wants the memory. */
+const longestResponse = 1 << 28
+
+function limited(): TransformStream<Uint8Array, Uint8Array> {
+  let length = 0
+  return new TransformStream({
+    transform(bytes, controller) {
+      length += bytes.length
+      if (length > longestResponse)
+        throw new BadAnswer(`the answer has more than ${longestResponse} bytes`, false)
+      controller.enqueue(bytes)
+    },
+  })
+}
+
+/** Redirects that a request follows, one after the other. */
+const mostRedirects = 3
+
+/**
+ * @internal fetch, but a redirect to another origin is an error: prompts, images and the key are for the named server
+ * alone. Redirects that would drop the request's body (301 to 303) are errors too, unless it has none.
+ */
+export async function fetchWithin(url: string, init: RequestInit): Promise<Response> {
+  let at = new URL(url)
+  for (let followed = 0; ; followed++) {
+    const response = await fetch(at, { ...init, redirect: 'manual' })
+    const location = response.headers.get('location')
+    if (response.status < 300 || response.status >= 400 || location === null) return response
+    await response.body?.cancel()
+    const next = URL.canParse(location, at.href) ? new URL(location, at) : undefined
+    if (next?.origin !== at.origin)
+      throw new BadAnswer(`it redirects to ${next?.origin ?? 'no address'}, another server`, false)
+    if ((response.status < 307 && init.body) || followed === mostRedirects)
+      throw new BadAnswer(`it redirects to ${next.pathname}; name that address`, false)
+    at = next
+  }
+}
+
+/** @internal Whether an address holds a user's name or password. fetch refuses it, and messages would repeat it. */
+export function hasCredentials(url: string): boolean {
+  if (!URL.canParse(url)) return false
+  const { username, password } = new URL(url)
+  return username !== '' || password !== ''
+}
+
+/** Characters from which on a key is a secret; 'EMPTY', which servers without keys are given, is none. */
+const shortestSecret = 6
+
+/** A value with the key left out of every text in it, since servers repeat what they were sent. */
+function redacted<T>(value: T, apiKey: string): T {
+  if (apiKey.length < shortestSecret) return value
+  const without = (value: unknown): unknown => {
+    if (typeof value === 'string') return value.replaceAll(apiKey, '[key]')
+    if (Array.isArray(value)) return value.map(without)
+    if (typeof value !== 'object' || value === null) return value
+    return Object.fromEntries(Object.entries(value).map(([name, v]) => [without(name), without(v)]))
+  }
+  return without(value) as T
+}
+
+/** An error of the client's with no more of the request and the response than its texts, without the key. */
+function redactedError(error: unknown, apiKey: string): unknown {
+  if (!(error instanceof Error)) return redacted(error, apiKey)
+  const { status, code, cause } = error as { status?: unknown; code?: unknown; cause?: unknown }
+  const made = new Error(
+    redacted(error.message, apiKey),
+    cause === undefined ? undefined : { cause: redactedError(cause, apiKey) },
+  )
+  made.name = error.name
+  if (error.stack) made.stack = redacted(error.stack, apiKey)
+  return Object.assign(
+    made,
+    redacted(
+      { ...(status !== undefined && { status }), ...(code !== undefined && { code }) },
+      apiKey,
+    ),
+  )
+}
+
 /** An error response in the API's form. The client shows `error.message` and drops what others write. */
-async function withError(response: Response): Promise<Response> {
-  const text = await response.text()
+async function withError(response: Response, apiKey: string): Promise<Response> {
+  const text = redacted(await response.text(), apiKey)
   const { status, headers } = response
   let said: string | undefined
   try {
@@ -447,6 +530,10 @@ interface Failure {
   cause: unknown
 }
 
+function redactedFailure({ message, cause, ...failure }: Failure, apiKey: string): Failure {
+  return { ...failure, message: redacted(message, apiKey), cause: redactedError(cause, apiKey) }
+}
+
 function failureOf(cause: unknown, timeoutMs: number): Failure {
   if (cause instanceof TimedOut)
     return { message: `no answer within ${timeoutMs} ms`, retry: true, cause }
@@ -455,7 +542,7 @@ function failureOf(cause: unknown, timeoutMs: number): Failure {
     // Refused and broken connections, truncated bodies: the reason is the innermost cause.
     let reason = cause
     while ((reason as Error)?.cause) reason = (reason as Error).cause
-    if (cause instanceof BadAnswer) return { message: cause.message, retry: cause.retry, cause }
+    if (reason instanceof BadAnswer) return { message: reason.message, retry: reason.retry, cause }
     return { message: `the connection failed: ${messageOf(reason)}`, retry: true, cause }
   }
   return {
@@ -780,5 +867,7 @@ function urlsOf(baseURL: unknown): string[] {
   for (const url of urls)
     if (typeof url !== 'string' || !URL.canParse(url) || !/^https?:/.test(url))
       refuse('ERR_VALUE', op, `baseURL must be an http address, got ${describeValue(url)}`)
+    else if (hasCredentials(url))
+      refuse('ERR_VALUE', op, 'baseURL must not hold a password; give a key by apiKey')
   return urls as string[]
 }

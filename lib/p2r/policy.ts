@@ -10,6 +10,7 @@ import {
   checkString,
   choice,
   describeValue,
+  isObject,
   type Names,
 } from '../arguments.js'
 import { P2RError, refuse } from '../errors.js'
@@ -279,14 +280,71 @@ function checkCompletions(made: unknown, n: number, op: string): Completion[] {
         Array.isArray(made) ? made.length : describeValue(made)
       }`,
     )
-  for (const completion of made as Completion[])
+  return (made as Completion[]).map((completion) => {
     if (typeof completion?.text !== 'string')
       refuse(
         'ERR_POLICY',
         op,
         `a completion must have a text, got ${describeValue(completion?.text ?? completion)}`,
       )
-  return made as Completion[]
+    const wrong = wrongIn(completion)
+    // One that cannot be trained on must not take the others of its request with it.
+    return wrong === undefined ? completion : { text: '', failure: `the policy gave ${wrong}` }
+  })
+}
+
+/** The largest token id that an i32 holds. */
+const largestToken = 2 ** 31 - 1
+
+/** @internal Which field of a completion with a text is not as its type says; undefined where all are. */
+export function wrongIn(completion: Completion): string | undefined {
+  const { tokens, promptTokens, logProbs, mask, toolCalls } = completion
+  for (const [name, ids] of Object.entries({ tokens, promptTokens }))
+    if (ids !== undefined && !isListOf(ids, isToken))
+      return `${name} that are no list of integers from 0 to ${largestToken}`
+  if (logProbs !== undefined && !isListOf(logProbs, (x) => typeof x === 'number'))
+    return 'logProbs that are no list of numbers'
+  if (mask !== undefined && !isListOf(mask, (x) => x === 0 || x === 1))
+    return 'a mask that is no list of 0 and 1'
+  for (const name of ['finishReason', 'reasoning', 'refusal', 'failure'] as const)
+    if (completion[name] !== undefined && typeof completion[name] !== 'string')
+      return `a ${name} that is no string`
+  if (toolCalls !== undefined && !isListOf(toolCalls, isCall))
+    return 'toolCalls that are no list of names with arguments'
+  return undefined
+}
+
+function isListOf(list: unknown, good: (item: unknown) => boolean): boolean {
+  if (!Array.isArray(list) && !ArrayBuffer.isView(list)) return false
+  const { length } = list as ArrayLike<unknown>
+  if (typeof length !== 'number') return false // a DataView
+  // Holes are undefined, which `every` would pass over.
+  for (let i = 0; i < length; i++) if (!good((list as ArrayLike<unknown>)[i])) return false
+  return true
+}
+
+function isToken(id: unknown): boolean {
+  return Number.isInteger(id) && (id as number) >= 0 && (id as number) <= largestToken
+}
+
+function isCall(call: unknown): boolean {
+  const { id, name, arguments: given } = (isObject(call) ? call : {}) as Partial<ToolCall>
+  return (
+    typeof name === 'string' &&
+    typeof given === 'string' &&
+    (id === undefined || typeof id === 'string')
+  )
+}
+
+/** @internal A completion of a JSON file, which has null for NaN; what is wrong with it is given to `bad`. */
+export function savedCompletion(value: unknown, bad: (why: string) => never): Completion {
+  if (!isObject(value) || typeof (value as Completion).text !== 'string')
+    return bad('a completion must have a text')
+  const saved = { ...value } as Completion
+  if (Array.isArray(saved.logProbs))
+    (saved as { logProbs: unknown }).logProbs = saved.logProbs.map((x: unknown) => x ?? Number.NaN)
+  const wrong = wrongIn(saved)
+  return wrong === undefined ? saved : bad(`a completion has ${wrong}`)
 }
 
 /** @internal */

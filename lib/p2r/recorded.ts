@@ -1,7 +1,8 @@
 import { createHash } from 'node:crypto'
-import { appendFile, readFile } from 'node:fs/promises'
+import { appendFile } from 'node:fs/promises'
 import { checkReceiver, checkString, describeValue, isObject } from '../arguments.js'
 import { refuse } from '../errors.js'
+import { readText } from '../files.js'
 import type { Tensor } from '../tensor.js'
 import {
   type Completion,
@@ -11,6 +12,7 @@ import {
   type Policy,
   type PolicyRequest,
   type Role,
+  savedCompletion,
   type Turn,
 } from './policy.js'
 
@@ -87,7 +89,7 @@ export class RecordedPolicy implements Policy {
   static async load(path: string): Promise<RecordedPolicy> {
     const op = 'RecordedPolicy'
     checkString(path, 'path', op)
-    const text = await readFile(path, 'utf8').catch((cause) =>
+    const text = await readText(path).catch((cause) =>
       refuse('ERR_IO', op, `${path} could not be read: ${messageOf(cause)}`, { cause }),
     )
     const lines = text.split('\n').flatMap((line, i): Line[] => {
@@ -98,7 +100,7 @@ export class RecordedPolicy implements Policy {
       } catch (cause) {
         refuse('ERR_FORMAT', op, `${path}:${i + 1} is not JSON`, { cause })
       }
-      return [checkLine(value, `${path}:${i + 1}`, op)]
+      return [lineOf(value, (why) => refuse('ERR_FORMAT', op, `${path}:${i + 1}: ${why}`))]
     })
     return new RecordedPolicy(construct, lines)
   }
@@ -188,20 +190,31 @@ export function recordPolicy(policy: Policy, path: string): Policy {
   }
 }
 
-function checkLine(value: unknown, where: string, op: string): Line {
-  const line = value as Partial<Line> | null
-  const good =
-    typeof line === 'object' &&
-    line !== null &&
-    (line.role === 'perceiver' || line.role === 'reasoner') &&
-    typeof line.prompt === 'string' &&
-    (line.images === undefined || Array.isArray(line.images)) &&
-    (line.turns === undefined || typeof line.turns === 'string') &&
-    Array.isArray(line.completions) &&
-    line.completions.every((c) => typeof c?.text === 'string')
-  if (!good)
-    refuse('ERR_FORMAT', op, `${where} must have a role, a prompt and completions with a text`)
-  return line as Line
+function lineOf(value: unknown, bad: (why: string) => never): Line {
+  const { role, prompt, system, images, turns, completions } = (
+    isObject(value) ? value : {}
+  ) as Partial<Line>
+  if (
+    (role !== 'perceiver' && role !== 'reasoner') ||
+    typeof prompt !== 'string' ||
+    !Array.isArray(completions)
+  )
+    return bad('a line must have a role, a prompt and completions with a text')
+  for (const [name, text] of Object.entries({ system, turns }))
+    if (text !== undefined && typeof text !== 'string') bad(`${name} must be a string`)
+  if (images !== undefined && !isTexts(images)) bad('images must be a list of hashes')
+  return {
+    role,
+    prompt,
+    ...(system !== undefined && { system }),
+    ...(images !== undefined && { images }),
+    ...(turns !== undefined && { turns }),
+    completions: completions.map((completion) => savedCompletion(completion, bad)),
+  }
+}
+
+function isTexts(list: unknown): boolean {
+  return Array.isArray(list) && list.every((item) => typeof item === 'string')
 }
 
 /** Of the texts, calls and images of a conversation, without the ids that a server gave. */

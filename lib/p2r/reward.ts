@@ -385,15 +385,75 @@ export function perceptionFault(
     checkNumbers(box?.bbox2d, 4, `boxes[${i}].bbox2d`, op)
     checkString(box.label, `boxes[${i}].label`, op)
   }
-  for (let i = 0; i < boxes.length; i++)
-    for (let j = 0; j < i; j++)
-      if (boxIoU(boxes[i]!.bbox2d, boxes[j]!.bbox2d) > 0.5) return 'overlap'
+  if (anyOverlap(boxes)) return 'overlap'
   for (const { label } of boxes) {
     const name = strip(label).toLowerCase()
     if (label === '' || name === 'description') return 'label'
-    if (strict && /^[<[({"']*(description)?[>\])}"']*$/.test(name)) return 'label'
+    if (strict && ['', 'description'].includes(withoutBrackets(name))) return 'label'
   }
   return null
+}
+
+/**
+ * Whether two boxes have an IoU above 0.5. They are then of similar sides and near each other, so that each box is
+ * compared with those in the cells around it, of which a cell holds few before two of them overlap: the time is linear
+ * in the number of boxes.
+ */
+function anyOverlap(boxes: readonly EvidenceBox[]): boolean {
+  const cells = new Map<string, EvidenceBox['bbox2d'][]>()
+  for (const { bbox2d: box } of boxes) {
+    const [width, height] = [box[2] - box[0], box[3] - box[1]]
+    // Others have no area, or none that is a number.
+    if (!(width > 0 && height > 0 && Number.isFinite(width) && Number.isFinite(height))) continue
+    const across = placesNear(box[0], width)
+    const down = placesNear(box[1], height)
+    for (const x of across)
+      for (const y of down)
+        for (const other of cells.get(`${x},${y}`) ?? []) if (iou(box, other) > 0.5) return true
+    const cell = `${placeOf(box[0], sizeClass(width))},${placeOf(box[1], sizeClass(height))}`
+    const inside = cells.get(cell)
+    if (inside) inside.push(box)
+    else cells.set(cell, [box])
+  }
+  return false
+}
+
+/** k where a side is at least 2^k and less than 2^(k + 1). */
+function sizeClass(side: number): number {
+  return Math.floor(Math.log2(side))
+}
+
+/** The cell along one axis of a side of class k that begins at `start`; cells are as long as the longest such side. */
+function placeOf(start: number, k: number): string {
+  return `${k}:${Math.floor(start / 2 ** (k + 1))}`
+}
+
+/**
+ * The cells of sides whose intersection with this one may be more than half of the longer one: of at most twice or at
+ * least half its length, beginning nearer than half the longer one.
+ */
+function placesNear(start: number, side: number): string[] {
+  const own = sizeClass(side)
+  const places: string[] = []
+  for (let k = own - 1; k <= own + 1; k++) {
+    const reach = 2 ** Math.max(k, own)
+    const length = 2 ** (k + 1)
+    const last = Math.floor((start + reach) / length)
+    for (let at = Math.floor((start - reach) / length); at <= last; at++) {
+      places.push(`${k}:${at}`)
+      // Far from 0 a cell may be smaller than the distance of two numbers.
+      if (at + 1 === at) break
+    }
+  }
+  return places
+}
+
+/** A label without the brackets and quotes around it. */
+function withoutBrackets(label: string): string {
+  let [start, end] = [0, label.length]
+  while (start < end && '<[({"\''.includes(label[start]!)) start++
+  while (end > start && '>])}"\''.includes(label[end - 1]!)) end--
+  return label.slice(start, end)
 }
 
 /** How long an answer may be, in tokens, and what it costs to be longer. */
@@ -470,6 +530,10 @@ export function overlongPenalty(a: OverlongPenaltyArgs): number {
 export function boxIoU(a: EvidenceBox['bbox2d'], b: EvidenceBox['bbox2d']): number {
   checkNumbers(a, 4, 'a', 'boxIoU')
   checkNumbers(b, 4, 'b', 'boxIoU')
+  return iou(a, b)
+}
+
+function iou(a: EvidenceBox['bbox2d'], b: EvidenceBox['bbox2d']): number {
   const width = Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0]))
   const height = Math.max(0, Math.min(a[3], b[3]) - Math.max(a[1], b[1]))
   const area = (c: EvidenceBox['bbox2d']) => (c[2] - c[0]) * (c[3] - c[1])

@@ -51,6 +51,42 @@ export class Semaphore {
 }
 
 /**
+ * Bounds the bytes of images that are held at once. How many an image has is known once it is loaded, so that few are
+ * loaded at a time, and none while those that are held reach the limit.
+ */
+export class ImageGate {
+  readonly #loading: Semaphore
+  readonly #limit: number
+  readonly #waiting: (() => void)[] = []
+  #held = 0
+
+  constructor(limit: number, loadedAtOnce: number) {
+    this.#limit = limit
+    this.#loading = new Semaphore(loadedAtOnce)
+  }
+
+  /** Loads an image when there is room for it; the caller releases its bytes. */
+  load<T extends { byteLength: number }>(
+    f: () => Promise<T>,
+    signal?: AbortSignalLike,
+  ): Promise<T> {
+    return this.#loading.run(async () => {
+      while (this.#held >= this.#limit)
+        await new Promise<void>((resolve) => this.#waiting.push(resolve))
+      signal?.throwIfAborted()
+      const image = await f()
+      this.#held += image.byteLength
+      return image
+    }, signal)
+  }
+
+  release({ byteLength }: { byteLength: number }): void {
+    this.#held -= byteLength
+    for (const resolve of this.#waiting.splice(0)) resolve()
+  }
+}
+
+/**
  * The results of f for all items in the order of completion, at most `concurrency` calls at once. An
  * item is pulled from the iterable only when its call can start, so memory does not grow with their
  * number. An error of f ends the iteration, as does the consumer's return.

@@ -22,7 +22,7 @@ import {
   isObject,
   type Names,
 } from '../arguments.js'
-import { loadWeights, readJson } from '../checkpoint.js'
+import { loadWeights, most, readJson } from '../checkpoint.js'
 import { composite } from '../composite.js'
 import { checkDevice, type Device } from '../device.js'
 import { checkFloatDType, type FloatDType, isFloatDType } from '../dtype.js'
@@ -137,6 +137,10 @@ type Activation = 'none' | 'tanh'
 
 /** Hugging Face's names of the two forms of GELU. */
 const activations: Record<string, Activation> = { gelu: 'none', gelu_pytorch_tanh: 'tanh' }
+/** Of a patch and of merged patches, along an axis. */
+const maxPatch = 256
+/** Parts of the longest name, 'blocks.0.attn.qkv.weight'. */
+const nameParts = 5
 const opName = 'VisionTower'
 const construct = Symbol('construct')
 
@@ -401,24 +405,24 @@ function readConfig(json: unknown, path: string): Config {
   const vision = json.vision_config ?? json
   if (!isJsonObject(vision))
     return bad(`vision_config must be an object, got ${describeValue(vision)}`)
-  const positive = (name: string, otherwise?: number): number => {
+  const within = (limit: number, name: string, otherwise?: number): number => {
     const value = vision[name] ?? otherwise
-    if (!Number.isInteger(value) || (value as number) < 1)
-      return bad(`${name} must be a positive integer, got ${describeValue(value)}`)
+    if (!Number.isInteger(value) || (value as number) < 1 || (value as number) > limit)
+      return bad(`${name} must be an integer from 1 to ${limit}, got ${describeValue(value)}`)
     return value as number
   }
   const config = {
-    depth: positive('depth'),
-    hiddenSize: positive('hidden_size'),
-    heads: positive('num_heads'),
-    outHiddenSize: positive('out_hidden_size'),
-    patchSize: positive('patch_size', 16),
-    temporalPatchSize: positive('temporal_patch_size', 2),
-    mergeSize: positive('spatial_merge_size', 2),
-    intermediateSize: positive('intermediate_size'),
-    positions: positive('num_position_embeddings'),
+    depth: within(most.layers, 'depth'),
+    hiddenSize: within(most.sizes, 'hidden_size'),
+    heads: within(most.sizes, 'num_heads'),
+    outHiddenSize: within(most.sizes, 'out_hidden_size'),
+    patchSize: within(maxPatch, 'patch_size', 16),
+    temporalPatchSize: within(maxPatch, 'temporal_patch_size', 2),
+    mergeSize: within(maxPatch, 'spatial_merge_size', 2),
+    intermediateSize: within(most.sizes, 'intermediate_size'),
+    positions: within(most.positions, 'num_position_embeddings'),
   }
-  const channels = positive('in_channels', 3)
+  const channels = within(maxPatch, 'in_channels', 3)
   if (channels !== 3) bad(`in_channels must be 3, got ${channels}`)
   const headDim = config.hiddenSize / config.heads
   if (!Number.isInteger(headDim) || headDim % 8 !== 0 || headDim > 128)
@@ -426,9 +430,10 @@ function readConfig(json: unknown, path: string): Config {
   const deepstack = vision.deepstack_visual_indexes ?? []
   if (
     !Array.isArray(deepstack) ||
-    !deepstack.every((i) => Number.isInteger(i) && i >= 0 && i < config.depth)
+    !deepstack.every((i) => Number.isInteger(i) && i >= 0 && i < config.depth) ||
+    new Set(deepstack).size !== deepstack.length
   )
-    return bad(`deepstack_visual_indexes must hold blocks from 0 to ${config.depth - 1}`)
+    return bad(`deepstack_visual_indexes must hold different blocks from 0 to ${config.depth - 1}`)
   const act = vision.hidden_act ?? 'gelu_pytorch_tanh'
   const activation = Object.hasOwn(activations, act as string) && activations[act as string]
   if (!activation)
@@ -468,10 +473,17 @@ function shapesOf(c: Config): Map<string, number[]> {
   return shapes
 }
 
-/** A stored name without its prefix ('model.visual.', 'visual.', ...); undefined for other weights. */
+/**
+ * A stored name without its prefix ('model.visual.', 'visual.', ...); undefined for other weights. Only its last parts
+ * are looked up, as many as the longest wanted name has, since a name in a hostile file may have a million.
+ */
 function towerName(stored: string, wanted: ReadonlySet<string>): string | undefined {
-  for (let name = stored; ; name = name.slice(name.indexOf('.') + 1)) {
-    if (wanted.has(name)) return name
-    if (!name.includes('.')) return undefined
+  let found: string | undefined
+  let dot = stored.length
+  for (let parts = 0; parts < nameParts && dot >= 0; parts++) {
+    dot = dot > 0 ? stored.lastIndexOf('.', dot - 1) : -1
+    const name = stored.slice(dot + 1)
+    if (wanted.has(name)) found = name
   }
+  return found
 }

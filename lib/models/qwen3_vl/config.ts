@@ -1,7 +1,7 @@
 // config.json and generation_config.json of a Qwen3-VL checkpoint.
 import { join } from 'node:path'
 import { describeValue, isJsonObject } from '../../arguments.js'
-import { ifThere, readJson } from '../../checkpoint.js'
+import { ifThere, most, readJson } from '../../checkpoint.js'
 import { refuse } from '../../errors.js'
 
 /** The language model's sizes and a checkpoint's special tokens, from its config.json. */
@@ -65,9 +65,6 @@ export interface Qwen3VLImageRules {
   /** Of each channel. */
   std: readonly [number, number, number]
 }
-
-/** Sizes beyond these are mistakes or attacks, not models. */
-const most = { sizes: 2 ** 20, layers: 1024, vocabulary: 2 ** 24, positions: 2 ** 24 } as const
 
 type Bad = (why: string) => never
 type Json = Record<string, unknown>
