@@ -278,7 +278,7 @@ onEveryBackend('VisionTower', (b) => {
       [{ num_heads: 3 }, /multiple of 8/],
       [{ hidden_act: 'silu' }, /hidden_act/],
       [{ deepstack_visual_indexes: [7] }, /deepstack_visual_indexes/],
-      [{ depth: 'three' }, /depth must be a positive integer/],
+      [{ depth: 'three' }, /depth must be an integer from 1 to 1024/],
     ] as const)
       await refused(await folderOf(device, name, { change }), 'ERR_FORMAT', message)
     expect(device.memory().liveBytes).toBe(before)
