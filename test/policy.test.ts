@@ -621,7 +621,10 @@ describe('recordings', () => {
       ['{', /bad.jsonl:1 is not JSON/],
       ['\n{"role": "reasoner"}', /bad.jsonl:2: a line must have/],
       ['{"role": "cook", "prompt": "", "completions": []}', /:1: a (line|completion) must have/],
-      ['{"role": "reasoner", "prompt": "", "completions": [{}]}', /:1: a (line|completion) must have/],
+      [
+        '{"role": "reasoner", "prompt": "", "completions": [{}]}',
+        /:1: a (line|completion) must have/,
+      ],
       ['null', /:1: a (line|completion) must have/],
     ] as const) {
       await writeFile(path, text)
