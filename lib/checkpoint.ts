@@ -48,9 +48,9 @@ export async function ifThere<T>(read: Promise<T>): Promise<T | undefined> {
 }
 
 /** @internal */
-export interface LoadWeightsOptions {
+export interface LoadWeightsOptions<T extends Disposable> {
   /** As of loadSome. */
-  keep?: (name: string, tensor: Tensor) => Tensor
+  keep: (name: string, tensor: Tensor) => T
   /** Called with the bytes read so far and those of all weights. */
   onProgress?: (done: number, of: number) => void
 }
@@ -59,13 +59,13 @@ export interface LoadWeightsOptions {
  * @internal The weights of a folder to which `rename` gives a name, under that name: of the safetensors files that
  * model.safetensors.index.json names for them, else of all in the folder.
  */
-export async function loadWeights(
+export async function loadWeights<T extends Disposable>(
   op: string,
   folder: string,
   device: Device,
   rename: (name: string) => string | undefined,
-  { keep = (_, tensor) => tensor, onProgress }: LoadWeightsOptions = {},
-): Promise<Record<string, Tensor>> {
+  { keep, onProgress }: LoadWeightsOptions<T>,
+): Promise<Record<string, T>> {
   const files = await weightFiles(folder, rename, op)
   const all = onProgress ? bytesOf(await listAll(op, files, rename)) : 0
   let done = 0
@@ -73,18 +73,18 @@ export async function loadWeights(
     done += count
     onProgress?.(done, all)
   }
-  const weights: Record<string, Tensor> = {}
+  const weights: Record<string, T> = {}
   try {
     for (const file of files)
       for (const [name, tensor] of Object.entries(
         await loadSome(op, file, device, rename, { keep, onBytes }),
       )) {
-        weights[name]?.dispose()
+        weights[name]?.[Symbol.dispose]()
         weights[name] = tensor
       }
     return weights
   } catch (error) {
-    for (const tensor of Object.values(weights)) tensor.dispose()
+    for (const weight of Object.values(weights)) weight[Symbol.dispose]()
     throw error
   }
 }

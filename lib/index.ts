@@ -30,6 +30,13 @@ export type {
   Qwen3VLImageRules,
   Qwen3VLSampling,
 } from './models/qwen3_vl/config.js'
+export type {
+  Generated,
+  GeneratedToken,
+  GenerationPrompt,
+  Qwen3VLGenerateArgs,
+  SamplingOptions,
+} from './models/qwen3_vl/generate.js'
 export {
   Qwen3VL,
   type Qwen3VLForwardArgs,
@@ -250,6 +257,7 @@ export {
   type LogProbsStep,
   type RewardsBatch,
 } from './p2r/grpo.js'
+export { LocalPolicy, type LocalPolicyOptions } from './p2r/local.js'
 export { OpenAIPolicy, type OpenAIPolicyOptions } from './p2r/openai.js'
 export {
   type PerceiveArgs,
@@ -341,6 +349,7 @@ export {
 } from './p2r/zoom.js'
 export { type LoadTensorsOptions, loadMetadata, loadTensors, saveTensors } from './safetensors.js'
 export { scope, scopeAsync } from './scope.js'
+export { type ModelServer, type ServeOptions, serveModel } from './serve/server.js'
 export type { Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'
 export {
   type EncodeArgs,

@@ -40,6 +40,11 @@ function release(made: Set<Disposes>, result: unknown): void {
   for (const tensor of made) tensor.dispose()
 }
 
+/** Runs f outside of all scopes: what it makes belongs to an object that disposes it. */
+export function unscoped<R>(f: () => R): R {
+  return scopes.exit(f)
+}
+
 /** The method by which an object yields the tensors in its private fields to a scope. */
 export const holds: unique symbol = Symbol('holds')
 

@@ -103,6 +103,9 @@ test('a folder without a template has that of the Instruct models', async () => 
   expect(plain.encodeChat(messages, { images: [3] })).toEqual(
     tokenizer.encodeChat(messages, { images: [3] }),
   )
+  expect(plain.decode(plain.encodeChat([{ role: 'tool', content: 'a crop' }]))).toBe(
+    'user\n<tool_response>\na crop\n</tool_response>\nassistant\n',
+  )
   // The other files that have held templates, in their order.
   const as = (text: string) => ({ chat_template: `${chatTemplate}${text}` })
   const encoded = async () => {

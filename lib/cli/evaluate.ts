@@ -12,6 +12,7 @@ import { type BenchmarkName, imageIn, layoutOf, readBenchmark } from './benchmar
 import { type Result, type Row, readResults, readRows, type Settings } from './questions.js'
 import { comparisonOf, comparisonText, type Summary, summaryOf, tableOf } from './report.js'
 import {
+  LocalModels,
   type Method,
   type RoleOptions,
   type Roles,
@@ -49,9 +50,10 @@ interface Prepared extends Run, Survey {
 
 /** Answers and scores the questions of a file or a benchmark, in one run or several; returns the exit code. */
 export async function evaluateCommand(data: string, options: EvaluateOptions): Promise<number> {
-  const runs: Prepared[] = []
-  for (const run of runsOf(data, options)) runs.push(await prepare(data, run, options))
   using device = openDevice(options.device)
+  const models = new LocalModels(device, options)
+  const runs: Prepared[] = []
+  for (const run of runsOf(data, options)) runs.push(await prepare(data, run, options, models))
 
   const stop = new AbortController()
   const interrupt = (): void => {
@@ -113,12 +115,17 @@ function rowsOf(data: string, { benchmark, form, limit }: EvaluateOptions): Asyn
 }
 
 /** Reads questions and known results, and finds the servers: all that can be refused before the first request. */
-async function prepare(data: string, run: Run, options: EvaluateOptions): Promise<Prepared> {
+async function prepare(
+  data: string,
+  run: Run,
+  options: EvaluateOptions,
+  models: LocalModels,
+): Promise<Prepared> {
   const { method, seed, file } = run
   const { results: known, settings: recorded } = await readResults(file)
   const surveyed = await survey(data, options, known, file)
-  const roles = await rolesOf(options, method, seed)
-  const judge = surveyed.free ? await verifierOf(options) : undefined
+  const roles = await rolesOf(options, models, method, seed)
+  const judge = surveyed.free ? await verifierOf(options, models) : undefined
   const servers = { ...roles.servers, ...(judge && { verifier: judge.server }) }
   const settings = settingsOf(options, run, servers)
   if (known.size) checkSettings(settings, recorded, file)

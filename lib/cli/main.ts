@@ -21,11 +21,13 @@ import { type EvaluateOptions, evaluateCommand } from './evaluate.js'
 import {
   type CropOptions,
   evidenceOptions,
+  LocalModels,
   type Method,
   methods,
   type RoleOptions,
   rolesOf,
 } from './roles.js'
+import { type ServeCommandOptions, serveCommand } from './serve.js'
 import { UsageError } from './usage.js'
 
 const { version } = JSON.parse(
@@ -61,7 +63,9 @@ function url(text: string, before: string[] = []): string[] {
 }
 
 const program = new Command('p2r-kernels')
-  .description('Perceive-to-Reason on served vision-language models: perceive, crop, reason.')
+  .description(
+    'Perceive-to-Reason on vision-language models, served or run here: perceive, crop, reason.',
+  )
   .version(version)
   .exitOverride()
   .configureOutput({
@@ -76,6 +80,11 @@ const deviceOption = () =>
   new Option('--device <id>', "'cpu', 'cuda', 'cuda:1' (default: $P2R_DEVICE, else CUDA, else CPU)")
 const rulesOption = (of: string) =>
   new Option('--rules <rules>', of).choices(['reference', 'strict']).default('reference')
+const quantizeOption = () =>
+  new Option('--quantize <bits>', 'of the weights of a checkpoint that is run here').choices([
+    '8',
+    '4',
+  ])
 const cropOptions = (command: Command): Command =>
   command
     .option('--max-evidence <n>', 'crops at most', integerFrom(0), 3)
@@ -117,11 +126,14 @@ function servedOptions(command: Command, concurrency: number): Command {
       'of the OpenAI API; repeat it for more servers of the same model',
       url,
     )
-    .option('--model <name>', 'the served model (default: the only one)')
+    .option(
+      '--model <name>',
+      "with --base-url the served model (default: the only one); without, a checkpoint's folder, which is run here",
+    )
   for (const part of ['perceiver', 'reasoner'])
     command
       .option(`--${part}-url <url>`, `of the ${part}, where it has a server of its own`, url)
-      .option(`--${part}-model <name>`, `of the ${part}`)
+      .option(`--${part}-model <name>`, `of the ${part}, likewise`)
   return cropOptions(command)
     .option(
       '--pixel-budget <n>',
@@ -158,7 +170,40 @@ function servedOptions(command: Command, concurrency: number): Command {
     .addOption(rulesOption('of reading boxes and answers, and of scoring'))
     .addOption(formOption())
     .addOption(deviceOption())
+    .addOption(quantizeOption())
 }
+
+function port(text: string): number {
+  const value = integerFrom(0)(text)
+  if (value < 65_536) return value
+  throw new InvalidArgumentError('It should be a port, at most 65535.')
+}
+
+program
+  .command('serve')
+  .description(
+    'serves a checkpoint by the OpenAI chat API: /v1/chat/completions, /v1/models, /health',
+  )
+  .requiredOption('--model <folder>', "a Qwen3-VL checkpoint's folder")
+  .option('--name <name>', "what requests call the model (default: the folder's name)")
+  .option(
+    '--host <address>',
+    'to listen on; others than loopback let other machines in',
+    '127.0.0.1',
+  )
+  .option('--port <n>', '0 for any that is free', port, 8000)
+  .option('--api-key <key>', 'that requests must have (default: $P2R_API_KEY, else none)')
+  .option('--max-tokens <n>', 'of requests that do not say', integerFrom(1), 2048)
+  .addOption(
+    new Option('--logprobs-mode <mode>', 'of temperature 1, or of that of the request')
+      .choices(['raw_logprobs', 'processed_logprobs'])
+      .default('raw_logprobs'),
+  )
+  .addOption(deviceOption())
+  .addOption(quantizeOption())
+  .action(async (options: ServeCommandOptions) => {
+    process.exitCode = await serveCommand(options)
+  })
 
 program
   .command('devices')
@@ -217,8 +262,9 @@ servedOptions(
       json?: boolean
     },
   ) => {
-    const { answerer } = await rolesOf(options, options.method)
     using device = openDevice(options.device)
+    const models = new LocalModels(device, options)
+    const { answerer } = await rolesOf(options, models, options.method)
     const image = await loadImage(file, device, { autoOrient: options.autoOrient })
     const made = await answer({ ...answerer, image, question, answerForm: options.form })
     const { evidence, perception, reasoning, truncated, requests, pixels } = made

@@ -1,9 +1,15 @@
+import { statSync } from 'node:fs'
+import { SingleBar } from 'cli-progress'
+import type { Device } from '../device.js'
+import { Qwen3VL } from '../models/qwen3_vl/model.js'
 import type { Answerer } from '../p2r/answer.js'
 import type { Coordinates, EvidenceOptions } from '../p2r/evidence.js'
+import { LocalPolicy } from '../p2r/local.js'
 import { fetchWithin, OpenAIPolicy, type OpenAIPolicyOptions } from '../p2r/openai.js'
 import { Perceiver } from '../p2r/perceiver.js'
+import type { Policy } from '../p2r/policy.js'
 import { Reasoner } from '../p2r/reasoner.js'
-import { reproductionSettings } from '../p2r/reproduction.js'
+import { type ReproductionSettings, reproductionSettings } from '../p2r/reproduction.js'
 import { modelVerifier, type RewardRules, type Verifier } from '../p2r/reward.js'
 import { ZoomAgent } from '../p2r/zoom.js'
 import { UsageError } from './usage.js'
@@ -20,7 +26,7 @@ export interface CropOptions {
 }
 
 /** The command line's options of the served models. */
-export interface RoleOptions extends CropOptions {
+export interface RoleOptions extends CropOptions, LoadOptions {
   baseUrl?: string[]
   model?: string
   perceiverUrl?: string[]
@@ -54,7 +60,7 @@ export interface Roles {
   servers: Partial<Record<'perceiver' | 'reasoner', Server>>
 }
 
-/** Where a part is served. */
+/** Where a part is served; without a URL, a checkpoint's folder. */
 export interface Server {
   url: string[]
   model: string
@@ -66,17 +72,74 @@ export function evidenceOptions(options: CropOptions): EvidenceOptions {
   return { maxPixels, minPixels, maxEvidence, padding: square, rules: resizeRules, coordinates }
 }
 
-export async function rolesOf(given: RoleOptions, method: Method, seed?: number): Promise<Roles> {
+/** How a checkpoint is loaded. */
+export interface LoadOptions {
+  quantize?: '8' | '4'
+}
+
+/** The models of checkpoints' folders, each loaded once. */
+export class LocalModels {
+  readonly #device: Device
+  readonly #options: LoadOptions
+  readonly #loaded = new Map<string, Promise<Qwen3VL>>()
+
+  constructor(device: Device, options: LoadOptions) {
+    this.#device = device
+    this.#options = options
+  }
+
+  load(folder: string): Promise<Qwen3VL> {
+    const known = this.#loaded.get(folder)
+    if (known) return known
+    const model = loadModel(folder, this.#device, this.#options)
+    this.#loaded.set(folder, model)
+    return model
+  }
+}
+
+/** Loads a checkpoint, with a progress bar where somebody sees it. */
+export async function loadModel(
+  folder: string,
+  device: Device,
+  { quantize }: LoadOptions,
+): Promise<Qwen3VL> {
+  if (!statSync(folder, { throwIfNoEntry: false })?.isDirectory())
+    throw new UsageError(
+      `--model ${folder} is not a checkpoint's folder; where a server has the model, name that by --base-url`,
+    )
+  const format = 'loading {bar} {percentage} %  {eta_formatted} left'
+  const bar = new SingleBar({ format, barsize: 24, hideCursor: true, clearOnComplete: true })
+  bar.start(1, 0)
+  try {
+    return await Qwen3VL.load(folder, device, {
+      ...(quantize && { quantize: Number(quantize) as 8 | 4 }),
+      onProgress(done, of) {
+        bar.setTotal(of)
+        bar.update(done)
+      },
+    })
+  } finally {
+    bar.stop()
+  }
+}
+
+export async function rolesOf(
+  given: RoleOptions,
+  models: LocalModels,
+  method: Method,
+  seed?: number,
+): Promise<Roles> {
   const options = withinBudget(given)
   const { temperature, rules } = options
   const settings = options.reproduction ? reproductionSettings() : undefined
-  const extraBody = { ...settings?.policy.extraBody, ...(seed !== undefined && { seed }) }
-  const policy = { ...settings?.policy, extraBody }
+  const policy = (server: Server) => policyOf(server, options, models, settings, seed)
   const reasoner = await serverOf('reasoner', options)
   if (method === 'zoom') {
-    const { maxTurns, toolCalls, coordinates, resizeRules } = options
+    const { maxTurns, coordinates, resizeRules } = options
     const { minPixels, maxPixels } = settings?.perceiver ?? options
-    const agent = new ZoomAgent(policyOf(reasoner, options, policy), {
+    // A model that is run here writes its calls.
+    const toolCalls = reasoner.url.length ? options.toolCalls : 'text'
+    const agent = new ZoomAgent(await policy(reasoner), {
       temperature,
       rules,
       maxTurns,
@@ -94,13 +157,13 @@ export async function rolesOf(given: RoleOptions, method: Method, seed?: number)
   return {
     servers: { perceiver, reasoner },
     answerer: {
-      perceiver: new Perceiver(policyOf(perceiver, options, policy), {
+      perceiver: new Perceiver(await policy(perceiver), {
         temperature,
         boxRules: rules,
         ...evidenceOptions(options),
         ...settings?.perceiver,
       }),
-      reasoner: new Reasoner(policyOf(reasoner, options, policy), {
+      reasoner: new Reasoner(await policy(reasoner), {
         temperature,
         rules,
         ...settings?.reasoner,
@@ -128,18 +191,23 @@ function withinBudget(options: RoleOptions): RoleOptions {
 
 export async function verifierOf(
   options: RoleOptions,
+  models: LocalModels,
 ): Promise<{ verifier: Verifier; server: Server }> {
   const server = await serverOf('verifier', options)
-  return { server, verifier: modelVerifier(policyOf(server, options), { rules: options.rules }) }
+  const policy = await policyOf(server, options, models)
+  return { server, verifier: modelVerifier(policy, { rules: options.rules }) }
 }
 
 type Part = 'perceiver' | 'reasoner' | 'verifier'
 
 async function serverOf(part: Part, options: RoleOptions): Promise<Server> {
   const url = options[`${part}Url`] ?? options.baseUrl
-  if (!url)
-    throw new UsageError(`the ${part} needs --base-url, where its server is, or --${part}-url`)
   const named = options[`${part}Model`] ?? options.model
+  if (!url && named !== undefined) return { url: [], model: named }
+  if (!url)
+    throw new UsageError(
+      `the ${part} needs --base-url, where its server is, or --${part}-url, or --model, a checkpoint's folder`,
+    )
   return { url, model: named ?? (await onlyModel(url[0]!, part, apiKeyOf(options))) }
 }
 
@@ -147,11 +215,19 @@ function apiKeyOf({ apiKey }: RoleOptions): string | undefined {
   return apiKey ?? process.env.OPENAI_API_KEY
 }
 
-function policyOf(
+async function policyOf(
   { url, model }: Server,
   options: RoleOptions,
-  more: Partial<OpenAIPolicyOptions> = {},
-): OpenAIPolicy {
+  models: LocalModels,
+  settings?: ReproductionSettings,
+  seed?: number,
+): Promise<Policy> {
+  if (!url.length)
+    return new LocalPolicy(await models.load(model), {
+      ...(settings && { sampling: settings.sampling }),
+      ...(seed !== undefined && { seed }),
+    })
+  const extraBody = { ...settings?.policy.extraBody, ...(seed !== undefined && { seed }) }
   const apiKey = apiKeyOf(options)
   return new OpenAIPolicy({
     baseURL: url,
@@ -164,7 +240,8 @@ function policyOf(
     ...(options.stream && { stream: true }),
     ...(!options.thinking && { thinking: false }),
     tokens: false,
-    ...more,
+    ...settings?.policy,
+    extraBody,
   })
 }
 

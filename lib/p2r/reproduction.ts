@@ -1,3 +1,4 @@
+import type { SamplingOptions } from '../models/qwen3_vl/generate.js'
 import type { OpenAIPolicyOptions } from './openai.js'
 import type { PerceiverOptions } from './perceiver.js'
 import type { ReasonerOptions } from './reasoner.js'
@@ -6,6 +7,8 @@ import type { ReasonerOptions } from './reasoner.js'
 export interface ReproductionSettings {
   /** Of the OpenAIPolicy of both roles: the images' encoding and the sampler's fields. */
   policy: Required<Pick<OpenAIPolicyOptions, 'imageFormat' | 'extraBody'>>
+  /** Of a LocalPolicy in place of that: the sampler's fields. */
+  sampling: Required<Pick<SamplingOptions, 'topP' | 'repetitionPenalty'>>
   /** Of the Perceiver. */
   perceiver: Required<
     Pick<PerceiverOptions, 'temperature' | 'maxTokens' | 'minPixels' | 'maxPixels'>
@@ -43,6 +46,7 @@ const patch = 32 * 32
  */
 export function reproductionSettings(): ReproductionSettings {
   return {
+    sampling: { topP: 1, repetitionPenalty: 1.05 },
     policy: { imageFormat: 'png', extraBody: { top_p: 1, repetition_penalty: 1.05 } },
     perceiver: {
       temperature: 0,

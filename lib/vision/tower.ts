@@ -219,9 +219,7 @@ export class VisionTower implements Disposable {
       path,
       device,
       (name) => towerName(name, wanted),
-      {
-        ...(onProgress && { onProgress }),
-      },
+      { keep: (_, tensor) => tensor, ...(onProgress && { onProgress }) },
     )
     try {
       const type = dtype ?? (stored['patch_embed.proj.weight']?.dtype as FloatDType | undefined)

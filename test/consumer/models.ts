@@ -5,10 +5,18 @@ import {
   type ChatPart,
   type ChatVideo,
   type Device,
+  type Generated,
+  type GeneratedToken,
+  type GenerationPrompt,
+  LocalPolicy,
+  type LocalPolicyOptions,
+  type ModelServer,
   type PackedTokens,
+  type Policy,
   Qwen3VL,
   type Qwen3VLConfig,
   type Qwen3VLForwardArgs,
+  type Qwen3VLGenerateArgs,
   type Qwen3VLImageRules,
   type Qwen3VLLogProbs,
   type Qwen3VLLogProbsArgs,
@@ -17,6 +25,9 @@ import {
   type Qwen3VLSampling,
   type Qwen3VLTokenizer,
   type Qwen3VLWant,
+  type SamplingOptions,
+  type ServeOptions,
+  serveModel,
   type Tensor,
   type Vision,
 } from 'p2r-kernels'
@@ -24,6 +35,7 @@ import {
 export async function load(folder: string, device: Device): Promise<number> {
   const options: Qwen3VLOptions = {
     dtype: 'bf16',
+    cacheTokens: 8192,
     onProgress: (done, of) => void (done / of),
   }
   using model = await Qwen3VL.load(folder, device, options)
@@ -54,4 +66,31 @@ export function passes(model: Qwen3VL, images: Vision): Tensor[] {
   const scored: Qwen3VLLogProbsArgs = { ...packed, temperature: 0.5 }
   const { logProbs, entropy }: Qwen3VLLogProbs = model.logProbs(scored)
   return [plain, missing, logProbs, entropy, ...(some.hiddenStates ?? [])]
+}
+
+export async function texts(model: Qwen3VL, images: Vision): Promise<number[]> {
+  const prompt: GenerationPrompt = { tokens: new Int32Array([1, 2]), images }
+  const sampling: SamplingOptions = { temperature: 0.7, topK: 20, topP: 0.8 }
+  const a: Qwen3VLGenerateArgs = {
+    prompts: [prompt],
+    n: 4,
+    maxTokens: 64,
+    ...sampling,
+    stop: ['x'],
+  }
+  const [all = []]: Generated[][] = await model.generate(a)
+  const tokens: number[] = all.flatMap((one) => one.tokens)
+  for await (const step of model.stream(a)) {
+    const one: GeneratedToken = step
+    tokens.push(one.token)
+  }
+  return tokens
+}
+
+export async function serving(model: Qwen3VL): Promise<Policy> {
+  const options: ServeOptions = { port: 0, apiKey: 'secret', logProbsMode: 'processed_logprobs' }
+  const server: ModelServer = await serveModel(model, options)
+  await server.close(1000)
+  const local: LocalPolicyOptions = { maxTokens: 512, seed: 3 }
+  return new LocalPolicy(model, local)
 }

@@ -12,14 +12,19 @@ import type { Device } from '../../device.js'
 import { add } from '../../ops/elementwise.js'
 import { linear } from '../../ops/linear.js'
 import { linearLogProbs } from '../../ops/linear_log_probs.js'
+import { tokenLogProbs } from '../../ops/log_probs.js'
+import type { QuantizedWeight } from '../../ops/quantize.js'
 import { rmsNorm } from '../../ops/rms_norm.js'
 import { applyRotary, mropeTables, type RotaryTables } from '../../ops/rotary.js'
 import { gatherRows } from '../../ops/rows.js'
 import { swiglu } from '../../ops/swiglu.js'
-import { scope } from '../../scope.js'
-import type { Ints, Tensor } from '../../tensor.js'
+import { scope, unscoped } from '../../scope.js'
+import { type Ints, Tensor } from '../../tensor.js'
 import type { Qwen3VLConfig } from './config.js'
 import type { TextWeights } from './weights.js'
+
+/** Rows whose logits are held at once, where the head is quantized. */
+const logitRows = 64
 
 /** What an image or video gives the language model: rows of its merged tokens, and of each DeepStack feature. */
 export interface Features {
@@ -65,6 +70,8 @@ export class Decoder {
   readonly #config: Qwen3VLConfig
   readonly #device: Device
   readonly #weights: TextWeights
+  /** [V]: -infinity for what is never drawn, else 0. */
+  #mask: Tensor<'f32'> | undefined
 
   constructor(config: Qwen3VLConfig, device: Device, weights: TextWeights) {
     this.#config = config
@@ -110,31 +117,62 @@ export class Decoder {
     return linear({ x: final, weight: this.#head })
   }
 
+  /** As logits, without the placeholders: only an image or a video can stand behind one. */
+  drawable(final: Tensor): Tensor {
+    const x = this.#wide(final)
+    this.#mask ??= unscoped(() => {
+      const { vocabSize, imageToken, videoToken } = this.#config
+      const mask = new Float32Array(vocabSize)
+      for (const token of [imageToken, videoToken]) mask[token] = Number.NEGATIVE_INFINITY
+      return this.#device.tensor(mask, [vocabSize])
+    })
+    return add({ x, y: this.#mask })
+  }
+
   /** What belongs to the decoder. */
-  tensors(): Iterable<Tensor> {
+  weights(): Iterable<Tensor | QuantizedWeight> {
     return Object.values(this.#weights)
   }
 
   dispose(): void {
-    for (const tensor of this.tensors()) tensor.dispose()
+    this.#mask?.dispose()
+    for (const weight of this.weights()) weight.dispose()
   }
 
-  /** The log-probability of a target in each final state; 0 and no entropy for a target of -100. No logits are held. */
+  /** The log-probability of a target in each final state, and the entropy; 0 for a target of -100. No logits are held. */
   logProbs(
     final: Tensor,
     targets: Int32Array,
     temperature: number,
   ): { logProbs: Tensor<'f32'>; entropy: Tensor<'f32'> } {
+    const head = this.#head
     return scope(() => {
-      const { logProbs, entropy } = linearLogProbs({
-        hidden: final,
-        weight: this.#head,
-        targets: this.#device.tensor(targets, [targets.length]),
-        temperature,
-        entropy: true,
-      })
-      return { logProbs, entropy }
+      const ids = this.#device.tensor(targets, [targets.length])
+      if (Tensor.is(head)) {
+        const rows = { hidden: final, weight: head, targets: ids }
+        const { logProbs, entropy } = linearLogProbs({ ...rows, temperature, entropy: true })
+        return { logProbs, entropy }
+      }
+      const made = {
+        logProbs: this.#device.zeros([targets.length]),
+        entropy: this.#device.zeros([targets.length]),
+      }
+      for (let at = 0; at < targets.length; at += logitRows)
+        scope(() => {
+          const end = Math.min(at + logitRows, targets.length)
+          const logits = this.#wide(final.slice(at, end))
+          const part = { logits, targets: ids.slice(at, end) }
+          const { logProbs, entropy } = tokenLogProbs({ ...part, temperature, entropy: true })
+          made.logProbs.slice(at, end).copyFrom(logProbs)
+          made.entropy.slice(at, end).copyFrom(entropy)
+        })
+      return made
     })
+  }
+
+  /** The logits as the sums are, not rounded. */
+  #wide(final: Tensor): Tensor<'f32'> {
+    return linear({ x: final, weight: this.#head, dtype: 'f32' })
   }
 
   #embed(tokens: Ints, placements: readonly Placement[]): Tensor {
@@ -168,8 +206,7 @@ export class Decoder {
     const joined = out.reshape([x.shape[0]!, heads * headDim])
     const attended = this.#linear(`${layer}.self_attn.o_proj`, joined)
     const second = this.#norm(`${layer}.post_attention_layernorm`, attended, first.sum)
-    const gateUp = this.#linear(`${layer}.mlp.gate_up_proj`, second.out)
-    const down = this.#linear(`${layer}.mlp.down_proj`, swiglu({ gateUp }))
+    const down = this.#linear(`${layer}.mlp.down_proj`, this.#gated(`${layer}.mlp`, second.out))
     return { input: first.sum, x: second.sum, pending: down }
   }
 
@@ -181,16 +218,24 @@ export class Decoder {
     return rmsNorm({ x: pending, residual: x, weight, eps })
   }
 
-  #linear(name: string, x: Tensor): Tensor {
-    return linear({ x, weight: this.#weight(name) })
+  #gated(mlp: string, x: Tensor): Tensor {
+    const fused = this.#weights[`${mlp}.gate_up_proj.weight`]
+    if (fused) return swiglu({ gateUp: linear({ x, weight: fused }) })
+    const [gate, up] = [this.#linear(`${mlp}.gate_proj`, x), this.#linear(`${mlp}.up_proj`, x)]
+    return swiglu({ gate, up })
   }
 
-  get #head(): Tensor {
-    return this.#weight(this.#config.tied ? 'embed_tokens' : 'lm_head')
+  #linear(name: string, x: Tensor): Tensor {
+    return linear({ x, weight: this.#weights[`${name}.weight`]! })
+  }
+
+  /** The embedding where they are tied, unless that is quantized. */
+  get #head(): Tensor | QuantizedWeight {
+    return this.#weights['lm_head.weight'] ?? this.#weight('embed_tokens')
   }
 
   #weight(name: string): Tensor {
-    return this.#weights[`${name}.weight`]!
+    return this.#weights[`${name}.weight`] as Tensor
   }
 }
 

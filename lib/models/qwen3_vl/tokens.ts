@@ -350,8 +350,12 @@ type Template = (messages: readonly ChatMessage[], options: ChatOptions) => stri
 const instructTemplate: Template = (messages, { prompt = true }) => {
   const part = (p: ChatPart): string =>
     p.type === 'text' ? p.text : names.visionStart + names[p.type] + names.visionEnd
-  const turns = messages.map(({ role, content }) => {
-    const text = typeof content === 'string' ? content : content.map(part).join('')
+  const turns = messages.map(({ role: speaker, content }) => {
+    const said = typeof content === 'string' ? content : content.map(part).join('')
+    // A tool's result is shown as the user's.
+    const isTool = speaker === 'tool'
+    const role = isTool ? 'user' : speaker
+    const text = isTool ? `<tool_response>\n${said}\n</tool_response>` : said
     return `${names.imStart}${role}\n${text}${names.imEnd}\n`
   })
   return turns.join('') + (prompt ? `${names.imStart}assistant\n` : '')

@@ -3,15 +3,17 @@ import { loadWeights } from '../../checkpoint.js'
 import type { Device } from '../../device.js'
 import { type FloatDType, isFloatDType } from '../../dtype.js'
 import { refuse } from '../../errors.js'
+import { type QuantizedWeight, quantize } from '../../ops/quantize.js'
 import type { StoredTensor } from '../../safetensors.js'
 import type { Tensor } from '../../tensor.js'
 import type { Qwen3VLConfig } from './config.js'
 
 /**
  * Weights by Hugging Face's names without prefix: 'layers.0.mlp.up_proj.weight', 'lm_head.weight'. gate_proj and
- * up_proj are the two halves of 'layers.0.mlp.gate_up_proj.weight', so that one product makes both.
+ * up_proj are the two halves of 'layers.0.mlp.gate_up_proj.weight', so that one product makes both; of a quantized model
+ * they are alone, and a tied head is a quantized copy of the embedding.
  */
-export type TextWeights = Record<string, Tensor>
+export type TextWeights = Record<string, Tensor | QuantizedWeight>
 
 /** Every weight with its shape, [outputs, inputs]. A tied head is the embedding. */
 export function textShapes(c: Qwen3VLConfig): Map<string, readonly number[]> {
@@ -71,10 +73,11 @@ export async function loadText(
   device: Device,
   wanted: ReadonlyMap<string, readonly number[]>,
   dtype: FloatDType,
+  bits: 8 | 4 | undefined,
   onProgress: (done: number, of: number) => void,
 ): Promise<TextWeights> {
-  const fused: TextWeights = {}
-  const keep = (name: string, tensor: Tensor): Tensor => {
+  const fused: Record<string, Tensor> = {}
+  const keep = (name: string, tensor: Tensor): Tensor | QuantizedWeight => {
     const shape = wanted.get(name)!
     if (!isFloatDType(tensor.dtype))
       refuse('ERR_FORMAT', op, `${folder}: '${name}' must be of a float type, got ${tensor.dtype}`)
@@ -84,14 +87,19 @@ export async function loadText(
         op,
         `${folder}: '${name}' must be [${shape.join(', ')}], got [${tensor.shape.join(', ')}]`,
       )
+    const converted = tensor.dtype === dtype ? tensor : tensor.cast(dtype)
+    if (bits && shape.length === 2 && name !== 'embed_tokens.weight') {
+      const quantized = quantize({ weight: converted, bits })
+      if (converted !== tensor) converted.dispose()
+      return quantized
+    }
     const [, mlp, half] = /^(.*\.mlp)\.(gate|up)_proj\.weight$/.exec(name) ?? []
-    if (mlp === undefined) return tensor.dtype === dtype ? tensor : tensor.cast(dtype)
+    if (mlp === undefined || bits) return converted
     const [rows, columns] = shape as [number, number]
     const whole = `${mlp}.gate_up_proj.weight`
     fused[whole] ??= device.zeros([2 * rows, columns], dtype)
     const from = half === 'gate' ? 0 : rows
     const part = fused[whole].slice(from, from + rows)
-    const converted = tensor.dtype === dtype ? tensor : tensor.cast(dtype)
     part.copyFrom(converted)
     if (converted !== tensor) converted.dispose()
     return part
@@ -109,6 +117,9 @@ export async function loadText(
             name === 'lm_head.weight' ? ', and tie_word_embeddings is not true' : ''
           }`,
         )
+    const embedding = weights['embed_tokens.weight'] as Tensor
+    if (bits && !weights['lm_head.weight'])
+      weights['lm_head.weight'] = quantize({ weight: embedding, bits })
     return Object.assign(weights, fused)
   } catch (error) {
     for (const tensor of [...Object.values(weights), ...Object.values(fused)]) tensor.dispose()

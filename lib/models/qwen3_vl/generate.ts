@@ -1,0 +1,326 @@
+// The arguments of Qwen3VL's `generate` and `stream`, and what the scheduler makes of them.
+import { type AbortSignalLike, checkSignal, onAbort } from '../../abort.js'
+import {
+  checkArguments,
+  checkArray,
+  checkBoolean,
+  checkInteger,
+  checkIntegerWithin,
+  checkNonNegative,
+  checkPositive,
+  checkText,
+  describeValue,
+  type Names,
+} from '../../arguments.js'
+import { refuse } from '../../errors.js'
+import type { Ints } from '../../tensor.js'
+import type { VisionTower } from '../../vision/tower.js'
+import type { Qwen3VLConfig, Qwen3VLSampling } from './config.js'
+import { checkPacked, checkTokens, type Vision } from './prompt.js'
+import { contentSeed, type Job } from './scheduler.js'
+import { StopTexts } from './stop.js'
+import type { Qwen3VLTokenizer } from './tokens.js'
+
+/** A prompt to continue. */
+export interface GenerationPrompt {
+  /** Token ids, one placeholder a merged patch among them. */
+  tokens: Ints
+  /**
+   * The images, in the order of their placeholders. They are read until the promise settles.
+   * @default none
+   */
+  images?: Vision
+  /**
+   * The videos, in the order of their placeholders.
+   * @default none
+   */
+  videos?: Vision
+}
+
+/** How tokens are drawn, in the order in which the filters apply. */
+export interface SamplingOptions {
+  /**
+   * Greater than 0: divides the logits of tokens that the sequence has where they are positive, multiplies them where
+   * they are negative.
+   * @default 1, which changes nothing
+   */
+  repetitionPenalty?: number
+  /**
+   * Divides the logits, at least 0; 0 takes the most probable token.
+   * @default 1
+   */
+  temperature?: number
+  /**
+   * Only the k most probable tokens are drawn.
+   * @default 0: all
+   */
+  topK?: number
+  /**
+   * Only the most probable tokens are drawn, as many as it takes for their probabilities to reach p; 0 < p ≤ 1.
+   * @default 1: all
+   */
+  topP?: number
+  /**
+   * Only tokens are drawn whose probability is at least this share of the most probable one's; from 0 to 1.
+   * @default 0: all
+   */
+  minP?: number
+}
+
+/** The arguments of Qwen3VL's `generate`. */
+export interface Qwen3VLGenerateArgs extends SamplingOptions {
+  /** The prompts. */
+  prompts: readonly GenerationPrompt[]
+  /**
+   * Continuations of each prompt, which is computed once for all of them.
+   * @default 1
+   */
+  n?: number
+  /** Tokens of a continuation at most. */
+  maxTokens: number
+  /**
+   * An integer from 0 to 2^53 - 1. The same prompt with the same seed gives the same continuations, whatever else is
+   * computed at once; another place among the n, and a repeated prompt, other ones.
+   * @default 0
+   */
+  seed?: number
+  /**
+   * The tokens that end a continuation, which has them as its last; [] for none.
+   * @default those of the checkpoint
+   */
+  stopTokens?: Ints
+  /**
+   * Texts that end a continuation as soon as it has one. Needs the checkpoint's tokenizer.
+   * @default none
+   */
+  stop?: readonly string[]
+  /**
+   * Whether log-probabilities are wanted, which take another pass of the head over each token.
+   * @default true
+   */
+  logProbs?: boolean
+  /**
+   * Of what temperature the log-probabilities are; greater than 0.
+   * @default that of sampling, or 1 where that is 0
+   */
+  logProbsTemperature?: number
+  /** An abort rejects with the signal's reason. */
+  signal?: AbortSignalLike
+}
+
+/** A continuation of a prompt. */
+export interface Generated {
+  /** Its token ids, with the one that ended it. */
+  tokens: number[]
+  /**
+   * The log-probability of each, in nats, at `logProbsTemperature` and without filters: on the CPU bit for bit those of
+   * `logProbs` of the whole sequence. Empty where they are not wanted.
+   */
+  logProbs: number[]
+  /** Whether a stop token or text ended it, or `maxTokens`. */
+  finishReason: 'stop' | 'length'
+}
+
+/** A step of a continuation, from Qwen3VL's `stream`. */
+export interface GeneratedToken {
+  /** Which of the prompts. */
+  prompt: number
+  /** Which of its n continuations. */
+  index: number
+  /** The token's id. */
+  token: number
+  /** As of `Generated`; undefined where they are not wanted. */
+  logProb?: number
+  /** With the last token: why it is that. */
+  finishReason?: 'stop' | 'length'
+}
+
+const promptNames: Names<GenerationPrompt> = { tokens: true, images: true, videos: true }
+export const samplingNames: Names<SamplingOptions> = {
+  repetitionPenalty: true,
+  temperature: true,
+  topK: true,
+  topP: true,
+  minP: true,
+}
+const generateNames: Names<Qwen3VLGenerateArgs> = {
+  ...samplingNames,
+  prompts: true,
+  n: true,
+  maxTokens: true,
+  seed: true,
+  stopTokens: true,
+  stop: true,
+  logProbs: true,
+  logProbsTemperature: true,
+  signal: true,
+}
+
+/** The jobs of a call, one a prompt; and its stop texts. */
+export function jobsOf(
+  a: Qwen3VLGenerateArgs,
+  model: { config: Qwen3VLConfig; tower: VisionTower; sampling: Qwen3VLSampling },
+  op: string,
+): { jobs: Job[]; stop: readonly string[] } {
+  checkArguments(a, generateNames, op)
+  const { config, tower } = model
+  const n = checkIntegerWithin(a.n ?? 1, 1, 2 ** 16, 'n', op)
+  const maxTokens = checkPositive(a.maxTokens, 'maxTokens', op)
+  const seed = checkInteger(a.seed ?? 0, 0, 'seed', op)
+  const stopTokens = new Set(
+    checkTokens(a.stopTokens ?? model.sampling.stopTokens, 'stopTokens', config.vocabSize, op),
+  )
+  const stop = checkArray(a.stop ?? [], 'stop', op)
+  stop.forEach((text, i) => {
+    checkText(text, `stop[${i}]`, op)
+  })
+  const sampling = checkSamplingOptions(a, op)
+  const logProbs = checkBoolean(a.logProbs ?? true, 'logProbs', op) ? 'end' : 'none'
+  const scale = a.logProbsTemperature ?? (sampling.temperature || 1)
+  if (!(checkNonNegative(scale, 'logProbsTemperature', op) > 0))
+    refuse('ERR_VALUE', op, 'logProbsTemperature must be greater than 0, got 0')
+  const signal = checkSignal(a.signal, op)
+  signal?.throwIfAborted()
+  const seen = new Map<string, number>()
+  const jobs = checkArray(a.prompts, 'prompts', op).map((given, i): Job => {
+    const { tokens, images, videos } = checkArguments(given, promptNames, op, `prompts[${i}]`)
+    const ids = checkTokens(tokens, `prompts[${i}].tokens`, config.vocabSize, op)
+    if (!ids.length) refuse('ERR_VALUE', op, `prompts[${i}].tokens must have at least one token`)
+    if (ids.length + maxTokens > config.maxPositions)
+      refuse(
+        'ERR_VALUE',
+        op,
+        `prompts[${i}] has ${ids.length} tokens, and with maxTokens ${maxTokens} more than the model's context of ${config.maxPositions}`,
+      )
+    const prompt = checkPacked(
+      {
+        tokens: ids,
+        cuSeqlens: [0, ids.length],
+        ...(images && { images }),
+        ...(videos && { videos }),
+      },
+      config,
+      tower,
+      op,
+    )
+    const content = String(ids)
+    const repeat = seen.get(content) ?? 0
+    seen.set(content, repeat + 1)
+    return {
+      prompt,
+      n,
+      maxTokens,
+      sampling,
+      seed: contentSeed(seed, ids, repeat),
+      stopTokens,
+      logProbs,
+      logProbsTemperature: scale,
+      signal,
+    }
+  })
+  return { jobs, stop }
+}
+
+export function checkSamplingOptions(a: SamplingOptions, op: string): Required<SamplingOptions> {
+  const { temperature = 1, topK = 0, topP = 1, minP = 0, repetitionPenalty = 1 } = a
+  checkNonNegative(temperature, 'temperature', op)
+  checkInteger(topK, 0, 'topK', op)
+  const within = (value: number, name: string, open: boolean): void => {
+    if (typeof value !== 'number' || !(open ? value > 0 : value >= 0) || value > 1)
+      refuse(
+        'ERR_VALUE',
+        op,
+        `${name} must be a number ${open ? 'greater than 0 and at most' : 'from 0 to'} 1, got ${describeValue(value)}`,
+      )
+  }
+  within(topP, 'topP', true)
+  within(minP, 'minP', false)
+  if (typeof repetitionPenalty !== 'number' || !(repetitionPenalty > 0 && repetitionPenalty < 1e6))
+    refuse(
+      'ERR_VALUE',
+      op,
+      `repetitionPenalty must be a number greater than 0, got ${describeValue(repetitionPenalty)}`,
+    )
+  return { temperature, topK, topP, minP, repetitionPenalty }
+}
+
+/** What ends a continuation whose text has one of the stop texts. */
+export function stopper(
+  job: Job,
+  stop: readonly string[],
+  tokenizer: Qwen3VLTokenizer | undefined,
+): Job['onToken'] {
+  if (!tokenizer) return undefined
+  const rows = Array.from({ length: job.n }, () => ({
+    text: tokenizer.stream(),
+    stop: new StopTexts(stop),
+  }))
+  return (row, token) => {
+    const { text, stop } = rows[row]!
+    stop.push(text.push(token))
+    return stop.stopped
+  }
+}
+
+/** The tokens of jobs as they are drawn. */
+export async function* streamed(
+  jobs: readonly Job[],
+  submit: (jobs: readonly Job[]) => Promise<Generated[][]>,
+): AsyncGenerator<GeneratedToken, void, undefined> {
+  const left = new AbortController()
+  const [signal] = jobs.map((job) => job.signal)
+  const forget = onAbort(signal, () => left.abort(signal!.reason))
+  let made: GeneratedToken[] = []
+  let wake = (): void => {}
+  let done = false
+  let failure: { error: unknown } | undefined
+  const follow = (job: Job, prompt: number): Job => {
+    const told = Array.from({ length: job.n }, () => 0)
+    return {
+      ...job,
+      signal: left.signal,
+      logProbs: job.logProbs === 'none' ? 'none' : 'step',
+      onStep(rollouts) {
+        rollouts.forEach(({ tokens, logProbs, done, finishReason }, index) => {
+          for (; told[index]! < tokens.length; told[index]!++) {
+            const at = told[index]!
+            const logProb = logProbs[at]
+            made.push({
+              prompt,
+              index,
+              token: tokens[at]!,
+              ...(logProb !== undefined && { logProb }),
+              ...(done && at === tokens.length - 1 && { finishReason }),
+            })
+          }
+        })
+        wake()
+      },
+    }
+  }
+  const all = submit(jobs.map(follow))
+    .catch((error: unknown) => {
+      failure = { error }
+    })
+    .finally(() => {
+      done = true
+      wake()
+    })
+  try {
+    for (;;) {
+      const ready = made
+      made = []
+      yield* ready
+      if (failure) throw failure.error
+      if (made.length) continue
+      if (done) return
+      await new Promise<void>((resolve) => {
+        wake = resolve
+      })
+    }
+  } finally {
+    forget()
+    left.abort(new Error('the stream was left'))
+    await all
+  }
+}
