@@ -332,7 +332,8 @@ export function held<R extends object>(parts: R, hidden: readonly Tensor[] = [])
 const halves = new Set<DType>(['f16', 'bf16'])
 
 /** @internal Host data as the typed array that the addon takes for dtype. */
-export function hostData(data: HostArray, dtype: DType, op: string): TypedArray {
+export function hostData(given: HostArray, dtype: DType, op: string): TypedArray {
+  const data = ofThisRealm(given)
   const type = hostTypes[dtype]
   if (data instanceof type) return data
   if (data instanceof Uint8ClampedArray && dtype === 'u8')
@@ -353,6 +354,28 @@ export function hostData(data: HostArray, dtype: DType, op: string): TypedArray 
     if (out[i] !== numbers[i])
       refuse('ERR_VALUE', op, `data[${i}] = ${numbers[i]} is not a value of ${dtype}`)
   return out
+}
+
+const nameOf = Object.getOwnPropertyDescriptor(
+  Object.getPrototypeOf(Uint8Array.prototype),
+  Symbol.toStringTag,
+)!.get!
+const typedArrays: Readonly<Record<string, new (...a: never) => HostArray>> = {
+  Int32Array,
+  Uint8Array,
+  Uint8ClampedArray,
+  Uint16Array,
+  Float32Array,
+  Float64Array,
+}
+
+/** A typed array of another realm (a vm context, jsdom, Electron), which `instanceof` does not know, as one of this. */
+function ofThisRealm(data: HostArray): HostArray {
+  if (!ArrayBuffer.isView(data)) return data
+  const own = typedArrays[nameOf.call(data) ?? '']
+  if (!own || data instanceof own) return data
+  const { buffer, byteOffset, length } = data
+  return new (own as Uint8ArrayConstructor)(buffer, byteOffset, length)
 }
 
 function isNumbers(data: unknown): boolean {
@@ -379,7 +402,8 @@ function roundedToOdd(numbers: ArrayLike<number>): Float32Array {
 }
 
 /** @internal The dtype of host data when none is given. */
-export function defaultDType(data: HostArray): DType {
+export function defaultDType(given: HostArray): DType {
+  const data = ofThisRealm(given)
   if (data instanceof Int32Array) return 'i32'
   if (data instanceof Uint8Array || data instanceof Uint8ClampedArray) return 'u8'
   if (data instanceof Uint16Array)

@@ -215,6 +215,19 @@ describe('texts take linear time', () => {
   })
 })
 
+test('typed arrays of another realm are what their tags say', async () => {
+  const foreign = (text: string) => vm.runInNewContext(text)
+  const ints = foreign('Int32Array.of(7, -1)')
+  expect(ints).not.toBeInstanceOf(Int32Array)
+  const tensor = device.tensor(ints as Int32Array, [2])
+  expect(tensor.dtype).toBe('i32')
+  expect(await tensor.read()).toEqual(Int32Array.of(7, -1))
+  expect(device.tensor(foreign('new Uint8ClampedArray(2)'), [2]).dtype).toBe('u8')
+  const bits = foreign('Uint16Array.of(0x3c00, 0x4000).subarray(1)')
+  expect(await device.tensor(bits, [1], 'f16').toFloat32()).toEqual(Float32Array.of(2))
+  expect(() => device.tensor(bits, [1])).toThrow(/needs a dtype/)
+})
+
 describe('policies', () => {
   const sample = () => ({
     image: device.zeros([48, 64, 3], 'u8'),
