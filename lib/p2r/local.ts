@@ -70,9 +70,14 @@ const op = 'LocalPolicy'
  * const model = await Qwen3VL.load('Qwen3-VL-2B-Instruct', device) // a checkpoint's folder
  * const policy = new LocalPolicy(model)
  * const perceiver = new Perceiver(policy) // and a Reasoner
- * const asked = { role: 'reasoner', system: '', prompt: 'How many?', images: [], maxTokens: 4 }
- * const [completion] = await policy.generate(asked)
- * console.log(completion.tokens.length <= 4, completion.finishReason) // true
+ * const [completion] = await policy.generate({
+ *   role: 'reasoner',
+ *   system: '',
+ *   prompt: 'How many?',
+ *   images: [],
+ *   maxTokens: 4,
+ * })
+ * console.log(completion?.tokens?.length, completion?.finishReason)
  * device.dispose()
  * ```
  */

@@ -123,7 +123,7 @@ const op = 'serveModel'
  * const model = await Qwen3VL.load('Qwen3-VL-2B-Instruct', device) // a checkpoint's folder
  * const server = await serveModel(model, { port: 0 })
  * const answer = await fetch(`${server.baseURL}/models`)
- * console.log((await answer.json()).data[0].id) // qwen3-vl
+ * console.log(answer.status) // 200
  * await server.close()
  * device.dispose()
  * ```
