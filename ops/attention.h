@@ -18,19 +18,20 @@
 //
 // Which keys a query sees: all of its sequence, unless the arguments below say otherwise, which can
 // be combined.
-//   k, v [Tk, Kv, D]     Kv divides H: query head h reads key head h / (H / Kv) (Ainslie et al.,
-//   GQA,
-//                        2023); dK and dV are summed over the query heads in order.
-//   cu_seqlens_k         sequence s has the rows cu_seqlens_k[s] .. cu_seqlens_k[s + 1] of k and v
-//   as
-//                        its own keys; empty: cu_seqlens.
-//   shared_keys          a range (start, length) of rows for each sequence, which stand before its
-//   own
-//                        keys, and any number of sequences may share; outside of all own keys. Its
-//                        dK and dV are summed over the sequences in order. Empty: none.
-//   causal               query i of n sees all shared keys and the first i + 1 + (own keys - n) of
-//   its
-//                        own: aligned at the last query and key.
+//
+// Grouped heads: k, v [Tk, Kv, D], where Kv divides H. Query head h reads key head h / (H / Kv)
+// (Ainslie et al., GQA, 2023); dK and dV are summed over the query heads in order.
+//
+// cu_seqlens_k: sequence s has the rows cu_seqlens_k[s] .. cu_seqlens_k[s + 1] of k and v as its
+// own keys. Empty: cu_seqlens.
+//
+// shared_keys: a range (start, length) of rows for each sequence, which come before its own keys.
+// Any number of sequences may share it; it is outside of all own keys. Its dK and dV are summed
+// over the sequences in order. Empty: none.
+//
+// causal: query i of n sees all shared keys and the first i + 1 + (own keys - n) of its own,
+// aligned at the last query and key.
+//
 // A query that sees no key has out 0 and lse -inf and no gradient; a row of k and v that no
 // sequence has gets a gradient of 0.
 //

@@ -4,10 +4,14 @@
 // p = softmax(z / temperature) of the student's logits z, q = softmax(y / temperature) of the
 // teacher's y, and for each row a divergence D with its gradient, which reaches the student alone:
 //
-//   reverse_kl   KL(p||q) = Σ p (log p - log q)             dz = p (log p - log q - D) /
-//   temperature forward_kl   KL(q||p) = Σ q (log q - log p)             dz = (p - q) / temperature
-//   jsd          beta KL(q||m) + (1 - beta) KL(p||m),       dz = (1 - beta) p (log p - log m -
-//                m = beta q + (1 - beta) p, 0 < beta < 1         KL(p||m)) / temperature
+//   reverse_kl  D = KL(p||q) = Σ p (log p - log q)
+//               dz = p (log p - log q - D) / temperature
+//
+//   forward_kl  D = KL(q||p) = Σ q (log q - log p)
+//               dz = (p - q) / temperature
+//
+//   jsd         D = beta KL(q||m) + (1 - beta) KL(p||m), m = beta q + (1 - beta) p, 0 < beta < 1
+//               dz = (1 - beta) p (log p - log m - KL(p||m)) / temperature
 //
 // Forward KL is Hinton et al. 2015 (without its factor temperature²), reverse KL MiniLLM (Gu et al.
 // 2024), jsd the generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024), whose beta 0
