@@ -39,7 +39,7 @@ build/Release/p2r_kernels.node: $(objects)
 
 $(sources:%=$(out)/%.o): $(out)/%.o: %
 	@mkdir -p $(@D)
-	$(CXX) $(CPPFLAGS) $(CXXFLAGS) -ffp-contract=off $(if $(filter binding/%,$<),$(NODE_API)) -c -o $@ $<
+	$(CXX) $(CPPFLAGS) $(CXXFLAGS) -ffp-contract=off $(if $(filter binding/%,$<),-Os $(NODE_API)) -c -o $@ $<
 
 define simd_kernels
 $(kernels:%=$(out)/$(1)/%.o): $(out)/$(1)/%.o: %

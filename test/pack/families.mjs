@@ -142,6 +142,11 @@ export async function families(p2r, id = 'cpu') {
     async linear() {
       return [await p2r.linear({ x: f32(x, 3, 8), weight: f32(w, 5, 8) }).read(), products]
     },
+    async quantize() {
+      const weight = f32([127, 0, -50, 0, 127, 4], 2, 3)
+      const quantized = p2r.quantize({ weight, bits: 8 })
+      return [await quantized.dequantize().read(), [127, 0, -50, 0, 127, 4]]
+    },
     async linear_log_probs() {
       const { logProbs } = p2r.linearLogProbs({
         hidden: f32(x, 3, 8),
