@@ -173,13 +173,33 @@ __global__ void __launch_bounds__(kBlock)
     static_cast<T*>(out)[at] = from_float<T>(sum);
 }
 
+// Kernels read 16 bytes of the weight at a time. Values that begin between multiples of 16 are
+// copied.
+class AlignedValues {
+ public:
+  AlignedValues(const View& values, Device& device)
+      : copy_(device, reinterpret_cast<uintptr_t>(values.data) % 16
+                          ? static_cast<size_t>(values.size())
+                          : 0),
+        data_(values.as<const uint8_t>()) {
+    if (!copy_.as<void>()) return;
+    device.copy(copy_.as<void>(), values.data, static_cast<size_t>(values.size()));
+    data_ = copy_.as<const uint8_t>();
+  }
+  const uint8_t* data() const { return data_; }
+
+ private:
+  Scratch copy_;
+  const uint8_t* data_;
+};
+
 template <class T>
-void dequantize_to(Device& device, const View& values, const View& scales, T* out,
+void dequantize_to(Device& device, const AlignedValues& values, const View& scales, T* out,
                    const QuantizedLayout& layout) {
   const int64_t n = layout.features * layout.channels;
   if (!n) return;
-  launch(dequantize_kernel<T>, blocks_for(n, kBlock), kBlock, 0, stream_of(device),
-         values.as<const uint8_t>(), scales.as<const __half>(), out, layout);
+  launch(dequantize_kernel<T>, blocks_for(n, kBlock), kBlock, 0, stream_of(device), values.data(),
+         scales.as<const __half>(), out, layout);
 }
 
 }  // namespace
@@ -196,13 +216,15 @@ void quantize(const QuantizeArgs& a, Device& device) {
 }
 
 void dequantize(const DequantizeArgs& a, Device& device) {
-  dequantize_to(device, a.values, a.scales, a.out.as<float>(), a.layout());
+  const AlignedValues values(a.values, device);
+  dequantize_to(device, values, a.scales, a.out.as<float>(), a.layout());
 }
 
 void quantized_linear(const QuantizedLinearArgs& a, Device& device) {
   const QuantizedLayout layout = a.layout();
   const int64_t rows = rows_of(a.x);
   if (!rows || !layout.features) return;
+  const AlignedValues values(a.values, device);
   const Bias bias = {a.bias.data, a.bias.dtype};
   with_float_type(a.x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
@@ -210,14 +232,13 @@ void quantized_linear(const QuantizedLinearArgs& a, Device& device) {
     if (rows <= few_rows::kMaxRows) {
       const auto blocks = static_cast<unsigned>(layout.panels() * ceil_div(rows, kRows));
       launch(a.bits == 8 ? quantized_rows_kernel<T, 8> : quantized_rows_kernel<T, 4>, blocks,
-             kBlock, 0, stream_of(device), x, a.values.as<const uint8_t>(),
-             a.scales.as<const __half>(), bias, a.out.data, a.out.dtype == DType::f32, rows,
-             layout);
+             kBlock, 0, stream_of(device), x, values.data(), a.scales.as<const __half>(), bias,
+             a.out.data, a.out.dtype == DType::f32, rows, layout);
       return;
     }
     const Scratch scratch = device.scratch(layout.features * layout.channels * sizeof(T));
     T* weight = scratch.as<T>();
-    dequantize_to(device, a.values, a.scales, weight, layout);
+    dequantize_to(device, values, a.scales, weight, layout);
     multiply_many_rows(device, x, weight, bias, a.out, rows, layout.features, layout.channels);
   });
 }
