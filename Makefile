@@ -9,9 +9,12 @@ INCLUDES := -I. $(shell $(NODE) -p "['node-api-headers', 'node-addon-api'].map((
 CPPFLAGS += $(INCLUDES) -DNDEBUG -MMD -MP
 CXXFLAGS += -O3 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra
 
-NODE_API = -DNAPI_VERSION=9 -DNODE_ADDON_API_CPP_EXCEPTIONS \
+NODE_API = -DP2R_VERSION=$(shell $(NODE) -p "require('./package.json').version") \
+  -DNAPI_VERSION=9 -DNODE_ADDON_API_CPP_EXCEPTIONS \
   -DNODE_ADDON_API_REQUIRE_BASIC_FINALIZERS -DNODE_API_SWALLOW_UNTHROWABLE_EXCEPTIONS
 SIMD = -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-maybe-uninitialized
+# As in CMakeLists.txt, where the reason is.
+scalar = $(if $(filter x86_64 amd64,$(machine)),-Os)
 avx2 = -mavx2 -mfma -mf16c
 avx512 = -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512
 

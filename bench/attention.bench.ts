@@ -119,12 +119,18 @@ function mass(s: Shape): Workload {
 }
 
 /** A decoder's prefill, as Qwen3-VL-2B's: each key head for two query heads, half of the logits masked. */
-function causal(length: number, dtype: 'f32' | 'bf16', backward: boolean): Workload {
+function causal(
+  length: number,
+  dtype: 'f32' | 'bf16',
+  backward: boolean,
+  options: Pick<Workload, 'slow' | 'backend'> = {},
+): Workload {
   const [heads, kvHeads, headDim] = [16, 8, 128]
   const width = dtype === 'f32' ? 4 : 2
   const bytes = (count: number): number => length * count * headDim * width
   return {
     name: `1x${length}x${heads}(${kvHeads})x${headDim} ${dtype} causal ${backward ? 'fwd+bwd' : 'fwd'}`,
+    ...options,
     flops: products({ batch: 1, length, heads, headDim }) * (backward ? 3 : 1),
     products: dtype,
     traffic: {
@@ -176,6 +182,8 @@ export default {
     causal(2048, 'f32', false),
     causal(2048, 'bf16', false),
     causal(2048, 'bf16', true),
+    causal(4096, 'bf16', false, { slow: true, backend: 'cuda' }),
+    causal(4096, 'bf16', true, { slow: true, backend: 'cuda' }),
     ...attentionOnCuda,
     // Windows for which 'wgmma' is not the default, on Hopper.
     ...[false, true].map((backward) =>

@@ -9,10 +9,16 @@ const headDim = 128
 const pageSize = 16
 
 /** One more token for each sequence of `length` tokens, which have all of them in common if `shared`. */
-function decode(sequences: number, length: number, shared: boolean): Workload {
+function decode(
+  sequences: number,
+  length: number,
+  shared: boolean,
+  options: Pick<Workload, 'slow' | 'backend'> = {},
+): Workload {
   const rowBytes = 2 * kvHeads * headDim * 2
   return {
     name: `${sequences}x${length}x${heads}x${headDim} bf16 decode${shared ? ', shared prompt' : ''}`,
+    ...options,
     flops: 4 * sequences * length * heads * headDim,
     products: 'bf16',
     // A shared prompt is read for each of its readers.
@@ -74,5 +80,10 @@ function decode(sequences: number, length: number, shared: boolean): Workload {
 
 export default {
   op: 'cached_attention',
-  workloads: [decode(1, 1500, false), decode(1, 4096, false), decode(8, 1500, true)],
+  workloads: [
+    decode(1, 1500, false),
+    decode(1, 4096, false),
+    decode(8, 1500, true),
+    decode(64, 4096, false, { slow: true, backend: 'cuda' }),
+  ],
 } satisfies Benchmark

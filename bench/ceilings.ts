@@ -1,31 +1,22 @@
-// The machine's ceilings: a CPU's by a separate small program (ceilings/ceilings.cpp), compiled on
-// demand for this machine.
-import { spawnSync } from 'node:child_process'
-import { mkdirSync } from 'node:fs'
-import { join } from 'node:path'
+// The machine's ceilings: a CPU's by loops in the addon (ops/ceilings.h), on huge pages and on threads
+// placed as a device's are.
 import { openDevice } from 'p2r-kernels'
+import { native } from '../lib/native.js'
 import { normalBlock, tiled } from './data.js'
 import { PeerAbsent } from './harness.js'
 import { matmul } from './peers/pytorch.js'
-import { type Ceilings, ceilingKinds, ofThreads } from './results.js'
+import { type Ceilings, cacheBytes, ceilingKinds, ofThreads } from './results.js'
 
-const flags = ['-std=c++20', '-O3', '-march=native', '-ffp-contract=fast', '-pthread']
-
-/** The function that measures the ceilings of a thread count; the reason if it cannot be built. */
-export function ceilingMeter(root: string): ((threads: number) => Ceilings) | string {
-  const folder = join(root, 'build/bench')
-  const program = join(folder, process.platform === 'win32' ? 'ceilings.exe' : 'ceilings')
-  mkdirSync(folder, { recursive: true })
-  const compiler = process.env.CXX ?? 'c++'
-  const source = join(root, 'bench/ceilings/ceilings.cpp')
-  const built = spawnSync(compiler, [...flags, source, '-o', program], { encoding: 'utf8' })
-  if (built.status !== 0)
-    return `No ceilings, and so no shares: ${compiler} could not build bench/ceilings/ceilings.cpp.`
-  return (threads) => {
-    const { status, stdout } = spawnSync(program, [String(threads)], { encoding: 'utf8' })
-    if (status !== 0) throw new Error(`the program of the ceilings ended with status ${status}`)
-    return { threads, ...JSON.parse(stdout) }
-  }
+/**
+ * What a CPU can do with so many threads: operations and bytes a second, the best of the rounds. Buffers of
+ * all threads together have `bytes`: twice the caches unless given, fewer for what works within them. Blocks
+ * for some tens of milliseconds.
+ */
+export function cpuCeilings(threads: number, bytes?: number, rounds = 3): Ceilings {
+  const beyond = Math.max(2 * cacheBytes(), 2 ** 26 * threads)
+  const least = 2 ** 16 * threads
+  const within = bytes === undefined ? beyond : Math.min(beyond, Math.max(least, bytes))
+  return { threads, ...native().ceilings(threads, within, rounds) }
 }
 
 const copied = 2 ** 31
@@ -65,14 +56,6 @@ export async function cudaCeilings(id: string): Promise<[Ceilings, string | unde
     return [out, `No ceiling of matrix products, and so no shares of it: ${error.message}`]
   }
   return [out, undefined]
-}
-
-/** The larger of each figure: disturbances only lower a measurement. */
-export function better(a: Ceilings, b: Ceilings): Ceilings {
-  const out = { ...a }
-  for (const kind of ceilingKinds)
-    if (b[kind] !== undefined) out[kind] = Math.max(a[kind] ?? 0, b[kind])
-  return out
 }
 
 /** Notes on figures that differ between the start and the end of a run, because it was disturbed. */

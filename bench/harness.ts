@@ -2,7 +2,7 @@
 import { performance } from 'node:perf_hooks'
 import { type Device, scope } from 'p2r-kernels'
 import { Bench } from 'tinybench'
-import type { Row } from './results.js'
+import { better, type Ceilings, type Row } from './results.js'
 import { quantiles } from './statistics.js'
 
 export type Backend = 'cpu' | 'cuda'
@@ -99,6 +99,8 @@ export interface Effort {
   cacheBytes: number
   slow: boolean
   peers: boolean
+  /** Measures the ceilings of so many threads over so many bytes, in turn with the row. */
+  ceilings?(threads: number, bytes: number): Ceilings
 }
 
 export const thorough = { rounds: 5, time: 300, warmup: 200, slow: true }
@@ -175,7 +177,15 @@ export async function measure(
       if (opened) contenders.push(opened)
     }
     const samples = new Map(contenders.map((c) => [c, [] as number[]]))
-    for (let round = 0; round < effort.rounds; round++)
+    const { id, threads, simd } = device.info
+    const { read, write, inPlace } = workload.traffic ?? { read: 0, write: 0 }
+    const bytes = sets * Math.max(first.byteLength, inPlace ? read : read + write)
+    let limits: Ceilings | undefined
+    for (let round = 0; round < effort.rounds; round++) {
+      if (threads !== undefined && effort.ceilings) {
+        const now = effort.ceilings(threads, bytes)
+        limits = limits ? better(limits, now) : now
+      }
       for (const [contender, list] of samples) {
         progress(`${label}: ${contender.name}, round ${round + 1} of ${effort.rounds}`)
         try {
@@ -186,7 +196,7 @@ export async function measure(
           samples.delete(contender)
         }
       }
-    const { id, threads, simd } = device.info
+    }
     return [...samples.keys()].map((contender) => ({
       op,
       case: workload.name,
@@ -194,6 +204,7 @@ export async function measure(
       device: id,
       ...(threads === undefined ? {} : { threads }),
       ...(simd === undefined || contender !== own ? {} : { simd }),
+      ...(limits ? { limits } : {}),
       ...quantiles(samples.get(contender)!),
       ...(workload.flops === undefined ? {} : { flops: workload.flops }),
       ...(workload.products === undefined ? {} : { products: workload.products }),

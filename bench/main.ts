@@ -1,20 +1,22 @@
-// npm run bench -- [op...] [--device id] [--threads n,n] [--json FILE] [--html FILE] [--quick]
+// p2r-kernels bench, or npm run bench --, with [op...] [--device id] [--threads n,n] [--json FILE] [--html FILE] [--quick]
 //   [--scaling] [--baseline FILE]
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { dirname } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Command, InvalidArgumentError } from 'commander'
 import { kernels, openDevice } from 'p2r-kernels'
-import { better, ceilingMeter, cudaCeilings, disturbances } from './ceilings.js'
+import { cpuCeilings, cudaCeilings, disturbances } from './ceilings.js'
 import { type Benchmark, type Effort, measure, quick, thorough } from './harness.js'
-import { html } from './html.js'
 import { installPeers, peerVersion } from './peers/install.js'
 import { pythonVersions, stopPython } from './peers/python.js'
+import { modelRates, modelReport } from './qwen3_vl.js'
 import {
+  better,
   type Ceilings,
   cacheBytes,
   compare,
   emptyResults,
+  impossible,
   parseResults,
   type Results,
   withShare,
@@ -22,7 +24,7 @@ import {
 import { scaling } from './scaling.js'
 import { quickSamples, serving, servingReport, thoroughSamples } from './serving.js'
 import { startup, startupReport } from './startup.js'
-import { comparisonReport, report } from './table.js'
+import { comparisonReport, impossibleReport, report } from './table.js'
 import { predictions } from './targets.js'
 
 const here = dirname(fileURLToPath(import.meta.url))
@@ -55,13 +57,13 @@ const stems = readdirSync(here)
 const predicted = predictions(root)
 const { groups } = predicted
 
-const program = new Command('npm run bench --')
+const program = new Command('p2r-kernels bench')
   .description(
     'Measures every operation, beside what else computes it and what the machine can do.',
   )
   .argument(
     '[op...]',
-    `of ${[...stems, ...Object.keys(groups)].join(', ')}; all, in the order of their names, unless given; or serving, or startup, by itself`,
+    `of ${[...stems, ...Object.keys(groups)].join(', ')}; all, in the order of their names, unless given; or serving, startup or qwen3_vl by itself`,
   )
   .option('--device <id>', "'cpu', 'cuda', 'cuda:1'; as openDevice chooses unless given")
   .option(
@@ -125,16 +127,12 @@ async function measured(names: readonly string[]): Promise<Results> {
     if (missing) notes.add(missing)
     const version = peerVersion('onnxruntime-node')
     if (version) results.versions['onnxruntime-node'] = version
-    const sharp = JSON.parse(readFileSync(`${root}/node_modules/sharp/package.json`, 'utf8'))
-    results.versions.sharp = sharp.version
+    results.versions.sharp = (await import('sharp')).default.versions.sharp!
   }
 
-  const meter = onCpu ? ceilingMeter(root) : undefined
-  if (typeof meter === 'string') notes.add(meter)
   const ceilings = async (): Promise<Ceilings[]> => {
     progress('ceilings')
-    if (typeof meter === 'function') return threads.map((n) => meter(n ?? 1))
-    if (onCpu) return []
+    if (onCpu) return threads.map((n) => cpuCeilings(n ?? 1))
     const [device, missing] = await cudaCeilings(info.id)
     if (missing) notes.add(missing)
     return [device]
@@ -146,6 +144,7 @@ async function measured(names: readonly string[]): Promise<Results> {
     // The L2 size of a GPU is not queried: an upper bound.
     cacheBytes: onCpu ? cacheBytes() : 2 ** 26,
     peers,
+    ...(onCpu ? { ceilings: (n: number, bytes: number) => cpuCeilings(n, bytes, 1) } : {}),
   }
   // Written as they are measured, so that an interrupted run keeps its rows.
   const save = (ceilings: readonly Ceilings[]) => {
@@ -199,6 +198,17 @@ if (program.args.length === 1 && program.args[0] === 'startup') {
   console.log(startupReport(rows))
   process.exit()
 }
+if (program.args.length === 1 && program.args[0] === 'qwen3_vl') {
+  const { threads, rates, notes } = await modelRates(root, progress)
+  progress('')
+  if (options.json !== undefined)
+    writeFileSync(
+      options.json,
+      `${JSON.stringify({ threads, qwen3_vl: rates, notes }, undefined, 2)}\n`,
+    )
+  console.log([modelReport(rates, threads), ...notes].join('\n'))
+  process.exit()
+}
 function read(file: string): Results {
   try {
     return parseResults(readFileSync(file, 'utf8'), file)
@@ -209,6 +219,16 @@ function read(file: string): Results {
 // Checked before measuring, which may take an hour.
 const baseline = options.baseline === undefined ? undefined : read(options.baseline)
 const results = options.input === undefined ? await measured(program.args) : read(options.input)
-if (options.html !== undefined) writeFileSync(options.html, await html(results, predicted))
+if (options.html !== undefined) {
+  const { html } = await import('./html.js').catch((error: Error) =>
+    program.error(`error: --html needs the packages vega and vega-lite: ${error.message}`),
+  )
+  writeFileSync(options.html, await html(results, predicted))
+}
 console.log(report(results, predicted))
 if (baseline) console.log(`\n${comparisonReport(compare(baseline, results), options.baseline!)}`)
+const wrong = impossible(results)
+if (wrong.length) {
+  console.log(`\n${impossibleReport(wrong)}`)
+  process.exitCode = 1
+}

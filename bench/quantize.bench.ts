@@ -1,4 +1,4 @@
-import { quantize } from 'p2r-kernels'
+import { linearLogProbs, quantize } from 'p2r-kernels'
 import { randomBf16 } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
 
@@ -30,7 +30,35 @@ function workload(bits: 8 | 4, back: boolean): Workload {
   }
 }
 
+/** The head of a model: its log-probabilities, without the logits. */
+function quantizedLinearLogProbs(rows: number): Workload {
+  const quantized = (weights * (8 + 16 / 32)) / 8
+  return {
+    name: `${rows} log-probabilities of ${features}x${channels} int8`,
+    traffic: { read: quantized + 2 * rows * channels, write: 12 * rows },
+    inputs(seed) {
+      const bits16 = randomBf16(weights, seed)
+      return {
+        byteLength: quantized + 2 * rows * channels,
+        load(device) {
+          using wide = device.tensor(bits16, [features, channels], 'bf16')
+          const weight = quantize({ weight: wide, bits: 8 })
+          const hidden = wide.slice(0, rows).cast('f32').cast('bf16')
+          const targets = device.zeros([rows], 'i32')
+          return { run: () => linearLogProbs({ hidden, weight, targets }) }
+        },
+      }
+    },
+  }
+}
+
 export default {
   op: 'quantize',
-  workloads: [workload(8, false), workload(4, false), workload(8, true)],
+  workloads: [
+    workload(8, false),
+    workload(4, false),
+    workload(8, true),
+    quantizedLinearLogProbs(1),
+    quantizedLinearLogProbs(64),
+  ],
 } satisfies Benchmark

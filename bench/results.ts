@@ -43,6 +43,14 @@ export interface Ceilings extends Partial<Record<CeilingKind, number>> {
   update?: number
 }
 
+/** The larger of each figure: disturbances only lower a measurement. */
+export function better(a: Ceilings, b: Ceilings): Ceilings {
+  const out = { ...a }
+  for (const kind of ceilingKinds)
+    if (b[kind] !== undefined) out[kind] = Math.max(a[kind] ?? 0, b[kind])
+  return out
+}
+
 export interface Row extends Quantiles {
   op: string
   case: string
@@ -54,6 +62,8 @@ export interface Row extends Quantiles {
   products?: 'f32' | 'bf16'
   traffic?: Traffic
   series?: Series
+  /** Ceilings measured in turn with the row, over as many bytes; else those of the run apply. */
+  limits?: Ceilings
   /** Peak bytes of device memory during a run, besides its inputs. */
   peakBytes?: number
   /** The least time that the ceilings allow over the median, and the ceiling that sets it. */
@@ -61,9 +71,22 @@ export interface Row extends Quantiles {
   ceiling?: CeilingKind
 }
 
+/** The ceilings that a row is held to. */
+export function limitsOf(row: Row, ceilings: readonly Ceilings[]): Ceilings | undefined {
+  return row.limits ?? ceilings.find((c) => c.threads === row.threads)
+}
+
+/** The largest share that noise explains; one above it shows that a ceiling is wrong. */
+export const largestShare = 1.05
+
+/** Rows that did more than their ceiling allows. */
+export function impossible({ rows }: Results): Row[] {
+  return rows.filter(({ share }) => share !== undefined && share > largestShare)
+}
+
 /** The row with its share of the ceiling that binds it. */
 export function withShare(row: Row, ceilings: readonly Ceilings[]): Row {
-  const limits = ceilings.find((c) => c.threads === row.threads)
+  const limits = limitsOf(row, ceilings)
   if (!limits) return row
   const compute: CeilingKind = row.products === 'bf16' && limits.bf16 ? 'bf16' : 'fma'
   const computing = row.flops && limits[compute] ? row.flops / limits[compute] : 0

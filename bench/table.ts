@@ -14,7 +14,6 @@ import {
   judged,
   outcome,
   type Predictions,
-  type Target,
   type Verdict,
   verdicts,
   whereTimeWent,
@@ -61,26 +60,22 @@ export function rate(row: Row): string {
   return bytes ? giga(bytes / seconds, 'B') : ''
 }
 
-const heading = [
-  'operation',
-  'case',
-  'by',
-  'thr',
-  'median ms',
-  'p25..p75',
-  'rate',
-  'share',
-  'of',
-  'time',
-  'reach',
-]
+const shortest = (text: string, most: number): string =>
+  text.length > most ? `${text.slice(0, most - 1)}…` : text
 
-/** With a column for predictions, if there are any. */
-export function resultTable(results: Results, targets: readonly Target[] = []): string {
+/** The median, half of the middle half of the samples, the rate, and the share or the multiple of ours. */
+const heading = ['by', 'thr', 'median ms', '±', 'rate', 'of ceiling']
+
+/**
+ * A block for each case, at most 80 columns wide: this package's row with its share of the ceiling that
+ * binds, the peers' with their time as a multiple of it, and the prediction, if there is one.
+ */
+export function resultTable(
+  results: Pick<Results, 'rows'>,
+  judge: (row: Row) => Verdict | undefined = () => undefined,
+): string {
   const { rows } = results
-  const lines: string[][] = []
-  let last = ''
-  for (const row of rows) {
+  const cells = rows.map((row) => {
     const ours = rows.find(
       (r) =>
         r.implementation === ourName &&
@@ -88,43 +83,58 @@ export function resultTable(results: Results, targets: readonly Target[] = []): 
         r.case === row.case &&
         r.threads === row.threads,
     )
-    const group = `${row.op} ${row.case}`
-    lines.push([
-      group === last ? '' : row.op,
-      group === last ? '' : row.case,
-      row.implementation,
+    const share =
+      row.share === undefined ? '' : `${(row.share * 100).toFixed(0)} % ${row.ceiling ?? ''}`
+    return [
+      `  ${shortest(row.implementation, 24)}`,
       row.threads === undefined ? '' : String(row.threads),
       milliseconds(row.median),
-      `${milliseconds(row.p25)}..${milliseconds(row.p75)}`,
+      `${((50 * (row.p75 - row.p25)) / row.median).toFixed(0)} %`,
       rate(row),
-      row.share === undefined ? '' : `${(row.share * 100).toFixed(0)} %`,
-      row.ceiling ?? '',
-      ours && ours !== row ? `x${(row.median / ours.median).toPrecision(3)}` : '',
-      reached(judged(row, results, targets)),
-    ])
+      ours && ours !== row ? `x${(row.median / ours.median).toPrecision(3)}` : share,
+    ]
+  })
+  const [first, ...lines] = aligned([heading, ...cells], 1).split('\n')
+  const out = [first!]
+  let last = ''
+  for (const [i, row] of rows.entries()) {
+    const group = `${row.op} ${row.case}`
+    if (group !== last) out.push(shortest(group, 80))
     last = group
+    out.push(lines[i]!)
+    const verdict = judge(row)
+    if (verdict) out.push(shortest(`  predicted ${verdict.reach}: ${outcome(verdict)}`, 80))
   }
-  return aligned([heading, ...lines], 3)
+  return out.join('\n')
 }
 
-function reached(verdict: Verdict | undefined): string {
-  return verdict ? `${verdict.reach}: ${outcome(verdict)}` : ''
+/** Rows as they are in a report, without predictions. */
+export function table(rows: readonly Row[]): string {
+  return resultTable({ rows: [...rows] })
+}
+
+/** Rows that did more than their ceiling allows, as a finding. */
+export function impossibleReport(rows: readonly Row[]): string {
+  return [
+    `Above 105 % of their ceiling, so the ceiling is wrong or was disturbed: ${rows.length}`,
+    ...rows.map(
+      (row) =>
+        `  ${row.op} ${row.case}, ${row.implementation}: ${(row.share! * 100).toFixed(0)} % of ${row.ceiling}`,
+    ),
+  ].join('\n')
 }
 
 /** Predicted and measured figures, and where the time of a missed target went. */
 export function verdictTable(results: Results, predicted: Predictions): string {
   const all = verdicts(results, predicted)
   if (!all.length) return ''
-  const lines = all.map((v) => [
-    v.row.op,
-    v.row.case,
-    v.reach,
-    v.got,
-    outcome(v),
-    outcome(v) === 'missed' ? whereTimeWent(v.row, results) : '',
+  const lines = all.flatMap((v) => [
+    shortest(`${outcome(v).padEnd(12)} ${v.row.op} ${v.row.case}`, 80),
+    shortest(`  ${v.reach}, got ${v.got}`, 80),
+    ...(outcome(v) === 'missed' ? [`  ${whereTimeWent(v.row, results)}`] : []),
   ])
   const met = all.filter((v) => outcome(v) === 'met').length
-  return `Predicted: ${met} of ${all.length} met\n${aligned(lines, 6)}`
+  return [`Predicted: ${met} of ${all.length} met`, ...lines].join('\n')
 }
 
 /** How time and memory grow along each series: the exponent of size that fits its larger half. */
@@ -180,7 +190,7 @@ export function headingLines({ machine, versions, commit }: Results): string[] {
 export function report(results: Results, predicted: Predictions): string {
   const parts = [...headingLines(results), '']
   if (results.ceilings.length) parts.push(ceilingTable(results.ceilings), '')
-  parts.push(resultTable(results, predicted.targets))
+  parts.push(resultTable(results, (row) => judged(row, results, predicted.targets)))
   for (const table of [seriesTable(results.rows), verdictTable(results, predicted)])
     if (table) parts.push('', table)
   if (results.notes.length) parts.push('', ...results.notes)

@@ -1,7 +1,7 @@
 // Predictions (results/predictions.json), and whether measurements met them.
 import { readFileSync } from 'node:fs'
 import { ourName } from './harness.js'
-import { bytesOf, memoryKind, type Results, type Row } from './results.js'
+import { bytesOf, limitsOf, memoryKind, type Results, type Row } from './results.js'
 
 export interface Predictions {
   /** Names under which several operations are measured together. */
@@ -125,15 +125,16 @@ export function outcome({ ratio }: Verdict): string {
 
 /** Where the time of a row went: what its ceilings account for, and the rest. */
 export function whereTimeWent(row: Row, results: Results): string {
-  const limits = results.ceilings.find((c) => c.threads === row.threads)
+  const limits = limitsOf(row, results.ceilings)
   if (!limits || row.share === undefined) return 'no ceiling was measured'
   const parts: string[] = []
   const peak = row.products === 'bf16' ? (limits.bf16 ?? limits.fma) : limits.fma
   if (row.flops && peak) parts.push(`products ${((row.flops / peak) * 1e3).toPrecision(3)} ms`)
   const kind = memoryKind(row.traffic, limits)
   if (kind) parts.push(`memory ${((bytesOf(row) / limits[kind]!) * 1e3).toPrecision(3)} ms`)
+  const ceilings = `${row.median.toPrecision(3)} ms: ${parts.join(', ')} at the ceilings`
   const rest = row.median * (1 - row.share)
-  return `${row.median.toPrecision(3)} ms: ${parts.join(', ')} at the ceilings; beyond the larger, ${rest.toPrecision(3)} ms`
+  return rest > 0 ? `${ceilings}; beyond the larger, ${rest.toPrecision(3)} ms` : ceilings
 }
 
 /** All verdicts on a run, for its comparison with what was predicted. */

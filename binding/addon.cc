@@ -5,6 +5,7 @@
 #include "binding/op.h"
 #include "binding/state.h"
 #include "binding/tensor.h"
+#include "ops/ceilings.h"
 
 namespace p2r::binding {
 
@@ -67,6 +68,26 @@ void record(const Napi::CallbackInfo& info) {
   r.bound = {number(3), number(4), number(5)};
 }
 
+// (threads, bytes, rounds): blocks for some tens of milliseconds.
+Napi::Value ceilings(const Napi::CallbackInfo& info) {
+  const auto number = [&](size_t i) {
+    return info[i].IsNumber() ? info[i].As<Napi::Number>().Int64Value() : int64_t{0};
+  };
+  try {
+    const Ceilings c =
+        measure_ceilings(static_cast<int>(number(0)), number(1), static_cast<int>(number(2)));
+    Napi::Object o = Napi::Object::New(info.Env());
+    o.Set("fma", c.fma);
+    if (c.bf16 > 0) o.Set("bf16", c.bf16);
+    o.Set("read", c.read);
+    o.Set("copy", c.copy);
+    o.Set("update", c.update);
+    return o;
+  } catch (...) {
+    throw convert(info.Env(), "ceilings");
+  }
+}
+
 }  // namespace
 
 Napi::Object init(Napi::Env env, Napi::Object exports) {
@@ -82,6 +103,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("cudaStatus", Napi::Function::New(env, cuda));
   exports.Set("beginComposite", Napi::Function::New(env, begin_composite));
   exports.Set("endComposite", Napi::Function::New(env, end_composite));
+  exports.Set("ceilings", Napi::Function::New(env, ceilings));
   exports.Set("record", Napi::Function::New(env, record));
   Napi::Object ops = Napi::Object::New(env);
 #define OP(family, function, Args)                                                  \

@@ -9,7 +9,7 @@ namespace {
 
 void* name(const char* method) { return const_cast<char*>(method); }
 
-constexpr napi_type_tag kTag = {0x7032722d6b65726e, 0x656c732d64657669};
+constexpr napi_type_tag kTag = {0x7032722d6b65726e, 0x656c732d64657669 ^ kVersionTag};
 
 // 'cpu', 'cuda', 'cuda:1', or '' for the first CUDA device, else the CPU.
 std::unique_ptr<Device> open_named(const std::string& id, const OpenOptions& options) {
@@ -182,7 +182,7 @@ Napi::Value DeviceHandle::Synchronize(const Napi::CallbackInfo& info) {
   State::of(info.Env())
       .when_done(device, [deferred, device](Napi::Env env, const std::string& lost) {
         std::vector<std::shared_ptr<Fault>> first;
-        if (device->device) device->settle();
+        device->settle();
         if (!device->raised.empty()) {
           first.push_back(device->raised.front());
           device->raised.erase(device->raised.begin());

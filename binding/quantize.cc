@@ -1,6 +1,6 @@
 #include "ops/quantize.h"
 
-#include "binding/op.h"
+#include "binding/log_probs.h"
 
 namespace p2r::binding {
 
@@ -24,6 +24,31 @@ void check_layout(const Call& call, const View& values, const View& scales,
                   const QuantizedLayout& layout) {
   call.same_shape("weight", values, layout.values());
   call.same_shape("the weight's scales", scales, layout.scales());
+}
+
+// Reads a weight of x's columns, a bias or none, and the weight's layout, in this order; returns
+// its rows.
+template <class Args>
+int64_t read_layer(Call& call, Args& a, const std::string& name, const View& x) {
+  a.values = call.in("weight", {DType::u8}, 4);
+  a.scales = call.in("the weight's scales", {DType::f16}, 3);
+  a.bias = call.maybe_in("bias", kFloats, 1);
+  a.bits = read_bits(call);
+  a.group = read_group(call);
+  const int64_t features = call.integer("features", 0, kMaxElements);
+  const int64_t channels = call.integer("channels", 0, kMaxElements);
+  call.check(channels == x.shape[-1], Code::shape,
+             "weight must have as many columns as " + name + "'s last axis, " +
+                 std::to_string(x.shape[-1]) + ", got [" + std::to_string(features) + ", " +
+                 std::to_string(channels) + "]");
+  check_layout(call, a.values, a.scales, {features, channels, a.bits, a.group});
+  if (a.bias) {
+    call.check(a.bias.dtype == x.dtype || a.bias.dtype == DType::f32, Code::dtype,
+               "bias must be f32 or as " + name + ", " + std::string(p2r::to_string(x.dtype)) +
+                   ", got " + p2r::to_string(a.bias.dtype));
+    call.same_shape("bias", a.bias, {features});
+  }
+  return features;
 }
 
 }  // namespace
@@ -55,29 +80,24 @@ Napi::Value quantized_linear(Call& call) {
   QuantizedLinearArgs a;
   call.name("linear");
   a.x = call.in("x", kFloats);
-  a.values = call.in("weight", {DType::u8}, 4);
-  a.scales = call.in("the weight's scales", {DType::f16}, 3);
-  a.bias = call.maybe_in("bias", kFloats, 1);
-  a.bits = read_bits(call);
-  a.group = read_group(call);
-  const int64_t features = call.integer("features", 0, kMaxElements);
-  const int64_t channels = call.integer("channels", 0, kMaxElements);
-  const bool unrounded = call.flag("dtype");
   call.check(a.x.shape.rank >= 1, Code::shape, "x must have at least 1 axis, got []");
-  call.check(channels == a.x.shape[-1], Code::shape,
-             "weight must have as many columns as x's last axis, " + std::to_string(a.x.shape[-1]) +
-                 ", got [" + std::to_string(features) + ", " + std::to_string(channels) + "]");
-  check_layout(call, a.values, a.scales, {features, channels, a.bits, a.group});
-  if (a.bias) {
-    call.check(a.bias.dtype == a.x.dtype || a.bias.dtype == DType::f32, Code::dtype,
-               "bias must be f32 or as x, " + std::string(p2r::to_string(a.x.dtype)) + ", got " +
-                   p2r::to_string(a.bias.dtype));
-    call.same_shape("bias", a.bias, {features});
-  }
+  const int64_t features = read_layer(call, a, "x", a.x);
+  const bool unrounded = call.flag("dtype");
   Shape shape = a.x.shape;
   shape.dim[shape.rank - 1] = features;
   a.out = call.result(unrounded ? DType::f32 : a.x.dtype, shape);
   return call.run(&Kernels::quantized_linear, a);
+}
+
+Napi::Value quantized_linear_log_probs(Call& call) {
+  QuantizedLinearLogProbsArgs a;
+  call.name("linearLogProbs");
+  a.hidden = call.in("hidden", kFloats, 2);
+  a.vocabulary = read_layer(call, a, "hidden", a.hidden);
+  a.targets = read_targets(call, a.hidden);
+  a.temperature = call.number("temperature", kMinTemperature, kMaxTemperature);
+  log_prob_results(call, a, a.hidden.shape[0]);
+  return call.run(&Kernels::quantized_linear_log_probs, a);
 }
 
 }  // namespace p2r::binding

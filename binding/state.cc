@@ -3,12 +3,14 @@
 namespace p2r::binding {
 
 void OpenDevice::settle() {
+  std::erase_if(raised, [](const std::shared_ptr<Fault>& fault) { return fault->reported; });
+  if (!device) return;
   const uint64_t done = device->completed();
   std::vector<std::shared_ptr<Fault>> later;
   for (std::shared_ptr<Fault>& fault : pending) {
     if (fault->sequence > done)
       later.push_back(std::move(fault));
-    else if (fault->raised())
+    else if (fault->raised() && !fault->reported)
       raised.push_back(std::move(fault));
   }
   pending = std::move(later);

@@ -16,6 +16,19 @@
 
 namespace p2r::binding {
 
+// Part of the type tags of native handles: those of another version of the addon have another
+// layout. FNV-1a.
+constexpr uint64_t version_tag(const char* version) {
+  uint64_t hash = 0xcbf29ce484222325;
+  for (; *version; ++version) hash = (hash ^ static_cast<unsigned char>(*version)) * 0x100000001b3;
+  return hash;
+}
+#define P2R_TEXT(x) #x
+#define P2R_TEXT_OF(macro) P2R_TEXT(macro)
+constexpr uint64_t kVersionTag = version_tag(P2R_TEXT_OF(P2R_VERSION));
+#undef P2R_TEXT_OF
+#undef P2R_TEXT
+
 struct OpenDevice;
 using Registry = std::unordered_set<OpenDevice*>;
 
@@ -30,7 +43,8 @@ struct OpenDevice {
   std::vector<std::shared_ptr<Fault>> raised;  // for synchronize() to report, once each
   std::string lost;                            // why the device is unusable; empty: it is not
 
-  // Moves pending faults of finished work to `raised`, or drops them if they are clean.
+  // Moves pending faults of finished work to `raised`, or drops them if they are clean; drops what
+  // was reported.
   void settle();
   // Drains the queue and frees the device.
   void close();

@@ -14,7 +14,7 @@ namespace {
 
 void* name(const char* method) { return const_cast<char*>(method); }
 
-constexpr napi_type_tag kTag = {0x7032722d6b65726e, 0x656c732d74656e73};
+constexpr napi_type_tag kTag = {0x7032722d6b65726e, 0x656c732d74656e73 ^ kVersionTag};
 
 }  // namespace
 
@@ -148,14 +148,22 @@ void throw_faults(const std::vector<std::shared_ptr<Fault>>& faults, const std::
                   Napi::Env env, const char* op) {
   if (!lost.empty()) throw make_error(env, Code::cuda, op, lost);
   for (const auto& f : faults)
-    if (f->raised()) throw make_error(env, Code::value, f->op, f->text());
+    if (f->raised()) {
+      f->reported = true;
+      throw make_error(env, Code::value, f->op, f->text());
+    }
 }
 
 Napi::Value TensorHandle::Read(const Napi::CallbackInfo& info) {
   const View v = view("the tensor");
   Napi::Env env = info.Env();
   std::shared_ptr<OpenDevice> device = storage_->device;
-  Napi::ArrayBuffer buffer = Napi::ArrayBuffer::New(env, v.bytes());
+  // Made by JavaScript, where an allocation that fails is an exception; here it would end the
+  // process.
+  if (!info[0].IsArrayBuffer() || info[0].As<Napi::ArrayBuffer>().ByteLength() != v.bytes())
+    throw Error(Code::value,
+                "read fills an ArrayBuffer of " + std::to_string(v.bytes()) + " bytes");
+  Napi::ArrayBuffer buffer = info[0].As<Napi::ArrayBuffer>();
   // Both may fail in a worker that is being terminated, so they come before the download: it may
   // start only once the buffer is referenced.
   auto deferred = std::make_shared<Napi::Promise::Deferred>(env);
@@ -165,7 +173,7 @@ Napi::Value TensorHandle::Read(const Napi::CallbackInfo& info) {
                                        Napi::Env env, const std::string& lost) {
     try {
       throw_faults(faults, lost, env, "read");
-      deferred->Resolve(held->Value());
+      deferred->Resolve(env.Undefined());
     } catch (const Napi::Error& e) {
       deferred->Reject(e.Value());
     }

@@ -56,7 +56,7 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
              size_t offset);
   Napi::Value Reshape(const Napi::CallbackInfo& info);
   Napi::Value Slice(const Napi::CallbackInfo& info);
-  Napi::Value Read(const Napi::CallbackInfo& info);
+  Napi::Value Read(const Napi::CallbackInfo& info);  // (ArrayBuffer): when filled
   // The values as f64 if they are there at once (1 ms at most): on the CPU, with an idle queue and
   // no raised fault; else undefined.
   Napi::Value Peek(const Napi::CallbackInfo& info);
@@ -96,7 +96,7 @@ struct HostBytes {
 };
 HostBytes host_bytes(const Napi::Value& value, DType dtype, int64_t size);
 
-// Throws if the device is lost, else the first raised fault.
+// Throws if the device is lost, else the first raised fault, which is reported then.
 void throw_faults(const std::vector<std::shared_ptr<Fault>>& faults, const std::string& lost,
                   Napi::Env env, const char* op);
 

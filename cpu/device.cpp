@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/host.h"
+#include "ops/start_thread.h"
 
 namespace p2r::cpu {
 
@@ -55,7 +56,7 @@ CpuDevice::CpuDevice(const OpenOptions& options)
   info_.threads = pool_.count();
   info_.simd = simd_->name;
   info_.features = names_of(features_);
-  thread_ = std::thread([this] { run(); });
+  thread_ = start_thread([this] { run(); });
 }
 
 CpuDevice::~CpuDevice() {
@@ -104,6 +105,7 @@ void CpuDevice::launch(int64_t items, int64_t grain, ThreadPool::Body f) {
 }
 
 void CpuDevice::upload(void* destination, const void* source, size_t bytes) {
+  if (!bytes) return;            // the source may be null
   if (completed() == queued_) {  // nothing queued can be using the destination
     std::memcpy(destination, source, bytes);
     return;
@@ -115,6 +117,7 @@ void CpuDevice::upload(void* destination, const void* source, size_t bytes) {
 }
 
 void CpuDevice::upload_from(void* destination, size_t bytes, std::function<const void*()> source) {
+  if (!bytes) return;
   submit([=] { std::memcpy(destination, source(), bytes); });
 }
 
@@ -131,6 +134,7 @@ void CpuDevice::copy(void* destination, const void* source, size_t bytes) {
 }
 
 void CpuDevice::zero(void* destination, size_t bytes) {
+  if (!bytes) return;
   submit([=] { std::memset(destination, 0, bytes); });
 }
 

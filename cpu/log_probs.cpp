@@ -1,6 +1,7 @@
-// Log-probabilities: every row is cut into slices of kSlice columns, whatever N and the number of
-// threads are. A first loop sums slices, a second merges each row's slices in their order, so one
-// row alone keeps all threads busy and gets the bits it would get in any batch.
+// Log-probabilities: every row is cut into the spans of a linear head's logits, whatever N and the
+// number of threads are. A first loop sums spans, a second merges each row's spans in their order,
+// so one row alone keeps all threads busy and gets the bits it would get in any batch, and those of
+// the head (cpu/linear_log_probs/).
 #include "cpu/log_probs.h"
 
 #include <algorithm>
@@ -15,7 +16,7 @@ namespace {
 
 constexpr int64_t kRowGrain = 64;
 
-int64_t slices_of(int64_t columns) { return ceil_div(columns, kSlice); }
+int64_t spans_of(int64_t columns) { return ceil_div(columns, sum_span(columns)); }
 
 // Tasks large enough to be worth their scheduling, small enough to spread a few rows over threads.
 int64_t grain_for(int64_t items, int threads) {
@@ -40,17 +41,17 @@ struct Job {
   SoftmaxExtra extra;
 };
 
-void queue_slices(const Job& job, float* partials, CpuDevice& cpu) {
+void queue_spans(const Job& job, float* partials, CpuDevice& cpu) {
   const int64_t rows = job.logits.shape[0], columns = job.logits.shape[1];
-  const int64_t slices = slices_of(columns);
-  cpu.launch(rows * slices, grain_for(rows * slices, cpu.threads()),
+  const int64_t span = sum_span(columns), spans = spans_of(columns);
+  cpu.launch(rows * spans, grain_for(rows * spans, cpu.threads()),
              [=, &simd = cpu.simd()](int64_t begin, int64_t end, int) {
                const float inverse = static_cast<float>(1 / job.temperature);
                for (int64_t i = begin; i < end; ++i) {
-                 const int64_t row = i / slices, first = i % slices * kSlice;
+                 const int64_t row = i / spans, first = i % spans * span;
                  if (job.targets.as<int32_t>()[row] == kSkippedTarget) continue;
                  simd.softmax_sums(job.logits.dtype, job.logits.element(row * columns + first),
-                                   std::min(kSlice, columns - first), inverse, job.extra,
+                                   std::min(span, columns - first), inverse, job.extra,
                                    partials + 3 * i);
                }
              });
@@ -61,17 +62,17 @@ void queue_slices(const Job& job, float* partials, CpuDevice& cpu) {
 void token_log_probs(const TokenLogProbsArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   const int64_t rows = a.logits.shape[0], columns = a.logits.shape[1];
-  const int64_t slices = slices_of(columns);
-  Scratch scratch = device.scratch(rows * slices * 3 * sizeof(float));
+  const int64_t spans = spans_of(columns);
+  Scratch scratch = device.scratch(rows * spans * 3 * sizeof(float));
   float* partials = scratch.as<float>();
-  queue_slices({a.logits, a.targets, a.temperature, extra_of(a)}, partials, cpu);
-  cpu.launch(rows, kRowGrain, [=](int64_t begin, int64_t end, int) {
+  queue_spans({a.logits, a.targets, a.temperature, extra_of(a)}, partials, cpu);
+  cpu.launch(rows, kRowGrain, [=, &simd = cpu.simd()](int64_t begin, int64_t end, int) {
     const double inverse = 1 / a.temperature;
     for (int64_t i = begin; i < end; ++i) {
       const int32_t target = a.targets.as<int32_t>()[i];
       RowLogProb r;
       if (target != kSkippedTarget) {
-        const Sums row = merge_slices(partials + 3 * i * slices, slices, inverse, extra_of(a));
+        const Sums row = merge_spans(simd, partials + 3 * i * spans, spans, inverse, extra_of(a));
         if (target < 0 || target >= columns) {
           r = kNoLogProb;
           raise(a.fault, i, static_cast<uint32_t>(target));
@@ -79,11 +80,7 @@ void token_log_probs(const TokenLogProbsArgs& a, Device& device) {
           r = row_log_prob(row, value_at(a.logits, i * columns + target), inverse, extra_of(a));
         }
       }
-      a.log_probs.as<float>()[i] = r.log_prob;
-      a.stats.as<float>()[2 * i] = r.stats[0];
-      a.stats.as<float>()[2 * i + 1] = r.stats[1];
-      if (a.entropy) a.entropy.as<float>()[i] = r.extra;
-      if (a.squared_probs) a.squared_probs.as<float>()[i] = r.extra;
+      write_row(a, i, r);
     }
   });
 }
@@ -91,12 +88,12 @@ void token_log_probs(const TokenLogProbsArgs& a, Device& device) {
 void token_log_probs_shard(const TokenLogProbsShardArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   const int64_t rows = a.logits.shape[0], columns = a.logits.shape[1];
-  const int64_t slices = slices_of(columns);
-  Scratch scratch = device.scratch(rows * slices * 3 * sizeof(float));
+  const int64_t spans = spans_of(columns);
+  Scratch scratch = device.scratch(rows * spans * 3 * sizeof(float));
   float* partials = scratch.as<float>();
   const SoftmaxExtra extra = a.moment ? SoftmaxExtra::moment : SoftmaxExtra::none;
-  queue_slices({a.logits, a.targets, a.temperature, extra}, partials, cpu);
-  cpu.launch(rows, kRowGrain, [=](int64_t begin, int64_t end, int) {
+  queue_spans({a.logits, a.targets, a.temperature, extra}, partials, cpu);
+  cpu.launch(rows, kRowGrain, [=, &simd = cpu.simd()](int64_t begin, int64_t end, int) {
     const double inverse = 1 / a.temperature;
     for (int64_t i = begin; i < end; ++i) {
       const int32_t target = a.targets.as<int32_t>()[i];
@@ -104,7 +101,7 @@ void token_log_probs_shard(const TokenLogProbsShardArgs& a, Device& device) {
       Sums row;
       float target_logit = 0;
       if (target != kSkippedTarget) {
-        row = merge_slices(partials + 3 * i * slices, slices, inverse, extra);
+        row = merge_spans(simd, partials + 3 * i * spans, spans, inverse, extra);
         target_logit = static_cast<float>(local < 0 || local >= columns
                                               ? -kInfinity
                                               : value_at(a.logits, i * columns + local) * inverse);
@@ -159,13 +156,13 @@ void merge_log_probs(const MergeLogProbsArgs& a, Device& device) {
 void token_log_probs_backward(const TokenLogProbsBackwardArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
   const int64_t rows = a.logits.shape[0], columns = a.logits.shape[1];
-  const int64_t slices = slices_of(columns), items = rows * slices;
+  const int64_t span = sum_span(columns), spans = spans_of(columns), items = rows * spans;
   cpu.launch(items, grain_for(items, cpu.threads()),
              [=, &simd = cpu.simd()](int64_t begin, int64_t end, int) {
                const double inverse = 1 / a.temperature;
                for (int64_t i = begin; i < end; ++i) {
-                 const int64_t row = i / slices, first = i % slices * kSlice;
-                 const int64_t size = std::min(kSlice, columns - first),
+                 const int64_t row = i / spans, first = i % spans * span;
+                 const int64_t size = std::min(span, columns - first),
                                offset = row * columns + first;
                  char* out = a.d_logits.element(offset);
                  const int32_t target = a.targets.as<int32_t>()[row];

@@ -1,10 +1,13 @@
 // The arithmetic of one row of logits, shared by logits in memory (cpu/log_probs.cpp) and logits
 // that are computed block by block (cpu/linear_log_probs/).
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "cpu/simd/arguments.h"
+#include "cpu/simd/simd.h"
+#include "ops/integer.h"
 #include "ops/log_probs.h"
 
 namespace p2r::cpu {
@@ -17,37 +20,46 @@ struct Sums {
   double maximum = -kInfinity, sum = 0, extra = 0;
 };
 
-// Adds a part whose maximum and sums are given; log-ratios are (difference of maxima) * inverse.
+// A part's sums relative to another maximum; log-ratios are (difference of maxima) * inverse.
+inline Sums rescaled(const Sums& s, double maximum, double inverse, SoftmaxExtra extra) {
+  const double shift = s.maximum == maximum ? 0 : (s.maximum - maximum) * inverse;
+  const double scale = shift == 0 ? 1 : std::exp(shift);
+  // The shift may be infinite where exp(shift) is 0, and 0 * inf is NaN; a NaN of the part
+  // remains.
+  if (scale == 0) return {maximum, 0 * s.sum, 0 * s.extra};
+  const double further = extra == SoftmaxExtra::squares ? scale * s.extra : s.extra + shift * s.sum;
+  return {maximum, scale * s.sum, scale * further};
+}
+
+// Adds a part whose maximum and sums are given.
 inline void merge(Sums& into, const Sums& part, double inverse, SoftmaxExtra extra) {
   if (part.sum == 0) return;
   const double maximum = part.maximum > into.maximum ? part.maximum : into.maximum;
-  const auto scaled = [&](const Sums& s) {
-    const double shift = (s.maximum - maximum) * inverse, scale = std::exp(shift);
-    // The shift may be infinite where exp(shift) is 0, and 0 * inf is NaN; a NaN of the part
-    // remains.
-    if (scale == 0) return Sums{maximum, 0 * s.sum, 0 * s.extra};
-    const double further =
-        extra == SoftmaxExtra::squares ? scale * s.extra : s.extra + shift * s.sum;
-    return Sums{maximum, scale * s.sum, scale * further};
-  };
-  const Sums b = scaled(part);
+  const Sums b = rescaled(part, maximum, inverse, extra);
   if (into.sum == 0) {
     into = b;
     return;
   }
-  const Sums a = scaled(into);
+  const Sums a = rescaled(into, maximum, inverse, extra);
   into = {maximum, a.sum + b.sum, a.extra + b.extra};
 }
 
-// Columns that are summed at once, whatever the number of rows and threads.
-constexpr int64_t kSlice = 8192;
+constexpr int64_t kMaxSpans = 128;
 
-inline Sums merge_slices(const float* partials, int64_t slices, double inverse,
-                         SoftmaxExtra extra) {
-  Sums row;
-  for (int64_t k = 0; k < slices; ++k, partials += 3)
-    merge(row, {partials[0], partials[1], partials[2]}, inverse, extra);
-  return row;
+// Columns that are summed at once, a whole number of steps: few enough spans that merging them
+// costs little beside the sums, and enough of them for many threads.
+inline int64_t sum_span(int64_t columns) {
+  constexpr int64_t kFewSpans = 8, kFewColumns = 6 * kSoftmaxColumns;
+  const int64_t least = std::min(ceil_div(columns, kFewSpans), kFewColumns);
+  return round_up(std::max({ceil_div(columns, kMaxSpans), least, int64_t{1}}), kSoftmaxColumns);
+}
+
+// A row's sums from those of its spans, in their order.
+inline Sums merge_spans(const Simd& simd, const float* partials, int64_t spans, double inverse,
+                        SoftmaxExtra extra) {
+  float row[3];
+  simd.softmax_spans(spans, static_cast<float>(inverse), extra, partials, row);
+  return {row[0], row[1], row[2]};
 }
 
 // (m, log s) with m rounded first; log s of an empty row is -inf.
@@ -74,6 +86,16 @@ inline RowLogProb row_log_prob(const Sums& row, double x, double inverse, Softma
                                                               : log_sum - row.extra / row.sum);
   r.log_prob = static_cast<float>((x - row.maximum) * inverse - log_sum);
   return r;
+}
+
+// Writes a row's results to those of the operation.
+template <class Args>
+void write_row(const Args& a, int64_t row, const RowLogProb& r) {
+  a.log_probs.template as<float>()[row] = r.log_prob;
+  a.stats.template as<float>()[2 * row] = r.stats[0];
+  a.stats.template as<float>()[2 * row + 1] = r.stats[1];
+  if (a.entropy) a.entropy.template as<float>()[row] = r.extra;
+  if (a.squared_probs) a.squared_probs.template as<float>()[row] = r.extra;
 }
 
 // The gradient of a row's logits, from those of its log-probability (g) and entropy (h), divided by

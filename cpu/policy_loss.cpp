@@ -174,6 +174,8 @@ PolicyRun run_of(const PolicyLossArgs& a, const Batch& batch, const LossRun& run
   r.cov_low = static_cast<float>(a.cov_low);
   r.cov_high = static_cast<float>(a.cov_high);
   r.cov_kl = static_cast<float>(a.cov_kl);
+  r.cov_seed = a.cov_seed;
+  r.first_token = run.begin;
   r.least_entropy = batch.least_entropy;
   r.policy_weight = static_cast<float>(sequence.policy_weight);
   r.kl_weight = static_cast<float>(a.kl_coef * sequence.term_weight);
@@ -190,18 +192,17 @@ void run_and_offer(const PolicyLossArgs& a, const Simd& simd, const LossRun& run
   int64_t n = 0;
   r.candidates = candidates;
   r.candidate_count = &n;
-  if (of_kl) {
-    const uint32_t least = highest.least_key();
-    r.cov_low = least ? f32_of_bits(from_ordered_bits(least)) : -kInfinity;
-  }
+  r.least_key = highest.least_key();
+  if (of_kl) r.cov_low = r.least_key ? f32_of_bits(from_ordered_bits(r.least_key)) : -kInfinity;
   simd.policy_run(&r, sums);
   for (int64_t j = 0; j < n; ++j) {
     const int32_t i = candidates[j];
     const int64_t token = run.begin + i;
     const float advantage = r.advantages ? r.advantages[i] : r.advantage;
     const float covariance = (advantage - r.mean_advantage) * (r.log_probs[i] - r.mean_log_prob);
-    ranks[j] = choice_rank(
-        of_kl ? ordered_bits(bits_of_f32(covariance)) : random_key(a.cov_seed, token), token);
+    ranks[j] = choice_rank(of_kl ? ordered_bits(bits_of_f32(covariance))
+                                 : random_key(a.cov_seed, static_cast<uint32_t>(token)),
+                           token);
   }
   highest.offer(ranks, n);
 }
@@ -359,33 +360,16 @@ void policy_loss(const PolicyLossArgs& a, Device& device) {
 
 void apply_kl_penalty(const ApplyKlPenaltyArgs& a, Device& device) {
   CpuDevice& cpu = cpu_device(device);
-  const auto estimate = [=](double x) {
-    switch (a.kl) {
-      case Kl::k1:
-      case Kl::k1_plus:
-        return -x;
-      case Kl::k2:
-        return x * x / 2;
-      case Kl::abs:
-        return std::fabs(x);
-      default:
-        if (a.kl_clamp > 0) x = x > 20 ? 20 : x < -20 ? -20 : x;
-        const double value = std::expm1(x) - x;
-        return a.kl_clamp > 0 && value > a.kl_clamp ? a.kl_clamp : value;
-    }
-  };
-  cpu.launch(a.rewards.shape[0], 1, [=](int64_t begin, int64_t end, int) {
-    const float *now = a.log_probs.as<float>(), *ref = a.ref_log_probs.as<float>();
-    const uint8_t* mask = a.mask ? a.mask.as<uint8_t>() : nullptr;
+  cpu.launch(a.rewards.shape[0], 1, [=, &simd = cpu.simd()](int64_t begin, int64_t end, int) {
     for (int64_t s = begin; s < end; ++s) {
-      double total = 0;
-      for (int64_t t = a.cu_seqlens[s]; t < a.cu_seqlens[s + 1]; ++t) {
-        if (mask && !mask[t]) continue;
-        if (mask && mask[t] > 1) {
-          raise(a.fault, t, mask[t], true);
-          total = std::numeric_limits<double>::quiet_NaN();
-        }
-        total += estimate(double(ref[t]) - double(now[t]));
+      const int64_t first = a.cu_seqlens[s], n = a.cu_seqlens[s + 1] - first;
+      const uint8_t* mask = a.mask ? a.mask.as<uint8_t>() + first : nullptr;
+      bool wrong = false;
+      double total = simd.kl_sum(a.kl, from(a.log_probs, first), from(a.ref_log_probs, first), mask,
+                                 n, a.kl_clamp > 0 ? a.kl_clamp : double(kInfinity), &wrong);
+      if (wrong) {
+        raise_invalid_mask(a.fault, mask, first, n);
+        total = std::numeric_limits<double>::quiet_NaN();
       }
       const double penalty = a.kl_coef != 0 ? a.kl_coef * total : 0;
       a.out.as<float>()[s] = static_cast<float>(a.rewards.as<float>()[s] - penalty);

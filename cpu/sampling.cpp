@@ -285,15 +285,13 @@ class FilteredRow {
 
 // The sums of one row's log-probabilities, as token_log_probs takes them.
 Sums sums_of(const Simd& simd, DType dtype, const View& logits, int64_t row, double inverse) {
-  const int64_t v = logits.shape[1];
-  Sums sums;
-  for (int64_t first = 0; first < v; first += kSlice) {
-    float part[3];
-    simd.softmax_sums(dtype, logits.element(row * v + first), std::min(kSlice, v - first),
-                      static_cast<float>(inverse), SoftmaxExtra::none, part);
-    merge(sums, {part[0], part[1], part[2]}, inverse, SoftmaxExtra::none);
-  }
-  return sums;
+  const int64_t v = logits.shape[1], span = sum_span(v);
+  float parts[3 * kMaxSpans];
+  int64_t spans = 0;
+  for (int64_t first = 0; first < v; first += span)
+    simd.softmax_sums(dtype, logits.element(row * v + first), std::min(span, v - first),
+                      static_cast<float>(inverse), SoftmaxExtra::none, parts + 3 * spans++);
+  return merge_spans(simd, parts, spans, inverse, SoftmaxExtra::none);
 }
 
 float largest_of(const Simd& simd, const float* z, int64_t v) {

@@ -1,5 +1,7 @@
 #include "cpu/threads.h"
 
+#include "ops/start_thread.h"
+
 #if defined(__linux__)
 #include <pthread.h>
 #include <sched.h>
@@ -16,10 +18,17 @@ inline bool is_open(uint64_t state) { return state / kEpoch % 2 == 1; }
 }  // namespace
 
 ThreadPool::ThreadPool(int count) : count_(count) {
-  for (int i = 1; i < count; ++i) workers_.emplace_back([this, i] { work(i); });
+  try {
+    for (int i = 1; i < count; ++i) workers_.push_back(start_thread([this, i] { work(i); }));
+  } catch (...) {
+    stop();
+    throw;
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   {
     std::lock_guard lock(mutex_);
     stop_ = true;

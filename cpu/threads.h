@@ -51,6 +51,7 @@ class ThreadPool {
   void parallel(int64_t items, int64_t grain, const Body& f);
 
  private:
+  void stop();  // and join the workers
   void work(int thread);
   void run_chunks(int thread);
   // Excludes the caller's CPU from the workers' affinity masks. The kernel may wake a worker there,

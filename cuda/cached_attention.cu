@@ -48,7 +48,13 @@ void cached_attention(const CachedAttentionArgs& a, Device& device) {
            a.k.as<const T>(), a.v.as<const T>(), on_device, reinterpret_cast<T*>(a.layer_keys()),
            a.k.size(), static_cast<int>(heads), static_cast<int>(d), size * d, a.value_offset());
   });
-  plain_cached_attention(a, device);
+  // Tensor cores read 16 bytes at a time; a cache's pages begin at multiples of that unless a
+  // caller made them of a view.
+  if (a.q.dtype == DType::f32 || attention_alignment_copy(a.pages))
+    return plain_cached_attention(a, device);
+  CachedAttentionArgs aligned = a;
+  const Aligned q(aligned.q, device);
+  mma_cached_attention(aligned, device);
 }
 
 }  // namespace p2r::cuda

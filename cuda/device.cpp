@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cuda/stream.h"
+#include "ops/start_thread.h"
 
 namespace p2r::cuda {
 
@@ -83,7 +84,12 @@ class CudaDevice final : public Device {
     info_.capability = std::to_string(p.major) + "." + std::to_string(p.minor);
     multiprocessors_ = p.multiProcessorCount;
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
-    waiter_ = std::thread([this] { wait_for_events(); });
+    try {
+      waiter_ = start_thread([this] { wait_for_events(); });
+    } catch (...) {
+      cudaStreamDestroy(stream_);
+      throw;
+    }
   }
 
   ~CudaDevice() override {
@@ -145,9 +151,11 @@ class CudaDevice final : public Device {
   }
 
   void copy(void* destination, const void* source, size_t bytes) override {
+    if (!bytes) return;
     check(cudaMemcpyAsync(destination, source, bytes, cudaMemcpyDeviceToDevice, stream()), "copy");
   }
   void zero(void* destination, size_t bytes) override {
+    if (!bytes) return;
     check(cudaMemsetAsync(destination, 0, bytes, stream()), "memset");
   }
 

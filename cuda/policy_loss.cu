@@ -349,7 +349,7 @@ __device__ uint64_t covariance_rank(const Loss& a, const LossRun& run, int64_t t
   const float d = a.old_log_probs ? clamped(log_prob - a.old_log_probs[t], -20, 20) : 0;
   const float ratio = a.old_log_probs ? expf(d) : 1;
   if (-advantage * clamped(ratio, a.ratio_low, a.ratio_high) > -advantage * ratio) return 0;
-  return choice_rank(random_key(a.cov_seed, t), t);
+  return choice_rank(random_key(a.cov_seed, static_cast<uint32_t>(t)), t);
 }
 
 __global__ void __launch_bounds__(kBlock) count_bytes_kernel(Loss a, bool entropies, int shift) {

@@ -15,9 +15,13 @@
 // cycle at the full rate of memory.
 #include "cuda/gemm/few_rows.cuh"
 #include "cuda/linear.cuh"
+#include "ops/linear_log_probs.h"
 #include "ops/quantize.h"
 
 namespace p2r::cuda {
+
+void token_log_probs(const TokenLogProbsArgs& a, Device& device);
+void linear_log_probs(const LinearLogProbsArgs& a, Device& device);
 
 namespace {
 
@@ -240,6 +244,51 @@ void quantized_linear(const QuantizedLinearArgs& a, Device& device) {
     T* weight = scratch.as<T>();
     dequantize_to(device, values, a.scales, weight, layout);
     multiply_many_rows(device, x, weight, bias, a.out, rows, layout.features, layout.channels);
+  });
+}
+
+void quantized_linear_log_probs(const QuantizedLinearLogProbsArgs& a, Device& device) {
+  const QuantizedLayout layout = a.layout();
+  const int64_t rows = a.hidden.shape[0];
+  if (!rows) return;
+  const auto with_results = [&](auto args) {
+    args.targets = a.targets;
+    args.temperature = a.temperature;
+    args.log_probs = a.log_probs;
+    args.stats = a.stats;
+    args.entropy = a.entropy;
+    args.squared_probs = a.squared_probs;
+    args.fault = a.fault;
+    return args;
+  };
+  if (rows <= few_rows::kMaxRows) {
+    const Scratch scratch = device.scratch(rows * layout.features * sizeof(float));
+    QuantizedLinearArgs product;
+    product.x = a.hidden;
+    product.values = a.values;
+    product.scales = a.scales;
+    product.bias = a.bias;
+    product.bits = a.bits;
+    product.group = a.group;
+    product.out.data = scratch.as<float>();
+    product.out.shape = {rows, layout.features};
+    quantized_linear(product, device);
+    auto args = with_results(TokenLogProbsArgs{});
+    static_cast<View&>(args.logits) = product.out;
+    return token_log_probs(args, device);
+  }
+  const AlignedValues values(a.values, device);
+  with_float_type(a.hidden.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    const Scratch scratch = device.scratch(layout.features * layout.channels * sizeof(T));
+    dequantize_to(device, values, a.scales, scratch.as<T>(), layout);
+    auto args = with_results(LinearLogProbsArgs{});
+    args.hidden = a.hidden;
+    args.bias = a.bias;
+    args.weight.data = scratch.as<T>();
+    args.weight.dtype = a.hidden.dtype;
+    args.weight.shape = {layout.features, layout.channels};
+    linear_log_probs(args, device);
   });
 }
 

@@ -2,6 +2,8 @@
 // the operation; one that passes is returned with its type.
 import { refuse } from './errors.js'
 
+/** Entries of a list of tensors, boxes or other objects. */
+const longestList = 2 ** 24
 /** Characters of a text that error messages repeat. */
 const longest = 200
 
@@ -26,7 +28,9 @@ export type Names<T> = Readonly<Record<KeysOf<T> & string, true>>
 /**
  * An object of arguments with no other fields than `names`, because a misspelt option that is ignored
  * gives a wrong result silently. A field that is undefined counts as left out, but its name must be known.
- * `path` is the name of a nested object. Nothing is allocated for an object that passes.
+ * `path` is the name of a nested object.
+ *
+ * @returns a copy, whose fields are read once: a getter or a proxy cannot change what was checked before it is used.
  */
 export function checkArguments<T>(
   a: T,
@@ -35,14 +39,22 @@ export function checkArguments<T>(
   path?: string,
 ): T & object {
   if (typeof a !== 'object' || a === null || Array.isArray(a)) refuseArguments(a, op, path)
+  const prototype: unknown = Object.getPrototypeOf(a)
+  const plain = prototype === Object.prototype || prototype === null
   // for...in reads the engine's cached list of keys; methods of classes are not enumerable.
   for (const key in a)
     if (names[key] !== true && Object.hasOwn(a, key)) {
-      const prototype: unknown = Object.getPrototypeOf(a)
-      if (prototype !== null && prototype !== Object.prototype) refuseArguments(a, op, path)
+      if (!plain) refuseArguments(a, op, path)
       refuse('ERR_VALUE', op, `unknown option ${unknownName(key, Object.keys(names), path)}`)
     }
-  return a
+  if (plain) return { ...a }
+  // Of a class or of another realm: its fields may be accessors of its prototype.
+  const copy: Record<string, unknown> = {}
+  for (const name in names) {
+    const value: unknown = a[name as never]
+    if (value !== undefined) copy[name] = value
+  }
+  return copy as T & object
 }
 
 function refuseArguments(a: unknown, op: string, path: string | undefined): never {
@@ -135,6 +147,7 @@ export function checkObject<T>(value: T, name: string, op: string, what = 'an ob
   return value
 }
 
+/** A copy of an array, each entry read once and none of the array's own methods called: they can be the caller's. */
 export function checkArray<T>(
   value: readonly T[],
   name: string,
@@ -142,7 +155,13 @@ export function checkArray<T>(
   what = 'an array',
 ): readonly T[] {
   if (!Array.isArray(value)) unexpected(value, name, what, op)
-  return value
+  const copy: T[] = []
+  const { length } = value as readonly T[]
+  // A length costs nothing to write down; a copy of as many entries would.
+  if (length > longestList)
+    refuse('ERR_VALUE', op, `${name} must have at most ${longestList} entries, got ${length}`)
+  for (let i = 0; i < length; i++) copy.push((value as readonly T[])[i] as T)
+  return copy
 }
 
 export function checkFunction<T>(
@@ -168,6 +187,11 @@ export function isObject(value: unknown): value is object {
 export function checkPositive(value: unknown, name: string, op: string): number {
   if (!isIntegerFrom(1, value)) unexpected(value, name, 'a positive integer', op)
   return value
+}
+
+/** How many outputs are sampled of one prompt: each is an object of its own, so that a slip of the pen would end the process. */
+export function checkSamples(value: unknown, name: string, op: string): number {
+  return checkIntegerWithin(value, 1, 2 ** 16, name, op)
 }
 
 /** A safe integer of at least `least`. */
@@ -209,31 +233,27 @@ export function checkNonNegative(value: unknown, name: string, op: string): numb
   return value
 }
 
-/** A list of `length` numbers, finite or not. */
-export function checkNumbers(
+/** A copy of a list of `length` numbers, finite or not. */
+export function checkNumbers(list: unknown, length: number, name: string, op: string): number[] {
+  const items = list as ArrayLike<unknown> | null | undefined
+  if (typeof items !== 'object' || items === null || items.length !== length)
+    unexpected(list, name, `${length} numbers`, op)
+  const copy: number[] = []
+  for (let k = 0; k < length; k++) copy.push(checkNumber(items[k], `${name}[${k}]`, op))
+  return copy
+}
+
+/** A copy of a list of `length` finite numbers. */
+export function checkFiniteNumbers(
   list: unknown,
   length: number,
   name: string,
   op: string,
-): asserts list is ArrayLike<number> {
-  const items = list as ArrayLike<unknown> | null | undefined
-  if (typeof items !== 'object' || items === null || items.length !== length)
-    unexpected(list, name, `${length} numbers`, op)
-  for (let k = 0; k < length; k++) checkNumber(items[k], `${name}[${k}]`, op)
-}
-
-/** A list of `length` finite numbers. */
-export function checkFiniteNumbers(list: unknown, length: number, name: string, op: string): void {
-  checkNumbers(list, length, name, op)
+): number[] {
+  const copy = checkNumbers(list, length, name, op)
   for (let k = 0; k < length; k++)
-    if (!Number.isFinite(list[k])) unexpected(list[k], `${name}[${k}]`, 'finite', op)
-}
-
-/** A list of numbers of any length as the addon takes it; the addon checks each value. */
-export function hostNumbers(value: unknown, name: string, op: string): Float64Array {
-  if (!Array.isArray(value) && !ArrayBuffer.isView(value))
-    unexpected(value, name, 'a list of numbers', op)
-  return Float64Array.from(value as ArrayLike<number>, Number)
+    if (!Number.isFinite(copy[k])) unexpected(copy[k], `${name}[${k}]`, 'finite', op)
+  return copy
 }
 
 /** Memory of the host's that the engine may not have: then ERR_MEMORY, not its RangeError. */
@@ -248,9 +268,19 @@ export function hostMemory<T>(allocate: () => T, op: string): T {
 
 /** Host integers as the addon takes them; the addon checks each value. */
 export function hostInts(value: unknown, name: string, op: string): Float64Array {
+  return hostNumbers(value, name, op, 'a list of integers')
+}
+
+/** A list of numbers of any length as the addon takes it; the addon checks each value. */
+export function hostNumbers(
+  value: unknown,
+  name: string,
+  op: string,
+  what = 'a list of numbers',
+): Float64Array {
   const list = value as ArrayLike<number> | null | undefined
   if (typeof list !== 'object' || list === null || typeof list.length !== 'number')
-    unexpected(value, name, 'a list of integers', op)
+    unexpected(value, name, what, op)
   const length = checkInteger(list.length, 0, `${name}.length`, op)
   // A plain loop: Float64Array.from with a function takes some 70 ns an element.
   const out = hostMemory(() => new Float64Array(length), op)

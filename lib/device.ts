@@ -124,7 +124,7 @@ export type DeviceId = 'cpu' | 'cuda' | `cuda:${number}` | (string & {})
  *
  * @param id default: the environment's P2R_DEVICE, else the first CUDA device, else the CPU
  * @throws P2RError ERR_DEVICE for a device that does not exist or is not available; ERR_VALUE for wrong
- *   options; ERR_NATIVE where the addon cannot be loaded.
+ *   options; ERR_MEMORY where the system has no room for the threads; ERR_NATIVE where the addon cannot be loaded.
  * @example
  * ```js
  * import { openDevice } from 'p2r-kernels'
@@ -238,7 +238,8 @@ export class Device implements Disposable {
   }
 
   /**
-   * Waits for all queued work; throws each of its faults once, under the name of the operation.
+   * Waits for all queued work; throws, once each, those of its faults that no read has thrown, under the
+   * name of the operation.
    *
    * @throws P2RError ERR_VALUE for a value that a kernel had to refuse; ERR_CUDA where the device was lost;
    *   ERR_DISPOSED.

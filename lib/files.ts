@@ -1,7 +1,8 @@
 // Files that others made. A pipe or a device can keep a read waiting for ever, or never end: only regular files are
 // read, and none beyond a limit.
+import { randomUUID } from 'node:crypto'
 import { constants } from 'node:fs'
-import { type FileHandle, open } from 'node:fs/promises'
+import { type FileHandle, open, rename, unlink } from 'node:fs/promises'
 import type { AbortSignalLike } from './abort.js'
 
 /** Bytes of a file that is read as one text, and characters of a line: the engine's strings are hardly longer. */
@@ -55,6 +56,36 @@ export async function readBytes(
 /** A regular file as one text. */
 export async function readText(path: string): Promise<string> {
   return (await readBytes(path, longestText)).toString('utf8')
+}
+
+/**
+ * Writes a file under another name and then gives it its own: where writing fails, or the process ends in between, the
+ * file that was there before stays, whole.
+ */
+export async function replaceFile(
+  path: string,
+  parts: Iterable<NodeJS.TypedArray> | AsyncIterable<NodeJS.TypedArray>,
+): Promise<void> {
+  const temporary = `${path}.${randomUUID()}.tmp`
+  try {
+    const file = await open(temporary, 'wx')
+    try {
+      for await (const part of parts) {
+        const bytes = new Uint8Array(part.buffer, part.byteOffset, part.byteLength)
+        for (let at = 0; at < bytes.length; ) {
+          const count = Math.min(bytes.length - at, chunk)
+          at += (await file.write(bytes, at, count)).bytesWritten
+        }
+      }
+      await file.sync()
+    } finally {
+      await file.close()
+    }
+    await rename(temporary, path)
+  } catch (error) {
+    await unlink(temporary).catch(() => {})
+    throw error
+  }
 }
 
 /** The lines of a regular file, without their ends. */

@@ -1,4 +1,3 @@
-import { writeFile } from 'node:fs/promises'
 import { extname } from 'node:path'
 import { setImmediate } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
@@ -20,7 +19,7 @@ import {
 import { BadBitmap, decodeBitmap, isBitmap } from './bmp.js'
 import { checkDevice, type Device } from './device.js'
 import { P2RError, refuse } from './errors.js'
-import { readBytes, TooLarge } from './files.js'
+import { readBytes, replaceFile, TooLarge } from './files.js'
 import { imageSize, type Tensor } from './tensor.js'
 
 const sharpModule = 'sharp' as string
@@ -123,7 +122,7 @@ export async function loadImage(
   options: LoadImageOptions = {},
 ): Promise<Tensor<'u8'>> {
   const op = 'loadImage'
-  checkArguments(options, loadNames, op, 'options')
+  options = checkArguments(options, loadNames, op, 'options')
   const { autoOrient = false, alpha = 'white', grey16 = 'high-byte' } = options
   const { maxPixels = 100_000_000, signal } = options
   const input = inputOf(source, op)
@@ -403,7 +402,7 @@ const extensions: Record<string, string> = {
 
 /**
  * Writes an image to a file, in the format of its extension: .png, .jpg, .jpeg, .webp, .tif, .tiff or
- * .avif. PNG and TIFF keep every pixel.
+ * .avif. PNG and TIFF keep every pixel. A file that is there already stays until the new one is whole.
  *
  * @param image u8 [height, width, 3].
  * @throws P2RError ERR_VALUE for another extension; ERR_IO (with cause) when the file cannot be written;
@@ -427,7 +426,7 @@ export async function saveImage(image: Tensor<'u8'>, path: string): Promise<void
   if (!format)
     refuse('ERR_VALUE', op, `path must end in ${Object.keys(extensions).join(', ')}, got '${path}'`)
   const bytes = await encode(image, format, undefined, op)
-  await writeFile(path, bytes).catch((cause) =>
+  await replaceFile(path, [bytes]).catch((cause) =>
     refuse('ERR_IO', op, `'${path}' could not be written: ${cause.message}`, { cause }),
   )
 }
@@ -471,7 +470,7 @@ export async function encodeImage(
   options: EncodeImageOptions = {},
 ): Promise<Uint8Array> {
   const op = 'encodeImage'
-  checkArguments(options, encodeNames, op, 'options')
+  options = checkArguments(options, encodeNames, op, 'options')
   const format = choice(options.format ?? 'png', ['png', 'jpeg', 'webp'], 'format', op)
   const { quality } = options
   if (quality !== undefined) checkIntegerWithin(quality, 1, 100, 'quality', op)

@@ -13,6 +13,7 @@ export {
 } from './device.js'
 export type { DType, FloatDType, PatchDType } from './dtype.js'
 export { type ErrorCode, P2RError } from './errors.js'
+export type { Checkpoint, CheckpointOption, TrainableOption } from './gradients.js'
 export type { Grid } from './grid.js'
 export {
   type BlobLike,
@@ -36,17 +37,26 @@ export type {
   GenerationPrompt,
   Qwen3VLGenerateArgs,
   SamplingOptions,
+  TokenLogProb,
 } from './models/qwen3_vl/generate.js'
 export {
   Qwen3VL,
+  type Qwen3VLCache,
   type Qwen3VLForwardArgs,
   type Qwen3VLLogProbs,
-  type Qwen3VLLogProbsArgs,
   type Qwen3VLOptions,
   type Qwen3VLResults,
   type Qwen3VLWant,
 } from './models/qwen3_vl/model.js'
 export type { PackedTokens, Vision } from './models/qwen3_vl/prompt.js'
+export {
+  type Qwen3VLBackwardArgs,
+  type Qwen3VLGradients,
+  type Qwen3VLLogProbsArgs,
+  Qwen3VLRecord,
+  type Qwen3VLRecordArgs,
+  type Qwen3VLRecordBackwardArgs,
+} from './models/qwen3_vl/record.js'
 export {
   type ChatMessage,
   type ChatOptions,
@@ -351,13 +361,28 @@ export { type LoadTensorsOptions, loadMetadata, loadTensors, saveTensors } from 
 export { scope, scopeAsync } from './scope.js'
 export { type ModelServer, type ServeOptions, serveModel } from './serve/server.js'
 export type { Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'
+export type { LearningRateOptions } from './train/learning_rate.js'
+export {
+  LocalTrainer,
+  type LocalTrainerOptions,
+  type TrainMetrics,
+  type TrainRoleMetrics,
+  type TrainStepOptions,
+} from './train/local_trainer.js'
+export type { LoraOptions, OptimizerOptions } from './train/trained_weights.js'
 export {
   type EncodeArgs,
   type EncodedMass,
   type EncodedPatches,
   type EncodedStates,
+  type Patches,
+  type RecordPatchesArgs,
   type VisionEncoding,
+  type VisionGradients,
+  VisionRecord,
+  type VisionRecordBackwardArgs,
   VisionTower,
+  type VisionTowerBackwardArgs,
   type VisionTowerConfig,
   type VisionTowerOptions,
 } from './vision/tower.js'

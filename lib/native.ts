@@ -16,7 +16,8 @@ export interface TensorHandle {
   readonly disposed: boolean
   reshape(shape: readonly number[]): TensorHandle
   slice(start: number, end: number): TensorHandle
-  read(): Promise<ArrayBuffer>
+  /** Fills a buffer of the data's bytes. */
+  read(into: ArrayBuffer): Promise<void>
   /** The values, of a tensor of the CPU whose queue is idle and without a raised fault; else undefined. */
   peek(): Float64Array | undefined
   write(data: TypedArray): void
@@ -55,6 +56,15 @@ export interface Native {
   openDevice(id: string, options: object): DeviceHandle
   devices(): DeviceInfo[]
   cudaStatus(): CudaStatus
+  /**
+   * What the processor can do at most (ops/ceilings.h), as operations and bytes a second. Blocks for some
+   * tens of milliseconds.
+   */
+  ceilings(
+    threads: number,
+    bytes: number,
+    rounds: number,
+  ): { fma: number; bf16?: number; read: number; copy: number; update: number }
   beginComposite(name: string): void
   endComposite(): void
   /**

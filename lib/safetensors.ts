@@ -1,5 +1,4 @@
-import { randomUUID } from 'node:crypto'
-import { type FileHandle, open, rename, unlink } from 'node:fs/promises'
+import type { FileHandle } from 'node:fs/promises'
 import {
   checkArguments,
   checkFunction,
@@ -10,9 +9,9 @@ import {
   type Names,
 } from './arguments.js'
 import { checkDevice, type Device } from './device.js'
-import { type DType, hostTypes } from './dtype.js'
+import { type DType, hostTypes, isFloatDType } from './dtype.js'
 import { P2RError, refuse } from './errors.js'
-import { openRegular } from './files.js'
+import { openRegular, replaceFile } from './files.js'
 import { type HostArray, handleOf, type Tensor } from './tensor.js'
 
 // The file: the header's length (8 bytes, little-endian), the header (JSON), the data. The header
@@ -104,21 +103,11 @@ export async function saveTensors(
   // All reads are queued now; each result is released once it is written.
   const reads = entries.map(([, tensor]) => tensor.read())
   for (const read of reads) read.catch(() => {})
-  const temporary = `${path}.${randomUUID()}.tmp`
-  try {
-    const file = await open(temporary, 'wx')
-    try {
-      await writeAll(file, start)
-      for (let read = reads.shift(); read; read = reads.shift()) await writeAll(file, await read)
-      await file.sync()
-    } finally {
-      await file.close()
-    }
-    await rename(temporary, path)
-  } catch (cause) {
-    await unlink(temporary).catch(() => {})
-    fail(cause, path, 'written', op)
+  async function* parts(): AsyncGenerator<NodeJS.TypedArray> {
+    yield start
+    for (let read = reads.shift(); read; read = reads.shift()) yield await read
   }
+  await replaceFile(path, parts()).catch((cause) => fail(cause, path, 'written', op))
 }
 
 /** Options of loadTensors. */
@@ -162,7 +151,7 @@ export async function loadTensors(
   options: LoadTensorsOptions = {},
 ): Promise<Record<string, Tensor>> {
   const op = 'loadTensors'
-  checkArguments(options, loadNames, op, 'options')
+  options = checkArguments(options, loadNames, op, 'options')
   const { only } = options
   if (only === undefined) return loadSome(op, path, device, (name) => name)
   checkFunction(only, 'only', op)
@@ -337,6 +326,54 @@ export async function loadMetadata(path: string): Promise<Record<string, string>
   }
 }
 
+/**
+ * @internal Copies a file with other values: `replacement` gives a tensor of a stored one's elements, which is written in
+ * the stored type; what it gives none for is copied. Header, order and layout stay.
+ */
+export async function rewriteTensors(
+  op: string,
+  source: string,
+  path: string,
+  replacement: (name: string) => Tensor | undefined,
+): Promise<void> {
+  const file = await openFile(source, op)
+  try {
+    const { entries, dataStart } = await readHeader(file, source, op)
+    const copied = async function* (from: number, to: number): AsyncGenerator<Uint8Array> {
+      for (let at = from; at < to; at += maxPart) {
+        const part = new Uint8Array(Math.min(maxPart, to - at))
+        await readAll(file, part, at, source, op)
+        yield part
+      }
+    }
+    async function* parts(): AsyncGenerator<NodeJS.TypedArray> {
+      yield* copied(0, dataStart)
+      for (const { name, stored, begin, end } of entries) {
+        const tensor = replacement(name)
+        if (!tensor) {
+          yield* copied(dataStart + begin, dataStart + end)
+          continue
+        }
+        const dtype = dtypes.get(stored)
+        if (
+          !isFloatDType(dtype) ||
+          tensor.size * hostTypes[dtype].BYTES_PER_ELEMENT !== end - begin
+        )
+          refuse('ERR_FORMAT', op, `${source}: '${name}' is not the weight that was loaded`)
+        if (tensor.dtype === dtype) {
+          yield await tensor.read()
+          continue
+        }
+        using converted = tensor.cast(dtype)
+        yield await converted.read()
+      }
+    }
+    await replaceFile(path, parts()).catch((cause) => fail(cause, path, 'written', op))
+  } finally {
+    await file.close()
+  }
+}
+
 interface Entry {
   name: string
   /** The type by the format's name, which may be unknown. */
@@ -424,14 +461,6 @@ function isSizes(value: unknown): value is number[] {
 
 function width(tensor: Tensor): number {
   return hostTypes[tensor.dtype].BYTES_PER_ELEMENT
-}
-
-async function writeAll(file: FileHandle, data: NodeJS.TypedArray): Promise<void> {
-  const bytes = new Uint8Array(data.buffer, data.byteOffset, data.byteLength)
-  for (let at = 0; at < bytes.length; ) {
-    const { bytesWritten } = await file.write(bytes, at, Math.min(bytes.length - at, maxTransfer))
-    at += bytesWritten
-  }
 }
 
 async function readAll(

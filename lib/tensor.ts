@@ -1,5 +1,5 @@
 import { type InspectOptions, inspect } from 'node:util'
-import { checkArray, checkNumber, describeValue } from './arguments.js'
+import { checkArray, checkNumber, describeValue, hostMemory } from './arguments.js'
 import type { Device } from './device.js'
 import { checkDType, type DType, hostTypes } from './dtype.js'
 import { P2RError, refuse } from './errors.js'
@@ -105,10 +105,13 @@ export class Tensor<out D extends DType = any> implements Disposable {
    * Uint16Array.
    *
    * @throws P2RError ERR_VALUE, under the name of the operation at fault, where a kernel found an invalid value
-   *   that this data depends on; ERR_DISPOSED; ERR_CUDA where the device was lost.
+   *   that this data depends on; ERR_MEMORY where the host has no room; ERR_DISPOSED; ERR_CUDA where the
+   *   device was lost.
    */
   async read(): Promise<HostOf<D>> {
-    const bytes = await handleOf(this, 'this', 'read').read()
+    const handle = handleOf(this, 'this', 'read')
+    const bytes = hostMemory(() => new ArrayBuffer(this.byteLength), 'read')
+    await handle.read(bytes)
     return new hostTypes[this.dtype](bytes) as HostOf<D>
   }
 
@@ -317,6 +320,14 @@ export function imageSize(
   return [height, width]
 }
 
+/** @internal Disposes every tensor in an object, an array or a map, and in those inside. */
+export function disposeAll(value: unknown): void {
+  if (Tensor.is(value)) value.dispose()
+  else if (typeof value === 'object' && value !== null && !ArrayBuffer.isView(value))
+    for (const inner of value instanceof Map ? value.values() : Object.values(value))
+      disposeAll(inner)
+}
+
 /** Adds a dispose for all tensors of `parts` and for `hidden` ones, which closures use. */
 export function held<R extends object>(parts: R, hidden: readonly Tensor[] = []): Held<R> {
   const dispose = (): void => {
@@ -342,14 +353,11 @@ export function hostData(given: HostArray, dtype: DType, op: string): TypedArray
     refuse('ERR_VALUE', op, `data must be a typed array or numbers, got ${describeValue(data)}`)
   if (data instanceof Uint16Array)
     refuse('ERR_DTYPE', op, `a Uint16Array holds raw bits of f16 or bf16, got dtype ${dtype}`)
-  const numbers = data as ArrayLike<number>
-  if (Array.isArray(data))
-    for (let i = 0; i < numbers.length; i++)
-      if (typeof numbers[i] !== 'number')
-        refuse('ERR_VALUE', op, `data[${i}] must be a number, got ${describeValue(numbers[i])}`)
-  if (dtype === 'f32') return Float32Array.from(numbers)
-  if (halves.has(dtype)) return data instanceof Float32Array ? data : roundedToOdd(numbers)
-  const out = type.from(numbers)
+  if (halves.has(dtype) && data instanceof Float32Array) return data
+  const numbers = Array.isArray(data) ? numbersIn(data, op) : (data as Float64Array)
+  if (dtype === 'f32') return hostMemory(() => new Float32Array(numbers), op)
+  if (halves.has(dtype)) return hostMemory(() => roundedToOdd(numbers), op)
+  const out = hostMemory(() => new type(numbers), op)
   for (let i = 0; i < out.length; i++)
     if (out[i] !== numbers[i])
       refuse('ERR_VALUE', op, `data[${i}] = ${numbers[i]} is not a value of ${dtype}`)
@@ -386,10 +394,22 @@ function isNumbers(data: unknown): boolean {
   )
 }
 
+// A copy, because getters may give another value each time.
+function numbersIn(list: readonly unknown[], op: string): Float64Array {
+  const out = hostMemory(() => new Float64Array(list.length), op)
+  for (let i = 0; i < out.length; i++) {
+    const value = list[i]
+    if (typeof value !== 'number')
+      refuse('ERR_VALUE', op, `data[${i}] must be a number, got ${describeValue(value)}`)
+    out[i] = value
+  }
+  return out
+}
+
 // Rounds float64 to f32 by round-to-odd, so that rounding further to 16 bits equals rounding once: the
 // discarded bits stay in the last bit as a sticky bit, and cannot produce a tie.
-function roundedToOdd(numbers: ArrayLike<number>): Float32Array {
-  const out = Float32Array.from(numbers)
+function roundedToOdd(numbers: Float64Array): Float32Array {
+  const out = new Float32Array(numbers)
   const bits = new Uint32Array(out.buffer)
   for (let i = 0; i < out.length; i++) {
     const x = numbers[i]!

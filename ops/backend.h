@@ -40,6 +40,7 @@ struct Fault {
   std::vector<Part> parts;      // one for each call
   const void* queue = nullptr;  // of the work that may raise it
   uint64_t sequence = 0;        // that work's number on the queue
+  bool reported = false;        // thrown by a wait, so that synchronize() need not
 
   static uint64_t read(const Part& part) {
     return *static_cast<volatile uint64_t*>(part.word.get());

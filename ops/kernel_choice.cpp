@@ -34,7 +34,7 @@ bool fills_tiles_of_128(const Ints& cu_seqlens) {
 constexpr KernelChoice kChoices[] = {
     {"attention", "cpu", "", "tiled", true, any, any_lengths},
     {"attention", "cuda", "9.0", "wgmma", false, hopper, fills_tiles_of_128},
-    {"attention", "cuda", "", "mma", false, halves, any_lengths},
+    {"attention", "cuda", "", "mma", true, halves, any_lengths},
     {"attention", "cuda", "", "plain", true, any, any_lengths},
 };
 

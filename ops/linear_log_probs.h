@@ -22,7 +22,7 @@
 // 0..V-1 faults: NaN for its row, and for all of dweight and dbias.
 //
 // Memory beside inputs and results, which does not grow with N: forward on the CPU some 5 MB and
-// 0.3 MB a thread (0.8 MB where a 16-bit weight is converted before it is multiplied, more where C
+// 0.5 MB a thread (1 MB where a 16-bit weight is converted before it is multiplied, more where C
 // exceeds 4096); backward 15 MB and the same a thread, and a chunk of dz of at most 32 MB; on
 // CUDA a chunk of at most 128 MB of logits and some 20 MB. The policy loss has a chunk of 128 MB of
 // logits on both (of at least 32 rows, 12 on CUDA), so that reading and writing dweight once a
@@ -32,7 +32,8 @@
 // alone, since the order of dweight's sums does; a call with fewer rows than a chunk takes less.
 //
 // The order of every sum follows from the shapes alone (dweight: and from which rows are skipped);
-// forward, a row has the same bits in any batch. The vocabulary is cut into at most 128 spans of
+// forward, a row has the same bits in any batch, and on the CPU those of token_log_probs of
+// the logits in f32. The vocabulary is cut into at most 128 spans of
 // whole blocks, which are merged in order.
 //
 // The policy loss computes each logit once (three products, where linear_log_probs, policy_loss and

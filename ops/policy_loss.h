@@ -88,6 +88,7 @@
 
 #include "ops/enums.h"
 #include "ops/fault.h"
+#include "ops/random_key.h"
 #include "ops/tensor.h"
 
 namespace p2r {
@@ -132,7 +133,7 @@ struct PolicyLossArgs {
 
 // KL in the reward: of each sequence rewards - kl_coef Σ kl(log_probs, ref_log_probs) over its kept
 // tokens, the estimates as above, with kl_clamp likewise. rewards, out f32 [B], the rest as above;
-// sums f64 in the order of the tokens (on CUDA in a fixed order). A mask value other than 0 and 1
+// sums f64 in a fixed order. A mask value other than 0 and 1
 // faults, and makes its sequence NaN. Source: apply_kl_penalty of verl/trainer/ppo/ray_trainer.py
 // of volcengine/verl b178a3cd, with rewards that stand on a sequence's last token.
 struct ApplyKlPenaltyArgs {
@@ -175,17 +176,6 @@ constexpr uint32_t ordered_bits(uint32_t bits) {
   return bits & 0x80000000 ? ~bits : bits | 0x80000000;
 }
 constexpr uint32_t from_ordered_bits(uint32_t x) { return x & 0x80000000 ? x & 0x7FFFFFFF : ~x; }
-// Different for different tokens: each step is a bijection (the constants are those of murmur3's).
-constexpr uint32_t scrambled(uint32_t x) {
-  x = (x ^ x >> 16) * 0x85EBCA6B;
-  x = (x ^ x >> 13) * 0xC2B2AE35;
-  return x ^ x >> 16;
-}
-constexpr uint32_t random_key(int64_t seed, int64_t token) {
-  const uint32_t low = static_cast<uint32_t>(seed),
-                 high = static_cast<uint32_t>(uint64_t(seed) >> 32);
-  return scrambled(scrambled(scrambled(static_cast<uint32_t>(token)) ^ low) + high);
-}
 // Of n sorted entropies, the index from which on tokens keep their policy term. A product that is
 // an integer but for its rounding counts as one.
 constexpr int64_t first_of_top(double top_entropy, int64_t n) {

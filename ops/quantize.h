@@ -35,11 +35,17 @@
 // bits alone and in any batch. On CUDA that holds for up to 16 rows; with more, Ŵ is rounded to x's
 // type and multiplied as in ops/linear.h. There is no backward pass: gradients of Ŵ mean nothing
 // for q.
+//
+// quantized_linear_log_probs: the forward pass of ops/linear_log_probs.h with such a weight and the
+// logits of quantized_linear in f32, before they are rounded. On the CPU its results are the bits
+// of token_log_probs of those, and the logits are never in memory; on CUDA up to 16 rows of them
+// are, and with more rows Ŵ, rounded to hidden's type.
 #pragma once
 #include <tuple>
 
 #include "ops/fault.h"
 #include "ops/integer.h"
+#include "ops/log_probs.h"
 #include "ops/tensor.h"
 
 namespace p2r {
@@ -80,6 +86,22 @@ struct DequantizeArgs {
   Out out;
   auto fields() { return std::tie(values, scales, bits, group, out); }
   QuantizedLayout layout() const { return {out.shape[0], out.shape[1], bits, group}; }
+};
+
+struct QuantizedLinearLogProbsArgs {
+  In hidden, values, scales, bias, targets;
+  int bits = 8;
+  int64_t group = 32, vocabulary = 0;
+  double temperature = 1;
+  Out log_probs, stats, entropy, squared_probs;  // one or both of the last two are absent
+  auto fields() {
+    return std::tie(hidden, values, scales, bias, targets, bits, group, vocabulary, temperature,
+                    log_probs, stats, entropy, squared_probs);
+  }
+  double work() const { return 1.0 * hidden.size() * vocabulary; }
+  QuantizedLayout layout() const { return {vocabulary, hidden.shape[1], bits, group}; }
+  FaultFlag fault;
+  FaultSource fault_source() const { return {Invalid::target, vocabulary}; }
 };
 
 struct QuantizedLinearArgs {

@@ -1,5 +1,6 @@
 #include "ops/recording.h"
 
+#include <algorithm>
 #include <fstream>
 
 #include "ops/error.h"
@@ -24,7 +25,12 @@ struct Writer {
 };
 
 struct Reader {
+  explicit Reader(const std::string& path) : file(path, std::ios::binary | std::ios::ate) {
+    bytes = file ? static_cast<uint64_t>(file.tellg()) : 0;
+    file.seekg(0);
+  }
   std::ifstream file;
+  uint64_t bytes;  // no list of the file has more entries
   template <class T>
   void one(T& value) {
     file.read(reinterpret_cast<char*>(&value), sizeof value);
@@ -33,7 +39,7 @@ struct Reader {
   void many(T& values) {
     uint64_t n = 0;
     one(n);
-    if (!file) throw Error(Code::format, "the case ends early");
+    if (!file || n > bytes / sizeof values[0]) throw Error(Code::format, "the case ends early");
     values.resize(n);
     file.read(reinterpret_cast<char*>(values.data()), n * sizeof values[0]);
   }
@@ -53,8 +59,15 @@ void transfer(Stream& s, Field& f) {
   s.many(f.numbers);
   s.many(f.before);
   s.many(f.after);
-  if constexpr (std::is_same_v<Stream, Reader>)  // a placeholder until the runner allocates
-    f.view.data = present ? &f : nullptr;
+  if constexpr (std::is_same_v<Stream, Reader>) {
+    const Shape& shape = f.view.shape;
+    if (f.kind > Field::Kind::numbers || f.view.dtype > DType::u8 || shape.rank < 0 ||
+        shape.rank > kMaxRank ||
+        std::any_of(shape.dim, shape.dim + shape.rank, [](int64_t n) { return n < 0; }) ||
+        !shape.is_representable())
+      throw Error(Code::format, "a field is none");
+    f.view.data = present ? &f : nullptr;  // a placeholder until the runner allocates
+  }
 }
 
 }  // namespace
@@ -71,7 +84,7 @@ void write_case(const std::string& path, const Case& c) {
 }
 
 Case read_case(const std::string& path) {
-  Reader r{std::ifstream(path, std::ios::binary)};
+  Reader r(path);
   if (!r.file) throw Error(Code::io, "cannot read " + path);
   char magic[8] = {};
   r.one(magic);
@@ -83,7 +96,7 @@ Case read_case(const std::string& path) {
   r.one(c.bound);
   r.one(c.fault);
   r.one(n);
-  if (!r.file) throw Error(Code::format, path + " ends early");
+  if (!r.file || n > r.bytes) throw Error(Code::format, path + " ends early");
   c.fields.resize(n);
   for (Field& f : c.fields) transfer(r, f);
   if (!r.file) throw Error(Code::format, path + " ends early");

@@ -29,8 +29,8 @@
 // log_prob_filtered is 0. Without a history and filters log_prob_filtered is log_prob. A row's
 // results depend on its logits and settings alone. Tokens are the same on every backend, since each
 // decision compares f32 logits or sums of whole numbers; on the CPU log_prob is that of
-// token_log_probs (ops/log_probs.h), bit for bit. tokens i32 [R]; log_probs and log_probs_filtered
-// f32 [R]. A row that faults gives -1, NaN and NaN.
+// token_log_probs (ops/log_probs.h) and linear_log_probs, bit for bit. tokens i32 [R]; log_probs
+// and log_probs_filtered f32 [R]. A row that faults gives -1, NaN and NaN.
 #pragma once
 #include <cmath>
 #include <tuple>

@@ -34,7 +34,7 @@ upToDate(
   'typescript',
   [
     digest(
-      ['lib', 'examples', 'bench', 'tsconfig.json', 'package-lock.json'],
+      ['lib', 'examples', 'bench', 'reliability', 'tsconfig.json', 'package-lock.json'],
       /(\.ts|\.json)$/,
       root,
     ),

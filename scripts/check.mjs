@@ -56,7 +56,7 @@ const sources = ['ops', 'cpu', 'cuda', 'binding', 'test/twin', 'scripts'].flatMa
 
 node('biome: format and lint', bin('@biomejs/biome', 'bin/biome'), 'ci', '--colors=off', '.')
 check(`clang-format: ${sources.length} files`, 'clang-format', ['--dry-run', '-Werror', ...sources])
-node('tsc: library, examples, benchmarks', bin('typescript', 'bin/tsc'), '--noEmit')
+node('tsc: library, examples, benchmarks, reliability', bin('typescript', 'bin/tsc'), '--noEmit')
 node('tsc: declarations of the library', bin('typescript', 'bin/tsc'), '-p', 'lib')
 const built = node(
   'build: no warnings, no spills, no serialised wgmma, overlaps as demanded',

@@ -3,8 +3,8 @@
 //
 //   node scripts/prebuild.mjs [--base] [linux-x64|linux-arm64]
 //
-// linux-x64 has the CPU and CUDA backends, with machine code for every GPU since sm_80. With --base, for
-// tests, it is what `npm run compile` made: for the GPUs of the build here, or without CUDA. linux-arm64
+// linux-x64 has the CPU and CUDA backends, the latter for every GPU since sm_80. With --base, for
+// tests, it is what `npm run compile` made, which may be without CUDA. linux-arm64
 // has the CPU backend and is cross-compiled elsewhere.
 import { copyFileSync, mkdirSync } from 'node:fs'
 import { dirname, join, resolve } from 'node:path'
@@ -58,7 +58,6 @@ function build(platform, base) {
     configure({
       folder,
       cuda: platform === 'linux-x64' ? 'on' : 'off',
-      defines: { CUDA_TARGETS: 'ALL' },
     })
   make(folder, 'prebuild')
   const made = join(root, folder, 'prebuild/p2r_kernels.node')
@@ -74,7 +73,7 @@ function build(platform, base) {
 }
 
 /**
- * Makes the prebuild unless it is there; one with machine code for every GPU is as good as a base one.
+ * Makes the prebuild unless it is there; one with CUDA is as good as a base one.
  * A base one holds what `npm run compile` compiled, which is up to date.
  */
 export function prebuild(platform, { base = false } = {}) {

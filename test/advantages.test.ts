@@ -419,10 +419,10 @@ onEveryBackend('advantages', (b) => {
         groupAdvantages({ rewards, groups }),
       )
       await expect(advantages.read()).rejects.toMatchObject(fault)
-      await expect(b.device.synchronize()).rejects.toMatchObject(fault)
+      await b.device.synchronize()
       const keep = informativeGroups({ rewards, groups })
       await expect(keep.read()).rejects.toMatchObject({ op: 'informativeGroups' })
-      await expect(b.device.synchronize()).rejects.toMatchObject({ op: 'informativeGroups' })
+      await b.device.synchronize()
       expect((await rewards.read()).length).toBe(3)
     })
 

@@ -18,9 +18,28 @@ const message = (a: unknown, path?: string): string => {
   return 'accepted'
 }
 
-test('an object with known names is returned as it is', () => {
+test('an object with known names is copied', () => {
   const a = { cuSeqlens: [0, 1], clipLow: undefined }
-  expect(checkArguments(a, names, 'loss')).toBe(a)
+  const copy = checkArguments(a, names, 'loss')
+  expect(copy).toEqual(a)
+  expect(copy).not.toBe(a)
+  expect(copy.cuSeqlens).toBe(a.cuSeqlens)
+  // Read once: what was checked is what is used.
+  let reads = 0
+  const changing = {
+    get clipLow() {
+      return reads++
+    },
+  }
+  const read = checkArguments(changing, names, 'loss')
+  expect([read.clipLow, read.clipLow, reads]).toEqual([0, 0, 1])
+  // Of a class, accessors too.
+  class Given {
+    get clipLow() {
+      return 0.3
+    }
+  }
+  expect(checkArguments(new Given(), names, 'loss').clipLow).toBe(0.3)
   expect(message({})).toBe('accepted')
   expect(message(Object.create(null))).toBe('accepted')
   // Only own fields count.

@@ -4,10 +4,10 @@ import { spawnSync } from 'node:child_process'
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { fileURLToPath } from 'node:url'
-import { gelu, openDevice } from 'p2r-kernels'
+import { gelu, openDevice, type Qwen3VLConfig } from 'p2r-kernels'
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import attentionBenchmark from '../dist/bench/attention.bench.js'
-import { better, disturbances } from '../dist/bench/ceilings.js'
+import { cpuCeilings, disturbances } from '../dist/bench/ceilings.js'
 import { type Block, bf16Bits, integers, normals, picture, tiled } from '../dist/bench/data.js'
 import {
   type Benchmark,
@@ -21,10 +21,13 @@ import {
 } from '../dist/bench/harness.js'
 import { onnxModel } from '../dist/bench/peers/onnx.js'
 import { pythonPeer, pythonVersions, stopPython } from '../dist/bench/peers/python.js'
+import { costOf, limitOf, modelReport, nameOf, type Work, work } from '../dist/bench/qwen3_vl.js'
 import {
+  better,
   type Ceilings,
   compare,
   emptyResults,
+  impossible,
   parseResults,
   type Results,
   type Row,
@@ -38,9 +41,11 @@ import { quantile, quantiles, verdict } from '../dist/bench/statistics.js'
 import {
   aligned,
   comparisonReport,
+  impossibleReport,
   milliseconds,
   rate,
   report,
+  resultTable,
   seriesTable,
   verdictTable,
 } from '../dist/bench/table.js'
@@ -129,6 +134,31 @@ describe('shares', () => {
     expect(withShare(row({ flops: 1, threads: 7 }), [limits])).not.toHaveProperty('share')
   })
 
+  test('a row is held to the ceilings that were measured in turn with it', () => {
+    const cached = row({
+      traffic: { read: 60e6, write: 0 },
+      limits: { threads: 2, read: 600e9, copy: 800e9 },
+    })
+    expect(withShare(cached, [limits])).toMatchObject({ ceiling: 'read', share: 0.05 })
+  })
+
+  test('a share above 105 % is a finding, and one of 104 % is not', () => {
+    const rows = [0.9, 1.04, 1.06].map((share) => row({ share, ceiling: 'read' }))
+    const wrong = impossible(results(rows))
+    expect(wrong).toEqual([rows[2]])
+    expect(impossibleReport(wrong)).toMatch(
+      /105 %.*: 1\n {2}gelu 8 f32, p2r-kernels: 106 % of read$/,
+    )
+  })
+
+  test("the processor's ceilings are positive; within the caches memory is not slower", () => {
+    const beyond = cpuCeilings(1, undefined, 3)
+    const within = cpuCeilings(1, 1 << 18, 3)
+    for (const c of [beyond, within])
+      for (const value of Object.values(c)) expect(value).toBeGreaterThan(0)
+    expect(within.read).toBeGreaterThan(beyond.read! / 2)
+  })
+
   test('a ceiling is the better of two measurements, and a large difference is reported', () => {
     const low = { ...limits, fma: 200e9 }
     expect(better(low, limits)).toEqual(limits)
@@ -170,12 +200,28 @@ describe('tables', () => {
     const peer = row({ implementation: 'a peer', median: 5, p25: 4.5, p75: 5.5 })
     const text = report(results([ours, peer], { notes: ['Another peer was skipped.'] }), predicted)
     const lines = text.split('\n')
-    expect(lines.find((l) => l.includes('p2r-kernels  '))).toMatch(
-      /gelu +8 f32 +p2r-kernels +2 +2\.00 +1\.95\.\.2\.05 +200 GFLOP\/s +50 % +fma$/,
-    )
+    const at = lines.findIndex((l) => l.startsWith('  p2r-kernels '))
+    expect(lines[at - 1]).toBe('gelu 8 f32')
+    expect(lines[at]).toMatch(/^ {2}p2r-kernels +2 +2\.00 +2 % +200 GFLOP\/s +50 % fma$/)
     expect(lines.find((l) => l.includes('a peer'))).toMatch(/ 5\.00 .*x2\.50$/)
     expect(text).toContain('2 threads  400 GFLOP/s')
     expect(text).toContain('Another peer was skipped.')
+  })
+
+  test('rows fit a terminal of 80 columns, whatever their names', () => {
+    const long = {
+      op: 'linear_log_probs',
+      case: '256x1024 x 151936 f32 fwd+bwd in place by a kernel of a long name, in 8 shards',
+      share: 1,
+      ceiling: 'update' as const,
+      flops: 3e15,
+      median: 123456,
+      threads: 128,
+    }
+    const peer = row({ ...long, implementation: 'onnxruntime MultiHeadAttention, 1 thread' })
+    const lines = resultTable(results([row(long), peer])).split('\n')
+    expect(lines).toHaveLength(4)
+    for (const line of lines) expect(line.length).toBeLessThanOrEqual(80)
   })
 })
 
@@ -455,7 +501,7 @@ describe('predictions', () => {
 
   test('the table counts targets met and explains the time of those missed', () => {
     const text = verdictTable(run, { groups: {}, targets: [{ ...target, ms: 1.5 }] })
-    expect(text).toMatch(/^Predicted: 0 of 1 met\ngelu {2}8 f32 {2}1\.5 ms {2}2\.00 ms {2}missed/)
+    expect(text).toMatch(/^Predicted: 0 of 1 met\nmissed +gelu 8 f32\n {2}1\.5 ms, got 2\.00 ms\n/)
     expect(text).toContain('2.00 ms: products 1.00 ms at the ceilings; beyond the larger, 1.00 ms')
   })
 
@@ -577,10 +623,26 @@ describe('the benchmarks', () => {
   })
 })
 
+test('the harness is exported, and its example runs', async () => {
+  const source = readFileSync(`${root}/bench/index.ts`, 'utf8')
+  const [, example] = source.match(/```js\n([\s\S]*?)```/)!
+  const program = example!.replaceAll(/^ \* ?/gm, '')
+  const { status, stdout, stderr } = spawnSync(
+    process.execPath,
+    ['--input-type=module', '-e', program],
+    { encoding: 'utf8', cwd: root },
+  )
+  expect(status, stderr).toBe(0)
+  expect(stdout).toMatch(
+    /gelu 65536 f32\n {2}p2r-kernels +\d+ +[\d.]+ +\d+ % +[\d.]+ GB\/s +\d+ % copy/,
+  )
+})
+
 test('the command measures a family and writes its rows to a file', () => {
   const folder = mkdtempSync(`${tmpdir()}/p2r-bench-`)
   const file = `${folder}/results.json`
-  const command = [`${root}/dist/bench/main.js`, 'advantages', '--quick', '--no-peers']
+  const main = `${root}/dist/lib/cli/main.js`
+  const command = [main, 'bench', 'advantages', '--quick', '--no-peers']
   const { status, stdout, stderr } = spawnSync(
     process.execPath,
     [...command, '--threads', '1', '--json', file],
@@ -607,6 +669,49 @@ test('serving: every sample is requested, and the table has the throughput', asy
   }
   expect(progress).toHaveBeenCalledTimes(3)
   expect(servingReport(rows)).toMatch(/evaluate, 224 x 224 +10 +20 +32 +\d+\.\d\d +\d+\.\d % .* ms/)
+})
+
+describe('the model', () => {
+  const sizes = {
+    vocabSize: 100,
+    hiddenSize: 8,
+    layers: 2,
+    heads: 2,
+    kvHeads: 1,
+    headDim: 8,
+    intermediateSize: 16,
+  } as Qwen3VLConfig
+  const decoding: Work = { kind: 'decode', format: 'bf16', sequences: 1, cached: 10, steps: 0 }
+  // Of a layer 8 x (2 + 1 + 1 + 2) 8 weights of attention and 3 x 8 x 16 of the MLP; 100 x 8 of the head.
+  const layer = 8 * 48 + 3 * 8 * 16
+
+  test('a step reads all weights and the cached keys and values of each layer', () => {
+    const { bytes, flops, count } = costOf(decoding, sizes)
+    expect(bytes).toBe(2 * (2 * layer + 800) + 10 * 2 * 2 * 8 * 2)
+    expect(flops).toBe(2 * (2 * layer + 800) + 10 * 2 * 4 * 16)
+    expect(count).toBe(1)
+    expect(costOf({ ...decoding, format: 'int8' }, sizes).bytes).toBe(
+      1.0625 * (2 * layer + 800) + 10 * 2 * 2 * 8 * 2,
+    )
+  })
+
+  test('a prompt needs the head once, and half of the pairs of its tokens', () => {
+    const { flops, count } = costOf({ kind: 'prompt', format: 'bf16', tokens: 3, rounds: 1 }, sizes)
+    expect([flops, count]).toEqual([3 * 2 * 2 * layer + 2 * 800 + 6 * 2 * 4 * 16, 3])
+  })
+
+  test('the limit is the lower of what reading and what products allow', () => {
+    const cost = { bytes: 60e9, flops: 100e9, count: 8 }
+    expect(limitOf(cost, { ...limits, bf16: 400e9 })).toBe(8)
+    expect(limitOf(cost, { ...limits, bf16: 50e9 })).toBe(4)
+  })
+
+  test('rows have the rate and its share of the limit', () => {
+    const text = modelReport([{ work: nameOf(decoding), rate: 8, range: [7, 9], limit: 10 }], 2)
+    expect(text).toMatch(/2 threads.*\n.*\ndecode, bf16 +8\.00 +7\.00\.\.9\.00 +10\.0 +80 %$/)
+    const all = [...new Set(work.map(nameOf))]
+    expect(all).toHaveLength(work.length)
+  })
 })
 
 test('startup: import and first device are timed in processes of their own', () => {

@@ -120,6 +120,109 @@ onEveryBackend('cachedAttention', (b) => {
         expect(cache.pagesFree).toBe(20 - 4 - 3 - 1)
       })
 
+  // On the CPU a kernel of its own computes few rows that see the same keys.
+  for (const [heads, kv, d] of [
+    [2, 1, 128],
+    [8, 1, 72],
+    [9, 1, 16],
+    [6, 2, 64],
+    [2, 2, 8],
+  ] as const)
+    for (const dtype of floats)
+      test.skipIf(b.name.startsWith('cuda'))(
+        `a single query has the bits of a row among many, ${heads} heads of ${kv}, D ${d}, ${dtype}`,
+        async () => {
+          const shape = { heads, kv, d }
+          const n = 1600
+          const x = tokens(new Random(d), shape, n, dtype)
+          // Logits and values that are not finite stay in their rows.
+          x.k[700 * kv * d] = Number.POSITIVE_INFINITY
+          x.v[780 * kv * d + 3] = Number.NaN
+          using cache = new KvCache(b.device, {
+            layers: 1,
+            kvHeads: kv,
+            headDim: d,
+            pages: 100,
+            pageSize: 18,
+            dtype,
+          })
+          const id = cache.add()
+          const all = upload(b.device, shape, x, dtype)
+          for (const scale of [0.3, -0.2]) {
+            cache.truncate(id, 0)
+            const many = { ...all, cuSeqlens: [0, n], scale }
+            const { out, lse } = cachedAttention({ ...many, cache, layer: 0, sequences: [id] })
+            // Around the ends of vectors, blocks and chunks.
+            for (const length of [
+              1599, 1537, 1536, 800, 769, 768, 699, 385, 193, 192, 191, 33, 17, 2, 1,
+            ]) {
+              cache.truncate(id, length - 1)
+              const [q, k, v] = [all.q, all.k, all.v].map((y) => y.slice(length - 1, length))
+              const one = { q: q!, k: k!, v: v!, cuSeqlens: [0, 1], scale }
+              expect(
+                await rows(cachedAttention({ ...one, cache, layer: 0, sequences: [id] }), 0, 1),
+              ).toEqual(await rows({ out, lse }, length - 1, length))
+            }
+          }
+        },
+      )
+
+  for (const shape of [
+    { heads: 4, kv: 2, d: 64 },
+    { heads: 6, kv: 1, d: 128 },
+  ])
+    for (const dtype of floats)
+      test(`decoding over many keys, ${shape.heads} heads of ${shape.kv}, D ${shape.d}, ${dtype}`, async () => {
+        const r = new Random(5)
+        using cache = new KvCache(b.device, {
+          layers: 1,
+          kvHeads: shape.kv,
+          headDim: shape.d,
+          pages: 70,
+          dtype,
+        })
+        const ids = [cache.add(), cache.add(), cache.add()]
+        const held: Tokens[][] = ids.map(() => [])
+        // Of the last step, each sequence's last value is not a number: tokens before do not see it.
+        for (const [at, step] of [
+          [540, 255, 3],
+          [1, 1, 3],
+          [3, 2, 0],
+        ].entries()) {
+          const parts = step.map((n) => tokens(r, shape, n, dtype))
+          const width = shape.kv * shape.d
+          if (at === 2) for (const part of parts) if (part.n) part.v.fill(NaN, (part.n - 1) * width)
+          for (const [s, part] of parts.entries()) held[s]!.push(part)
+          const cuSeqlens = cumulative(step)
+          const bound = {
+            absolute: 1e-5 + (dtype === 'f32' ? 0 : 2 * roundoff[dtype]),
+            relative: roundoff[dtype] * 1.01,
+          }
+          const result = recorded(
+            b,
+            `cachedAttention many D ${shape.d} ${dtype}`,
+            bound,
+            () =>
+              cachedAttention({
+                ...upload(b.device, shape, joined(parts), dtype),
+                cuSeqlens,
+                cache,
+                layer: 0,
+                sequences: ids,
+              }),
+            2 ** 23,
+          )
+          for (const [s, n] of step.entries()) {
+            const all = joined(held[s]!)
+            const expected = await rows(whole(b.device, shape, all, dtype), all.n - n, all.n)
+            const got = await rows(result, cuSeqlens[s]!, cuSeqlens[s + 1]!)
+            if (b.name !== 'cuda') expect(got).toEqual(expected)
+            expectClose(got.out, expected.out, bound)
+            expectClose(got.lse.flat(), expected.lse.flat(), { absolute: 1e-5 })
+          }
+        }
+      })
+
   const files = golden('lm_ops')
   for (const path of files.list().filter((p) => /^decode_attention.*meta/.test(p))) {
     const meta = files.json(path)

@@ -142,6 +142,10 @@ const cases: [string, Case][] = [
       { before: 800 },
     ),
   ],
+  [
+    'tiles of 128 rows on tensor cores',
+    makeCase({ d: 64, heads: 2, kv: 1, causal: true }, [[125], [3, 130]]),
+  ],
   ['scale 0', makeCase({ d: 24, heads: 2, kv: 2, causal: true, scale: 0 }, [[6], [20]])],
 ]
 
@@ -305,36 +309,52 @@ onEveryBackend('causal attention', (b) => {
   })
 
   for (const dtype of floats)
-    test(`values that a query does not see do not reach it, ${dtype}`, async () => {
-      // From some token on, everything is NaN or infinite; those before see nothing of it.
-      const c = makeCase({ d: 64, heads: 4, kv: 2, causal: true }, [[45], [300]])
-      const clean = random(c, dtype, 3)
-      const dirty = random(c, dtype, 3)
-      const wrong = [NaN, Infinity, -Infinity]
-      for (const [from, to] of [
-        [22, 45],
-        [45 + 205, 45 + 300],
-      ] as const) {
-        for (const part of [dirty.k, dirty.v])
-          for (let i = from * 128; i < to * 128; i++) part[i] = wrong[i % 3]!
-      }
-      const run = (x: Data) => attention(upload(b, c, x, dtype).given)
-      const [one, two] = [run(clean), run(dirty)]
-      const before = async (t: Tensor, from: number, to: number) =>
-        (await t.slice(from, to).toFloat32()) as Float32Array
-      for (const [from, to] of [
-        [0, 22],
-        [45, 45 + 205],
-      ] as const)
-        expect(await before(two.out, from, to)).toEqual(await before(one.out, from, to))
-      const after = await two.out.slice(22, 45).toFloat32()
-      expect([...after].every(Number.isNaN)).toBe(true)
-      const [logs, expected] = [await two.lse.read(), await one.lse.read()]
-      for (let h = 0; h < 4; h++)
-        expect(logs.subarray(h * 345, h * 345 + 22)).toEqual(
-          expected.subarray(h * 345, h * 345 + 22),
-        )
-    })
+    for (const d of [64, 128])
+      for (const names of [['k', 'v'], ['v']] as const)
+        test(`values of ${names.join(' and ')} that a query does not see do not reach it, D ${d}, ${dtype}`, async () => {
+          // From some token on, everything is NaN or infinite; those before see nothing of it.
+          const c = makeCase({ d, heads: 4, kv: 2, causal: true }, [[45], [130], [1]])
+          const clean = random(c, dtype, 3)
+          const dirty = random(c, dtype, 3)
+          const wrong = [NaN, Infinity, -Infinity]
+          for (const [from, to] of [
+            [22, 45],
+            [45 + 85, 45 + 130],
+          ] as const) {
+            for (const name of names)
+              for (let i = from * 2 * d; i < to * 2 * d; i++) dirty[name][i] = wrong[i % 3]!
+          }
+          for (const kernel of kernelsFor(b, dtype)) {
+            const run = (x: Data) =>
+              recorded(
+                b,
+                `causal attention unseen ${names.join(' ')} D ${d} ${dtype}`,
+                forwardBound(dtype, dtype !== 'f32'),
+                () => attention({ ...upload(b, c, x, dtype).given, kernel }),
+                tilesWork,
+              )
+            const [one, two] = [run(clean), run(dirty)]
+            const part = async (t: Tensor, from: number, to: number) =>
+              (await t.slice(from, to).toFloat32()) as Float32Array
+            for (const [from, to] of [
+              [0, 22],
+              [45, 45 + 85],
+              [45 + 130, 45 + 131],
+            ] as const)
+              expect(await part(two.out, from, to)).toEqual(await part(one.out, from, to))
+            for (const [from, to] of [
+              [22, 45],
+              [45 + 85, 45 + 130],
+            ] as const)
+              expect([...(await part(two.out, from, to))].some(Number.isFinite)).toBe(false)
+            const [logs, expected] = [await two.lse.read(), await one.lse.read()]
+            const seen = names.length === 1 ? 45 : 22
+            for (let h = 0; h < 4; h++)
+              expect(logs.subarray(h * 176, h * 176 + seen)).toEqual(
+                expected.subarray(h * 176, h * 176 + seen),
+              )
+          }
+        })
 
   test('packed qkv is the same as its parts, with rotary too', async () => {
     const [tokens, heads, d] = [70, 2, 32]

@@ -1,6 +1,6 @@
 // The command with a model of its own, run as its users run it.
 import { spawn } from 'node:child_process'
-import { mkdtempSync, rmSync } from 'node:fs'
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs'
 import { writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -62,6 +62,33 @@ test('evaluates with it', async () => {
   })
   expect(out).toMatch(/x .*1/)
 }, 60_000)
+
+test('trains it, goes on where it stopped, and gives a checkpoint that answers', async () => {
+  const line = { image: 'a.png', text: question, label: 'A', category: 'x' }
+  await writeFile(join(folder, 'train.jsonl'), `${JSON.stringify(line)}\n`.repeat(2))
+  const sizes = ['--max-tokens', '6', '--max-pixels', '16384', '--min-pixels', '4096']
+  const train = (out: string, steps: string) =>
+    run(
+      ...['train', 'train.jsonl', '--model', 'tiny', '--out', out, '--steps', steps],
+      ...['--batch', '1', '--group', '2', '--stages', 'alternating', '--lr', '1e-3', ...sizes],
+    )
+  const lines = (out: string): unknown[] =>
+    readFileSync(join(folder, out, 'metrics.jsonl'), 'utf8')
+      .trim()
+      .split('\n')
+      .map((text) => ({ ...JSON.parse(text), seconds: 0, tokensPerSecond: 0 }))
+  const once = await train('once', '3')
+  expect({ code: once.code, out: once.out.trim() }).toEqual({ code: 0, out: join('once', 'model') })
+  // In two parts: the same numbers to the last digit.
+  expect((await train('parts', '2')).code).toBe(0)
+  expect((await train('parts', '3')).err).toMatch(/Goes on after 2 steps/)
+  expect(lines('parts')).toEqual(lines('once'))
+  expect(lines('once')).toHaveLength(3)
+  const trained = (out: string) => readFileSync(join(folder, out, 'model/model.safetensors'))
+  expect(trained('parts').equals(trained('once'))).toBe(true)
+  const { code, err } = await run('evaluate', 'train.jsonl', '--model', join('once', 'model'))
+  expect({ code, err }).toMatchObject({ code: 0 })
+}, 120_000)
 
 test('says what --model means, and what is missing', async () => {
   const { out } = await run('answer', '--help')

@@ -42,12 +42,23 @@ export function visionOf(
   kind: 'images' | 'videos',
   [from, to] = [0, Number.POSITIVE_INFINITY],
 ): { images?: Vision; videos?: Vision } {
-  const suffix = kind === 'images' ? '' : '_videos'
-  const grids = modelGrids(name, kind === 'images' ? 'image_grid_thw' : 'video_grid_thw')
   const counts: number[] = modelJson(name, 'meta.json')[`${kind}_per_sequence`]
   const first = counts.slice(0, from).reduce((sum, n) => sum + n, 0)
   const count = counts.slice(from, to).reduce((sum, n) => sum + n, 0)
+  return visionAt(device, name, kind, first, count)
+}
+
+/** `count` of all images or videos from `first` on. */
+export function visionAt(
+  device: Device,
+  name: GoldenModel,
+  kind: 'images' | 'videos',
+  first: number,
+  count: number,
+): { images?: Vision; videos?: Vision } {
   if (!count) return {}
+  const suffix = kind === 'images' ? '' : '_videos'
+  const grids = modelGrids(name, kind === 'images' ? 'image_grid_thw' : 'video_grid_thw')
   const patches = (list: typeof grids) => list.reduce((sum, [t, h, w]) => sum + t * h * w, 0)
   const own = grids.slice(first, first + count)
   const at = patches(grids.slice(0, first))

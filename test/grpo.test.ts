@@ -163,7 +163,7 @@ onEveryBackend('grpo', (b) => {
         for (const t of [step2.loss, step2.logProbs, step2.dHidden, step2.dWeight])
           await expect(t.read()).rejects.toMatchObject(fault)
         await expect(step2.metrics()).rejects.toMatchObject(fault)
-        await expect(b.device.synchronize()).rejects.toMatchObject(fault)
+        await b.device.synchronize()
         step2.dispose()
       })
 
@@ -305,8 +305,7 @@ onEveryBackend('grpo', (b) => {
       for (const t of [step.loss, step.logProbs, step.advantages, step.dLogits])
         await expect(t!.read()).rejects.toMatchObject(fault)
       await expect(step.metrics()).rejects.toMatchObject(fault)
-      await expect(b.device.synchronize()).rejects.toMatchObject(fault)
-      await b.device.synchronize() // once
+      await b.device.synchronize()
       expect((await a.rewards.read()).length).toBe(6)
       step.dispose()
     })
@@ -315,7 +314,7 @@ onEveryBackend('grpo', (b) => {
     const logProbs = f32(near)
     const step = grpoStep({ ...inputs(), rewards: f32([1, NaN, 0, 1, 0, 0]), logProbs })
     await expect(step.logProbs.read()).rejects.toMatchObject({ op: 'grpoStep' })
-    await expect(b.device.synchronize()).rejects.toMatchObject({ op: 'grpoStep' })
+    await b.device.synchronize()
     expect((await logProbs.read()).length).toBe(T)
   })
 

@@ -112,7 +112,7 @@ onEveryBackend('memory shared between processes', (b) => {
     const targets = b.device.tensor(Int32Array.of(1, 9), [2])
     const { logProbs } = tokenLogProbs({ logits, targets })
     await expect(logProbs.ipcHandle()).rejects.toMatchObject({ op: 'tokenLogProbs' })
-    await expect(b.device.synchronize()).rejects.toMatchObject({ op: 'tokenLogProbs' })
+    await b.device.synchronize()
   })
 
   test('refuses invalid arguments', async () => {

@@ -15,7 +15,7 @@ import {
 import { afterAll, beforeAll, expect, test } from 'vitest'
 import { patchesOf } from '../dist/lib/models/qwen3_vl/chat.js'
 import { writeModel } from './golden_model.js'
-import { tinyTokenizer, writeTokenizer } from './tiny_tokenizer.js'
+import { ids, tinyTokenizer, writeTokenizer } from './tiny_tokenizer.js'
 
 const root = mkdtempSync(join(tmpdir(), 'local-policy-'))
 afterAll(() => rmSync(root, { recursive: true, force: true }))
@@ -153,6 +153,32 @@ test('a conversation of several turns is one prompt, with the images of all', as
     'system\nLook.\nuser\nWhat does the sign say?\n' +
       `assistant\n${call}\ntool\na crop\nassistant\nSo?\nassistant\n`,
   )
+})
+
+test('the tokens of earlier turns are kept as they were sampled', async () => {
+  const policy = new LocalPolicy(model, { seed: 4 })
+  const asked = { ...request, temperature: 1.5, maxTokens: 12 }
+  const imEnd = ids['<|im_end|>']!
+  for (const end of [[imEnd], []]) {
+    const [sampled] = await policy.generate(asked)
+    // Random tokens, which no tokenizer makes of their text again.
+    const first = { ...sampled!, tokens: [...sampled!.tokens!.slice(0, 9), ...end] }
+    const results = [{ text: 'a crop', images: [image] }]
+    const [second] = await policy.generate({ ...asked, turns: [{ completion: first, results }] })
+    const prefix = [...first.promptTokens!, ...first.tokens.filter((id) => id !== imEnd), imEnd]
+    expect(second!.promptTokens!.slice(0, prefix.length)).toEqual(prefix)
+    const rest = second!.promptTokens!.slice(prefix.length)
+    expect((await model.tokenizer()).decode(rest)).toBe('\ntool\na crop\nassistant\n')
+    expect(rest.filter((id) => id === model.config.imageToken)).toHaveLength(70)
+    // A third turn goes on from the second.
+    const turns = [
+      { completion: first, results },
+      { completion: second!, results: [] },
+    ]
+    const [third] = await policy.generate({ ...asked, turns })
+    const kept = [...second!.promptTokens!, ...second!.tokens!]
+    expect(third!.promptTokens!.slice(0, kept.length)).toEqual(kept)
+  }
 })
 
 test('the context ends a completion, and a prompt beyond it is refused', async () => {

@@ -426,18 +426,18 @@ onEveryBackend('log_probs', (b) => {
       const fault = { code: 'ERR_VALUE', op: 'tokenLogProbs' }
       await expect(r.logProbs.read()).rejects.toMatchObject(fault)
       await expect(r.stats.read()).rejects.toMatchObject(fault)
-      await expect(b.device.synchronize()).rejects.toMatchObject(fault)
+      await b.device.synchronize()
       const gradient = { logits, stats: good.stats, dLogProbs: f32([1, 1]) }
       const d = recorded(b, `log probs backward of target ${target}`, forward, () =>
         tokenLogProbsBackward({ ...gradient, targets: i32([1, target]) }),
       )
       await expect(d.read()).rejects.toMatchObject({ ...fault, op: 'tokenLogProbsBackward' })
-      await expect(b.device.synchronize()).rejects.toMatchObject({ code: 'ERR_VALUE' })
+      await b.device.synchronize()
       const part = tokenLogProbsShard({ logits, targets: i32([1, target]), vocabOffset: 0 })
       if (target < 0) {
         const where = { ...fault, op: 'tokenLogProbsShard' }
         await expect(part.stats.read()).rejects.toMatchObject(where)
-        await expect(b.device.synchronize()).rejects.toMatchObject(where)
+        await b.device.synchronize()
       } else expect((await part.targetLogit.read())[1]).toBe(-Infinity)
       expect((await good.logProbs.read()).length).toBe(2)
     })
@@ -468,7 +468,7 @@ onEveryBackend('log_probs', (b) => {
     expect((await d.read()).length).toBe(64 * 4096) // a handle of its own
   })
 
-  test('the forward pass allocates its results and a few numbers per slice of a row', () => {
+  test('the forward pass allocates its results and a few numbers per span of a row', () => {
     const [n, v] = [32, 65536]
     const logits = b.device.zeros([n, v], 'bf16')
     const targets = b.device.zeros([n], 'i32')
@@ -476,9 +476,10 @@ onEveryBackend('log_probs', (b) => {
     const before = b.device.memory().peakBytes
     tokenLogProbs({ logits, targets, entropy: true }).dispose()
     const results = 4 * n * 4
-    // Three f32 a slice of 8192 columns (CPU) or more; blocks are rounded up to 512 bytes.
-    const slices = n * Math.ceil(v / 8192) * 12
-    expect(b.device.memory().peakBytes - before).toBeLessThanOrEqual(results + slices + 4 * 512)
+    // Three f32 a span of the vocabulary, of which there are 128 at most (CPU); blocks are rounded up to the next
+    // class of sizes, of which there are four a power of two.
+    const spans = Math.ceil(1.25 * n * 128 * 12)
+    expect(b.device.memory().peakBytes - before).toBeLessThanOrEqual(results + spans + 4 * 512)
     logits.dispose()
   })
 

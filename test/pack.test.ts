@@ -211,6 +211,10 @@ suite(`the package${title}`, () => {
     const command = join(project, 'node_modules/.bin/p2r-kernels')
     expect(await run(command, ['--version'], project)).toBe(`${manifest.version}\n`)
     expect(await run(command, ['devices', '--json'], project)).toMatch(/"backend": "cpu"/)
+    const bench = ['bench', 'advantages', '--quick', '--no-peers', '--threads', '1']
+    const text = await run(command, bench, project)
+    expect(text).toMatch(/^ceilings +fma /m)
+    expect(text).toMatch(/^ {2}p2r-kernels +1 +[\d.]+ +\d+ %/m)
   })
 
   const tools = ['make', 'c++', 'as', 'ld', 'sh', 'mkdir', 'uname']

@@ -795,7 +795,7 @@ onEveryBackend('policy_loss', (b) => {
     const mask = b.device.tensor(Uint8Array.of(1, 2, 1), [3])
     const out = applyKlPenalty({ ...a, mask })
     await expect(out.read()).rejects.toMatchObject({ code: 'ERR_VALUE', op: 'applyKlPenalty' })
-    await expect(b.device.synchronize()).rejects.toMatchObject({ op: 'applyKlPenalty' })
+    await b.device.synchronize()
     const empty = { rewards: f32([]), logProbs: f32([]), refLogProbs: f32([]), cuSeqlens: [0] }
     expect(applyKlPenalty(empty).shape).toEqual([0])
   })
@@ -851,7 +851,7 @@ onEveryBackend('policy_loss', (b) => {
     await expect(got.loss.read()).rejects.toMatchObject(fault)
     await expect(got.dLogProbs.read()).rejects.toMatchObject(fault)
     await expect(got.metrics()).rejects.toMatchObject(fault)
-    await expect(b.device.synchronize()).rejects.toMatchObject(fault)
+    await b.device.synchronize()
   })
 
   test('metrics can be read until the result is disposed', async () => {

@@ -1,7 +1,7 @@
 import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { type Device, Qwen3VL } from 'p2r-kernels'
+import { type Device, KvCache, Qwen3VL } from 'p2r-kernels'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import {
   type GoldenModel,
@@ -10,10 +10,11 @@ import {
   modelHas,
   modelI32,
   modelJson,
+  visionAt,
   visionOf,
   writeModel,
 } from './golden_model.js'
-import { expectRefusal, onEveryBackend, relativeL2 } from './harness.js'
+import { expectRefusal, onEveryBackend, Random, relativeL2 } from './harness.js'
 
 const root = mkdtempSync(join(tmpdir(), 'qwen3-vl-forward-'))
 afterAll(() => rmSync(root, { recursive: true, force: true }))
@@ -151,6 +152,100 @@ onEveryBackend('Qwen3VL', (b) => {
         }
       }
       expect(b.device.memory().liveBytes - before).toBeLessThan(2 ** 21)
+    })
+
+    test('in parts through a cache are those of one pass', async () => {
+      const { imageToken } = model.config
+      const [tokens, cuSeqlens] = [modelI32(name, 'input_ids'), modelI32(name, 'cu_seqlens')]
+      const random = new Random(3)
+      using kv = model.kvCache(400)
+      const pages = kv.pagesFree
+      using whole = model.forward({ ...packedOf(b.device, name), want: ['final', 'logits'] })
+      const [all, logits] = [await whole.final.toFloat32(), await whole.logits.toFloat32()]
+      const width = model.config.hiddenSize
+      const near = (made: Float32Array, expected: Float32Array) => {
+        if (b.device.info.backend === 'cpu') expect(made).toEqual(expected)
+        else expect(relativeL2(made, expected)).toBeLessThan(2e-2)
+      }
+      for (let s = 0; s + 1 < cuSeqlens.length; s++) {
+        const [from, to] = [cuSeqlens[s]!, cuSeqlens[s + 1]!]
+        const own = tokens.subarray(from, to)
+        const sequence = kv.add()
+        const cache = { kv, sequences: [sequence] }
+        for (let at = 0; at < own.length; ) {
+          // An image stands in one part.
+          let end = Math.min(own.length, at + random.int(1, 9))
+          while (end < own.length && own[end] === imageToken) end++
+          const part = own.subarray(at, end)
+          const before = own.subarray(0, at)
+          const runs = (ids: Int32Array) =>
+            ids.filter((id, i) => id === imageToken && ids[i - 1] !== imageToken).length
+          const first = modelJson(name, 'meta.json')
+            .images_per_sequence.slice(0, s)
+            .reduce((sum: number, n: number) => sum + n, runs(before))
+          using out = model.forward({
+            tokens: part,
+            cuSeqlens: [0, part.length],
+            ...visionAt(b.device, name, 'images', first, runs(part)),
+            cache,
+            want: ['final', 'logits'],
+          })
+          near(await out.final.toFloat32(), all.slice((from + at) * width, (from + end) * width))
+          near(await out.logits.toFloat32(), logits.slice((from + at) * 512, (from + end) * 512))
+          at = end
+        }
+        expect(kv.length(sequence)).toBe(own.length)
+        // A fork has the positions too, and so has what is left after truncation.
+        if (s > 0) {
+          const [fork, cut] = [kv.add(sequence), Math.max(1, own.length - 3)]
+          kv.truncate(fork, cut)
+          using again = model.forward({
+            tokens: own.subarray(cut),
+            cuSeqlens: [0, own.length - cut],
+            cache: { kv, sequences: [fork] },
+          })
+          near(await again.logits.toFloat32(), logits.slice((from + cut) * 512, to * 512))
+          kv.remove(fork)
+        }
+        kv.remove(sequence)
+      }
+      expect(kv.pagesFree).toBe(pages)
+
+      const id = kv.add()
+      const part = { tokens: [1, 2], cuSeqlens: [0, 2] }
+      const refused = (cache: object, message: RegExp, code = 'ERR_VALUE') =>
+        expectRefusal(
+          () => model.forward({ ...part, cache: cache as never }),
+          code,
+          'Qwen3VL',
+          message,
+        )
+      refused(
+        { kv, sequences: [99] },
+        /cache\.sequences\[0\] must be a sequence of the cache, got 99/,
+      )
+      refused({ kv, sequences: [id, id] }, /as many as those of cuSeqlens, 1, got 2/)
+      refused({ kv: 1, sequences: [0] }, /cache\.kv must be a KvCache/)
+      refused({ sequences: [0] }, /cache\.kv must be a KvCache/)
+      refused({ cache: kv, sequences: [0] }, /cache\.cache/)
+      using other = new KvCache(b.device, { layers: 2, kvHeads: 2, headDim: 32, pages: 2 })
+      refused({ kv: other, sequences: [other.add()] }, /3 layers of bf16, .* got 2 of f32/)
+      using full = model.kvCache(16)
+      const one = full.add()
+      const live = b.device.memory().liveBytes
+      expectRefusal(
+        () =>
+          model.forward({
+            tokens: Array(17).fill(3),
+            cuSeqlens: [0, 17],
+            cache: { kv: full, sequences: [one] },
+          }),
+        'ERR_MEMORY',
+        'cachedAttention',
+        /the cache is full/,
+      )
+      expect([full.length(one), full.pagesFree]).toEqual([0, 1])
+      expect(b.device.memory().liveBytes).toBe(live)
     })
 
     test('of no tokens give empty results', async () => {

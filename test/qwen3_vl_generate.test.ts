@@ -20,13 +20,13 @@ import {
   writeModel,
 } from './golden_model.js'
 import { onEveryBackend, Random } from './harness.js'
-import { writeTokenizer } from './tiny_tokenizer.js'
+import { ids, tinyTokenizer, writeTokenizer } from './tiny_tokenizer.js'
 
 const root = mkdtempSync(join(tmpdir(), 'qwen3-vl-generate-'))
 afterAll(() => rmSync(root, { recursive: true, force: true }))
 for (const name of goldenModels) writeModel(join(root, name), name)
-const [tied] = goldenModels
-writeTokenizer(join(root, tied))
+const tied = 'tied'
+writeTokenizer(writeModel(join(root, tied), goldenModels[0]))
 
 /** The prompts of the reference, with their images and videos. */
 function promptsOf(device: Device, name: GoldenModel): GenerationPrompt[] {
@@ -58,7 +58,7 @@ async function rescored(
 }
 
 onEveryBackend('Qwen3VL.generate', (b) => {
-  const load = (name: GoldenModel, options: object = {}) =>
+  const load = (name: string, options: object = {}) =>
     Qwen3VL.load(join(root, name), b.device, options)
 
   test.each(goldenModels)('the greedy texts of %s in f32', async (name) => {
@@ -167,6 +167,88 @@ onEveryBackend('Qwen3VL.generate', (b) => {
       expect(full.logProbs).toHaveLength(12)
     })
 
+    test('the most probable tokens of each place, as the whole distribution has them', async () => {
+      const options = { seed: 5, maxTokens: 4, temperature: 0.7, topLogProbs: 5, n: 2 }
+      for (const made of (await ask(options))[0]!) {
+        const all = [...Array.from(prompt.tokens), ...made.tokens]
+        using out = model.forward({ tokens: all, cuSeqlens: [0, all.length] })
+        const logits = await out.logits.toFloat32()
+        expect(made.topLogProbs).toHaveLength(4)
+        made.topLogProbs!.forEach((top, i) => {
+          const row = [...logits.subarray((i + 4) * 512, (i + 5) * 512)].map((z) => z / 0.7)
+          const lse = Math.log(row.reduce((sum, z) => sum + Math.exp(z), 0))
+          expect(top).toHaveLength(5)
+          top.forEach(({ token, logProb }, k) => {
+            // Logits of forward are rounded to the model's type.
+            expect(Math.abs(logProb - (row[token]! - lse))).toBeLessThan(0.05)
+            if (k) expect(logProb).toBeLessThanOrEqual(top[k - 1]!.logProb)
+            if (token === made.tokens[i]) expect(logProb).toBe(made.logProbs[i])
+          })
+        })
+      }
+      const steps: GeneratedToken[] = []
+      for await (const step of model.stream({ prompts: [prompt], stopTokens: [], ...options }))
+        if (step.index === 0) steps.push(step)
+      const [[first]] = (await ask(options)) as [[Generated]]
+      expect(steps.map(({ topLogProbs }) => topLogProbs)).toEqual(first.topLogProbs)
+    })
+
+    test('ids that the tokenizer has no token for are never drawn', async () => {
+      const known = new Set<number>(Object.values(tinyTokenizer().model.vocab))
+      for (const id of Object.values(ids)) known.add(id)
+      const { imageToken, videoToken, vocabSize } = model.config
+      for (const id of [imageToken, videoToken]) known.delete(id)
+      expect(known.size).toBeLessThan(vocabSize - 2)
+      const [made] = await ask({ n: 40, maxTokens: 30, temperature: 50 })
+      const drawn = new Set(made!.flatMap(({ tokens }) => tokens))
+      expect(drawn.size).toBeGreaterThan(known.size / 2)
+      for (const token of drawn) expect(known).toContain(token)
+    })
+
+    test('biases and penalties change what is drawn, and no log-probability', async () => {
+      const greedy = { temperature: 0, maxTokens: 12 }
+      const [[free]] = (await ask(greedy)) as [[Generated]]
+      const [token] = free.tokens as [number]
+      const [[without]] = (await ask({
+        ...greedy,
+        logitBias: { [token]: Number.NEGATIVE_INFINITY },
+      })) as [[Generated]]
+      expect(without.tokens).not.toContain(token)
+      const [[only]] = (await ask({ ...greedy, logitBias: { 7: 1000 } })) as [[Generated]]
+      expect(only.tokens).toEqual(Array(12).fill(7))
+      expect(only.logProbs).toEqual(await rescored(model, prompt, only, 1))
+      // Each time that 7 has come counts: it is below 8 after three.
+      const both = { 7: 1000, 8: 997.5 }
+      const counted = await ask({ ...greedy, logitBias: both, frequencyPenalty: 400 })
+      expect(new Set(counted[0]![0]!.tokens)).not.toEqual(new Set([7]))
+      const [[present]] = (await ask({
+        ...greedy,
+        maxTokens: 3,
+        logitBias: { 7: 1000, 8: 990, 9: 980 },
+        presencePenalty: 100,
+      })) as [[Generated]]
+      expect(present.tokens).toEqual([7, 8, 9])
+      expect(present.logProbs).toEqual(await rescored(model, prompt, present, 1))
+      // The prompt's tokens are not penalised, nor those of another rollout.
+      const [spared] = await ask({
+        ...greedy,
+        n: 2,
+        maxTokens: 1,
+        logitBias: { 5: 1000, 8: 990 },
+        presencePenalty: 100,
+      })
+      expect(spared!.map(({ tokens }) => tokens)).toEqual([[5], [5]])
+      // In one batch with others.
+      const together = await Promise.all([
+        ask(greedy),
+        ask({ ...greedy, logitBias: { 7: 1000 } }),
+        ask({ ...greedy, logProbsTemperature: 0.5 }),
+      ])
+      expect(together.slice(0, 2)).toEqual([[[free]], [[only]]])
+      const [[cold]] = together[2] as [[Generated]]
+      expect(cold.logProbs).toEqual(await rescored(model, prompt, cold, 0.5))
+    })
+
     test('streams what generate gives', async () => {
       const options = { prompts: [prompt, { tokens: [3] }], n: 2, maxTokens: 7, seed: 9 }
       const all = await ask(options)
@@ -241,7 +323,7 @@ onEveryBackend('Qwen3VL.generate', (b) => {
     })
 
     test('leaves nothing behind, whatever scope it is called in', async () => {
-      const images = promptsOf(b.device, tied).slice(1, 3)
+      const images = promptsOf(b.device, goldenModels[0]).slice(1, 3)
       await ask({ prompts: images, n: 2 })
       const before = b.device.memory().liveBytes
       const [first] = await Promise.all([
@@ -273,6 +355,17 @@ onEveryBackend('Qwen3VL.generate', (b) => {
       await refused({ topK: 1.5 }, /topK/)
       await refused({ minP: 2 }, /minP/)
       await refused({ repetitionPenalty: 0 }, /repetitionPenalty/)
+      await refused({ presencePenalty: Infinity }, /presencePenalty must be a finite number/)
+      await refused({ frequencyPenalty: '1' }, /frequencyPenalty/)
+      await refused(
+        { logitBias: { 512: 1 } },
+        /logitBias has '512', which is no token id below 512/,
+      )
+      await refused({ logitBias: { a: 1 } }, /logitBias has 'a'/)
+      await refused({ logitBias: { 1: Infinity } }, /logitBias\[1\] must be a number/)
+      await refused({ logitBias: [1] }, /logitBias must be an object/)
+      await refused({ topLogProbs: 65 }, /topLogProbs/)
+      await refused({ topLogProbs: 1, logProbs: false }, /topLogProbs needs logProbs/)
       await refused({ stopTokens: [512] }, /stopTokens\[0\]/)
       await refused({ stop: [''] }, /stop\[0\]/)
       await refused({ seed: -1 }, /seed/)

@@ -3,26 +3,36 @@
 import { spawn } from 'node:child_process'
 import {
   adamW,
+  attention,
   clipGradNorm,
   gatherRows,
   linearBackward,
+  openDevice,
+  sampleTokens,
   type Tensor,
+  tokenLogProbs,
   tokenLogProbsBackward,
 } from 'p2r-kernels'
 import { expect, test } from 'vitest'
-import { expectRefusal, onEveryBackend } from './harness.js'
+import { cpuPaths, expectClose, expectRefusal, onEveryBackend, Random } from './harness.js'
 
 const library = new URL('../dist/lib/index.js', import.meta.url).href
 
-/** Runs the body in a process of its own, with `p` the library; what it returns comes back as JSON. */
-async function alone(body: string): Promise<unknown> {
+/**
+ * Runs the body in a process of its own, with `p` the library; what it returns comes back as JSON. `limits` are
+ * arguments of the shell's ulimit.
+ */
+async function alone(body: string, limits = ''): Promise<unknown> {
   const code = `
     import * as p from '${library}'
     const refusal = (f) => { try { f(); return 'returned' } catch (e) { return e.name + ' ' + e.code } }
     const main = async () => { ${body} }
     process.stdout.write(JSON.stringify(await main()) ?? 'null')`
   const args = ['--input-type=module', '-e', code]
-  const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'pipe'] })
+  const [command, all] = limits
+    ? ['bash', ['-c', `ulimit ${limits}; exec "$@"`, 'bash', process.execPath, ...args]]
+    : [process.execPath, args]
+  const child = spawn(command as string, all as string[], { stdio: ['ignore', 'pipe', 'pipe'] })
   let [out, err] = ['', '']
   child.stdout.on('data', (text) => {
     out += text
@@ -184,6 +194,79 @@ test('a getter in an argument that disposes or grows what the call reads', async
   })
 })
 
+test('a host without room for what is read or converted is ERR_MEMORY, and the device goes on', async () => {
+  const ended = await alone(
+    `${open}
+    const t = d.zeros([3e8], 'u8'), all = [], results = []
+    const until = async (f) => {
+      for (let i = 0; i < 20; i++)
+        try { all.push(await f()) } catch (e) { return results.push([e.name, e.code, e.op]) }
+      results.push('the limit was not reached')
+    }
+    await until(() => t.read())
+    await until(() => d.tensor({ length: 2e8, __proto__: Array.prototype }, [2e8]))
+    const sparse = []
+    sparse.length = 2e8
+    await until(() => d.tensor(sparse, [2e8]))
+    await until(() => d.zeros([1e8], 'f16').toFloat32())
+    results.push((await d.zeros([4]).read()).length)
+    return results`,
+    '-v 3000000',
+  )
+  expect(ended).toEqual([
+    ['P2RError', 'ERR_MEMORY', 'read'],
+    ['P2RError', 'ERR_VALUE', 'tensor'],
+    ['P2RError', 'ERR_MEMORY', 'tensor'],
+    ['P2RError', 'ERR_MEMORY', expect.stringMatching(/^(read|cast|zeros)$/)],
+    4,
+  ])
+})
+
+test('a host without room for threads is ERR_MEMORY, and the next device opens', async () => {
+  const ended = await alone(
+    `const many = refusal(() => p.openDevice('cpu', { threads: 1024 }))
+    return [many, p.openDevice('cpu', { threads: 2 }).info.threads]`,
+    '-v 3000000',
+  )
+  expect(ended).toEqual(['P2RError ERR_MEMORY', 2])
+})
+
+test('attention of logits beyond 3e10 on every instruction set: lse is the largest logit', async () => {
+  const random = new Random(1)
+  for (const { options } of cpuPaths) {
+    using device = openDevice('cpu', options)
+    for (const causal of [false, true])
+      for (const tokens of [5, 40, 300])
+        for (const magnitude of [1e3, 1e12, 1e17, 3e18]) {
+          const x = Float32Array.from({ length: tokens * 16 }, (_, i) =>
+            i % 16 ? 0 : Math.fround(magnitude * (1 + random.uniform())),
+          )
+          using q = device.tensor(x, [tokens, 1, 16])
+          const { out, lse } = attention({
+            q,
+            k: q,
+            v: q,
+            cuSeqlens: [0, tokens],
+            scale: 1,
+            causal,
+          })
+          const first = x.filter((_, i) => i % 16 === 0)
+          const largest = first.map((_, t) => Math.max(...(causal ? first.slice(0, t + 1) : first)))
+          expectClose(
+            await lse.read(),
+            first.map((y, t) => y * largest[t]!),
+            {
+              relative: 2 ** -18,
+            },
+          )
+          const weighted = (await out.read()).filter((_, i) => i % 16 === 0)
+          // The weight of the largest logit is 1.
+          if (magnitude > 1e10) expectClose(weighted, largest, { relative: 2 ** -18 })
+          expect(weighted.every(Number.isFinite)).toBe(true)
+        }
+  }
+})
+
 onEveryBackend('hostile arguments', (b) => {
   const f32 = (x: number[], shape = [x.length]): Tensor<'f32'> => b.device.tensor(x, shape)
 
@@ -240,6 +323,37 @@ onEveryBackend('hostile arguments', (b) => {
     expect(norm[0]).toBeNaN()
     expect([...(await grads[0]!.read())]).toEqual([Infinity, 1, 2])
     expect([...(await grads[1]!.read())]).toEqual([NaN, -3])
+  })
+
+  test('lists of numbers hold numbers only', () => {
+    for (const list of [
+      [null],
+      [''],
+      [true],
+      ['1'],
+      [1n],
+      new BigInt64Array(1),
+      new DataView(new ArrayBuffer(8)),
+    ])
+      expectRefusal(
+        () => sampleTokens({ logits: f32([1, 2], [1, 2]), seeds: [1], temperature: list as never }),
+        'ERR_VALUE',
+        'sampleTokens',
+      )
+  })
+
+  test('a fault that a read threw is not kept for synchronize', async () => {
+    using device = b.open()
+    const logits = device.zeros([1, 2])
+    const targets = device.tensor(Int32Array.of(9), [1])
+    for (let i = 0; i < 100; i++) {
+      using results = tokenLogProbs({ logits, targets })
+      await expect(results.logProbs.read()).rejects.toMatchObject({ op: 'tokenLogProbs' })
+    }
+    await device.synchronize()
+    tokenLogProbs({ logits, targets })
+    await expect(device.synchronize()).rejects.toMatchObject({ op: 'tokenLogProbs' })
+    await device.synchronize()
   })
 
   test('time rejects when the device is disposed first', async () => {

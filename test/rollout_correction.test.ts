@@ -360,7 +360,7 @@ onEveryBackend('rollout_correction', (b) => {
     await expect(got.importanceWeights.read()).rejects.toMatchObject(fault)
     await expect(got.mask.read()).rejects.toMatchObject(fault)
     await expect(got.metrics()).rejects.toMatchObject(fault)
-    await expect(b.device.synchronize()).rejects.toMatchObject(fault)
+    await b.device.synchronize()
   })
 
   test('refuses invalid arguments', () =>

@@ -171,7 +171,7 @@ onEveryBackend('sample', (b) => {
           sample({ logits, temperature, seed: 1 }),
         )
         await expect(drawn.read()).rejects.toMatchObject({ code: 'ERR_VALUE', op: 'sample' })
-        await expect(b.device.synchronize()).rejects.toMatchObject({ op: 'sample' })
+        await b.device.synchronize()
       }
   })
 
@@ -437,7 +437,7 @@ onEveryBackend('sampleTokens', (b) => {
         const refusal = { code: 'ERR_VALUE', op: 'sampleTokens' }
         await expect(r.tokens.read()).rejects.toMatchObject(refusal)
         await expect(r.logProbs.read()).rejects.toMatchObject(refusal)
-        await expect(b.device.synchronize()).rejects.toMatchObject({ op: 'sampleTokens' })
+        await b.device.synchronize()
       }
   })
 

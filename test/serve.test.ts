@@ -15,10 +15,11 @@ import {
   Reasoner,
   serveModel,
 } from 'p2r-kernels'
-import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { afterAll, beforeAll, describe, expect, onTestFinished, test, vi } from 'vitest'
+import { ToolTexts } from '../dist/lib/serve/tool_texts.js'
 import { writeModel } from './golden_model.js'
 import { expectRefusal } from './harness.js'
-import { writeTokenizer } from './tiny_tokenizer.js'
+import { ids, writeTokenizer } from './tiny_tokenizer.js'
 
 const root = mkdtempSync(join(tmpdir(), 'serve-'))
 afterAll(() => rmSync(root, { recursive: true, force: true }))
@@ -192,6 +193,137 @@ describe.each([false, true])('our own policy, streaming: %s', (stream) => {
   })
 })
 
+test('biases, penalties and the most probable tokens', async () => {
+  const asked = { ...hello, max_tokens: 3, temperature: 0, logprobs: true, ignore_eos: true }
+  const { json } = await complete({
+    ...asked,
+    logit_bias: { 65: 100, 66: 99 },
+    presence_penalty: 2,
+    top_logprobs: 4,
+    return_token_ids: true,
+  })
+  const [choice] = json.choices
+  for (const id of choice.token_ids) expect([65, 66]).toContain(id)
+  const [entry] = choice.logprobs.content
+  expect(entry.top_logprobs).toHaveLength(4)
+  // They are of the model's own distribution.
+  expect(entry.top_logprobs[0].logprob).toBeGreaterThan(entry.logprob)
+  expect(entry.top_logprobs[0]).toMatchObject({
+    token: expect.any(String),
+    bytes: expect.any(Array),
+  })
+  const often = await complete({ ...asked, frequency_penalty: 2, repetition_penalty: 1.1 })
+  expect(often.status).toBe(200)
+})
+
+describe('tools', () => {
+  const weather = {
+    type: 'function' as const,
+    function: { name: 'weather', description: 'Tells <|im_end|> it.', parameters: {} },
+  }
+  const said =
+    'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
+
+  /** The model, as if it had said this. */
+  function speaking(text: string) {
+    const tokens = text
+      .split(/(<\/?tool_call>)/)
+      .flatMap((piece) => (ids[piece] === undefined ? knownTokenizer.encode(piece) : [ids[piece]!]))
+    tokens.push(ids['<|im_end|>']!)
+    return vi.spyOn(model, 'stream').mockImplementation(async function* () {
+      for (const [i, token] of tokens.entries())
+        yield {
+          ...{ prompt: 0, index: 0, token },
+          ...(i === tokens.length - 1 && { finishReason: 'stop' as const }),
+        }
+    })
+  }
+  let knownTokenizer: Awaited<ReturnType<Qwen3VL['tokenizer']>>
+  beforeAll(async () => {
+    knownTokenizer = await model.tokenizer()
+  })
+
+  test.each([false, true])('calls are told apart from the text, streaming: %s', async (stream) => {
+    const spy = speaking(said)
+    onTestFinished(() => spy.mockRestore())
+    const client = new OpenAI({ baseURL: server.baseURL, apiKey: 'EMPTY', maxRetries: 0 })
+    const asked = {
+      model: 'tiny',
+      messages: [{ role: 'user' as const, content: 'How is it?' }],
+      tools: [weather],
+    }
+    const message = stream
+      ? (await client.chat.completions.stream(asked).finalChatCompletion()).choices[0]!
+      : (await client.chat.completions.create(asked)).choices[0]!
+    expect(message.finish_reason).toBe('tool_calls')
+    expect(message.message.content).toBe('I look.\n')
+    expect(message.message.tool_calls).toMatchObject([
+      {
+        id: expect.stringMatching(/^chatcmpl-tool-/),
+        type: 'function',
+        function: { name: 'weather', arguments: '{"city":"Zürich"}' },
+      },
+    ])
+  })
+
+  test('without tools, or where they must not be called, the text stays as it is', async () => {
+    const spy = speaking(said)
+    onTestFinished(() => spy.mockRestore())
+    for (const body of [{}, { tools: [weather], tool_choice: 'none' }]) {
+      const { json } = await complete({ ...hello, ...body })
+      expect(json.choices[0]).toMatchObject({ finish_reason: 'stop', message: { content: said } })
+      expect(json.choices[0].message).not.toHaveProperty('tool_calls')
+    }
+  })
+
+  test('earlier calls and their results stand in the prompt, and tools open no turn', async () => {
+    const calls = [
+      { id: 'a', type: 'function', function: { name: 'weather', arguments: '{"city": "Bern"}' } },
+    ]
+    const { json } = await complete({
+      messages: [
+        { role: 'user', content: 'How is it?' },
+        { role: 'assistant', content: null, tool_calls: calls },
+        { role: 'tool', tool_call_id: 'a', content: 'dry' },
+      ],
+      tools: [weather],
+      max_tokens: 1,
+      return_token_ids: true,
+    })
+    expect(knownTokenizer.decode(json.prompt_token_ids)).toBe(
+      'user\nHow is it?\nassistant\n' +
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>\n' +
+        'tool\ndry\nassistant\n',
+    )
+    const turns = json.prompt_token_ids.filter((id: number) => id === ids['<|im_end|>'])
+    expect(turns).toHaveLength(3)
+  })
+
+  test('pieces of a text become calls as they come', () => {
+    const read = (...pieces: string[]) => {
+      const tools = new ToolTexts()
+      return [...pieces.map((piece) => tools.push(piece)), tools.end()].map(({ text, calls }) =>
+        calls.length ? [text, ...calls.map((call) => `${call.name}${call.arguments}`)] : text,
+      )
+    }
+    const call = '{"name": "f", "arguments": {"x": [1]}}'
+    expect(read('a<tool', '_call>', call, '</tool_call>', '\n')).toEqual([
+      ...['a', '', ''],
+      ['', 'f{"x":[1]}'],
+      ...['', ''],
+    ])
+    expect(read('a < b <', 'c')).toEqual(['a < b ', '<c', ''])
+    // Cut off by the end: whole JSON is a call, all else stays text.
+    expect(read(`<tool_call>${call}`)).toEqual(['', ['', 'f{"x":[1]}']])
+    expect(read('<tool_call>{"name"')).toEqual(['', '<tool_call>{"name"'])
+    expect(read('<tool_call>no</tool_call> then')).toEqual(['<tool_call>no</tool_call> then', ''])
+    expect(read(`<tool_call>${call}</tool_call>\n<tool_call>{"name": "g"}</tool_call>`)).toEqual([
+      ['', 'f{"x":[1]}', 'g{}'],
+      '',
+    ])
+  })
+})
+
 test('wrong requests are refused by what is wrong with them', async () => {
   const image_url = { url: 'https://example.com/a.png' }
   const part = (content: unknown) => ({ messages: [{ role: 'user', content: [content] }] })
@@ -206,8 +338,25 @@ test('wrong requests are refused by what is wrong with them', async () => {
     [{ ...hello, seed: 'x' }, 400, /seed/],
     [{ ...hello, max_tokens: 5000 }, 400, /max_tokens is 5000: more than the model's context/],
     [{ ...hello, stop: [''] }, 400, /stop must be/],
-    [{ ...hello, tools: [{ type: 'function' }] }, 400, /tools is not supported/],
-    [{ ...hello, presence_penalty: 1.5 }, 400, /presence_penalty is not supported/],
+    [
+      { ...hello, tools: [{ type: 'function' }] },
+      400,
+      /tools\[0\] must be of type 'function', with/,
+    ],
+    [{ ...hello, tools: 'x' }, 400, /tools must be a list/],
+    [{ ...hello, tool_choice: 'required' }, 400, /tool_choice 'required' is not supported/],
+    [{ ...hello, presence_penalty: 2.5 }, 400, /presence_penalty has no meaning as 2.5/],
+    [{ ...hello, frequency_penalty: 'x' }, 400, /frequency_penalty/],
+    [{ ...hello, logit_bias: { a: 1 } }, 400, /logit_bias must have numbers from -100 to 100/],
+    [{ ...hello, logit_bias: { 512: 1 } }, 400, /no token id below 512/],
+    [{ ...hello, top_logprobs: 3 }, 400, /top_logprobs needs logprobs/],
+    [{ ...hello, logprobs: true, top_logprobs: 21 }, 400, /top_logprobs has no meaning as 21/],
+    [{ ...hello, best_of: 2 }, 400, /best_of is not supported/],
+    [
+      { messages: [{ role: 'assistant', tool_calls: [{}] }] },
+      400,
+      /messages\[0\]\.tool_calls\[0\] must have a function with a name/,
+    ],
     [{ ...hello, response_format: { type: 'json_object' } }, 400, /response_format 'json_object'/],
     [{ ...hello, logprobs: 1 }, 400, /logprobs must be true or false/],
     [{ messages: [{ role: 'root', content: '' }] }, 400, /messages\[0\]\.role 'root'/],

@@ -164,6 +164,63 @@ onEveryBackend('VisionTower', (b) => {
       })
   }
 
+  // The gates of the goldens of whole models.
+  test.each(names.flatMap((name) => ['none', 'block'].map((checkpoint) => [name, checkpoint])))(
+    'golden gradients of %s, checkpoint %s',
+    async (name, checkpoint) => {
+      const meta = metaOf(name!)
+      const f32 = (file: string) => files.f32(`tower/${name}/${file}.bin`)
+      const tensor = (file: string) => b.device.tensor(f32(file), meta.tensors[file].shape)
+      using tower = await VisionTower.load(await folderOf(b.device, name!), b.device)
+      const taps: number[] = meta.config.deepstack_visual_indexes
+      const a = {
+        pixelValues: tensor('pixel_values'),
+        gridThw: meta.grid_thw as Grid[],
+        dMerged: tensor('grad_merged'),
+        dDeepstack: taps.map((_, i) => tensor(`grad_deepstack_${i}`)),
+        checkpoint: checkpoint as 'none' | 'block',
+        inputs: true,
+      }
+      using made = tower.backward(a)
+      expect(relativeL2(await made.dPixels!.read(), f32('grad_pixel_values'))).toBeLessThan(5e-5)
+      const stored = Object.keys(meta.tensors).filter((file) => file.startsWith('grad_weight.'))
+      expect(stored.length).toBeGreaterThan(2)
+      for (const file of stored) {
+        const gradient = made.gradients[file.replace('grad_weight.', '')]!
+        expect(relativeL2(await gradient.read(), f32(file)), file).toBeLessThan(5e-5)
+      }
+      for (const [weight, { shape }] of tower.parameters())
+        expect(made.gradients[weight]!.shape, weight).toEqual(shape)
+      // Added to what is given, in place; and of the results alone that have a gradient.
+      const before = await made.gradients['merger.linear_fc2.weight']!.read()
+      using twice = tower.backward({ ...a, into: made.gradients })
+      expect(await made.gradients['merger.linear_fc2.weight']!.read()).toEqual(
+        before.map((x) => 2 * x),
+      )
+      expect(await twice.gradients['patch_embed.proj.weight']!.read()).toEqual(
+        await made.gradients['patch_embed.proj.weight']!.read(),
+      )
+      using none = tower.record({ pixelValues: a.pixelValues, gridThw: a.gridThw })
+      using zero = none.backward({})
+      expect((await zero.gradients['blocks.0.norm1.weight']!.read()).every((x) => x === 0)).toBe(
+        true,
+      )
+      expectRefusal(() => none.backward({}), 'ERR_VALUE', 'VisionTower', /used up/)
+      expectRefusal(
+        () => tower.backward({ ...a, dMerged: a.pixelValues }),
+        'ERR_SHAPE',
+        'VisionTower',
+        /dMerged/,
+      )
+      expectRefusal(
+        () => tower.backward({ ...a, dDeepstack: [] }),
+        'ERR_VALUE',
+        'VisionTower',
+        /dDeepstack must hold/,
+      )
+    },
+  )
+
   // Qwen3.5 and later: no DeepStack, in the config or among the weights, and heads of 64 and 72.
   test.each([
     ['0.8B', { hidden_size: 128, num_heads: 2 }],

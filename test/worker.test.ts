@@ -1,3 +1,8 @@
+import { execFile } from 'node:child_process'
+import { cpSync, mkdtempSync, rmSync, symlinkSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { promisify } from 'node:util'
 import { Worker } from 'node:worker_threads'
 import { gelu, openDevice, type Tensor } from 'p2r-kernels'
 import { expect, test } from 'vitest'
@@ -72,3 +77,41 @@ test('errors in a worker are P2RErrors of its own copy of the library', async ()
   )
   expect(messages).toEqual([[true, 'ERR_DEVICE', 'openDevice']])
 })
+
+// As where two versions of a dependency each bring their own: two files of the addon, two type tags, two pools.
+test('two copies of the package in one process keep apart', async () => {
+  const root = new URL('..', import.meta.url).pathname
+  const copy = mkdtempSync(join(tmpdir(), 'p2r-copy-'))
+  try {
+    for (const name of ['package.json', 'dist/lib', 'build/Release/p2r_kernels.node'])
+      cpSync(join(root, name), join(copy, name), { recursive: true })
+    symlinkSync(join(root, 'node_modules'), join(copy, 'node_modules'))
+    const main = `
+      const one = await import('${library}')
+      const two = await import('${join(copy, 'dist/lib/index.js')}')
+      const results = []
+      const [a, b] = [one, two].map((p) => p.openDevice('cpu', { threads: 2 }))
+      const [x, y] = [a, b].map((d) => d.tensor(new Float32Array(1000).fill(1), [1000]))
+      for (let i = 0; i < 20; i++) {
+        const [p, q] = await Promise.all([one.gelu({ x }).read(), two.gelu({ x: y }).read()])
+        results.push(p[999] === q[999])
+      }
+      results.push(one.gelu === two.gelu)
+      for (const [p, foreign] of [[one, y], [two, x]])
+        try { p.gelu({ x: foreign }) } catch (e) { results.push(e instanceof p.P2RError && e.code) }
+      a.dispose()
+      results.push((await two.gelu({ x: y }).read()).length)
+      b.dispose()
+      console.log(JSON.stringify(results))`
+    const { stdout, stderr } = await promisify(execFile)(process.execPath, [
+      '--input-type=module',
+      '-e',
+      main,
+    ])
+    expect(stderr).toBe('')
+    const equal = Array.from({ length: 20 }, () => true)
+    expect(JSON.parse(stdout)).toEqual([...equal, false, 'ERR_VALUE', 'ERR_VALUE', 1000])
+  } finally {
+    rmSync(copy, { recursive: true })
+  }
+}, 30_000)

@@ -8,6 +8,9 @@
 //     max, sum and O are merged with those of the chunks before
 //   out = O / sum
 //
+// The few rows of a single query, which see the same keys, take a kernel that has keys as lanes
+// (cpu/simd/ attention_few_rows.cpp), to the same bits.
+//
 // Chunks are what keys are divided by among threads, where there are few queries: then each is
 // computed by itself, and they are merged in the same order afterwards.
 #include <algorithm>
@@ -15,12 +18,14 @@
 #include <cstring>
 
 #include "cpu/attention/grouped.h"
+#include "cpu/simd/attention.h"
 
 namespace p2r::cpu::attention_kernels {
 
 namespace {
 
 constexpr int64_t kMaxRows = 512, kMinRows = 64;  // of a task; fewer if there are few tasks
+constexpr int64_t kFewRows = 8;                   // fewer than lanes
 
 struct Buffers {
   float* gathered;                 // rows of q, then of k or v
@@ -29,8 +34,9 @@ struct Buffers {
   float *o, *max, *sum;            // of a chunk
   float *all, *all_max, *all_sum;  // of all chunks so far
   float *rescale, *other_rescale;
-  int32_t* visible;  // keys that each row sees
-  int32_t* seen;     // those of them that are in a block
+  int32_t* visible;       // keys that each row sees
+  int32_t* seen;          // those of them that are in a block
+  const char** key_rows;  // of a chunk
 
   Buffers(const Grouped& g, Workspace& workspace, int64_t max_rows) {
     const Call& c = g.c;
@@ -40,7 +46,7 @@ struct Buffers {
     q = take(rows * c.depth(d));
     k = take(round_up(kKeyBlock, c.mr) * c.depth(d));
     v = take(c.depth(kKeyBlock) * c.value_stride());
-    s = take(round_up(kKeyBlock, 4) * c.nr);
+    s = take(std::max<int64_t>(c.nr, kFewRows) * round_up(kKeyBlock, kFewQueriesMargin));
     o = take(rows * d);
     max = take(rows);
     sum = take(rows);
@@ -52,6 +58,7 @@ struct Buffers {
     other_rescale = take(rows);
     visible = workspace.take<int32_t>(rows);
     seen = workspace.take<int32_t>(c.nr);
+    key_rows = workspace.take<const char*>(kKeyChunk + kFewQueriesMargin);
   }
 };
 
@@ -97,7 +104,11 @@ class Attend {
   void load_queries() {
     const Rows q = gather_queries(g_, task_, g_.queries(), c_.in.row, key_head_,
                                   static_cast<bool>(c_.cos), w_.gathered);
-    c_.pack_b(q, rows_, c_.in.head_dim, w_.q);
+    const int64_t d = c_.in.head_dim;
+    if (!few()) return c_.pack_b(q, rows_, d, w_.q);
+    // The panels of keys are not used.
+    const Rows words = to_words(c_, q, rows_, c_.depth(d), w_.k);
+    c_.simd->pack_few_rows(rows_, c_.depth(d), static_cast<const float*>(words.data), w_.q);
   }
 
   // The keys of one chunk.
@@ -107,6 +118,7 @@ class Attend {
     std::fill_n(to.sum, round_up(rows_, c_.nr), 0.0f);
     // Rows before the first that sees a key of the chunk have no product that writes them.
     std::fill_n(to.o, first_row(begin) * d, 0.0f);
+    if (few()) return begin < end ? few_rows({begin, end}, to) : void();
     for (int64_t key = begin; key < end; key += kKeyBlock)
       block({key, std::min(key + kKeyBlock, end)}, key == begin, to);
   }
@@ -138,6 +150,37 @@ class Attend {
   // The first row that sees key `key`, which is a multiple of the group.
   int64_t first_row(int64_t key) const {
     return std::upper_bound(w_.visible, w_.visible + rows_, key) - w_.visible;
+  }
+
+  // Whether the rows are too few for lanes. They see the same keys, since there is one query.
+  bool few() const { return task_.queries == 1 && rows_ <= kFewRows && !c_.cos; }
+
+  void few_rows(Span keys, const Partial& to) {
+    const char** row = w_.key_rows;
+    const KeyRun* run = &g_.runs[sequence_.first_run];
+    while (run->key + run->count <= keys.begin) ++run;
+    const int64_t bytes = g_.key_row * c_.size();
+    for (int64_t key = keys.begin; key < keys.end; ++run) {
+      const char* from =
+          g_.k + (run->at + (key - run->key) * g_.key_row + key_head_ * g_.key_head) * c_.size();
+      const int64_t end = std::min(keys.end, run->key + run->count);
+      for (; key < end; ++key, from += bytes) *row++ = from;
+    }
+    std::fill_n(row, kFewQueriesMargin, row[-1]);
+    c_.simd->attend_few_rows({.rows = rows_,
+                              .d = c_.in.head_dim,
+                              .keys = keys.size(),
+                              .block = kKeyBlock,
+                              .pairs = c_.pairs,
+                              .type = c_.in.dtype,
+                              .scale = c_.scale,
+                              .q = w_.q,
+                              .k = w_.key_rows,
+                              .v = g_.v - g_.k,
+                              .s = w_.s,
+                              .max = to.max,
+                              .sum = to.sum,
+                              .o = to.o});
   }
 
   void block(Span keys, bool first, const Partial& to) {

@@ -26,26 +26,20 @@ void linear_log_probs(const LinearLogProbsArgs& a, Device& device) {
   Workspace workspace(scratch.as<char>());
   h.take_buffers(workspace, cpu, true);
   cpu.submit([=, &cpu] {
-    const auto write = [&](int64_t row, const RowLogProb& r) {
-      a.log_probs.as<float>()[row] = r.log_prob;
-      a.stats.as<float>()[2 * row] = r.stats[0];
-      a.stats.as<float>()[2 * row + 1] = r.stats[1];
-      if (a.entropy) a.entropy.as<float>()[row] = r.extra;
-      if (a.squared_probs) a.squared_probs.as<float>()[row] = r.extra;
-    };
     for (int64_t next = 0; next < h.rows;) {
       const int64_t active = gather_rows(h, next, [&](int64_t row) {
         const RowState state = h.state_of(row);
         if (state == RowState::invalid)
           raise(a.fault, row, static_cast<uint32_t>(a.targets.as<int32_t>()[row]));
         if (state != RowState::active)
-          write(row, state == RowState::invalid ? kNoLogProb : RowLogProb{});
+          write_row(a, row, state == RowState::invalid ? kNoLogProb : RowLogProb{});
         return state;
       });
       if (!active) continue;
       pack_hidden(cpu, h, active);
       sum_spans(cpu, h, active, nullptr);
-      for (int64_t i = 0; i < active; ++i) write(h.active_rows[i], merge_spans(h, i));
+      for (int64_t i = 0; i < active; ++i)
+        write_row(a, h.active_rows[i], merge_spans(cpu.simd(), h, i));
     }
   });
 }
@@ -183,7 +177,7 @@ void linear_policy_loss(const LinearPolicyLossArgs& a, Device& device) {
       pack_hidden(cpu, h, p.active);
       sum_spans(cpu, h, p.active, logits);
       for (int64_t i = 0; i < p.active; ++i) {
-        const RowLogProb r = merge_spans(h, i);
+        const RowLogProb r = merge_spans(cpu.simd(), h, i);
         log_probs[h.active_rows[i]] = r.log_prob;
         if (entropy) entropy[h.active_rows[i]] = r.extra;
         stats[2 * i] = r.stats[0];

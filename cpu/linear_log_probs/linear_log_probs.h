@@ -33,12 +33,10 @@ namespace p2r::cpu::linear_head {
 
 constexpr int64_t kMaxPanelRows = 32;        // of the widest panel of hidden states
 constexpr int64_t kColumnMultiple = 24;      // whole register tiles on every CPU
-constexpr int64_t kMaxBlockColumns = 96;     // of a block, and of each step of the softmax's sums
 constexpr int64_t kBlockWords = 128 * 1024;  // of a block of the weight: 512 KiB of L2
 constexpr int64_t kPanelWords = 768 * 1024;  // of packed hidden states: 3 MiB of L3
 constexpr int64_t kMaxChunkRows = 768;
 constexpr int64_t kChunkRowMultiple = 96;
-constexpr int64_t kMaxSpans = 128;  // of the vocabulary
 
 // Whether a row takes part: its target is -100 (skipped) or outside the vocabulary (invalid), or
 // its gradient is 0 (skipped).
@@ -63,7 +61,7 @@ struct Head {
   float* words = nullptr;          // a block of the weight, per thread, unless weight_in_place
   float* logits = nullptr;         // of a block, per thread
   float* partials = nullptr;       // [chunk_rows, spans, 3]
-  float* running = nullptr;        // [threads, 3, pitch]
+  float* running = nullptr;        // [threads, 4, vector_width(), pitch]
   float* target_logit = nullptr;   // [chunk_rows]
 
   template <class Args>
@@ -85,8 +83,8 @@ struct Head {
     chunk_rows = std::min({fit, std::max<int64_t>(rows, 1), max_rows});
     pitch = padded_rows() + 16;
     block = std::clamp(kBlockWords / words_per_row / kColumnMultiple * kColumnMultiple,
-                       kColumnMultiple, kMaxBlockColumns);
-    span = round_up(std::max<int64_t>(ceil_div(columns, kMaxSpans), 1), kMaxBlockColumns);
+                       kColumnMultiple, kSoftmaxColumns);
+    span = sum_span(columns);
     spans = ceil_div(columns, span);
   }
   // sums: whether sum_spans will be called.
@@ -97,7 +95,7 @@ struct Head {
   int64_t depth(int64_t k) const { return pairs ? ceil_div(k, 2) : k; }
   int64_t block_k() const { return sum_block(channels, pairs); }
   int64_t word_floats() const { return weight_in_place ? 0 : block * depth(channels); }
-  int64_t logit_floats() const { return kMaxBlockColumns * pitch; }
+  int64_t logit_floats() const { return kSoftmaxColumns * pitch; }
   RowState state_of(int64_t row) const {
     const int32_t target = targets.as<int32_t>()[row];
     return target == kSkippedTarget          ? RowState::skipped
@@ -122,7 +120,7 @@ int64_t gather_rows(const Head& h, int64_t& next, const F& state) {
 
 // Packs the chunk's hidden states: block of k by block of k, each with the panels of all rows.
 void pack_hidden(CpuDevice& cpu, const Head& h, int64_t active);
-// The logits of the chunk's rows in columns first .. first + n, at most kMaxBlockColumns:
+// The logits of the chunk's rows in columns first .. first + n, at most kSoftmaxColumns:
 // [n][pitch], a row per lane; lanes past the last row, up to a whole vector, are undefined.
 const float* compute_logits(const Simd& simd, const Head& h, int64_t active, int64_t first,
                             int64_t n, int thread);
@@ -132,7 +130,7 @@ void sum_spans(CpuDevice& cpu, const Head& h, int64_t active, float* chunk);
 // Stores the logits of the chunk's rows: [active, columns].
 void store_logits(CpuDevice& cpu, const Head& h, int64_t active, float* chunk);
 // The results of row i of the chunk, from the sums of its spans.
-RowLogProb merge_spans(const Head& h, int64_t i);
+RowLogProb merge_spans(const Simd& simd, const Head& h, int64_t i);
 
 // gradients.cpp
 

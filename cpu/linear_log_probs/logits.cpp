@@ -10,7 +10,7 @@ void Head::take_buffers(Workspace& workspace, const CpuDevice& cpu, bool sums) {
   logits = workspace.take<float>(cpu.threads() * logit_floats());
   if (!sums) return;
   partials = workspace.take<float>(chunk_rows * spans * 3);
-  running = workspace.take<float>(cpu.threads() * 3 * pitch);
+  running = workspace.take<float>(cpu.threads() * 4 * cpu.simd().vector_width() * pitch);
   target_logit = workspace.take<float>(chunk_rows);
 }
 
@@ -57,7 +57,7 @@ void compute_block(const Simd& simd, const Head& h, int64_t active, int64_t firs
   simd.gemm_tile_size(&mr, &nr);
   const float* words = weight_words(simd, h, first, n, buffer);
   const int64_t lanes = round_up(active, simd.vector_width()), depth = h.depth(h.channels);
-  float bias[kMaxBlockColumns];
+  float bias[kSoftmaxColumns];
   if (h.bias) simd.to_f32(h.bias.dtype, h.bias.element(first), bias, n);
   if (h.bias || h.channels == 0)
     for (int64_t j = 0; j < n; ++j) std::fill_n(logits + j * h.pitch, lanes, h.bias ? bias[j] : 0);
@@ -99,13 +99,14 @@ void sum_spans(CpuDevice& cpu, const Head& h, int64_t active, float* chunk) {
   cpu.parallel(h.spans, 1, [&](int64_t begin, int64_t end, int thread) {
     const Simd& simd = cpu.simd();
     const int64_t lanes = round_up(active, simd.vector_width());
-    float* running = h.running + thread * 3 * h.pitch;
+    const int64_t runs = simd.vector_width();
+    float* running = h.running + thread * 4 * runs * h.pitch;
     for (int64_t s = begin; s < end; ++s) {
-      std::fill_n(running, h.pitch, static_cast<float>(-kInfinity));
-      std::fill_n(running + h.pitch, 2 * h.pitch, 0.0f);
+      std::fill_n(running, 2 * runs * h.pitch, static_cast<float>(-kInfinity));
+      std::fill_n(running + 2 * runs * h.pitch, 2 * runs * h.pitch, 0.0f);
       const int64_t stop = std::min(h.columns, (s + 1) * h.span);
-      for (int64_t first = s * h.span; first < stop; first += kMaxBlockColumns) {
-        const int64_t n = std::min(kMaxBlockColumns, stop - first);
+      for (int64_t first = s * h.span; first < stop; first += kSoftmaxColumns) {
+        const int64_t n = std::min(kSoftmaxColumns, stop - first);
         const float* logits = compute_logits(simd, h, active, first, n, thread);
         simd.softmax_lanes(n, h.pitch, lanes, static_cast<float>(h.inverse), h.extra, logits,
                            running);
@@ -116,8 +117,8 @@ void sum_spans(CpuDevice& cpu, const Head& h, int64_t active, float* chunk) {
         if (chunk) simd.transpose(n, active, logits, h.pitch, chunk + first, h.columns);
       }
       for (int64_t i = 0; i < active; ++i)
-        for (int64_t k = 0; k < 3; ++k)
-          h.partials[(i * h.spans + s) * 3 + k] = running[k * h.pitch + i];
+        simd.softmax_runs(h.pitch, static_cast<float>(h.inverse), h.extra, running + i,
+                          h.partials + (i * h.spans + s) * 3);
     }
   });
 }
@@ -132,9 +133,10 @@ void store_logits(CpuDevice& cpu, const Head& h, int64_t active, float* chunk) {
   });
 }
 
-RowLogProb merge_spans(const Head& h, int64_t i) {
-  return row_log_prob(merge_slices(h.partials + i * h.spans * 3, h.spans, h.inverse, h.extra),
-                      h.target_logit[i], h.inverse, h.extra);
+RowLogProb merge_spans(const Simd& simd, const Head& h, int64_t i) {
+  return row_log_prob(
+      cpu::merge_spans(simd, h.partials + i * h.spans * 3, h.spans, h.inverse, h.extra),
+      h.target_logit[i], h.inverse, h.extra);
 }
 
 }  // namespace p2r::cpu::linear_head

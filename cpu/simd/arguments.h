@@ -8,6 +8,9 @@
 
 namespace p2r::cpu {
 
+// Columns of a step of softmax_row and softmax_lanes; a multiple of every vector_width().
+constexpr int64_t kSoftmaxColumns = 96;
+
 // The gradient of one row of logits; see logit_gradient.
 struct LogitGradientRow {
   float inverse, inverse_low;  // 1 / temperature, in two parts
@@ -48,6 +51,8 @@ struct PolicyRun {
   // clip_cov and kl_cov: the batch's means; which covariances are candidates, whose places in the
   // run are listed; whether the tokens of this run are chosen, and then there is no list.
   float mean_advantage, mean_log_prob, cov_low, cov_high, cov_kl;
+  int64_t cov_seed, first_token;  // clip_cov: of the batch, and of the run in it
+  uint32_t least_key;             // of a candidate's random_key
   int32_t* candidates;
   int64_t* candidate_count;
   bool chosen;

@@ -5,7 +5,7 @@
 // Lanes are independent: a maximum or a sum over a column never crosses lanes. Four rows at a time
 // have accumulators of their own, which hides the latency of a chain of additions.
 #include "cpu/simd/simd.h"
-#include "cpu/simd/vec.h"
+#include "cpu/simd/softmax.h"
 
 namespace p2r::cpu::P2R_ISA {
 
@@ -43,14 +43,13 @@ inline bool update(bool pairs, int64_t keys, int64_t ld, int64_t columns, float 
     const vf after = scale < 0
                          ? vmin(before, extreme<vmin, kMasked>(keys, ld, x, kInfinity, seen))
                          : vmax(before, extreme<vmax, kMasked>(keys, ld, x, -kInfinity, seen));
-    // Where every logit so far is -inf, P is 0, not exp(-inf + inf).
-    const vi none = after == (scale < 0 ? kInfinity : -kInfinity);
-    const vf shift = none ? vf{} : after;
-    const vf factor = exp2((before - shift) * scale_log2), origin = shift * scale_log2;
+    const auto [factor, shift, origin] = rescaling(before, after, scale, scale_log2);
+    if (lanes(shift != vf{}))
+      for (int64_t key = 0; key < keys; ++key) store(x + key * ld, loadf(x + key * ld) - shift);
 
     vf total[4] = {};
-    const auto probability = [&](int64_t key, int i) {
-      const vf e = exp2(loadf(x + key * ld) * scale_log2 - origin);
+    const auto probability = [&, origin = origin](int64_t key, int i) {
+      const vf e = softmax_weight(loadf(x + key * ld), scale_log2, origin);
       const vf p = kMasked ? (seen > static_cast<int32_t>(key) ? e : vf{}) : e;
       total[i] += p;
       return p;
@@ -79,9 +78,7 @@ inline bool update(bool pairs, int64_t keys, int64_t ld, int64_t columns, float 
     store(rescale + c, factor);
     changed |= factor != 1.0f;
   }
-  int32_t any = 0;
-  for (int i = 0; i < W; ++i) any |= changed[i];
-  return any != 0;
+  return lanes(changed) != 0;
 }
 
 }  // namespace

@@ -26,52 +26,6 @@ void transpose(int64_t m, int64_t n, const float* x, int64_t ldx, float* y, int6
 
 namespace {
 
-// How a weight's elements become the vectors of the sums' steps. kSteps: words of x to a word of
-// the weight; kLoaded: elements loaded from a row for W words of it.
-struct F32Weight {
-  typedef float Element;
-  static constexpr int kSteps = 1, kLoaded = W;
-  static vf load(const float* p) { return loadf(p); }
-  static vf load(const float* p, int64_t n) { return load_first<vf>(p, static_cast<int>(n)); }
-};
-struct F16Weight {
-  typedef uint16_t Element;
-  static constexpr int kSteps = 1, kLoaded = W;
-  static vf load(const uint16_t* p) { return from_f16(p2r::cpu::P2R_ISA::load<vh>(p)); }
-  static vf load(const uint16_t* p, int64_t n) {
-    return from_f16(load_first<vh>(p, static_cast<int>(n)));
-  }
-};
-struct Bf16Weight {
-  typedef uint16_t Element;
-  static constexpr int kSteps = 2, kLoaded = 2 * W;
-  static vf load(const uint16_t* p) { return p2r::cpu::P2R_ISA::load<vf>(p); }
-  static vf load(const uint16_t* p, int64_t n) { return load_pairs(p, n); }
-};
-struct PairWeight : Bf16Weight {
-  static constexpr int kSteps = 1;
-};
-
-// acc[r] += x[r] * word, and with two steps the same for the second channel, if there is one.
-template <class Weight, int R>
-inline void multiply_word(vf (&acc)[R], vf word, const float* x, bool second) {
-  const auto step = [&](vf w, const float* from) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      if constexpr (Weight::kLoaded == W || Weight::kSteps == 2)
-        acc[r] = F32Words::multiply_add(acc[r], set1(from[r]), w);
-      else
-        acc[r] = PairWords::multiply_add(acc[r], set1(from[r]), w);
-    }
-  };
-  if constexpr (Weight::kSteps == 1) {
-    step(word, x);
-  } else {
-    step(from_bits(bits(word) << 16), x);
-    if (second) step(from_bits(bits(word) & 0xFFFF0000u), x + R);
-  }
-}
-
 // Features j .. j + W of R rows.
 template <class Weight, int R>
 void multiply_tile(const FewRows& g, const float* x, int64_t j, float* out, bool prefetch) {

@@ -6,6 +6,7 @@
 #include "cpu/simd/simd.h"
 #include "cpu/simd/tokens.h"
 #include "cpu/simd/vec.h"
+#include "ops/random_key.h"
 
 namespace p2r::cpu::P2R_ISA {
 
@@ -56,21 +57,72 @@ inline Term kl_term(const PolicyRun& run, vf x) {
   }
 }
 
-// Whether the trust region of dppo excludes a token.
-template <Objective objective>
-inline vi outside_region(const PolicyRun& run, vf negated_advantage, vf log_p, vf log_q) {
-  const vf p = vexp(log_p), q = vexp(log_q);
-  const vi raises = negated_advantage < 0.0f;
-  if (objective == Objective::dppo_tv) {
-    const vf moved = p - q;
-    return raises ? moved > run.clip_high : moved < -run.clip_low;
-  }
-  const vf not_p = -(expm1_minus_x(log_p, p) + log_p), not_q = -(expm1_minus_x(log_q, q) + log_q);
-  const vf chosen = q > 0.0f ? q * (log_q - log_p) : vf{};
-  const vf other = q > 0.0f ? not_q : set1(1);
-  const vf not_p_or_1 = p > 0.0f ? not_p : set1(1);
-  const vf divergence = chosen + other * vlog((other + 1e-8f) / (not_p_or_1 + 1e-8f));
-  return raises ? (divergence > run.clip_high) & (p > q) : (divergence > run.clip_low) & (p < q);
+// Of a trust region, the larger of p and q in the direction that the advantage wants: p where the
+// advantage raises it, else q.
+inline vf log_larger(Lanes raises, vf log_p, vf log_q) {
+  return clamp(select(raises, log_p, log_q), -87, 88);
+}
+
+// Whether dppo_tv excludes a token, by p - q = p (1 - 1/r) = q (r - 1), for one exponential more.
+inline Lanes far_in_tv(const PolicyRun& run, vf negated_advantage, vf log_p, vf log_q, vf ratio) {
+  const vf one = set1(1);
+  const Lanes raises = less(negated_advantage, vf{});
+  const Exp2Parts e = exp2_parts(log_larger(raises, log_p, log_q), kLog2e);
+  const vf larger = e.scale * e.excess + e.scale;
+  const vf sign = select(raises, one, -one);
+  const vf most = select(raises, set1(run.clip_high) * ratio, set1(run.clip_low));
+  return less(most, larger * (ratio * sign - sign));
+}
+
+// dppo_kl's verdict over at most kPartial tokens, and their ratios: in two loops of a few dozen
+// instructions each, through the first-level cache.
+struct Region {
+  float ratio[kPartial], larger[kPartial], rest[kPartial];
+  Lanes outside[kPartial / W];
+};
+
+// With x = (1 - q + 1e-8) / (1 - p + 1e-8) or its inverse, which is at least 1 in the advantage's
+// direction: D = (1 - q) ln x - q d where p rises, all of which times r needs no q = p / r; and
+// D = -q d - (1 - q) ln x where it falls. 1 less the larger of p and q does not cancel, nor does
+// that of the smaller, which adds their difference.
+template <bool extras>
+void measure_kl(const PolicyRun& run, Advantage advantage, int64_t begin, int64_t end,
+                Region& region) {
+  const vf one = set1(1), none = {};
+  const auto negated_of = [&](int64_t i, int n) {
+    return extras && run.advantages ? -load_floats(run.advantages + i, n) : advantage.negated;
+  };
+  const auto for_each = [&](auto f) {
+    int64_t i = begin;
+    for (; i + W <= end; i += W) f(i, W);
+    if (i < end) f(i, (int)(end - i));
+  };
+  for_each([&](int64_t i, int n) {
+    const vf log_p = load_floats(run.log_probs + i, n);
+    const vf log_q = run.old_log_probs ? load_floats(run.old_log_probs + i, n) : log_p;
+    const Exp2Parts power = exp2_parts(clamp(log_p - log_q, -20, 20), kLog2e);
+    store(region.ratio + (i - begin), power.scale * power.excess + power.scale);
+    const Lanes raises = less(negated_of(i, n), none);
+    const Exp2Parts e = exp2_parts<true>(log_larger(raises, log_p, log_q), kLog2e);
+    store(region.larger + (i - begin), e.scale * e.excess + e.scale);
+    store(region.rest + (i - begin), (one - e.scale) - e.scale * e.excess);
+  });
+  for_each([&](int64_t i, int n) {
+    const vf ratio = loadf(region.ratio + (i - begin));
+    const vf larger = loadf(region.larger + (i - begin));
+    const vf log_p = load_floats(run.log_probs + i, n);
+    const vf log_q = run.old_log_probs ? load_floats(run.old_log_probs + i, n) : log_p;
+    const Lanes raises = less(negated_of(i, n), none);
+    const vf times = select(raises, ratio, one), sign = select(raises, one, -one);
+    const vf moved = larger * (ratio * sign - sign);
+    const vf least = (loadf(region.rest + (i - begin)) + 1e-8f) * times, most = least + moved;
+    const vf x = most / least;
+    const vf chosen = larger * vmin(set1(20), log_p - log_q);
+    const vf divergence = select(raises, most, -least) * log_from_1(x) - chosen;
+    const vf threshold = select(raises, set1(run.clip_high), set1(run.clip_low)) * times;
+    region.outside[(i - begin) / W] =
+        less(threshold, divergence) & less(none, moved) & less(none, x);
+  });
 }
 
 // The covariance of clip_cov and kl_cov without its mean over tokens.
@@ -78,31 +130,35 @@ inline vf covariance(const PolicyRun& run, vf negated_advantage, vf log_p) {
   return (-negated_advantage - run.mean_advantage) * (log_p - run.mean_log_prob);
 }
 
-inline void list_candidates(const PolicyRun& run, vi which, int64_t i) {
-  uint32_t left = lanes(which);
+inline void list_candidates(const PolicyRun& run, uint32_t left, int64_t i) {
   for (; left; left &= left - 1)
     run.candidates[(*run.candidate_count)++] = (int32_t)i + __builtin_ctz(left);
 }
 
 // The n tokens from i on, at most W. Without `extras` the loss is the policy term alone, with one
-// advantage and a valid mask, and the loop has no branches.
+// advantage and a valid mask, and the loop has no branches but those for candidates. region:
+// dppo_kl's, of the tokens from begin on.
 template <Objective objective, bool extras>
-inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int n, Totals& total) {
+inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int n, Totals& total,
+                       int64_t begin, const Region& region) {
   const vf one = set1(1), none = {};
-  const vi mark = load_marks(run.mask ? run.mask + i : nullptr, n);
-  const vi keep = mark != 0;
+  const Lanes keep = load_kept(run.mask ? run.mask + i : nullptr, n);
 
   const vf log_p = load_floats(run.log_probs + i, n);
   if (extras && run.advantages) advantage = advantage_of(run, load_floats(run.advantages + i, n));
-  const vf step = run.old_log_probs ? log_p - load_floats(run.old_log_probs + i, n) : none;
+  const vf log_q = run.old_log_probs ? load_floats(run.old_log_probs + i, n) : log_p;
+  const vf step = run.old_log_probs ? log_p - log_q : none;
   const vf d = clamp(step, -20, 20);
+  const Lanes unclamped = equal(d, step);
   constexpr bool sequence = objective == Objective::gspo;
   vf ratio = one;
   if (sequence || objective == Objective::gmpo) {
     ratio = set1(run.sequence_ratio);
+  } else if (objective == Objective::dppo_kl) {
+    ratio = loadf(region.ratio + (i - begin));
   } else if (run.old_log_probs) {
-    const Exp2 power = exp2_factors(d, kLog2e);
-    ratio = power.scale * power.rest;
+    const Exp2Parts power = exp2_parts(d, kLog2e);
+    ratio = power.scale * power.excess + power.scale;
   }
   const vf bounded = extras ? vmin(set1(run.delta), ratio) : ratio;
   const vf unclipped = advantage.negated * bounded;
@@ -110,79 +166,90 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
   Term policy = {none, none};
   if (objective == Objective::ppo || sequence) {
     const vf clipped_loss = advantage.negated * clamp(ratio, run.low, run.high);
-    const vi clipped = clipped_loss > unclipped;
-    policy.value = clipped ? clipped_loss : unclipped;
-    vi moves = sequence ? (run.sequence_inside ? keep : keep & 0) : d == step;
+    const Lanes clipped = less(unclipped, clipped_loss);
+    policy.value = vmax(clipped_loss, unclipped);
+    Lanes moves = sequence ? (run.sequence_inside ? keep : keep & 0) : unclamped;
     if (!sequence) {
-      const vi dual_clipped = policy.value > advantage.max_loss;
-      policy.value = dual_clipped ? advantage.max_loss : policy.value;
+      const Lanes dual_clipped = less(advantage.max_loss, policy.value);
+      policy.value = vmin(advantage.max_loss, policy.value);
       count(keep & dual_clipped, total.dual_clipped);
       moves &= ~dual_clipped;
     }
     count(keep & clipped, total.clipped);
     if (extras) {
-      const vi beyond = (ratio > run.delta) & ~clipped;
+      const Lanes beyond = less(set1(run.delta), ratio) & ~clipped;
       count(keep & beyond & moves, total.dual_clipped);
       moves &= ~beyond;
     }
-    policy.gradient = moves & ~clipped ? unclipped : none;
+    policy.gradient = select(moves & ~clipped, unclipped, none);
   } else if (objective == Objective::dppo_tv || objective == Objective::dppo_kl) {
-    const vf log_q = run.old_log_probs ? load_floats(run.old_log_probs + i, n) : log_p;
-    const vi outside = outside_region<objective>(run, advantage.negated, log_p, log_q);
+    const Lanes outside = objective == Objective::dppo_kl
+                              ? region.outside[(i - begin) / W]
+                              : far_in_tv(run, advantage.negated, log_p, log_q, ratio);
     const vf truncated = vmin(set1(run.delta), ratio);
     count(keep & outside, total.clipped);
-    count(keep & ~outside & (ratio > run.delta), total.dual_clipped);
-    policy.gradient = outside ? none : advantage.negated * truncated;
-    policy.value = outside ? none : policy.gradient * log_p;
+    count(keep & ~outside & less(set1(run.delta), ratio), total.dual_clipped);
+    policy.gradient = select(outside, none, advantage.negated * truncated);
+    policy.value = select(outside, none, policy.gradient * log_p);
   } else if (objective == Objective::gmpo) {
-    const vf most = advantage.negated < 0.0f ? set1(run.clip_high) : set1(INFINITY);
-    const vf least = advantage.negated > 0.0f ? set1(-run.clip_low) : set1(-INFINITY);
-    const vi high = step > most, low = step < least;
+    const vf most = select(less(advantage.negated, none), set1(run.clip_high), set1(INFINITY));
+    const vf least = select(less(none, advantage.negated), set1(-run.clip_low), set1(-INFINITY));
+    const Lanes high = less(most, step), low = less(step, least);
     count(keep & high, total.clipped);
     count(keep & low, total.dual_clipped);
-    const vi moves = run.sequence_inside ? keep : keep & 0;
+    const Lanes moves = run.sequence_inside ? keep : keep & 0;
     policy.value = advantage.negated * ratio;
-    policy.gradient = moves & ~high & ~low ? policy.value : none;
+    policy.gradient = select(moves & ~high & ~low, policy.value, none);
   } else if (objective == Objective::clip_cov) {
     const vf clipped_loss = advantage.negated * clamp(ratio, run.low, run.high);
     const vf own = advantage.negated * ratio;
-    const vi clipped = clipped_loss > own;
+    const Lanes clipped = less(own, clipped_loss);
     count(keep & clipped, total.clipped);
     if (run.chosen) {
       count(keep, total.dual_clipped);
     } else {
-      policy.value = clipped ? clipped_loss : own;
-      policy.gradient = (d == step) & ~clipped ? own : none;
+      policy.value = vmax(clipped_loss, own);
+      policy.gradient = select(unclamped & ~clipped, own, none);
       const vf cov = covariance(run, advantage.negated, log_p);
-      list_candidates(run, keep & ~clipped & (cov > run.cov_low) & (cov < run.cov_high), i);
+      const Lanes which =
+          keep & ~clipped & less(set1(run.cov_low), cov) & less(cov, set1(run.cov_high));
+      if (lanes(which) != 0) {
+        vu token;
+        for (int lane = 0; lane < W; ++lane) token[lane] = (uint32_t)lane;
+        const vu key = random_key(run.cov_seed, token + (uint32_t)(run.first_token + i));
+        list_candidates(run, lanes(which & not_less(key, vu{} + run.least_key)), i);
+      }
     }
   } else if (objective == Objective::kl_cov) {
     policy.value = advantage.negated * ratio;
-    policy.gradient = d == step ? policy.value : none;
+    policy.gradient = select(unclamped, policy.value, none);
     if (run.chosen) {
       count(keep, total.dual_clipped);
-      const vf away = d > 0.0f ? one : d < 0.0f ? -one : none;
+      const vf away = select(less(none, d), one, select(less(d, none), -one, none));
       policy.value += run.cov_kl * d * away;
-      policy.gradient += d == step ? run.cov_kl * away : none;
+      policy.gradient += select(unclamped, run.cov_kl * away, none);
     } else {
       const vf cov = covariance(run, advantage.negated, log_p);
-      list_candidates(run, keep & (cov >= run.cov_low), i);
+      const Lanes below = less(cov, set1(run.cov_low)), number = equal(cov, cov);
+      list_candidates(run, lanes(keep & number & ~below), i);
     }
   } else if (objective == Objective::vespo) {
-    const vf phi = advantage.negated > 0.0f ? set1(run.phi_negative) : set1(run.phi_positive);
+    const vf phi =
+        select(less(none, advantage.negated), set1(run.phi_negative), set1(run.phi_positive));
     policy.gradient = advantage.negated * phi;
     policy.value = policy.gradient * log_p;
   } else if (objective == Objective::cispo) {
     const vf clipped_ratio = clamp(ratio, run.low, run.high);
-    count(keep & (clipped_ratio != ratio), total.clipped);
+    count(keep & ~equal(clipped_ratio, ratio), total.clipped);
     policy.gradient = advantage.negated * clipped_ratio;
     policy.value = policy.gradient * log_p;
   } else if (objective == Objective::sapo) {
-    const vf tau = advantage.negated < 0.0f ? set1(run.tau_positive) : set1(run.tau_negative);
+    const vf tau =
+        select(less(advantage.negated, none), set1(run.tau_positive), set1(run.tau_negative));
     const vf gate = one / (one + vexp(-tau * (ratio - 1.0f)));
     const vf away = one / (one + vexp(tau * (ratio - 1.0f)));
     policy.value = advantage.negated * gate * 4.0f / tau;
-    policy.gradient = d == step ? advantage.negated * 4.0f * gate * away * ratio : none;
+    policy.gradient = select(unclamped, advantage.negated * 4.0f * gate * away * ratio, none);
   } else {
     policy.gradient = advantage.negated;
     policy.value = policy.gradient * log_p;
@@ -193,35 +260,35 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
     policy.gradient *= weight;
   }
   if (extras && run.least_entropy > -INFINITY) {
-    const vi low = load_floats(run.entropy + i, n) < run.least_entropy;
-    policy.value = low ? none : policy.value;
-    policy.gradient = low ? none : policy.gradient;
+    const Lanes low = less(load_floats(run.entropy + i, n), set1(run.least_entropy));
+    policy.value = select(low, none, policy.value);
+    policy.gradient = select(low, none, policy.gradient);
   }
   vf gradient = policy.gradient * run.policy_weight;
   if (extras && run.faulty) {
-    const vi wrong = mark > 1;
+    const vi wrong = load_marks(run.mask + i, n) > 1;
     policy.value = wrong ? set1(NAN) : policy.value;
     gradient = wrong ? set1(NAN) : gradient;
   }
-  total.terms[kPolicySum] += keep ? policy.value : none;
+  total.terms[kPolicySum] += select(keep, policy.value, none);
 
   if (extras && run.kl != Kl::none) {
     Term kl = kl_term(run, load_floats(run.ref_log_probs + i, n) - log_p);
     if (run.kl_unbiased) {
       const vf token_ratio = vexp(d);
-      kl.gradient = token_ratio * (kl.gradient + (d == step ? kl.value : none));
+      kl.gradient = token_ratio * (kl.gradient + select(unclamped, kl.value, none));
       kl.value *= token_ratio;
     }
-    total.terms[kKlSum] += keep ? kl.value : none;
+    total.terms[kKlSum] += select(keep, kl.value, none);
     if (run.kl_weight != 0) gradient += kl.gradient * run.kl_weight;
   }
   if (extras && run.entropy) {
-    total.terms[kEntropySum] += keep ? load_floats(run.entropy + i, n) : none;
-    store_floats(run.d_entropy + i, keep ? set1(run.entropy_weight) : none, n);
+    total.terms[kEntropySum] += select(keep, load_floats(run.entropy + i, n), none);
+    store_floats(run.d_entropy + i, select(keep, set1(run.entropy_weight), none), n);
   }
-  total.terms[kApproxKlSum] -= keep ? d : none;
-  total.terms[kRatioSum] += keep ? ratio : none;
-  store_floats(run.d_log_probs + i, keep ? gradient : none, n);
+  total.terms[kApproxKlSum] -= select(keep, d, none);
+  total.terms[kRatioSum] += select(keep, ratio, none);
+  store_floats(run.d_log_probs + i, select(keep, gradient, none), n);
 }
 
 template <Objective objective, bool extras>
@@ -233,9 +300,14 @@ void tokens_of(const PolicyRun* pointer, double* sums) {
   for (int64_t begin = 0; begin < run.n; begin += kPartial) {
     const int64_t end = run.n - begin < kPartial ? run.n : begin + kPartial;
     Totals total;
+    Region region;
+    if constexpr (objective == Objective::dppo_kl)
+      measure_kl<extras>(run, shared, begin, end, region);
     int64_t i = begin;
-    for (; i + W <= end; i += W) add_tokens<objective, extras>(run, shared, i, W, total);
-    if (i < end) add_tokens<objective, extras>(run, shared, i, (int)(end - i), total);
+    for (; i + W <= end; i += W)
+      add_tokens<objective, extras>(run, shared, i, W, total, begin, region);
+    if (i < end)
+      add_tokens<objective, extras>(run, shared, i, (int)(end - i), total, begin, region);
     for (int k : {kPolicySum, kApproxKlSum, kRatioSum}) add_to(&terms[k], total.terms[k]);
     if (extras && run.kl != Kl::none) add_to(&terms[kKlSum], total.terms[kKlSum]);
     if (extras && run.entropy) add_to(&terms[kEntropySum], total.terms[kEntropySum]);
@@ -254,8 +326,10 @@ void tokens_of(const PolicyRun* pointer, double* sums) {
 
 template <Objective objective>
 void run_of(const PolicyRun* run, double* sums) {
+  // dppo's delta is no extra.
+  constexpr bool bounds_ratio = objective != Objective::dppo_tv && objective != Objective::dppo_kl;
   if (run->kl != Kl::none || run->entropy || run->importance || run->advantages || run->faulty ||
-      run->delta < INFINITY)
+      (bounds_ratio && run->delta < INFINITY))
     tokens_of<objective, true>(run, sums);
   else
     tokens_of<objective, false>(run, sums);
@@ -316,6 +390,78 @@ double sum_kept(const float* x, const uint8_t* mask, int64_t n) {
     add_to(&total, keep ? load_floats(x + i, left) : vf{});
   }
   return sum(total);
+}
+
+namespace {
+
+// e^x - x - 1 in f64, to 1e-10 of itself: x = n ln 2 + r, and the series of e^r - 1 - r times 2^n,
+// to which what is left of the terms below is added. At n = 0 that is nothing, so nothing cancels.
+inline vd_half expm1_minus_x(vd_half x) {
+  typedef int64_t vl_half __attribute__((vector_size(W * 4)));
+  const vd_half bounded = x < -708.0 ? vd_half{} - 708.0 : x > 710.0 ? vd_half{} + 710.0 : x;
+  const vd_half shifted = bounded * 1.4426950408889634 + 0x1.8p52, n = shifted - 0x1.8p52;
+  const vd_half power = (vd_half)(((vl_half)shifted << 52) + (1023LL << 52));
+  const vd_half r = (bounded - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  vd_half p = r * (1.0 / 39916800) + 1.0 / 3628800;
+  for (double term :
+       {1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 1.0 / 2})
+    p = p * r + term;
+  return power * (p * r * r) + (power - 1.0) + (power * r - x);
+}
+
+template <Kl kl>
+double kl_sum_of(const float* log_probs, const float* ref, const uint8_t* mask, int64_t n,
+                 double kl_clamp, bool* wrong) {
+  const bool clamped = kl_clamp < INFINITY;
+  vd_half totals[2] = {};
+  vi beyond = {};
+  const auto add = [&](int64_t i, int left) {
+    const vi mark = load_marks(mask ? mask + i : nullptr, left);
+    beyond |= mark > 1;
+    vf part[2] = {load_floats(log_probs + i, left), load_floats(ref + i, left)};
+    vf_half half[2][2];
+    for (int k = 0; k < 2; ++k) {
+      part[k] = mark != 0 ? part[k] : vf{};  // every estimate is 0 of 0
+      memcpy(half[k], &part[k], sizeof half[k]);
+    }
+    for (int k = 0; k < 2; ++k) {
+      vd_half x = __builtin_convertvector(half[1][k], vd_half) -
+                  __builtin_convertvector(half[0][k], vd_half);
+      if (kl == Kl::k1) {
+        totals[k] -= x;
+      } else if (kl == Kl::k2) {
+        totals[k] += x * x * 0.5;
+      } else if (kl == Kl::abs) {
+        totals[k] += x < 0.0 ? -x : x;
+      } else {
+        if (clamped) x = x > 20.0 ? vd_half{} + 20.0 : x < -20.0 ? vd_half{} - 20.0 : x;
+        const vd_half value = expm1_minus_x(x);
+        totals[k] += value > kl_clamp ? vd_half{} + kl_clamp : value;
+      }
+    }
+  };
+  int64_t i = 0;
+  for (; i + W <= n; i += W) add(i, W);
+  if (i < n) add(i, (int)(n - i));
+  *wrong = lanes(beyond) != 0;
+  return sum(totals[0] + totals[1]);
+}
+
+}  // namespace
+
+double kl_sum(Kl kl, const float* log_probs, const float* ref, const uint8_t* mask, int64_t n,
+              double kl_clamp, bool* wrong) {
+  switch (kl) {
+    case Kl::k1:
+    case Kl::k1_plus:
+      return kl_sum_of<Kl::k1>(log_probs, ref, mask, n, kl_clamp, wrong);
+    case Kl::k2:
+      return kl_sum_of<Kl::k2>(log_probs, ref, mask, n, kl_clamp, wrong);
+    case Kl::abs:
+      return kl_sum_of<Kl::abs>(log_probs, ref, mask, n, kl_clamp, wrong);
+    default:
+      return kl_sum_of<Kl::k3>(log_probs, ref, mask, n, kl_clamp, wrong);
+  }
 }
 
 int64_t count_kept(const uint8_t* mask, int64_t n, bool* wrong) {

@@ -13,7 +13,8 @@
 
 namespace p2r::cpu {
 
-struct FewRows;  // linear.h
+struct FewQueries;  // attention.h
+struct FewRows;     // linear.h
 struct QuantizedRows;
 struct LogitGradientRow;  // arguments.h
 struct DivergenceRow;

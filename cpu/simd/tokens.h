@@ -39,4 +39,36 @@ inline vi load_marks(const uint8_t* p, int n) {
 
 inline void count(vi which, vi& total) { total = which ? total + 1 : total; }
 
+// A truth value for each lane. On AVX-512 a mask register: of comparisons that are combined as
+// vectors, the compiler makes vectors of 0 and -1 first, and masks again for the selects.
+#if defined(__AVX512F__)
+typedef __mmask16 Lanes;
+inline Lanes less(vf x, vf y) { return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_LT_OQ); }
+inline Lanes equal(vf x, vf y) { return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_EQ_OQ); }
+inline Lanes not_less(vu x, vu y) {
+  return _mm512_cmp_epu32_mask((__m512i)x, (__m512i)y, _MM_CMPINT_NLT);
+}
+inline vf select(Lanes which, vf x, vf y) {
+  return (vf)_mm512_mask_blend_ps(which, (__m512)y, (__m512)x);
+}
+inline void count(Lanes which, vi& total) {
+  total = (vi)_mm512_mask_sub_epi32((__m512i)total, which, (__m512i)total, _mm512_set1_epi32(-1));
+}
+inline uint32_t lanes(Lanes which) { return which; }
+// Where the first n bytes of p are not 0; without p everywhere.
+inline Lanes load_kept(const uint8_t* p, int n) {
+  if (!p) return (Lanes)((1u << n) - 1);
+  const __m128i bytes =
+      n == W ? _mm_loadu_si128((const __m128i*)p) : _mm_maskz_loadu_epi8((Lanes)((1u << n) - 1), p);
+  return _mm_test_epi8_mask(bytes, bytes);
+}
+#else
+typedef vi Lanes;
+inline Lanes less(vf x, vf y) { return x < y; }
+inline Lanes equal(vf x, vf y) { return x == y; }
+inline Lanes not_less(vu x, vu y) { return x >= y; }
+inline vf select(Lanes which, vf x, vf y) { return which ? x : y; }
+inline Lanes load_kept(const uint8_t* p, int n) { return load_marks(p, n) != 0; }
+#endif
+
 }  // namespace p2r::cpu::P2R_ISA

@@ -313,19 +313,20 @@ struct Bf16 {
   static vh from_f32(vf x) { return to_bf16(x); }
 };
 
-// 2^(x by), for x by <= 127 or NaN, as a product of two factors, within 1 ulp: the multiplication
-// can often be fused into an addition that follows, or merged with another factor. Both are 0 where
-// the result would be subnormal. The fast exponential, for softmax; vexp underflows gradually.
-struct Exp2 {
-  vf scale, rest;
+// 2^(x by) = scale (1 + excess), for x by within [-126, 127] or NaN. The excess is small and has a
+// relative accuracy of its own, and around 0 the scale is 1, so 2^(x by) - 1 does not cancel:
+// within 1.5e-5 of the excess, and 1e-6 if `fine`.
+//
+// x by = n + j/32 + r (j/8 with 8 lanes), a polynomial in r, whose missing next term is economised
+// (Chebyshev) down to 5e-8, and a table of 2^(j/32). Adding kShift leaves 32 n + j in the low bits
+// of the sum: the lowest are the table's index, and all of them, shifted up to the exponent, add n
+// to it, and j to the bits below it, which the table's entries have subtracted.
+struct Exp2Parts {
+  vf scale, excess;
 };
-inline Exp2 exp2_factors(vf x, float by) {
-  const vi underflows = x < -126.0f / by;
+template <bool fine = false>
+inline Exp2Parts exp2_parts(vf x, float by) {
 #if defined(__AVX512F__)
-  // x by = n + j/32 + r, with a parabola for |r| <= 1/64, whose missing cubic term is economised
-  // (Chebyshev) down to 5e-8, and a table of 2^(j/32). Adding kShift leaves 32 n + j in the low
-  // bits of the sum: the lowest five are the table's index, and all of them, shifted up to the
-  // exponent, add n to it, and j to the bits below it, which the table's entries have subtracted.
   const float kShift = 0x1.8p18f;
   const vf low = {1.0f,        1.02189715f, 1.04427378f, 1.06714040f, 1.09050773f, 1.11438674f,
                   1.13878863f, 1.16372485f, 1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f,
@@ -333,29 +334,51 @@ inline Exp2 exp2_factors(vf x, float by) {
   const vf high = {1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f, 1.54221083f, 1.57598085f,
                    1.61049033f, 1.64575548f, 1.68179283f, 1.71861930f, 1.75625216f, 1.79470907f,
                    1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
-  const vi j = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const __m512i lower = (__m512i)((vi)low - (j << 18)),
-                upper = (__m512i)((vi)high - ((j + 16) << 18));
+  const vu j = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const __m512i lower = (__m512i)((vu)low - (j << 18)),
+                upper = (__m512i)((vu)high - ((j + 16) << 18));
   const vf shifted = x * by + kShift;
   // One instruction rounds and subtracts, but it would take a product that was rounded already.
   const vf r = by == 1 ? (vf)_mm512_reduce_ps((__m512)x, 5 << 4) : x * by - (shifted - kShift);
-  const vi entry = (vi)_mm512_permutex2var_epi32(lower, (__m512i)shifted, upper);
-  const vf scale = (vf)(entry + ((vi)shifted << 18));
-  const vf rest = (r * 0.24022886f + 0.69315734f) * r + 1.0f;
+  const vu entry = (vu)_mm512_permutex2var_epi32(lower, (__m512i)shifted, upper);
+  const vf scale = (vf)(entry + ((vu)shifted << 18));
+  if (fine) return {scale, ((r * 0.05550411f + 0.24022651f) * r + 0.69314718f) * r};
+  return {scale, (r * 0.24022886f + 0.69315734f) * r};
+#elif defined(__AVX2__)
+  const float kShift = 0x1.8p20f;
+  const vf powers = {1.0f,        1.09050773f, 1.18920712f, 1.29683955f,
+                     1.41421356f, 1.54221083f, 1.68179283f, 1.83400809f};
+  const vu j = {0, 1, 2, 3, 4, 5, 6, 7};
+  const vu table = (vu)powers - (j << 20);
+  const vf shifted = x * by + kShift;
+  const vf r = x * by - (shifted - kShift);
+  const vu entry = (vu)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)shifted);
+  return {(vf)(entry + ((vu)shifted << 20)),
+          ((r * 0.05550411f + 0.24026408f) * r + 0.69314718f) * r};
 #else
-  // As vexp, with Cephes' polynomial for 2^r.
+  // As vexp, with Cephes' polynomial for 2^r, |r| <= 1/2.
   const float kShift = 0x1.8p23f;
   const vf shifted = x * by + kShift;
   const vf r = x * by - (shifted - kShift);
-  vf rest = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
-  rest = rest * r + 9.618437357674640e-3f;
-  rest = rest * r + 5.550332471162809e-2f;
-  rest = rest * r + 2.402264791363012e-1f;
-  rest = rest * r + 6.931472028550421e-1f;
-  rest = rest * r + 1.0f;
-  const vf scale = (vf)(((vi)shifted << 23) + 0x3f800000);
+  vf p = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  return {(vf)(((vu)shifted << 23) + 0x3f800000u), p * r};
 #endif
-  return {underflows ? vf{} : scale, underflows ? vf{} : rest};
+}
+
+// 2^(x by), for x by <= 127 or NaN, as a product of two factors, within 3 ulp: the multiplication
+// can often be fused into an addition that follows, or merged with another factor. Both are 0 where
+// the result would be subnormal. The fast exponential, for softmax; vexp underflows gradually.
+struct Exp2 {
+  vf scale, rest;
+};
+inline Exp2 exp2_factors(vf x, float by) {
+  const Exp2Parts parts = exp2_parts(x, by);
+  const vi underflows = x < -126.0f / by;
+  return {underflows ? vf{} : parts.scale, underflows ? vf{} : parts.excess + 1.0f};
 }
 inline vf exp2(vf x) {
   const Exp2 e = exp2_factors(x, 1);
@@ -378,29 +401,56 @@ inline vf vexp(vf x) {
 #if defined(__AVX512F__)
   return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
 #else
-  const vi e = (vi)shifted - 0x4B400000, half = e >> 1;
-  return y * (vf)((half + 127) << 23) * (vf)((e - half + 127) << 23);
+  const vu e = (vu)shifted - 0x4B400000u, half = (vu)((vi)e >> 1);
+  return y * (vf)((half + 127u) << 23) * (vf)((e - half + 127u) << 23);
 #endif
 }
 
 // The natural logarithm, within 1 ulp: x = m 2^e with m around 1 and a polynomial in m - 1
-// (coefficients of exp and log: Moshier, Cephes, 1989). -inf for 0, NaN for negative x.
+// (coefficients of exp and log: Moshier, Cephes, 1989). Of a positive and normal x.
+inline vf log_normal(vf x, vi further_exponent = vi{}) {
+  const vu u = (vu)x;
+  const vi e = (vi)(u - 0x3F3504F3u) >> 23;
+  const vf f = (vf)(u - ((vu)e << 23)) - 1.0f, square = f * f;
+  const vf exponent = __builtin_convertvector(e + further_exponent, vf);
+  // Terms in pairs, and pairs in pairs: half the latency of Horner's scheme.
+  const vf fourth = square * square;
+  const vf p01 = f * -2.4999993993e-1f + 3.3333331174e-1f;
+  const vf p23 = f * -1.6668057665e-1f + 2.0000714765e-1f;
+  const vf p45 = f * -1.2420140846e-1f + 1.4249322787e-1f;
+  const vf p67 = f * -1.1514610310e-1f + 1.1676998740e-1f;
+  const vf high = fourth * 7.0376836292e-2f + (p67 * square + p45);
+  const vf p = high * fourth + (p23 * square + p01);
+  const vf y = p * f * square - exponent * 2.12194440e-4f - square * 0.5f;
+  return (f + y) + exponent * 0.693359375f;
+}
+// Of a normal x from 1 on, within 4e-6 of the result.
+inline vf log_from_1(vf x) {
+#if defined(__AVX512F__)
+  // x = m 2^e with m in [1, 2), and m c = 1 + f with c from a table by m's first four bits: 1, or
+  // the inverse of the middle of a sixteenth.
+  const vf inverse = {1.0f,         0.914285719f, 0.864864886f, 0.820512831f,
+                      0.780487776f, 0.744186044f, 0.711111128f, 0.680851042f,
+                      0.653061211f, 0.627451003f, 0.603773594f, 0.581818163f,
+                      0.561403513f, 0.542372882f, 0.524590135f, 0.507936537f};
+  const vf log_of = {0.0f,         0.0896121531f, 0.145181986f, 0.19782573f,
+                     0.247836201f, 0.295464217f,  0.340926563f, 0.384411731f,
+                     0.426084416f, 0.466089695f,  0.504555996f, 0.541597314f,
+                     0.577315358f, 0.611801539f,  0.645138017f, 0.677398766f};
+  const __m512i which = (__m512i)((vu)x >> 19);
+  const vf m = (vf)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  const vf exponent = (vf)_mm512_getexp_ps((__m512)x);
+  const vf f = m * (vf)_mm512_permutexvar_ps(which, (__m512)inverse) - 1.0f, square = f * f;
+  const vf rest = exponent * 0.693147181f + (vf)_mm512_permutexvar_ps(which, (__m512)log_of);
+  return square * f * (0.333333333f - 0.25f * f) + (f - 0.5f * square) + rest;
+#else
+  return log_normal(x);
+#endif
+}
+// Of any x: -inf for 0, NaN for negative x.
 inline vf vlog(vf x) {
   const vi tiny = x < 0x1p-126f;
-  const vf normal = tiny ? x * 0x1p23f : x;
-  const vi u = (vi)normal, e = (u - 0x3F3504F3) >> 23;
-  const vf f = (vf)(u - (e << 23)) - 1.0f, square = f * f;
-  const vf exponent = __builtin_convertvector(tiny ? e - 23 : e, vf);
-  vf p = f * 7.0376836292e-2f - 1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f - 1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f - 1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f - 2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  vf y = p * f * square - exponent * 2.12194440e-4f - square * 0.5f;
-  y = (f + y) + exponent * 0.693359375f;
+  vf y = log_normal(tiny ? x * 0x1p23f : x, tiny & -23);
   y = x < __builtin_inff() ? y : x;  // +inf and NaN
   y = x > 0.0f ? y : x == 0.0f ? set1(-__builtin_inff()) : set1(__builtin_nanf(""));
   return y;

@@ -19,7 +19,8 @@ struct NamedKernel {
 // The names are those of ops/kernel_choice.cpp.
 constexpr NamedKernel kKernels[] = {
     {"wgmma", wgmma_attention, wgmma_attention_backward, nullptr, nullptr},
-    {"mma", mma_attention, mma_attention_backward, nullptr, nullptr},
+    {"mma", mma_attention, mma_attention_backward, mma_grouped_attention,
+     mma_grouped_attention_backward},
     {"plain", plain_attention, plain_attention_backward, plain_grouped_attention,
      plain_grouped_attention_backward},
 };
@@ -30,20 +31,6 @@ const NamedKernel& kernel_of(int64_t kernel, Device& device) {
     if (name == k.name) return k;
   throw Error(Code::value, "there is no kernel '" + name + "'");
 }
-
-// Kernels and TMA read 16 bytes at a time. During the lifetime of this, a view that begins between
-// multiples of 16 is replaced by a copy.
-class Aligned {
- public:
-  Aligned(In& x, Device& device) : copy_(device, attention_alignment_copy(x)) {
-    if (!copy_.as<void>()) return;
-    device.copy(copy_.as<void>(), x.data, x.bytes());
-    x.data = copy_.as<void>();
-  }
-
- private:
-  Scratch copy_;
-};
 
 }  // namespace
 

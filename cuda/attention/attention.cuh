@@ -68,6 +68,20 @@ inline std::vector<AttentionTile> attention_tiles(const Ints& cu_seqlens, int64_
   return tiles;
 }
 
+// Kernels and TMA read 16 bytes at a time. During the lifetime of this, a view that begins between
+// multiples of 16 is replaced by a copy.
+class Aligned {
+ public:
+  Aligned(In& x, Device& device) : copy_(device, attention_alignment_copy(x)) {
+    if (!copy_.as<void>()) return;
+    device.copy(copy_.as<void>(), x.data, x.bytes());
+    x.data = copy_.as<void>();
+  }
+
+ private:
+  Scratch copy_;
+};
+
 // One call on the device, after rotating q and k if there are tables: into those of `rotated_into`,
 // or else into scratch memory.
 template <class T>

@@ -5,6 +5,11 @@
 //
 // f32 on the CUDA cores: seven products of 4096 causal tokens of 16 heads of 128, 240 GFLOP of
 // useful work, take 9 ms at some 30 TFLOP/s of an H200's 67.
+//
+// dQ's kernel keeps some 50 bytes of a thread's registers in local memory on sm_80, 8 on sm_90a at
+// a width of 80: addresses of rows, as the forward's.
+//
+// ptxas: grouped_attention_d_q_plain_kernel spills
 #include "cuda/attention/grouped.cuh"
 #include "cuda/attention/plain.cuh"
 
@@ -18,19 +23,9 @@ constexpr int kStep = 32, kStepRows = kStep / kSide;
 template <int Dim>
 constexpr int kOwned = Dim > 80 ? 32 : 64;
 
-// A sequence that sees a tile of keys, whose first is its logical key `key`.
-struct Reader {
-  int32_t sequence, key;
-};
-// Rows of k and v, and readers first_reader .. first_reader + readers - 1.
-struct KeyTile {
-  int32_t row, length, first_reader, readers;
-};
-
 template <class T, int Dim>
 __global__ void __launch_bounds__(kThreads, Dim > 80 ? 1 : 2)
-    grouped_attention_d_kv_plain_kernel(GroupedProblem<T> a, const KeyTile* tiles,
-                                        const Reader* readers, const T* d_out, const float* lse,
+    grouped_attention_d_kv_plain_kernel(GroupedProblem<T> a, const T* d_out, const float* lse,
                                         const float* delta, T* d_k, T* d_v, int64_t d_row) {
   constexpr int Owned = kOwned<Dim>, Rows = Owned / kSide;
   SMEM_DYN(memory);
@@ -41,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, Dim > 80 ? 1 : 2)
   float* p = dout + kStep * (Dim + kPad);
   float* ds = p + kStep * (Owned + kPad);
   const int y = threadIdx.x / kSide, x = threadIdx.x % kSide;
-  const KeyTile tile = tiles[blockIdx.x];
+  const KeyTile tile = a.key_tiles[blockIdx.x];
   const int64_t dout_row = static_cast<int64_t>(a.heads) * a.d;
 
   for (int head = blockIdx.y; head < a.key_heads; head += gridDim.y) {
@@ -51,12 +46,11 @@ __global__ void __launch_bounds__(kThreads, Dim > 80 ? 1 : 2)
     load_tile<Owned, Dim>(v, a.v + tile.row * a.v_row + column, a.v_row, 0, tile.length, a.d);
     float dk[Rows][Dim / kSide] = {}, dv[Rows][Dim / kSide] = {};
     for (int reader = tile.first_reader; reader < tile.first_reader + tile.readers; ++reader) {
-      const int first_key = readers[reader].key;
-      const GroupedSequence s = a.sequences[readers[reader].sequence];
+      const int first_key = a.readers[reader].key;
+      const GroupedSequence s = a.sequences[a.readers[reader].sequence];
       const int rows = s.queries * a.group;
-      for (int row = 0; row < rows; row += kStep) {
-        const int last = (row + kStep < rows ? row + kStep : rows) - 1;
-        if (s.visible(last / a.group, a.causal) <= first_key) continue;
+      int row = s.first_query(first_key, a.causal) * a.group / kStep * kStep;
+      for (; row < rows; row += kStep) {
         load_rows<kStep, Dim>(q, rows - row, a.d,
                               [&](int r) { return a.q + a.row(s, row + r, head, a.q_row); });
         load_rows<kStep, Dim>(dout, rows - row, a.d,
@@ -69,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, Dim > 80 ? 1 : 2)
         for (int i = 0; i < kStepRows; ++i) {
           const int at = y * kStepRows + i;
           const bool inside = row + at < rows;
-          const int seen = inside ? s.visible((row + at) / a.group, a.causal) - first_key : 0;
+          const int seen = inside ? a.visible(s, row + at) - first_key : 0;
           const float lse_row = inside ? lse[a.log(s, row + at, head)] : 0.0f;
           const float delta_row = inside ? delta[a.log(s, row + at, head)] : 0.0f;
 #pragma unroll
@@ -115,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, Dim > 80 ? 1 : 2)
   const GroupedSequence s = a.sequences[tile.sequence];
   const int rows = s.queries * a.group - tile.first;
   const int last = (rows < Owned ? rows : Owned) - 1;
-  const int keys = s.visible((tile.first + last) / a.group, a.causal);
+  const int keys = a.visible(s, tile.first + last);
   const int64_t dout_row = static_cast<int64_t>(a.heads) * a.d;
 
   for (int head = blockIdx.y; head < a.key_heads; head += gridDim.y) {
@@ -131,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, Dim > 80 ? 1 : 2)
     for (int i = 0; i < Rows; ++i) {
       const int r = y * Rows + i;
       const bool inside = r < rows;
-      visible[i] = inside ? s.visible((tile.first + r) / a.group, a.causal) : 0;
+      visible[i] = inside ? a.visible(s, tile.first + r) : 0;
       lse_row[i] = inside ? lse[a.log(s, tile.first + r, head)] : 0.0f;
       delta_row[i] = inside ? delta[a.log(s, tile.first + r, head)] : 0.0f;
     }
@@ -165,7 +159,8 @@ __global__ void __launch_bounds__(kThreads, Dim > 80 ? 1 : 2)
       const int r = i / Dim, c = i % Dim;
       if (r >= rows || c >= a.d) continue;
       const float* from = q + r * (Dim + kPad);
-      const int64_t angles = (s.query + (tile.first + r) / a.group) * static_cast<int64_t>(a.d);
+      const int64_t angles =
+          (s.query + a.by_group.quotient(tile.first + r)) * static_cast<int64_t>(a.d);
       const auto entry = [from](int j) { return from[j]; };
       const float value =
           a.cos ? rotate_half(entry, a.cos + angles, a.sin + angles, c, a.d / 2, true) : from[c];
@@ -173,45 +168,6 @@ __global__ void __launch_bounds__(kThreads, Dim > 80 ? 1 : 2)
     }
   }
 }
-
-// All rows of k and v, cut where a sequence's keys begin or end and every `step` rows, those with
-// most readers first.
-struct KeyTiles {
-  std::vector<KeyTile> tiles;
-  std::vector<Reader> readers;
-
-  KeyTiles(const GroupedKeys& keys, int64_t rows, int64_t step) {
-    std::vector<int32_t> cuts{0, static_cast<int32_t>(rows)};
-    for (const GroupedSequence& s : keys.sequences)
-      for (const int32_t cut :
-           {s.shared_row, s.shared_row + s.shared, s.own_row, s.own_row + s.own})
-        cuts.push_back(cut);
-    std::sort(cuts.begin(), cuts.end());
-    cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
-    for (size_t i = 0; i + 1 < cuts.size(); ++i) {
-      std::vector<Reader> found;
-      for (size_t s = 0; s < keys.sequences.size(); ++s) {
-        const GroupedSequence& x = keys.sequences[s];
-        const auto within = [&](int32_t first, int32_t n) {
-          return cuts[i] >= first && cuts[i] < first + n;
-        };
-        if (within(x.shared_row, x.shared))
-          found.push_back({static_cast<int32_t>(s), cuts[i] - x.shared_row});
-        if (within(x.own_row, x.own))
-          found.push_back({static_cast<int32_t>(s), x.shared + cuts[i] - x.own_row});
-      }
-      for (int64_t row = cuts[i]; row < cuts[i + 1]; row += step) {
-        tiles.push_back({static_cast<int32_t>(row),
-                         static_cast<int32_t>(std::min(step, cuts[i + 1] - row)),
-                         static_cast<int32_t>(readers.size()), static_cast<int32_t>(found.size())});
-        for (const Reader& r : found)
-          readers.push_back({r.sequence, r.key + static_cast<int32_t>(row) - cuts[i]});
-      }
-    }
-    std::stable_sort(tiles.begin(), tiles.end(),
-                     [](const KeyTile& a, const KeyTile& b) { return a.readers > b.readers; });
-  }
-};
 
 }  // namespace
 
@@ -232,25 +188,17 @@ void plain_grouped_attention_backward(const AttentionBackwardArgs& a, Device& de
     with_tile_width(in.head_dim, [&](auto dim) {
       constexpr int Dim = decltype(dim)::value, Owned = kOwned<Dim>;
       const size_t inputs = 2 * tile_bytes(Owned, Dim) + 2 * tile_bytes(kStep, Dim);
-      const KeyTiles tiles(keys, in.key_tokens, Owned);
       call.run(grouped_attention_d_q_plain_kernel<T, Dim>, Owned, kThreads,
                inputs + tile_bytes(Owned, kStep), d_out, lse, static_cast<const float*>(delta),
                reinterpret_cast<T*>(grad.q), grad.row);
-      if (tiles.tiles.empty()) return;
-      GroupedProblem<T> p = call.problem();
-      const KeyTile* on_device = nullptr;
-      const Reader* readers = nullptr;
-      const ScratchWorkspace scratch(device, [&](Workspace& w) {
-        p.sequences = upload(device, w, keys.sequences);
-        on_device = upload(device, w, tiles.tiles);
-        readers = upload(device, w, tiles.readers);
+      call.with_key_tiles(in.key_tokens, Owned, [&](const GroupedProblem<T>& p, int64_t tiles) {
+        const dim3 grid(static_cast<unsigned>(tiles),
+                        static_cast<unsigned>(p.key_heads < 65535 ? p.key_heads : 65535));
+        launch(grouped_attention_d_kv_plain_kernel<T, Dim>, grid, kThreads,
+               inputs + 2 * tile_bytes(kStep, Owned), stream_of(device), p, d_out, lse,
+               static_cast<const float*>(delta), reinterpret_cast<T*>(grad.k),
+               reinterpret_cast<T*>(grad.v), grad.key_row);
       });
-      const dim3 grid(static_cast<unsigned>(tiles.tiles.size()),
-                      static_cast<unsigned>(p.key_heads < 65535 ? p.key_heads : 65535));
-      launch(grouped_attention_d_kv_plain_kernel<T, Dim>, grid, kThreads,
-             inputs + 2 * tile_bytes(kStep, Owned), stream_of(device), p, on_device, readers, d_out,
-             lse, static_cast<const float*>(delta), reinterpret_cast<T*>(grad.k),
-             reinterpret_cast<T*>(grad.v), grad.key_row);
     });
   });
 }

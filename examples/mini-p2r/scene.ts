@@ -28,7 +28,10 @@ export const LATTICE = CANVAS / CELL
 /** Side of the overview, each of whose pixels is the mean of a block of the canvas. */
 export const OVERVIEW = 128
 const BLOCK = CANVAS / OVERVIEW
+const CANVAS_SHIFT = Math.log2(CANVAS)
+const OVERVIEW_SHIFT = Math.log2(OVERVIEW)
 const BLOCK_SHIFT = Math.log2(BLOCK)
+const CELL_SHIFT = Math.log2(CELL)
 /** Side of the thumbnail, each of whose pixels is the mean of a cell. */
 export const THUMBNAIL = LATTICE
 
@@ -128,6 +131,11 @@ export class Canvases {
   /** A canvas of (tint << 8 | intensity), 0 where no object is; cleared between calls. */
   readonly #layer = new Uint16Array(CANVAS * CANVAS)
   readonly #touched = new Int32Array(CANVAS * CANVAS)
+  /** Of an overview in the making: sums of the background, what objects change, which blocks they change. */
+  readonly #greys = new Int32Array(OVERVIEW * OVERVIEW)
+  readonly #changes = new Int32Array(3 * OVERVIEW * OVERVIEW)
+  readonly #isChanged = new Uint8Array(OVERVIEW * OVERVIEW)
+  readonly #changedBlocks = new Int32Array(OVERVIEW * OVERVIEW)
   #drawn = 0
 
   constructor(digits: Digits, seed: number, count: number) {
@@ -195,38 +203,65 @@ export class Canvases {
 
   #renderOverview(scene: Scene): Overview {
     const background = this.#background(scene)
-    const sums = new Int32Array(3 * OVERVIEW * OVERVIEW)
     const [rollX, rollY] = [scene.rollX / BLOCK, scene.rollY / BLOCK]
-    let at = 0
+    // The bare background first: it is grey, and most blocks stay so.
+    const greys = this.#greys
+    const pixels = new Uint8Array(3 * OVERVIEW * OVERVIEW)
+    const cells = new Int32Array(3 * THUMBNAIL * THUMBNAIL)
+    let block = 0
     for (let y = 0; y < OVERVIEW; y++) {
       const row = ((y + rollY) & (OVERVIEW - 1)) * OVERVIEW
-      for (let x = 0; x < OVERVIEW; x++, at += 3) {
+      for (let x = 0; x < OVERVIEW; x++, block++) {
         // A mirrored block holds the same pixels as its source, so its sum is the same.
         const column = ((scene.mirrored ? OVERVIEW - 1 - x : x) + rollX) & (OVERVIEW - 1)
         const sum = background.blocks[row + column] as number
-        sums[at] = sum
-        sums[at + 1] = sum
-        sums[at + 2] = sum
+        greys[block] = sum
+        const grey = meanOf(sum, BLOCK_SHIFT)
+        pixels[3 * block] = grey
+        pixels[3 * block + 1] = grey
+        pixels[3 * block + 2] = grey
+        addToCell(cells, block, sum, sum, sum)
       }
     }
-    const touched = this.#paint(scene, { x0: 0, y0: 0, x1: CANVAS, y1: CANVAS })
-    for (let i = 0; i < touched; i++) {
+    // What the objects change of each block's sums.
+    const changes = this.#changes
+    const painted = this.#paint(scene, { x0: 0, y0: 0, x1: CANVAS, y1: CANVAS })
+    let changed = 0
+    for (let i = 0; i < painted; i++) {
       const pixel = this.#touched[i] as number
       const object = this.#layer[pixel] as number
       this.#layer[pixel] = 0
       const x = pixel & (CANVAS - 1)
-      const y = (pixel - x) / CANVAS
+      const y = pixel >> CANVAS_SHIFT
       const row = ((y + scene.rollY) & (CANVAS - 1)) * CANVAS
       const grey = background.pixels[row + sourceX(scene, x)] as number
       if ((object & 255) <= grey) continue
-      const block = 3 * ((y >> BLOCK_SHIFT) * OVERVIEW + (x >> BLOCK_SHIFT))
+      const at = (y >> BLOCK_SHIFT) * OVERVIEW + (x >> BLOCK_SHIFT)
       const colour = 3 * object
-      sums[block] = (sums[block] as number) + (RGB[colour] as number) - grey
-      sums[block + 1] = (sums[block + 1] as number) + (RGB[colour + 1] as number) - grey
-      sums[block + 2] = (sums[block + 2] as number) + (RGB[colour + 2] as number) - grey
+      if (this.#isChanged[at] === 0) {
+        this.#isChanged[at] = 1
+        this.#changedBlocks[changed++] = at
+      }
+      changes[3 * at] = (changes[3 * at] as number) + (RGB[colour] as number) - grey
+      changes[3 * at + 1] = (changes[3 * at + 1] as number) + (RGB[colour + 1] as number) - grey
+      changes[3 * at + 2] = (changes[3 * at + 2] as number) + (RGB[colour + 2] as number) - grey
     }
-    const cells = sumSquares(sums, OVERVIEW, CELL / BLOCK)
-    return { pixels: means(sums, BLOCK ** 2), thumbnail: means(cells, CELL ** 2) }
+    for (let i = 0; i < changed; i++) {
+      const at = this.#changedBlocks[i] as number
+      const red = changes[3 * at] as number
+      const green = changes[3 * at + 1] as number
+      const blue = changes[3 * at + 2] as number
+      const grey = greys[at] as number
+      pixels[3 * at] = meanOf(grey + red, BLOCK_SHIFT)
+      pixels[3 * at + 1] = meanOf(grey + green, BLOCK_SHIFT)
+      pixels[3 * at + 2] = meanOf(grey + blue, BLOCK_SHIFT)
+      addToCell(cells, at, red, green, blue)
+      this.#isChanged[at] = 0
+      changes.fill(0, 3 * at, 3 * at + 3)
+    }
+    const thumbnail = new Uint8Array(cells.length)
+    for (let i = 0; i < cells.length; i++) thumbnail[i] = meanOf(cells[i] as number, CELL_SHIFT)
+    return { pixels, thumbnail }
   }
 
   /** Draws the objects that intersect the window onto the layer; returns the number of pixels drawn. */
@@ -306,31 +341,25 @@ function holds(window: Extent, x: number, y: number): boolean {
   return x >= window.x0 && x < window.x1 && y >= window.y0 && y < window.y1
 }
 
-/** Sums over squares of `side` blocks, a power of two, per channel. */
-function sumSquares(sums: Int32Array, width: number, side: number): Int32Array {
-  const size = width / side
-  const shift = Math.log2(side)
-  const out = new Int32Array(3 * size * size)
-  let at = 0
-  for (let y = 0; y < width; y++) {
-    const row = (y >> shift) * size
-    for (let x = 0; x < width; x++, at += 3) {
-      const square = 3 * (row + (x >> shift))
-      out[square] = (out[square] as number) + (sums[at] as number)
-      out[square + 1] = (out[square + 1] as number) + (sums[at + 1] as number)
-      out[square + 2] = (out[square + 2] as number) + (sums[at + 2] as number)
-    }
-  }
-  return out
+/** The mean of a square of pixels, of side 2^shift, from its sum; ties upwards. */
+function meanOf(sum: number, shift: number): number {
+  return (sum + (1 << (2 * shift - 1))) >> (2 * shift)
 }
 
-/** Sums of `pixels` bytes, a power of two, as bytes: the means, ties upwards. */
-function means(sums: Int32Array, pixels: number): Uint8Array {
-  const shift = Math.log2(pixels)
-  const half = pixels / 2
-  const out = new Uint8Array(sums.length)
-  for (let i = 0; i < sums.length; i++) out[i] = ((sums[i] as number) + half) >> shift
-  return out
+/** Adds to the sums of the cell that a block of the overview is in. */
+function addToCell(
+  cells: Int32Array,
+  block: number,
+  red: number,
+  green: number,
+  blue: number,
+): void {
+  const row = (block >> OVERVIEW_SHIFT) >> (CELL_SHIFT - BLOCK_SHIFT)
+  const column = (block & (OVERVIEW - 1)) >> (CELL_SHIFT - BLOCK_SHIFT)
+  const cell = 3 * (row * THUMBNAIL + column)
+  cells[cell] = (cells[cell] as number) + red
+  cells[cell + 1] = (cells[cell + 1] as number) + green
+  cells[cell + 2] = (cells[cell + 2] as number) + blue
 }
 
 function makeScene(digits: Digits, rng: Rng): Scene {

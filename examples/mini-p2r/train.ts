@@ -5,7 +5,7 @@
  * greedy box is fixed and a group of answers is sampled. Either way the reward is 1 for a correct
  * final answer and 0 for a wrong one: boxes have no labels here.
  */
-import { groupAdvantages, policyLoss, scopeAsync, type Tensor } from 'p2r-kernels'
+import { groupAdvantages, policyLoss, scope, scopeAsync, type Tensor } from 'p2r-kernels'
 import { evidenceOf, mean, overviewsOf, repeated, Shuffled } from './batch.js'
 import type { System } from './evaluate.js'
 import { cellOf, locationsOf, Perceiver, Reasoner, type Scored } from './policy.js'
@@ -120,20 +120,31 @@ export class Trainer {
     copyParams(this.#reference[role].params, this.#system[role].params)
     // The Perceiver is frozen while the Reasoner learns, so each question's box is found once.
     const boxes = new Map<string, number>()
+    // A step of the warm start is queued before the loss of the one before is read, so that the device never waits
+    // for the next canvases to be drawn.
+    let queued: { step: number; loss: Promise<number> } | undefined
     for (let step = 1; step <= phase.updates; step++) {
       const questions = this.#next
       this.#next = this.#questions.take(SETTINGS.batch)
-      const result = await scopeAsync((): Promise<Partial<Step>> => {
-        if (kind === 'warm start') return this.#supervise(role, questions)
-        if (role === 'perceiver') return this.#improvePerceiver(questions)
-        return this.#improveReasoner(questions, boxes)
-      })
+      if (kind === 'warm start') {
+        const before = queued
+        queued = { step, ...scope(() => this.#supervise(role, questions)) }
+        if (before) yield { phase, step: before.step, loss: await before.loss }
+        continue
+      }
+      const result = await scopeAsync(
+        (): Promise<Partial<Step>> =>
+          role === 'perceiver'
+            ? this.#improvePerceiver(questions)
+            : this.#improveReasoner(questions, boxes),
+      )
       yield { phase, step, ...result }
     }
+    if (queued) yield { phase, step: queued.step, loss: await queued.loss }
   }
 
   /** One step of maximum likelihood: the needle's cell, or its class given that cell. */
-  async #supervise(role: Role, questions: Question[]): Promise<{ loss: number }> {
+  #supervise(role: Role, questions: Question[]): { loss: Promise<number> } {
     const { device, perceiver, reasoner } = this.#system
     const colours = questions.map(({ colour }) => colour)
     const cells = questions.map(({ cell }) => cell)
@@ -157,8 +168,11 @@ export class Trainer {
     const dLogProbs = new Float32Array(scored.logProbs.size).fill(-1 / questions.length)
     const gradient = device.tensor(dLogProbs, scored.logProbs.shape)
     this.#optimizers[role].update(scored.backward(gradient), SETTINGS.warmStart.lr)
+    const loss = scored.logProbs.toFloat32().then((values) => -mean(values))
+    // It is awaited after the next step; where the run ends before, nobody asks for it.
+    loss.catch(() => {})
     for (const { canvas } of this.#next) this.#canvases.overview(canvas)
-    return { loss: -mean(await scored.logProbs.toFloat32()) }
+    return { loss }
   }
 
   async #improvePerceiver(questions: Question[]): Promise<{ reward: number; hit: number }> {

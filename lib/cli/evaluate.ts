@@ -1,9 +1,9 @@
 import { createHash } from 'node:crypto'
-import { appendFile, open, writeFile } from 'node:fs/promises'
+import { appendFile, open } from 'node:fs/promises'
 import { basename, dirname, extname, join } from 'node:path'
 import { SingleBar } from 'cli-progress'
 import { type Device, openDevice } from '../device.js'
-import { readText } from '../files.js'
+import { readText, replaceFile } from '../files.js'
 import { loadImage } from '../image.js'
 import { evaluate, type Question } from '../p2r/evaluate.js'
 import { type AnswerForm, defaultPrompts } from '../p2r/prompts.js'
@@ -256,7 +256,7 @@ async function report(runs: readonly Prepared[], options: EvaluateOptions): Prom
   if (comparison) console.log(comparisonText([first, second], comparison))
   if (options.json === undefined) return
   const written = second ? { methods: summaries, comparison } : summaries[first!]
-  await writeFile(options.json, `${JSON.stringify(written, null, 2)}\n`)
+  await replaceFile(options.json, [Buffer.from(`${JSON.stringify(written, null, 2)}\n`)])
 }
 
 function isDone(result: Result | undefined): boolean {

@@ -28,6 +28,7 @@ import {
   rolesOf,
 } from './roles.js'
 import { type ServeCommandOptions, serveCommand } from './serve.js'
+import { type TrainCommandOptions, trainCommand } from './train.js'
 import { UsageError } from './usage.js'
 
 const { version } = JSON.parse(
@@ -206,6 +207,45 @@ program
   })
 
 program
+  .command('train')
+  .description('trains a checkpoint by PRA-GRPO here; run it again to resume')
+  .argument('<data>', 'a question a line, as of evaluate, answered by a letter or a number')
+  .requiredOption('--model <folder>', "a Qwen3-VL checkpoint's folder")
+  .requiredOption('--out <folder>', "of the run's state, metrics.jsonl and the trained model")
+  .option('--steps <n>', 'updates', integerFrom(1), 100)
+  .option('--batch <n>', 'questions a step', integerFrom(1), 64)
+  .option('--group <n>', 'rollouts a question', integerFrom(2), 8)
+  .addOption(
+    new Option(
+      '--stages <stages>',
+      "the perceiver's half, then the reasoner's; or in turns; or both",
+    )
+      .choices(['two-stage', 'alternating', 'joint'])
+      .default('two-stage'),
+  )
+  .option('--lr <rate>', 'the highest learning rate', nonNegative, 1e-6)
+  .option('--warmup <n>', 'steps over which it rises', integerFrom(0), 0)
+  .addOption(
+    new Option('--decay <how>', 'of the learning rate')
+      .choices(['constant', 'cosine'])
+      .default('constant'),
+  )
+  .option('--lora <rank>', 'trains a low-rank change', integerFrom(1))
+  .option('--freeze-tower', 'leaves the vision tower as it is')
+  .option('--checkpoint', 'computes blocks again in the backward pass, for memory')
+  .option('--micro-tokens <n>', 'of one pass forward and backward', integerFrom(1), 16_384)
+  .option('--max-tokens <n>', "of each role's output", integerFrom(1), 1024)
+  .option('--max-pixels <n>', 'of the image and of each region', integerFrom(1), 4096 * 32 * 32)
+  .option('--min-pixels <n>', 'likewise', integerFrom(1), 16 * 32 * 32)
+  .option('--save-every <n>', 'steps between saved states', integerFrom(1), 10)
+  .option('--seed <n>', 'of all random numbers', integerFrom(0), 0)
+  .addOption(formOption())
+  .addOption(deviceOption())
+  .action(async (data: string, options: TrainCommandOptions) => {
+    process.exitCode = await trainCommand(data, options)
+  })
+
+program
   .command('devices')
   .description('lists the available devices')
   .option('--json', 'as JSON')
@@ -237,6 +277,18 @@ program
   .action(({ cuda }: { cuda: string }) => {
     const script = fileURLToPath(new URL('../../../scripts/addon.mjs', import.meta.url))
     const { status } = spawnSync(process.execPath, [script, `--cuda=${cuda}`], { stdio: 'inherit' })
+    process.exitCode = status ?? 1
+  })
+
+program
+  .command('bench')
+  .description('times operations, beside what else computes them and what the machine can do')
+  .argument('[args...]', '--help lists operations and options')
+  .helpOption(false)
+  .allowUnknownOption()
+  .action((args: string[]) => {
+    const script = fileURLToPath(new URL('../../bench/main.js', import.meta.url))
+    const { status } = spawnSync(process.execPath, [script, ...args], { stdio: 'inherit' })
     process.exitCode = status ?? 1
   })
 

@@ -171,7 +171,7 @@ const names: Names<GroupAdvantagesArgs> = {
  */
 export function groupAdvantages(a: GroupAdvantagesArgs): Tensor<'f32'> {
   const op = 'groupAdvantages'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   return advantagesAs(op, a)
 }
 
@@ -230,7 +230,7 @@ const informativeNames: Names<InformativeGroupsArgs> = { rewards: true, groups: 
  */
 export function informativeGroups(a: InformativeGroupsArgs): Tensor<'u8'> {
   const op = 'informativeGroups'
-  checkArguments(a, informativeNames, op)
+  a = checkArguments(a, informativeNames, op)
   const out = native().ops.informative_groups!(
     handleOf(a.rewards, 'rewards', op),
     hostInts(a.groups, 'groups', op),

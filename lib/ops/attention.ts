@@ -156,7 +156,7 @@ const names: Names<AttentionArgs> = { ...headNames, ...optionNames, ...keyNames,
  */
 export function attention<D extends FloatDType>(a: AttentionArgs<D>): Held<AttentionResult<D>> {
   const op = 'attention'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   const { device } = firstOf(a, op)
   const [out, lse] = native().ops.attention!(
     ...inputs(a, op),
@@ -244,7 +244,7 @@ export function attentionBackward<D extends FloatDType>(
   a: AttentionBackwardArgs<D>,
 ): Held<AttentionBackwardResult<D>> | Held<PackedAttentionBackwardResult<D>> {
   const op = 'attentionBackward'
-  checkArguments(a, backwardNames, op)
+  a = checkArguments(a, backwardNames, op)
   const { device } = firstOf(a, op)
   const gradients = native().ops.attention_backward!(
     ...inputs(a, op),
@@ -300,7 +300,7 @@ const massNames: Names<AttentionMassArgs & { v: unknown }> = {
  */
 export function attentionMass<D extends FloatDType>(a: AttentionMassArgs<D>): Tensor<'f32'> {
   const op = 'attentionMass'
-  checkArguments(a, massNames, op)
+  a = checkArguments(a, massNames, op)
   const { device } = firstOf(a, op)
   const [q, k, , qkv, cos, sin] = inputs(a, op)
   const mass = native().ops.attention_mass!(
@@ -328,8 +328,9 @@ function keysOf(a: AttentionOptions & CausalArgs, op: string): unknown[] {
 }
 
 function rangesOf(ranges: NonNullable<CausalArgs['sharedKeys']>, op: string): Float64Array {
-  const out = new Float64Array(2 * checkArray(ranges, 'sharedKeys', op).length)
-  ranges.forEach((range, s) => {
+  const given = checkArray(ranges, 'sharedKeys', op)
+  const out = new Float64Array(2 * given.length)
+  given.forEach((range, s) => {
     const pair = hostInts(range, `sharedKeys[${s}]`, op)
     if (pair.length !== 2)
       refuse(
@@ -434,7 +435,7 @@ const windowNames: Names<WindowLayoutArgs> = { gridThw: true, window: true, merg
  */
 export function windowLayout(a: WindowLayoutArgs): WindowLayout {
   const op = 'windowLayout'
-  checkArguments(a, windowNames, op)
+  a = checkArguments(a, windowNames, op)
   const mergeSize = checkInt32(a.mergeSize ?? 2, 1, 'mergeSize', op)
   const window = checkInt32(a.window, 1, 'window', op)
   const grids = checkGrids(a.gridThw, mergeSize, op)

@@ -54,6 +54,14 @@ const optionNames: Names<KvCacheOptions> = {
 interface Sequence {
   pages: number[]
   lengths: Int32Array
+  /** By how much positions exceed places, from each of these places on; of a model with images among its tokens. */
+  shifts: readonly Shift[]
+}
+
+/** @internal From a place in a sequence on, what is added to a place for its position. */
+export interface Shift {
+  from: number
+  shift: number
 }
 
 /** What appending to a layer takes, before it is done. */
@@ -66,6 +74,7 @@ interface Plan {
 const className = 'KvCache'
 let plan: (cache: KvCache, layer: number, sequences: Float64Array, cuSeqlens: Float64Array) => Plan
 let pagesOf: (cache: KvCache) => Tensor
+let shiftsOf: typeof sequenceShifts
 let isCache: (value: unknown) => value is KvCache
 
 /**
@@ -92,6 +101,11 @@ export class KvCache implements Disposable {
   static {
     plan = (cache, ...a) => cache.#plan(...a)
     pagesOf = (cache) => cache.#tensor
+    shiftsOf = (cache, id, name, op, added = []) => {
+      const sequence = cache.#sequence(id, name, op)
+      sequence.shifts = [...sequence.shifts, ...added]
+      return sequence.shifts
+    }
     isCache = (value): value is KvCache => isObject(value) && #sequences in value
   }
 
@@ -120,7 +134,7 @@ export class KvCache implements Disposable {
   constructor(device: Device, options: KvCacheOptions) {
     const op = className
     checkDevice(device, op)
-    checkArguments(options, optionNames, op)
+    options = checkArguments(options, optionNames, op)
     const { pageSize = 16, dtype = 'f32' } = options
     const sized = (name: 'layers' | 'kvHeads' | 'pages'): number =>
       checkIntegerWithin(options[name], 1, 2 ** 31 - 1, name, op)
@@ -151,6 +165,7 @@ export class KvCache implements Disposable {
     const sequence: Sequence = {
       pages: [...(shared?.pages ?? [])],
       lengths: shared ? shared.lengths.slice() : new Int32Array(cache.layers),
+      shifts: shared?.shifts ?? [],
     }
     for (const page of sequence.pages) cache.#references[page]!++
     const id = cache.#next++
@@ -177,8 +192,10 @@ export class KvCache implements Disposable {
   truncate(sequence: number, length: number): void {
     const op = 'truncate'
     const cache = checkCache(this, op, 'this')
-    const { pages, lengths } = cache.#sequence(sequence, 'sequence', op)
+    const held = cache.#sequence(sequence, 'sequence', op)
+    const { pages, lengths } = held
     checkIntegerWithin(length, 0, Math.max(...lengths), 'length', op)
+    held.shifts = held.shifts.filter(({ from }) => from <= length)
     lengths.forEach((n, layer) => {
       lengths[layer] = Math.min(n, length)
     })
@@ -335,6 +352,22 @@ function checkCache(value: unknown, op: string, name: string): KvCache {
   return value
 }
 
+/** @internal A cache that a model can continue. */
+export function checkKvCache(value: unknown, name: string, op: string): KvCache {
+  return checkCache(value, op, name)
+}
+
+/** @internal Where a sequence's positions run ahead of its places; those of new tokens are added. */
+export function sequenceShifts(
+  cache: KvCache,
+  sequence: number,
+  name: string,
+  op: string,
+  added?: readonly Shift[],
+): readonly Shift[] {
+  return shiftsOf(cache, sequence, name, op, added)
+}
+
 /** The arguments of `cachedAttention`. */
 export interface CachedAttentionArgs<D extends FloatDType = FloatDType> {
   /** [T, H, D], of the cache's type; its key heads divide H. */
@@ -397,7 +430,7 @@ export function cachedAttention<D extends FloatDType>(
   a: CachedAttentionArgs<D>,
 ): Held<AttentionResult<D>> {
   const op = 'cachedAttention'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   const tensors = [handleOf(a.q, 'q', op), handleOf(a.k, 'k', op), handleOf(a.v, 'v', op)]
   const cache = checkCache(a.cache, op, 'cache')
   const cuSeqlens = hostInts(a.cuSeqlens, 'cuSeqlens', op)

@@ -92,9 +92,9 @@ const cropNames: Names<CropResampleArgs> = { image: true, regions: true, filter:
  */
 export function cropResample(a: CropResampleArgs): Tensor<'u8'>[] {
   const op = 'cropResample'
-  checkArguments(a, cropNames, op)
-  const { image, regions, filter } = a
-  checkRegions(regions, cropRegionNames, op)
+  a = checkArguments(a, cropNames, op)
+  const { image, filter } = a
+  const regions = checkRegions(a.regions, cropRegionNames, op)
   return resample({ images: [image], regions, filter }, op)
 }
 
@@ -237,12 +237,12 @@ export function pixelValues<D extends PatchDType = 'f32'>(
   a: PixelValuesArgs<D>,
 ): Held<PixelValuesResult<D>> {
   const op = 'pixelValues'
-  checkArguments(a, pixelNames, op)
+  a = checkArguments(a, pixelNames, op)
   if (a.image !== undefined && a.images !== undefined)
     refuse('ERR_VALUE', op, 'give either image or images, not both')
-  const { regions, patchSize = 16 } = a
-  checkRegions(regions, regionNames, op)
-  const images = a.images ?? [a.image]
+  const { patchSize = 16 } = a
+  const regions = checkRegions(a.regions, regionNames, op)
+  const images = a.image === undefined ? checkArray(a.images, 'images', op) : [a.image]
   if (a.dtype !== undefined) checkPatchDType(a.dtype, op)
   if (a.dtype === 'u8' && (a.mean !== undefined || a.std !== undefined))
     refuse('ERR_VALUE', op, 'mean and std must be absent for bytes: give them to normalizePatches')
@@ -314,7 +314,7 @@ export function normalizePatches<D extends FloatDType = 'f32'>(
   a: NormalizePatchesArgs<D>,
 ): Tensor<D> {
   const op = 'normalizePatches'
-  checkArguments(a, normalizeNames, op)
+  a = checkArguments(a, normalizeNames, op)
   if (a.dtype !== undefined) checkFloatDType(a.dtype, 'dtype', op)
   const out = native().ops.normalize_patches!(
     handleOf(a.patches, 'patches', op),
@@ -332,38 +332,37 @@ export function checkPatchDType(value: unknown, op: string): void {
 
 function normalizationArguments(a: Normalization, op: string): [Float64Array, Float64Array] {
   const { mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5] } = a
-  checkNumbers(mean, 3, 'mean', op)
-  checkNumbers(std, 3, 'std', op)
-  return [Float64Array.from(mean), Float64Array.from(std)]
+  return [
+    Float64Array.from(checkNumbers(mean, 3, 'mean', op)),
+    Float64Array.from(checkNumbers(std, 3, 'std', op)),
+  ]
 }
 
-function checkRegions(
-  regions: readonly Region[],
+function checkRegions<R extends CropRegion>(
+  regions: readonly R[],
   names: Readonly<Record<string, true>>,
   op: string,
-): void {
-  checkArray(regions, 'regions', op)
-  for (let i = 0; i < regions.length; i++) checkArguments(regions[i], names, op, `regions[${i}]`)
+): readonly R[] {
+  return checkArray(regions, 'regions', op).map((region, i) =>
+    checkArguments(region, names, op, `regions[${i}]`),
+  )
 }
 
 function sourceArguments(a: Source, op: string): unknown[] {
-  checkArray(a.images, 'images', op, 'an array of Tensors')
-  const name = a.images.length === 1 ? 'image' : 'images'
-  const images = a.images.map((image) => handleOf(image, name, op))
+  const given = checkArray(a.images, 'images', op, 'an array of Tensors')
+  const name = given.length === 1 ? 'image' : 'images'
+  const images = given.map((image) => handleOf(image, name, op))
   const fields = 8
   const regions = new Float64Array(a.regions.length * fields)
   for (let i = 0; i < a.regions.length; i++) {
     const { image = 0, box, height, width, overlay = true } = a.regions[i] as Region
-    checkNumbers(box, 4, `regions[${i}].box`, op)
+    const corners = checkNumbers(box, 4, `regions[${i}].box`, op)
     for (const [field, value] of Object.entries({ image, height, width }))
       checkNumber(value, `regions[${i}].${field}`, op)
     checkBoolean(overlay, `regions[${i}].overlay`, op)
     const at = i * fields
     regions[at] = image
-    regions[at + 1] = box[0]
-    regions[at + 2] = box[1]
-    regions[at + 3] = box[2]
-    regions[at + 4] = box[3]
+    regions.set(corners, at + 1)
     regions[at + 5] = height
     regions[at + 6] = width
     regions[at + 7] = overlay ? 1 : 0
@@ -436,7 +435,7 @@ export function smartResize(
   options: SmartResizeOptions = {},
 ): ImageSize {
   const op = 'smartResize'
-  checkArguments(options, resizeNames, op, 'options')
+  options = checkArguments(options, resizeNames, op, 'options')
   const { factor = 32, minPixels = 4096, maxPixels = 16_777_216, rules = 'qwen-vl-utils' } = options
   for (const [name, value] of Object.entries({ height, width, factor, minPixels, maxPixels }))
     checkPositive(value, name, op)

@@ -82,7 +82,7 @@ const names: Names<DistillationArgs> = { ...optionNames, logits: true, teacherLo
  */
 export function distillation<D extends FloatDType>(a: DistillationArgs<D>): Tensor<'f32'> {
   const op = 'distillation'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   const out = native().ops.distillation!(
     handleOf(a.logits, 'logits', op),
     handleOf(a.teacherLogits, 'teacherLogits', op),
@@ -144,7 +144,7 @@ export function distillationBackward<D extends FloatDType>(
   a: DistillationBackwardArgs<D>,
 ): Held<DistillationBackwardResult<D>> {
   const op = 'distillationBackward'
-  checkArguments(a, backwardNames, op)
+  a = checkArguments(a, backwardNames, op)
   const inPlace = a.inPlace ?? false
   const results = native().ops.distillation_backward!(
     inPlace,
@@ -217,7 +217,7 @@ export function linearDistillation<D extends FloatDType, E extends FloatDType>(
   a: LinearDistillationArgs<D, E>,
 ): Tensor<'f32'> {
   const op = 'linearDistillation'
-  checkArguments(a, linearNames, op)
+  a = checkArguments(a, linearNames, op)
   const out = native().ops.linear_distillation!(...headArguments(op, a), ...optionArguments(op, a))
   return wrap(a.hidden.device, out)
 }
@@ -284,7 +284,7 @@ export function linearDistillationBackward<D extends FloatDType, E extends Float
   a: LinearDistillationBackwardArgs<D, E>,
 ): Held<LinearDistillationBackwardResult<D> & Partial<BiasGradient>> {
   const op = 'linearDistillationBackward'
-  checkArguments(a, linearBackwardNames, op)
+  a = checkArguments(a, linearBackwardNames, op)
   const [divergence, ...gradients] = native().ops.linear_distillation_backward!(
     ...headArguments(op, a),
     ...optionArguments(op, a),
@@ -378,7 +378,7 @@ const advantagesNames: Names<DistillationAdvantagesArgs> = {
  */
 export function distillationAdvantages(a: DistillationAdvantagesArgs): Tensor<'f32'> {
   const op = 'distillationAdvantages'
-  checkArguments(a, advantagesNames, op)
+  a = checkArguments(a, advantagesNames, op)
   if ((a.clamp as unknown) === true)
     refuse('ERR_VALUE', op, 'clamp must be a number or false, got true')
   const out = native().ops.distillation_advantages!(

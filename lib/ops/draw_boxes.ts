@@ -73,7 +73,7 @@ const names: Names<DrawBoxesArgs> = { ...outlineNames, image: true }
  */
 export function drawBoxes(a: DrawBoxesArgs): Tensor<'u8'> {
   const op = 'drawBoxes'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   const image = handleOf(a.image, 'image', op)
   return wrap(a.image.device, native().ops.draw_boxes!(image, ...outlineArguments(a, op)))
 }
@@ -102,12 +102,9 @@ function flatten(
   name: string,
   op: string,
 ): Float64Array {
-  checkArray(lists, name, op)
-  const out = new Float64Array(lists.length * length)
-  for (let i = 0; i < lists.length; i++) {
-    const list: unknown = lists[i]
-    checkNumbers(list, length, `${name}[${i}]`, op)
-    out.set(list, i * length)
-  }
+  const all = checkArray(lists, name, op)
+  const out = new Float64Array(all.length * length)
+  for (let i = 0; i < all.length; i++)
+    out.set(checkNumbers(all[i], length, `${name}[${i}]`, op), i * length)
   return out
 }

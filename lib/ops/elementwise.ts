@@ -37,8 +37,9 @@ const names: Names<Operands> = { x: true, y: true }
  * ```
  */
 export function add<D extends FloatDType>(a: AddArgs<D>): Tensor<D> {
-  checkArguments(a, names, 'add')
-  return wrap(a.x.device, native().ops.add!(handleOf(a.x, 'x', 'add'), handleOf(a.y, 'y', 'add')))
+  a = checkArguments(a, names, 'add')
+  const out = native().ops.add!(handleOf(a.x, 'x', 'add'), handleOf(a.y, 'y', 'add'))
+  return wrap(a.x.device, out)
 }
 
 /**
@@ -59,6 +60,7 @@ export function add<D extends FloatDType>(a: AddArgs<D>): Tensor<D> {
  * ```
  */
 export function mul<D extends FloatDType>(a: MulArgs<D>): Tensor<D> {
-  checkArguments(a, names, 'mul')
-  return wrap(a.x.device, native().ops.mul!(handleOf(a.x, 'x', 'mul'), handleOf(a.y, 'y', 'mul')))
+  a = checkArguments(a, names, 'mul')
+  const out = native().ops.mul!(handleOf(a.x, 'x', 'mul'), handleOf(a.y, 'y', 'mul'))
+  return wrap(a.x.device, out)
 }

@@ -37,7 +37,7 @@ const names: Names<GeluArgs> = { x: true, approximate: true }
  */
 export function gelu<D extends FloatDType>(a: GeluArgs<D>): Tensor<D> {
   const op = 'gelu'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   const out = native().ops.gelu!(handleOf(a.x, 'x', op), usesTanh(a.approximate, op))
   return wrap(a.x.device, out)
 }
@@ -76,7 +76,7 @@ const backwardNames: Names<GeluBackwardArgs> = { dOut: true, x: true, approximat
  */
 export function geluBackward<D extends FloatDType>(a: GeluBackwardArgs<D>): Tensor<D> {
   const op = 'geluBackward'
-  checkArguments(a, backwardNames, op)
+  a = checkArguments(a, backwardNames, op)
   const dX = native().ops.gelu_backward!(
     handleOf(a.dOut, 'dOut', op),
     handleOf(a.x, 'x', op),

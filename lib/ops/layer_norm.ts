@@ -47,7 +47,7 @@ const names: Names<LayerNormArgs> = { x: true, weight: true, bias: true, eps: tr
  */
 export function layerNorm<D extends FloatDType>(a: LayerNormArgs<D>): Held<LayerNormResult<D>> {
   const op = 'layerNorm'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   const [out, stats] = native().ops.layer_norm!(
     handleOf(a.x, 'x', op),
     handleOf(a.weight, 'weight', op),
@@ -108,7 +108,7 @@ export function layerNormBackward<D extends FloatDType>(
   a: LayerNormBackwardArgs<D>,
 ): Held<LayerNormBackwardResult<D>> {
   const op = 'layerNormBackward'
-  checkArguments(a, backwardNames, op)
+  a = checkArguments(a, backwardNames, op)
   const [dX, dWeight, dBias] = native().ops.layer_norm_backward!(
     handleOf(a.dOut, 'dOut', op),
     handleOf(a.x, 'x', op),

@@ -48,19 +48,14 @@ export function linear<D extends FloatDType>(a: LinearArgs<D> & { dtype: 'f32' }
 export function linear<D extends FloatDType>(a: LinearArgs<D>): Tensor<D | 'f32'>
 export function linear<D extends FloatDType>(a: LinearArgs<D>): Tensor<D | 'f32'> {
   const op = 'linear'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   const x = handleOf(a.x, 'x', op)
   const dtype = a.dtype === undefined ? x.dtype : choice(a.dtype, [x.dtype, 'f32'], 'dtype', op)
   if (a.weight instanceof QuantizedWeight) {
-    const { values, scales, bits, group, shape } = a.weight
+    const { weight, bias } = a
     const out = native().ops.quantized_linear!(
       x,
-      handleOf(values, 'weight', op),
-      handleOf(scales, 'weight', op),
-      maybeHandle(a.bias, 'bias', op),
-      bits,
-      group,
-      ...shape,
+      ...quantizedArguments(op, { weight, bias }),
       dtype === 'f32',
     )
     return wrap(a.x.device, out)
@@ -72,6 +67,22 @@ export function linear<D extends FloatDType>(a: LinearArgs<D>): Tensor<D | 'f32'
     dtype === 'f32',
   )
   return wrap(a.x.device, out)
+}
+
+/** @internal A layer of a quantised weight as the addon takes it. */
+export function quantizedArguments(
+  op: string,
+  { weight, bias }: { weight: QuantizedWeight; bias: Tensor | undefined },
+): unknown[] {
+  const { values, scales, bits, group, shape } = weight
+  return [
+    handleOf(values, 'weight', op),
+    handleOf(scales, 'weight', op),
+    maybeHandle(bias, 'bias', op),
+    bits,
+    group,
+    ...shape,
+  ]
 }
 
 /** Where the gradients of weight and bias are added, for sums over several calls. */
@@ -154,7 +165,7 @@ export function linearBackward<D extends FloatDType>(
   a: LinearBackwardArgs<D>,
 ): Held<LinearBackwardResult<D> & Partial<BiasGradient>> {
   const op = 'linearBackward'
-  checkArguments(a, backwardNames, op)
+  a = checkArguments(a, backwardNames, op)
   if ((a.weight as unknown) instanceof QuantizedWeight)
     refuse('ERR_VALUE', op, 'weight is quantised, and has no gradients; expected a Tensor')
   const made = native().ops.linear_backward!(

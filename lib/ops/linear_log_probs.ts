@@ -1,11 +1,13 @@
 import { checkArguments, type Names } from '../arguments.js'
 import type { FloatDType } from '../dtype.js'
+import { refuse } from '../errors.js'
 import { native } from '../native.js'
 import { type Held, handleOf, held, maybeHandle, type Tensor, wrap } from '../tensor.js'
 import {
   type BiasGradient,
   intoArguments,
   linearGradients,
+  quantizedArguments,
   type WeightGradients,
 } from './linear.js'
 import {
@@ -23,6 +25,7 @@ import {
   type PolicyLossInputs,
   withMetrics,
 } from './policy_loss.js'
+import { QuantizedWeight } from './quantize.js'
 
 /** A linear head over a vocabulary, and the target tokens. */
 export interface LinearHead<D extends FloatDType = FloatDType> {
@@ -45,10 +48,13 @@ export interface LinearHead<D extends FloatDType = FloatDType> {
   temperature?: number
 }
 
-/** The arguments of `linearLogProbs`. */
+/** The arguments of `linearLogProbs`. A quantised weight is for inference: it has no gradients. */
 export interface LinearLogProbsArgs<D extends FloatDType = FloatDType>
-  extends LinearHead<D>,
-    RowResultOptions {}
+  extends Omit<LinearHead<D>, 'weight'>,
+    RowResultOptions {
+  /** [V, C], of hidden's type; or quantised, for hidden states of any type. */
+  weight: Tensor<NoInfer<D>> | QuantizedWeight
+}
 
 const headNames: Names<LinearHead> = {
   hidden: true,
@@ -63,7 +69,9 @@ const names: Names<LinearLogProbsArgs> = { ...headNames, entropy: true, squaredP
  * tokenLogProbs of the logits hidden · weightᵀ + bias, which are never materialized: besides its results it takes
  * some 5 MB and less than 1 MB a thread on the CPU; on CUDA 7 MB where tensor cores take the product (16
  * bits, and C a multiple of 8), and 128 MB elsewhere. Sums are f32, and logits are never rounded to 16
- * bits. A row whose target is -100 is not read, and on the CPU costs nothing.
+ * bits. A row whose target is -100 is not read, and on the CPU costs nothing. On the CPU results are the bits of
+ * `tokenLogProbs` of the logits that `linear` makes in f32. A quantised weight counts with its values as they are; on
+ * CUDA it is written out in hidden's type where there are more than 16 rows.
  *
  * @returns logProbs and stats; entropy or squaredProbs exactly if it is requested.
  * @throws P2RError ERR_SHAPE, ERR_DTYPE for tensors that do not fit; ERR_VALUE for the options and, where a
@@ -96,12 +104,19 @@ export function linearLogProbs<D extends FloatDType>(
   a: LinearLogProbsArgs<D>,
 ): Held<TokenLogProbsResult & Partial<RowEntropy & RowSquaredProbs>> {
   const op = 'linearLogProbs'
-  checkArguments(a, names, op)
-  const results = native().ops.linear_log_probs!(
-    ...headArguments(op, a),
-    a.entropy ?? false,
-    a.squaredProbs ?? false,
-  )
+  a = checkArguments(a, names, op)
+  const { weight } = a
+  const wanted = [a.entropy ?? false, a.squaredProbs ?? false]
+  const results =
+    weight instanceof QuantizedWeight
+      ? native().ops.quantized_linear_log_probs!(
+          handleOf(a.hidden, 'hidden', op),
+          ...quantizedArguments(op, { weight, bias: a.bias }),
+          handleOf(a.targets, 'targets', op),
+          a.temperature ?? 1,
+          ...wanted,
+        )
+      : native().ops.linear_log_probs!(...headArguments(op, { ...a, weight }), ...wanted)
   return logProbResults(results, a.hidden.device, a.squaredProbs)
 }
 
@@ -178,7 +193,7 @@ export function linearLogProbsBackward<D extends FloatDType>(
   a: LinearLogProbsBackwardArgs<D>,
 ): Held<HeadGradients<D> & Partial<BiasGradient>> {
   const op = 'linearLogProbsBackward'
-  checkArguments(a, backwardNames, op)
+  a = checkArguments(a, backwardNames, op)
   const results = native().ops.linear_log_probs_backward!(
     ...headArguments(op, a),
     handleOf(a.stats, 'stats', op),
@@ -252,7 +267,7 @@ export function linearPolicyLoss<D extends FloatDType>(
   a: LinearPolicyLossArgs<D>,
 ): Held<LinearPolicyLossResult<D> & Partial<BiasGradient>> {
   const op = 'linearPolicyLoss'
-  checkArguments(a, policyLossNames, op)
+  a = checkArguments(a, policyLossNames, op)
   return linearLossAs(op, a)
 }
 
@@ -276,6 +291,8 @@ export function linearLossAs<D extends FloatDType>(
 }
 
 function headArguments<D extends FloatDType>(op: string, a: LinearHead<D>) {
+  if ((a.weight as unknown) instanceof QuantizedWeight)
+    refuse('ERR_VALUE', op, 'weight is quantised, and has no gradients; expected a Tensor')
   return [
     handleOf(a.hidden, 'hidden', op),
     handleOf(a.weight, 'weight', op),

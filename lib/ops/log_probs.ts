@@ -1,4 +1,4 @@
-import { checkArguments, describeValue, type Names } from '../arguments.js'
+import { checkArguments, checkArray, describeValue, type Names } from '../arguments.js'
 import type { Device } from '../device.js'
 import type { FloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
@@ -113,7 +113,7 @@ export function tokenLogProbs(
   a: TokenLogProbsArgs,
 ): Held<TokenLogProbsResult & Partial<RowEntropy & RowSquaredProbs>> {
   const op = 'tokenLogProbs'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   const results = native().ops.token_log_probs!(
     handleOf(a.logits, 'logits', op),
     handleOf(a.targets, 'targets', op),
@@ -198,7 +198,7 @@ export function tokenLogProbsShard(
 export function tokenLogProbsShard(a: TokenLogProbsShardArgs): Held<LogProbsShard>
 export function tokenLogProbsShard(a: TokenLogProbsShardArgs): Held<LogProbsShard> {
   const op = 'tokenLogProbsShard'
-  checkArguments(a, shardNames, op)
+  a = checkArguments(a, shardNames, op)
   const [stats, targetLogit, moment] = native().ops.token_log_probs_shard!(
     handleOf(a.logits, 'logits', op),
     handleOf(a.targets, 'targets', op),
@@ -253,7 +253,7 @@ export function mergeLogProbs(
   const op = 'mergeLogProbs'
   if (!Array.isArray(shards) || !shards.length)
     refuse('ERR_VALUE', op, `shards must be a list of at least one, got ${describeValue(shards)}`)
-  const parts = shards.map((shard: LogProbsShard, i) =>
+  const parts = checkArray(shards, 'shards', op).map((shard: LogProbsShard, i) =>
     checkArguments(shard, partNames, op, `shards[${i}]`),
   )
   const withEntropy = parts.some((s) => s.moment !== undefined)
@@ -336,7 +336,7 @@ export function tokenLogProbsBackward<D extends FloatDType>(
   a: TokenLogProbsBackwardArgs<D>,
 ): Tensor<D> {
   const op = 'tokenLogProbsBackward'
-  checkArguments(a, backwardNames, op)
+  a = checkArguments(a, backwardNames, op)
   const inPlace = a.inPlace ?? false
   const out = native().ops.token_log_probs_backward!(
     inPlace,

@@ -36,7 +36,7 @@ const clipNames: Names<ClipGradNormArgs> = { grads: true, maxNorm: true }
  */
 export function clipGradNorm(a: ClipGradNormArgs): Tensor<'f32'> {
   const op = 'clipGradNorm'
-  checkArguments(a, clipNames, op)
+  a = checkArguments(a, clipNames, op)
   const grads = handlesOf(a.grads, 'grads', op)
   if (!grads.length) refuse('ERR_VALUE', op, 'grads must hold at least one Tensor, got none')
   const most = a.maxNorm === Number.POSITIVE_INFINITY ? Number.MAX_VALUE : a.maxNorm
@@ -105,7 +105,7 @@ const adamNames: Names<AdamWArgs> = {
  */
 export function adamW(a: AdamWArgs): void {
   const op = 'adamW'
-  checkArguments(a, adamNames, op)
+  a = checkArguments(a, adamNames, op)
   const params = handlesOf(a.params, 'params', op)
   const grads = handlesOf(a.grads, 'grads', op)
   const moments = handlesOf(a.moments, 'moments', op)

@@ -414,7 +414,7 @@ export function policyLoss(a: PolicyLossArgs & { entropy?: never }): Held<Policy
 export function policyLoss(a: PolicyLossArgs): Held<PolicyLossResult & Partial<EntropyGradient>>
 export function policyLoss(a: PolicyLossArgs): Held<PolicyLossResult & Partial<EntropyGradient>> {
   const op = 'policyLoss'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   return lossAs(op, a)
 }
 
@@ -513,7 +513,7 @@ const penaltyNames: Names<ApplyKlPenaltyArgs> = {
  */
 export function applyKlPenalty(a: ApplyKlPenaltyArgs): Tensor<'f32'> {
   const op = 'applyKlPenalty'
-  checkArguments(a, penaltyNames, op)
+  a = checkArguments(a, penaltyNames, op)
   return penaltyAs(op, a)
 }
 
@@ -576,7 +576,9 @@ export function lossArguments(op: string, a: PolicyLossInputs): unknown[] {
     a.klCoef ?? 0.01,
     unlessFalse(a.klClamp, 10, 'klClamp', op),
     a.entropyCoef ?? 0,
-    a.aggregation ?? aggregationOf[objective] ?? 'token-mean',
+    a.aggregation ??
+      (typeof objective === 'string' ? aggregationOf[objective] : undefined) ??
+      'token-mean',
     a.termAggregation ?? a.aggregation ?? 'token-mean',
     choice(a.emptyRows ?? 'skip', ['skip', 'count'], 'emptyRows', op) === 'count',
     a.lossScale,

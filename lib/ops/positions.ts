@@ -41,7 +41,7 @@ const names: Names<VisionPositionsArgs> = { table: true, gridThw: true, mergeSiz
  */
 export function visionPositions<D extends FloatDType>(a: VisionPositionsArgs<D>): Tensor<D> {
   const op = 'visionPositions'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   const mergeSize = checkInt32(a.mergeSize ?? 2, 1, 'mergeSize', op)
   const grids = checkGrids(a.gridThw, mergeSize, op)
   const out = native().ops.vision_positions!(

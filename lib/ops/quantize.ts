@@ -128,7 +128,7 @@ const names: Names<QuantizeArgs> = { weight: true, bits: true, group: true }
  */
 export function quantize(a: QuantizeArgs): QuantizedWeight {
   const op = 'quantize'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   const { weight, bits, group = 32 } = a
   const [values, scales] = native().ops.quantize!(handleOf(weight, 'weight', op), bits, group) as [
     unknown,

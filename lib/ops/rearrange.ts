@@ -36,10 +36,11 @@ const concatNames: Names<ConcatArgs> = { tensors: true, axis: true }
  */
 export function concat<D extends DType>(a: ConcatArgs<D>): Tensor<D> {
   const op = 'concat'
-  checkArguments(a, concatNames, op)
-  const handles = handlesOf(a.tensors, 'tensors', op)
+  a = checkArguments(a, concatNames, op)
+  const tensors = checkArray(a.tensors, 'tensors', op, 'an array of Tensors')
+  const handles = handlesOf(tensors, 'tensors', op)
   if (handles.length === 0) refuse('ERR_VALUE', op, 'tensors must not be empty')
-  return wrap(a.tensors[0]!.device, native().ops.concat!(handles, a.axis ?? 0))
+  return wrap(tensors[0]!.device, native().ops.concat!(handles, a.axis ?? 0))
 }
 
 /** The arguments of `split`. */
@@ -77,7 +78,7 @@ const splitNames: Names<SplitArgs> = { x: true, sizes: true, axis: true }
  */
 export function split<D extends DType>(a: SplitArgs<D>): Tensor<D>[] {
   const op = 'split'
-  checkArguments(a, splitNames, op)
+  a = checkArguments(a, splitNames, op)
   const parts = native().ops.split!(
     handleOf(a.x, 'x', op),
     a.axis ?? 0,
@@ -117,7 +118,7 @@ const transposeNames: Names<TransposeArgs> = { x: true, axes: true }
  */
 export function transpose<D extends DType>(a: TransposeArgs<D>): Tensor<D> {
   const op = 'transpose'
-  checkArguments(a, transposeNames, op)
+  a = checkArguments(a, transposeNames, op)
   const x = handleOf(a.x, 'x', op)
   const axes = checkArray(a.axes ?? [-2, -1], 'axes', op, 'two axes')
   if (axes.length !== 2) refuse('ERR_VALUE', op, `axes must be two axes, got ${axes.length}`)

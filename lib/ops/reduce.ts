@@ -29,7 +29,7 @@ export type MeanArgs<D extends FloatDType = FloatDType> = ReduceArgs<D>
 const names: Names<ReduceArgs> = { x: true, axes: true, keepDims: true }
 
 function reduce<D extends FloatDType>(op: 'sum' | 'mean', a: ReduceArgs<D>): Tensor<D> {
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   const out = native().ops[op]!(
     handleOf(a.x, 'x', op),
     a.axes === undefined ? undefined : hostInts(a.axes, 'axes', op),

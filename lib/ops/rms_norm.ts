@@ -66,7 +66,7 @@ export function rmsNorm<D extends FloatDType>(
   a: RmsNormArgs<D>,
 ): Held<RmsNormResult<D> & Partial<ResidualSum<D>>> {
   const op = 'rmsNorm'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   const [out, rstd, sum] = native().ops.rms_norm!(
     handleOf(a.x, 'x', op),
     handleOf(a.weight, 'weight', op),
@@ -136,7 +136,7 @@ export function rmsNormBackward<D extends FloatDType>(
   a: RmsNormBackwardArgs<D>,
 ): Held<RmsNormBackwardResult<D>> {
   const op = 'rmsNormBackward'
-  checkArguments(a, backwardNames, op)
+  a = checkArguments(a, backwardNames, op)
   const [dX, dWeight] = native().ops.rms_norm_backward!(
     handleOf(a.dOut, 'dOut', op),
     handleOf(a.x, 'x', op),

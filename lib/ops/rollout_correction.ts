@@ -221,7 +221,7 @@ const ruleNames: Names<RolloutRejection> = { measure: true, over: true, low: tru
  */
 export function rolloutCorrection(a: RolloutCorrectionArgs): Held<RolloutCorrectionResult> {
   const op = 'rolloutCorrection'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   return correctionAs(op, a)
 }
 

@@ -92,7 +92,7 @@ const configNames: Names<RopeIndexConfig> = {
  */
 export function ropeIndex(a: RopeIndexArgs): RopeIndexResult {
   const op = 'ropeIndex'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   return ropeIndexAs(op, a)
 }
 

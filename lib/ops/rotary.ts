@@ -62,7 +62,7 @@ const visionNames: Names<VisionRotaryArgs> = {
  */
 export function visionRotary(a: VisionRotaryArgs): Held<RotaryTables> {
   const op = 'visionRotary'
-  checkArguments(a, visionNames, op)
+  a = checkArguments(a, visionNames, op)
   checkDevice(a.device, op)
   const mergeSize = checkInt32(a.mergeSize ?? 2, 1, 'mergeSize', op)
   const grids = checkGrids(a.gridThw, mergeSize, op)
@@ -128,7 +128,7 @@ const mropeNames: Names<MropeTablesArgs> = {
  */
 export function mropeTables(a: MropeTablesArgs): Held<RotaryTables> {
   const op = 'mropeTables'
-  checkArguments(a, mropeNames, op)
+  a = checkArguments(a, mropeNames, op)
   checkDevice(a.device, op)
   const [cos, sin] = native().ops.mrope_tables!(
     a.device.handle,
@@ -173,7 +173,7 @@ const applyNames: Names<ApplyRotaryArgs> = { x: true, cos: true, sin: true, inve
  */
 export function applyRotary<D extends FloatDType>(a: ApplyRotaryArgs<D>): Tensor<D> {
   const op = 'applyRotary'
-  checkArguments(a, applyNames, op)
+  a = checkArguments(a, applyNames, op)
   const out = native().ops.apply_rotary!(
     handleOf(a.x, 'x', op),
     handleOf(a.cos, 'cos', op),

@@ -32,7 +32,7 @@ const gatherNames: Names<GatherRowsArgs> = { x: true, index: true }
  */
 export function gatherRows<D extends DType>(a: GatherRowsArgs<D>): Tensor<D> {
   const op = 'gatherRows'
-  checkArguments(a, gatherNames, op)
+  a = checkArguments(a, gatherNames, op)
   const out = native().ops.gather_rows!(handleOf(a.x, 'x', op), hostInts(a.index, 'index', op))
   return wrap(a.x.device, out)
 }
@@ -68,7 +68,7 @@ const gatherBackwardNames: Names<GatherRowsBackwardArgs> = { dOut: true, index: 
  */
 export function gatherRowsBackward<D extends FloatDType>(a: GatherRowsBackwardArgs<D>): Tensor<D> {
   const op = 'gatherRowsBackward'
-  checkArguments(a, gatherBackwardNames, op)
+  a = checkArguments(a, gatherBackwardNames, op)
   const dX = native().ops.gather_rows_backward!(
     handleOf(a.dOut, 'dOut', op),
     a.rows,
@@ -108,7 +108,7 @@ const scatterNames: Names<ScatterRowsArgs> = { x: true, y: true, index: true }
  */
 export function scatterRows<D extends DType>(a: ScatterRowsArgs<D>): Tensor<D> {
   const op = 'scatterRows'
-  checkArguments(a, scatterNames, op)
+  a = checkArguments(a, scatterNames, op)
   const out = native().ops.scatter_rows!(
     handleOf(a.x, 'x', op),
     handleOf(a.y, 'y', op),
@@ -154,7 +154,7 @@ export function scatterRowsBackward<D extends FloatDType>(
   a: ScatterRowsBackwardArgs<D>,
 ): Held<ScatterRowsBackwardResult<D>> {
   const op = 'scatterRowsBackward'
-  checkArguments(a, scatterBackwardNames, op)
+  a = checkArguments(a, scatterBackwardNames, op)
   const dOut = handleOf(a.dOut, 'dOut', op)
   const { device } = a.dOut
   checkFloatDType(a.dOut.dtype, 'dOut', op)
@@ -197,7 +197,7 @@ export interface ScatterAddRowsArgs<D extends FloatDType = FloatDType> {
  */
 export function scatterAddRows<D extends FloatDType>(a: ScatterAddRowsArgs<D>): Tensor<D> {
   const op = 'scatterAddRows'
-  checkArguments(a, scatterNames, op)
+  a = checkArguments(a, scatterNames, op)
   const out = native().ops.scatter_add_rows!(
     handleOf(a.x, 'x', op),
     handleOf(a.y, 'y', op),
@@ -234,7 +234,7 @@ const poolNames: Names<MeanPoolArgs> = { x: true, cuSeqlens: true }
  */
 export function meanPool<D extends FloatDType>(a: MeanPoolArgs<D>): Tensor<D> {
   const op = 'meanPool'
-  checkArguments(a, poolNames, op)
+  a = checkArguments(a, poolNames, op)
   const out = native().ops.mean_pool!(
     handleOf(a.x, 'x', op),
     hostInts(a.cuSeqlens, 'cuSeqlens', op),
@@ -270,7 +270,7 @@ const poolBackwardNames: Names<MeanPoolBackwardArgs> = { dOut: true, cuSeqlens: 
  */
 export function meanPoolBackward<D extends FloatDType>(a: MeanPoolBackwardArgs<D>): Tensor<D> {
   const op = 'meanPoolBackward'
-  checkArguments(a, poolBackwardNames, op)
+  a = checkArguments(a, poolBackwardNames, op)
   const dX = native().ops.mean_pool_backward!(
     handleOf(a.dOut, 'dOut', op),
     hostInts(a.cuSeqlens, 'cuSeqlens', op),

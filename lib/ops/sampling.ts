@@ -40,7 +40,7 @@ const names: Names<SampleArgs> = { logits: true, temperature: true, seed: true }
  */
 export function sample(a: SampleArgs): Tensor<'i32'> {
   const op = 'sample'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   const out = native().ops.sample!(handleOf(a.logits, 'logits', op), a.temperature ?? 1, a.seed)
   return wrap(a.logits.device, out)
 }
@@ -188,7 +188,7 @@ function joined(
  */
 export function sampleTokens(a: SampleTokensArgs): Held<SampleTokensResult> {
   const op = 'sampleTokens'
-  checkArguments(a, tokensNames, op)
+  a = checkArguments(a, tokensNames, op)
   const logits = handleOf(a.logits, 'logits', op)
   const seeds = hostInts(a.seeds, 'seeds', op)
   const [rows, vocabulary] = [seeds.length, a.logits.shape[1] ?? 0]

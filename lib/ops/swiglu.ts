@@ -56,7 +56,7 @@ function gates(a: SwigluArgs, op: string): [TensorHandle | null, TensorHandle?, 
  */
 export function swiglu<D extends FloatDType>(a: SwigluArgs<D>): Tensor<D> {
   const op = 'swiglu'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   const out = native().ops.swiglu!(...gates(a, op))
   return wrap((a.gateUp ?? a.gate).device, out)
 }
@@ -115,7 +115,7 @@ export function swigluBackward<D extends FloatDType>(
   a: SwigluBackwardArgs<D>,
 ): Held<SwigluBackwardResult<D>> | Held<PackedGatesGradient<D>> {
   const op = 'swigluBackward'
-  checkArguments(a, backwardNames, op)
+  a = checkArguments(a, backwardNames, op)
   const out = native().ops.swiglu_backward!(handleOf(a.dOut, 'dOut', op), ...gates(a, op))
   const { device } = a.dOut
   if (a.gateUp !== undefined) return held({ dGateUp: wrap<D>(device, out) })

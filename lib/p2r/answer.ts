@@ -103,7 +103,7 @@ const names: Names<AnswerArgs> = {
  */
 export async function answer(a: AnswerArgs): Promise<Answer> {
   const op = 'answer'
-  checkArguments(a, names, op)
+  a = checkArguments(a, names, op)
   const { perceiver, reasoner, agent } = checkAnswerer(a, op)
   const { image } = a
   imageSize(image, op)

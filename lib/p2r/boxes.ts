@@ -54,7 +54,7 @@ const key = '"bbox_2d"'
  * ```
  */
 export function parseBoxes(text: string, options: ParseBoxesOptions = {}): EvidenceBox[] {
-  checkArguments(options, optionNames, 'parseBoxes')
+  options = checkArguments(options, optionNames, 'parseBoxes')
   const rules = rulesOf(options.rules, 'parseBoxes')
   if (typeof text !== 'string') return []
   if (rules === 'strict') return boxesAfterThinking(text)

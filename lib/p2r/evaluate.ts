@@ -128,7 +128,7 @@ export function evaluate<Q extends Question>(
   a: EvaluateArgs<Q>,
 ): AsyncGenerator<Judged<Q>, void, undefined> {
   const op = 'evaluate'
-  checkArguments(a, argumentNames, op)
+  a = checkArguments(a, argumentNames, op)
   const { questions, verifier, rules, concurrency = 32, signal } = a
   const answerer = checkAnswerer(a, op)
   if (!isObject(questions) || !(Symbol.iterator in questions || Symbol.asyncIterator in questions))

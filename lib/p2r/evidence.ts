@@ -164,12 +164,13 @@ const pixelValuesNames: Names<EvidencePixelValuesOptions> = { ...sizeNames, dtyp
  */
 export function collectEvidence(a: CollectEvidenceArgs): Evidence {
   const op = 'collectEvidence'
-  checkArguments(a, argumentNames, op)
-  const { image, boxes, maxEvidence = 3, padding = [0.1, 0.1] } = a
+  a = checkArguments(a, argumentNames, op)
+  const { image, maxEvidence = 3, padding = [0.1, 0.1] } = a
   const [height, width] = imageSize(image, op)
-  checkArray(boxes, 'boxes', op)
-  for (let i = 0; i < boxes.length; i++)
-    checkFiniteNumbers(boxes[i]?.bbox2d, 4, `boxes[${i}].bbox2d`, op)
+  const boxes = checkArray(a.boxes, 'boxes', op).map((box, i): EvidenceBox => {
+    const bbox2d = checkFiniteNumbers(box?.bbox2d, 4, `boxes[${i}].bbox2d`, op)
+    return { ...box, bbox2d: bbox2d as [number, number, number, number] }
+  })
   const sizes = { ...checkEvidenceOptions(a, op), rules: a.rules }
 
   const whole: PixelBox = [0, 0, width, height]
@@ -210,8 +211,13 @@ export function checkEvidenceOptions(a: EvidenceOptions, op: string): EvidenceSi
 /** @internal An evidence given as an argument: collectEvidence's, or an object with the same members. */
 export function checkEvidence(value: unknown, op: string): Evidence {
   const given = value as Partial<Evidence> | null | undefined
-  if (!isObject(given) || typeof given.hasEvidence !== 'boolean' || !Array.isArray(given.boxes))
-    refuse('ERR_VALUE', op, `evidence must be an Evidence, got ${describeValue(value)}`)
+  // A Collected's images are made when they are first read: not here.
+  const isLike =
+    isObject(given) &&
+    typeof given.hasEvidence === 'boolean' &&
+    Array.isArray(given.boxes) &&
+    (given instanceof Collected || Array.isArray(given.crops))
+  if (!isLike) refuse('ERR_VALUE', op, `evidence must be an Evidence, got ${describeValue(value)}`)
   return given as Evidence
 }
 
@@ -277,7 +283,7 @@ class Collected implements Evidence {
   ): Held<PixelValuesResult<D>> {
     Collected.#check(this)
     const op = 'pixelValues'
-    checkArguments(options, pixelValuesNames, op)
+    options = checkArguments(options, pixelValuesNames, op)
     if (options.dtype !== undefined) checkPatchDType(options.dtype, op)
     const sizes = sizesOf(options, op, this.#sizes)
     const { minPixels, maxPixels, cropMaxPixels = maxPixels } = sizes

@@ -97,7 +97,7 @@ export async function saveRollouts(
   const op = 'saveRollouts'
   checkString(path, 'path', op)
   checkBatch(batch, op)
-  checkArguments(options, saveNames, op)
+  options = checkArguments(options, saveNames, op)
   const files = choice(options.images ?? 'hashes', ['hashes', 'files'], 'images', op) === 'files'
   const { role, groups, rewards, advantages, cuSeqlens, tokens, oldLogProbs, metrics } = batch
   const { temperature, oldLogProbsTemperature, mask } = batch
@@ -243,7 +243,7 @@ export async function loadRollouts(
   const op = 'loadRollouts'
   checkString(path, 'path', op)
   checkDevice(device, op)
-  checkArguments(options, loadNames, op)
+  options = checkArguments(options, loadNames, op)
   const withImages = checkBoolean(options.images ?? true, 'images', op)
   const header = await loadMetadata(path)
   const bad = (why: string, cause?: unknown): never =>

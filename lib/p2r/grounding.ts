@@ -70,7 +70,7 @@ const argumentNames: Names<GroundingRewardsArgs> = { text: true, truth: true }
  */
 export function groundingRewards(a: GroundingRewardsArgs): GroundingRewards {
   const op = 'groundingRewards'
-  checkArguments(a, argumentNames, op)
+  a = checkArguments(a, argumentNames, op)
   const text = checkString(a.text, 'text', op)
   const truth = checkBoxes(a.truth, 'truth', op)
   const boxes = parseBoxes(afterThinking(text)).map(({ bbox2d }) => bbox2d)
@@ -104,8 +104,8 @@ export function groundingRewards(a: GroundingRewardsArgs): GroundingRewards {
  */
 export function matchedIoU(boxes: readonly Box[], truth: readonly Box[]): number {
   const op = 'matchedIoU'
-  checkBoxes(boxes, 'boxes', op)
-  checkBoxes(truth, 'truth', op)
+  boxes = checkBoxes(boxes, 'boxes', op)
+  truth = checkBoxes(truth, 'truth', op)
   if (!boxes.length && !truth.length) return 1
   const [few, many] = boxes.length < truth.length ? [boxes, truth] : [truth, boxes]
   const overlaps = few.map((a) => many.map((b) => boxIoU(a, b)))
@@ -131,8 +131,8 @@ export function matchedIoU(boxes: readonly Box[], truth: readonly Box[]): number
  */
 export function unionIoU(boxes: readonly Box[], truth: readonly Box[]): number {
   const op = 'unionIoU'
-  checkBoxes(boxes, 'boxes', op)
-  checkBoxes(truth, 'truth', op)
+  boxes = checkBoxes(boxes, 'boxes', op)
+  truth = checkBoxes(truth, 'truth', op)
   if (!boxes.length && !truth.length) return 1
   const edges = [...new Set([...boxes, ...truth].flatMap(([x0, , x1]) => [x0, x1]))].sort(
     (a, b) => a - b,
@@ -172,10 +172,10 @@ export type Point = readonly [x: number, y: number]
  */
 export function pointInBoxes(point: Point, boxes: readonly Box[]): number {
   const op = 'pointInBoxes'
-  checkFiniteNumbers(point, 2, 'point', op)
-  checkBoxes(boxes, 'boxes', op)
-  const [x, y] = point
-  return +boxes.some(([x0, y0, x1, y1]) => x >= x0 && x <= x1 && y >= y0 && y <= y1)
+  const [x, y] = checkFiniteNumbers(point, 2, 'point', op) as [number, number]
+  return +checkBoxes(boxes, 'boxes', op).some(
+    ([x0, y0, x1, y1]) => x >= x0 && x <= x1 && y >= y0 && y <= y1,
+  )
 }
 
 /**
@@ -250,9 +250,9 @@ function isThoughtAndAnswer(text: string): boolean {
 }
 
 function checkBoxes(boxes: readonly Box[], name: string, op: string): readonly Box[] {
-  for (const [i, box] of checkArray(boxes, name, op).entries())
-    checkFiniteNumbers(box, 4, `${name}[${i}]`, op)
-  return boxes
+  return checkArray(boxes, name, op).map(
+    (box, i) => checkFiniteNumbers(box, 4, `${name}[${i}]`, op) as unknown as Box,
+  )
 }
 
 type Interval = readonly [low: number, high: number]

@@ -214,7 +214,7 @@ export function grpoStep<D extends FloatDType>(
 export function grpoStep(a: GrpoStepArgs): GrpoStep
 export function grpoStep(a: GrpoStepArgs): GrpoStep {
   const op = 'grpoStep'
-  checkArguments(a, argumentNames, op)
+  a = checkArguments(a, argumentNames, op)
   return stepAs(op, a)
 }
 

@@ -8,7 +8,7 @@ import {
   type Names,
 } from '../arguments.js'
 import { refuse } from '../errors.js'
-import { chatPrompt } from '../models/qwen3_vl/chat.js'
+import { chatPrompt, type KnownTokens } from '../models/qwen3_vl/chat.js'
 import {
   checkSamplingOptions,
   type SamplingOptions,
@@ -57,7 +57,8 @@ const op = 'LocalPolicy'
  * `n` completions share the computation of its prompt; what else is computed changes none of them.
  *
  * Images stand before the prompt, resized as the checkpoint's processor does. Tools are described as the checkpoint's
- * template does, and calls stay in the text. A request with a temperature is sampled
+ * template does, and calls stay in the text. Turns whose completions have tokens and prompt tokens stay exactly these,
+ * so that a conversation of several turns is one sequence of tokens, as it was sampled. A request with a temperature is sampled
  * from the whole distribution at it, as training needs it; one without, as the checkpoint's generation_config.json says.
  * Log-probabilities are those of the whole distribution at that temperature, and bit for bit those of the model's
  * `logProbs` on the CPU.
@@ -85,6 +86,7 @@ export class LocalPolicy implements Policy {
   readonly #model: Qwen3VL
   readonly #options: LocalPolicyOptions
   #tokenizer: Promise<Qwen3VLTokenizer> | undefined
+  #forbidden: Readonly<Record<number, number>> | undefined
   /** How often each prompt was asked, so that another time gives other samples. */
   readonly #asked = new Map<string, number>()
 
@@ -92,7 +94,7 @@ export class LocalPolicy implements Policy {
   constructor(model: Qwen3VL, options: LocalPolicyOptions = {}) {
     if (!(model instanceof Qwen3VL))
       refuse('ERR_VALUE', op, `model must be a Qwen3VL, got ${describeValue(model)}`)
-    checkArguments(options, optionNames, op, 'options')
+    options = checkArguments(options, optionNames, op, 'options')
     if (options.maxTokens !== undefined) checkPositive(options.maxTokens, 'maxTokens', op)
     if (options.sampling !== undefined) {
       checkArguments(options.sampling, samplingNames, op, 'sampling')
@@ -116,8 +118,12 @@ export class LocalPolicy implements Policy {
     const model = this.#model
     this.#tokenizer ??= model.tokenizer(this.#options.tokenizer)
     const tokenizer = await this.#tokenizer
-    const { messages, images, template } = conversationOf(request)
-    using asked = chatPrompt(model, tokenizer, { messages, images, template }, op)
+    // The model knows what its own tokenizer has no token for, but not what another one has none for.
+    if (this.#options.tokenizer !== undefined)
+      this.#forbidden ??= Object.fromEntries(
+        tokenizer.unknownIds(model.config.vocabSize).map((id) => [id, Number.NEGATIVE_INFINITY]),
+      )
+    using asked = chatPrompt(model, tokenizer, conversationOf(request), op)
     const room = model.config.maxPositions - asked.tokens.length
     if (room < 1)
       refuse(
@@ -126,7 +132,8 @@ export class LocalPolicy implements Policy {
         `the prompt has ${asked.tokens.length} tokens, which leaves no room in the model's context of ${model.config.maxPositions}`,
       )
     const { stopTokens, ...authors } = model.sampling
-    const sampling = this.#options.sampling ?? (temperature === undefined ? authors : {})
+    const sampling: SamplingOptions =
+      this.#options.sampling ?? (temperature === undefined ? authors : {})
     const maxTokens = request.maxTokens ?? this.#options.maxTokens ?? 2048
     const [made] = await model.generate({
       prompts: [{ tokens: asked.tokens, ...(asked.images && { images: asked.images }) }],
@@ -134,6 +141,7 @@ export class LocalPolicy implements Policy {
       maxTokens: Math.min(maxTokens, room),
       ...sampling,
       ...(temperature !== undefined && { temperature }),
+      ...(this.#forbidden && { logitBias: { ...sampling.logitBias, ...this.#forbidden } }),
       seed: this.#seed(asked.tokens),
       stopTokens,
       logProbs: tokens,
@@ -162,6 +170,7 @@ function conversationOf(request: PolicyRequest): {
   messages: ChatMessage[]
   images: Tensor<'u8'>[]
   template: Record<string, unknown>
+  known: KnownTokens | undefined
 } {
   const images: Tensor<'u8'>[] = []
   const shown = (text: string, own: readonly Tensor<'u8'>[]): ChatPart[] => {
@@ -172,11 +181,19 @@ function conversationOf(request: PolicyRequest): {
   const messages: ChatMessage[] = []
   if (system !== '') messages.push({ role: 'system', content: system })
   messages.push({ role: 'user', content: shown(prompt, request.images) })
+  let known: KnownTokens | undefined
   for (const { completion, results } of turns) {
-    messages.push({ role: 'assistant', content: completion.text })
+    const { text, tokens, promptTokens } = completion
+    if (tokens?.length && promptTokens?.length)
+      known = {
+        tokens: [...promptTokens, ...tokens],
+        message: messages.length,
+        images: images.length,
+      }
+    messages.push({ role: 'assistant', content: text })
     for (const { text, images: own } of results)
       messages.push({ role: 'tool', content: shown(text, own) })
   }
   const described = tools.map((tool) => ({ type: 'function', function: tool }))
-  return { messages, images, template: described.length ? { tools: described } : {} }
+  return { messages, images, known, template: described.length ? { tools: described } : {} }
 }

@@ -2,6 +2,7 @@ import type { OpenAI } from 'openai'
 import { type AbortSignalLike, onAbort, sleep } from '../abort.js'
 import {
   checkArguments,
+  checkArray,
   checkBoolean,
   checkInteger,
   checkIntegerWithin,
@@ -162,7 +163,7 @@ export class OpenAIPolicy implements Policy {
   #turn = 0
 
   constructor(options: OpenAIPolicyOptions) {
-    checkArguments(options, optionNames, op)
+    options = checkArguments(options, optionNames, op)
     this.#urls = urlsOf(options.baseURL)
     this.#options = {
       model: checkText(options.model, 'model', op),
@@ -862,7 +863,7 @@ function bodyOf({ extraBody = {}, thinking }: OpenAIPolicyOptions): Record<strin
 }
 
 function urlsOf(baseURL: unknown): string[] {
-  const urls = (Array.isArray(baseURL) ? baseURL : [baseURL]) as unknown[]
+  const urls = Array.isArray(baseURL) ? checkArray<unknown>(baseURL, 'baseURL', op) : [baseURL]
   if (!urls.length) refuse('ERR_VALUE', op, 'baseURL must name at least one server')
   for (const url of urls)
     if (typeof url !== 'string' || !URL.canParse(url) || !/^https?:/.test(url))

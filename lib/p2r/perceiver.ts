@@ -1,8 +1,8 @@
 import { type AbortSignalLike, checkSignal } from '../abort.js'
 import {
   checkArguments,
-  checkPositive,
   checkReceiver,
+  checkSamples,
   checkString,
   describeValue,
   isObject,
@@ -61,7 +61,7 @@ export interface PerceiveArgs {
   /** What is asked about the image. */
   question: string
   /**
-   * How many outputs to sample.
+   * How many outputs to sample: 1 to 65 536.
    * @default 1
    */
   n?: number
@@ -114,7 +114,7 @@ export class Perceiver {
   constructor(policy: Policy, options: PerceiverOptions = {}) {
     const op = 'Perceiver'
     this.#policy = checkPolicy(policy, 'policy', op)
-    checkArguments(options, optionNames, op)
+    options = checkArguments(options, optionNames, op)
     checkEvidenceOptions(options, op)
     checkSampling(options, op)
     rulesOf(options.boxRules, op, 'boxRules')
@@ -132,11 +132,11 @@ export class Perceiver {
   async perceive(a: PerceiveArgs): Promise<Perception[]> {
     const op = 'perceive'
     checkReceiver(Perceiver.is(this), 'Perceiver', op)
-    checkArguments(a, argumentNames, op)
+    a = checkArguments(a, argumentNames, op)
     const { image, n = 1 } = a
     imageSize(image, op)
     const question = checkString(a.question, 'question', op)
-    checkPositive(n, 'n', op)
+    checkSamples(n, 'n', op)
     const signal = checkSignal(a.signal, op)
     const {
       temperature = n > 1 ? 1 : 0,

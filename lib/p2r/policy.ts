@@ -7,6 +7,7 @@ import {
   checkNonNegative,
   checkObject,
   checkPositive,
+  checkSamples,
   checkString,
   choice,
   describeValue,
@@ -151,15 +152,15 @@ const requestNames: Names<PolicyRequest> = {
 
 /** @internal A request as the library's policies take it. */
 export function checkRequest(request: PolicyRequest, op: string): PolicyRequest {
-  checkArguments(request, requestNames, op)
+  request = checkArguments(request, requestNames, op)
   choice(request.role, roles, 'role', op)
   checkString(request.system, 'system', op)
   checkString(request.prompt, 'prompt', op)
-  checkArray(request.images, 'images', op, 'an array of Tensors')
-  request.images.forEach((image, i) => {
+  const images = checkArray(request.images, 'images', op, 'an array of Tensors')
+  images.forEach((image, i) => {
     handleOf(image, `images[${i}]`, op)
   })
-  checkPositive(request.n ?? 1, 'n', op)
+  checkSamples(request.n ?? 1, 'n', op)
   checkArray(request.tools ?? [], 'tools', op)
   choice(request.toolChoice ?? 'auto', ['auto', 'none'], 'toolChoice', op)
   for (const [i, turn] of checkArray(request.turns ?? [], 'turns', op).entries()) {
@@ -174,7 +175,7 @@ export function checkRequest(request: PolicyRequest, op: string): PolicyRequest 
   checkSampling(request, op)
   if (request.tokens !== undefined) checkBoolean(request.tokens, 'tokens', op)
   checkSignal(request.signal, op)
-  return request
+  return { ...request, images }
 }
 
 /** @internal */

@@ -8,6 +8,7 @@ import {
   checkObject,
   checkPositive,
   checkReceiver,
+  checkSamples,
   checkString,
   choice,
   isObject,
@@ -305,7 +306,7 @@ const trainedNames: Names<TrainedModel> = { ...modelNames, refLogProbs: true, ol
  */
 export function paperSettings(options: PaperSettingsOptions = {}): Required<PraGrpoSettings> {
   const op = 'paperSettings'
-  checkArguments(options, paperNames, op)
+  options = checkArguments(options, paperNames, op)
   const { samples = 10_000, batch = 64 } = options
   for (const [name, value] of Object.entries({ samples, batch })) checkPositive(value, name, op)
   // verl leaves out a last batch that is not full.
@@ -338,7 +339,7 @@ export function alternatingSettings(
   options: AlternatingSettingsOptions = {},
 ): Omit<Required<PraGrpoSettings>, 'rounds'> {
   const op = 'alternatingSettings'
-  checkArguments(options, alternatingNames, op)
+  options = checkArguments(options, alternatingNames, op)
   const steps = checkPositive(options.steps ?? 1, 'steps', op)
   const { rounds: _, ...settings } = paperSettings()
   return { ...settings, schedule: { perceiver: steps, reasoner: steps } }
@@ -442,12 +443,12 @@ export class PraGrpo {
 
   constructor(options: PraGrpoOptions) {
     const op = 'PraGrpo'
-    checkArguments(options, optionNames, op)
+    options = checkArguments(options, optionNames, op)
     const { zoom, groupSize = 8, temperature = 1 } = options
     const { schedule = { perceiver: +(zoom === undefined), reasoner: 1 } } = options
     const { estimator, loss, correction, klIn, overlong, verifier, evidence, maxTokens } = options
     checkDevice(options.device, op)
-    checkPositive(groupSize, 'groupSize', op)
+    checkSamples(groupSize, 'groupSize', op)
     checkNonNegative(temperature, 'temperature', op)
     if (options.rounds !== undefined) checkPositive(options.rounds, 'rounds', op)
     checkArguments(schedule, roleNames, op, 'schedule')
@@ -547,11 +548,11 @@ export class PraGrpo {
   async rollout(samples: readonly Sample[], options: RolloutOptions = {}): Promise<RolloutBatch> {
     const op = 'rollout'
     PraGrpo.#check(this, op)
-    checkArguments(options, rolloutNames, op)
+    options = checkArguments(options, rolloutNames, op)
     const signal = checkSignal(options.signal, op)
     const { role } = this
     if (this.finished) refuse('ERR_VALUE', op, `all ${this.#options.rounds} rounds are over`)
-    checkArray(samples, 'samples', op)
+    samples = checkArray(samples, 'samples', op)
     for (const [i, sample] of samples.entries()) this.#checkSample(sample, i, op)
     const groups: RolloutItem[][] = []
     const reason = this.#options.zoom ? this.#zoom : this.#reason
@@ -598,7 +599,7 @@ export class PraGrpo {
     const op = 'step'
     PraGrpo.#check(this, op)
     checkBatch(batch, op)
-    checkArguments(model, trainedNames, op, 'model')
+    model = checkArguments(model, trainedNames, op, 'model')
     if (batch.role !== this.role)
       refuse('ERR_VALUE', op, `it is the ${this.role}'s turn, got a batch of the ${batch.role}`)
     if (this.finished) refuse('ERR_VALUE', op, `all ${this.#options.rounds} rounds are over`)

@@ -114,7 +114,7 @@ const formNames: Names<Record<AnswerForm, string>> = { mca: true, na: true, free
  */
 export function zoomPrompt(a: ZoomPromptArgs): RolePrompt {
   const op = 'zoomPrompt'
-  checkArguments(a, zoomNames, op)
+  a = checkArguments(a, zoomNames, op)
   const question = checkString(a.question, 'question', op)
   const form = checkForm(a.answerForm, 'answerForm', op)
   const tools = checkArray(a.tools ?? [], 'tools', op)
@@ -138,7 +138,7 @@ function describeTools(tools: readonly Tool[]): string {
 /** @internal The default prompts with some of them replaced. */
 export function promptsOf(overrides: PromptOverrides | undefined, op: string): Prompts {
   if (overrides === undefined) return defaultPrompts
-  checkArguments(overrides, promptNames, op, 'prompts')
+  overrides = checkArguments(overrides, promptNames, op, 'prompts')
   const { forms } = overrides
   if (forms !== undefined) checkArguments(forms, formNames, op, 'prompts.forms')
   return {
@@ -217,7 +217,7 @@ const reasonNames: Names<ReasonPromptArgs> = {
  */
 export function perceivePrompt(a: PerceivePromptArgs): RolePrompt {
   const op = 'perceivePrompt'
-  checkArguments(a, perceiveNames, op)
+  a = checkArguments(a, perceiveNames, op)
   const question = checkString(a.question, 'question', op)
   const { system, perceive } = promptsOf(a.prompts, op)
   return { system, prompt: fill(perceive, question) }
@@ -242,7 +242,7 @@ export function perceivePrompt(a: PerceivePromptArgs): RolePrompt {
  */
 export function reasonPrompt(a: ReasonPromptArgs): RolePrompt {
   const op = 'reasonPrompt'
-  checkArguments(a, reasonNames, op)
+  a = checkArguments(a, reasonNames, op)
   const question = checkString(a.question, 'question', op)
   const form = checkForm(a.answerForm, 'answerForm', op)
   const hasEvidence = checkBoolean(a.hasEvidence, 'hasEvidence', op)

@@ -1,8 +1,8 @@
 import { type AbortSignalLike, checkSignal } from '../abort.js'
 import {
   checkArguments,
-  checkPositive,
   checkReceiver,
+  checkSamples,
   checkString,
   describeValue,
   isObject,
@@ -61,7 +61,7 @@ export interface ReasonArgs {
   /** How the policy is told to answer: by a letter ('mca'), a number ('na') or in words ('free_form'). */
   answerForm: AnswerForm
   /**
-   * How many outputs to sample.
+   * How many outputs to sample: 1 to 65 536.
    * @default 1
    */
   n?: number
@@ -123,7 +123,7 @@ export class Reasoner {
   constructor(policy: Policy, options: ReasonerOptions = {}) {
     const op = 'Reasoner'
     this.#policy = checkPolicy(policy, 'policy', op)
-    checkArguments(options, optionNames, op)
+    options = checkArguments(options, optionNames, op)
     checkSampling(options, op)
     rulesOf(options.rules, op)
     this.#options = { ...options }
@@ -139,12 +139,12 @@ export class Reasoner {
   async reason(a: ReasonArgs): Promise<Reasoning[]> {
     const op = 'reason'
     checkReceiver(Reasoner.is(this), 'Reasoner', op)
-    checkArguments(a, argumentNames, op)
+    a = checkArguments(a, argumentNames, op)
     const { n = 1 } = a
     const evidence = checkEvidence(a.evidence, op)
     const question = checkString(a.question, 'question', op)
     const answerForm = checkForm(a.answerForm, 'answerForm', op)
-    checkPositive(n, 'n', op)
+    checkSamples(n, 'n', op)
     const signal = checkSignal(a.signal, op)
     const { temperature = n > 1 ? 1 : 0, maxTokens = 2048, rules } = this.#options
     const { hasEvidence } = evidence

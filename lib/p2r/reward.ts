@@ -146,7 +146,7 @@ export function rulesOf(rules: RewardRules | undefined, op: string, name = 'rule
  */
 export function extractAnswer(text: string, options: ExtractAnswerOptions = {}): string {
   const op = 'extractAnswer'
-  checkArguments(options, rulesNames, op)
+  options = checkArguments(options, rulesNames, op)
   const rules = rulesOf(options.rules, op)
   if (typeof text !== 'string') return ''
   if (rules === 'reference') {
@@ -197,7 +197,7 @@ export function afterThinking(text: string): string {
  */
 export async function answerReward(a: AnswerRewardArgs): Promise<number> {
   const op = 'answerReward'
-  checkArguments(a, rewardNames, op)
+  a = checkArguments(a, rewardNames, op)
   const { truth, question = '', verifier } = a
   const rules = rulesOf(a.rules, op)
   const form = checkForm(a.form, 'form', op)
@@ -379,14 +379,17 @@ export function perceptionFault(
   options: PerceptionFaultOptions = {},
 ): 'overlap' | 'label' | null {
   const op = 'perceptionFault'
-  checkArguments(options, rulesNames, op)
+  options = checkArguments(options, rulesNames, op)
   const strict = rulesOf(options.rules, op) === 'strict'
-  for (const [i, box] of checkArray(boxes, 'boxes', op).entries()) {
-    checkNumbers(box?.bbox2d, 4, `boxes[${i}].bbox2d`, op)
-    checkString(box.label, `boxes[${i}].label`, op)
-  }
-  if (anyOverlap(boxes)) return 'overlap'
-  for (const { label } of boxes) {
+  const read = checkArray(boxes, 'boxes', op).map((box, i): EvidenceBox => {
+    const corners = checkNumbers(box?.bbox2d, 4, `boxes[${i}].bbox2d`, op)
+    return {
+      bbox2d: corners as unknown as EvidenceBox['bbox2d'],
+      label: checkString(box.label, `boxes[${i}].label`, op),
+    }
+  })
+  if (anyOverlap(read)) return 'overlap'
+  for (const { label } of read) {
     const name = strip(label).toLowerCase()
     if (label === '' || name === 'description') return 'label'
     if (strict && ['', 'description'].includes(withoutBrackets(name))) return 'label'
@@ -506,7 +509,7 @@ export function checkOverlong(options: OverlongOptions, maxTokens: number, op: s
  */
 export function overlongPenalty(a: OverlongPenaltyArgs): number {
   const op = 'overlongPenalty'
-  checkArguments(a, overlongPenaltyNames, op)
+  a = checkArguments(a, overlongPenaltyNames, op)
   const { length, maxTokens, buffer, factor = 1 } = a
   checkInteger(length, 0, 'length', op)
   checkPositive(maxTokens, 'maxTokens', op)
@@ -528,9 +531,9 @@ export function overlongPenalty(a: OverlongPenaltyArgs): number {
  * ```
  */
 export function boxIoU(a: EvidenceBox['bbox2d'], b: EvidenceBox['bbox2d']): number {
-  checkNumbers(a, 4, 'a', 'boxIoU')
-  checkNumbers(b, 4, 'b', 'boxIoU')
-  return iou(a, b)
+  const corners = (box: EvidenceBox['bbox2d'], name: string) =>
+    checkNumbers(box, 4, name, 'boxIoU') as unknown as EvidenceBox['bbox2d']
+  return iou(corners(a, 'a'), corners(b, 'b'))
 }
 
 function iou(a: EvidenceBox['bbox2d'], b: EvidenceBox['bbox2d']): number {
@@ -561,7 +564,7 @@ function iou(a: EvidenceBox['bbox2d'], b: EvidenceBox['bbox2d']): number {
 export function modelVerifier(policy: Policy, options: ModelVerifierOptions = {}): Verifier {
   const op = 'modelVerifier'
   checkPolicy(policy, 'policy', op)
-  checkArguments(options, verifierOptionNames, op)
+  options = checkArguments(options, verifierOptionNames, op)
   const rules = rulesOf(options.rules, op)
   const { maxTokens = 64 } = options
   const prompt = checkString(options.prompt ?? verifierPrompt, 'prompt', op)

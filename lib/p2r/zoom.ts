@@ -4,6 +4,7 @@ import {
   checkObject,
   checkPositive,
   checkReceiver,
+  checkSamples,
   checkString,
   checkText,
   choice,
@@ -298,7 +299,7 @@ export class ZoomAgent {
   constructor(policy: Policy, options: ZoomAgentOptions = {}) {
     const op = 'ZoomAgent'
     this.#policy = checkPolicy(policy, 'policy', op)
-    checkArguments(options, optionNames, op)
+    options = checkArguments(options, optionNames, op)
     checkSampling(options, op)
     rulesOf(options.rules, op)
     this.#limits = limitsOf(options, op)
@@ -316,12 +317,12 @@ export class ZoomAgent {
   async zoom(a: ZoomArgs): Promise<Zooming[]> {
     const op = 'zoom'
     checkReceiver(ZoomAgent.is(this), 'ZoomAgent', op)
-    checkArguments(a, argumentNames, op)
+    a = checkArguments(a, argumentNames, op)
     const { image, n = 1 } = a
     const [height, width] = imageSize(image, op)
     const question = checkString(a.question, 'question', op)
     const answerForm = checkForm(a.answerForm, 'answerForm', op)
-    checkPositive(n, 'n', op)
+    checkSamples(n, 'n', op)
     const signal = checkSignal(a.signal, op)
     const { temperature = n > 1 ? 1 : 0, maxTokens = 2048 } = this.#options
     const limits = this.#limits
@@ -432,7 +433,7 @@ export class RegionImages implements RequestImages {
 
 /** @internal Refuses wrong options of a trainer's `zoom`. */
 export function checkZoomOptions(options: ZoomOptions, name: string, op: string): void {
-  checkArguments(options, zoomNames, op, name)
+  options = checkArguments(options, zoomNames, op, name)
   limitsOf(options, op)
 }
 

@@ -2,6 +2,7 @@
 import { describeValue, isJsonObject } from '../arguments.js'
 import type { SamplingOptions } from '../models/qwen3_vl/generate.js'
 import type { ChatMessage, ChatPart } from '../models/qwen3_vl/tokens.js'
+import { toolText } from './tool_texts.js'
 
 /** An answer that is an error of the client's. */
 export class RequestError extends Error {
@@ -27,6 +28,9 @@ export interface ChatCompletionRequest {
   stream: boolean
   usage: boolean
   logProbs: boolean
+  topLogProbs: number
+  /** Whether calls of tools are read from the text. */
+  toolCalls: boolean
   tokenIds: boolean
   /** Whether a token's text is 'token_id:7' among the log-probabilities. */
   tokensAsIds: boolean
@@ -39,22 +43,16 @@ const unsupported = [
   'bad_words',
   'best_of',
   'echo',
-  'frequency_penalty',
   'function_call',
   'functions',
   'guided_choice',
   'guided_grammar',
   'guided_json',
   'guided_regex',
-  'logit_bias',
   'min_tokens',
   'modalities',
-  'presence_penalty',
   'prompt_logprobs',
   'structured_outputs',
-  'tool_choice',
-  'tools',
-  'top_logprobs',
   'use_beam_search',
 ]
 
@@ -96,6 +94,9 @@ export function readRequest(
     topK: topK === undefined ? undefined : Math.max(0, topK),
     minP: number('min_p', share),
     repetitionPenalty: number('repetition_penalty', (value) => value > 0 && value <= 100),
+    presencePenalty: number('presence_penalty', (value) => Math.abs(value) <= 2),
+    frequencyPenalty: number('frequency_penalty', (value) => Math.abs(value) <= 2),
+    logitBias: readBias(json.logit_bias),
   }
   const streamOptions = json.stream_options ?? {}
   if (!isJsonObject(streamOptions)) return bad('stream_options must be an object')
@@ -103,6 +104,10 @@ export function readRequest(
   if (!isJsonObject(template)) return bad('chat_template_kwargs must be an object')
   const model = json.model ?? undefined
   if (model !== undefined && typeof model !== 'string') return bad('model must be a string')
+  const logProbs = flag('logprobs')
+  const topLogProbs = number('top_logprobs', (k) => Number.isInteger(k) && k >= 0 && k <= 20) ?? 0
+  if (topLogProbs && !logProbs) bad('top_logprobs needs logprobs')
+  const tools = readTools(json.tools)
   return {
     model,
     ...readMessages(json.messages, limits.maxImages),
@@ -116,11 +121,42 @@ export function readRequest(
     ignoreEos: flag('ignore_eos'),
     stream: flag('stream'),
     usage: flag('include_usage', streamOptions),
-    logProbs: flag('logprobs'),
+    logProbs,
+    topLogProbs,
+    toolCalls: readsCalls(json.tool_choice, tools),
     tokenIds: flag('return_token_ids'),
     tokensAsIds: flag('return_tokens_as_token_ids'),
-    template,
+    template: { ...template, ...(tools.length && { tools }) },
   }
+}
+
+/** Tools as they are given, for the template. */
+function readTools(value: unknown): unknown[] {
+  const tools = value ?? []
+  if (!Array.isArray(tools)) return bad('tools must be a list')
+  tools.forEach((tool: unknown, i) => {
+    const { function: given } = isJsonObject(tool) && tool.type === 'function' ? tool : {}
+    if (!isJsonObject(given) || typeof given.name !== 'string')
+      bad(`tools[${i}] must be of type 'function', with a function that has a name`)
+  })
+  return tools
+}
+
+/** What the model must call would have to be forced on it. */
+function readsCalls(choice: unknown, tools: readonly unknown[]): boolean {
+  if (choice === 'none') return false
+  if (choice !== undefined && choice !== null && choice !== 'auto')
+    bad(`tool_choice ${describeValue(choice)} is not supported; 'auto' and 'none' are`)
+  return tools.length > 0
+}
+
+function readBias(value: unknown): Record<number, number> | undefined {
+  if (value === undefined || value === null) return undefined
+  if (!isJsonObject(value)) return bad('logit_bias must be an object')
+  for (const [id, bias] of Object.entries(value))
+    if (!/^\d+$/.test(id) || typeof bias !== 'number' || Math.abs(bias) > 100)
+      bad(`logit_bias must have numbers from -100 to 100 by token ids, got ${id}: ${String(bias)}`)
+  return value as Record<number, number>
 }
 
 function isOn(value: unknown): boolean {
@@ -156,7 +192,9 @@ function readMessages(
     if (!isJsonObject(message)) return bad(`${name} must be an object`)
     const role =
       roles.get(message.role) ?? bad(`${name}.role ${describeValue(message.role)} is not known`)
-    const { content } = message
+    const said = message.content ?? (message.tool_calls ? '' : message.content)
+    const calls = message.tool_calls ? callsText(message.tool_calls, `${name}.tool_calls`) : ''
+    const content = calls && typeof said === 'string' ? joinedText(said, calls) : said
     if (typeof content === 'string') return { role, content }
     if (!Array.isArray(content)) return bad(`${name}.content must be a text or a list of parts`)
     const parts = content.map((part: unknown, j): ChatPart => {
@@ -170,11 +208,33 @@ function readMessages(
       images.push(readDataUrl(url, `${name}.content[${j}].image_url`))
       return { type: 'image' }
     })
+    if (calls) parts.push({ type: 'text', text: joinedText('', calls) })
     return { role, content: parts }
   })
   if (images.length > maxImages)
     bad(`a request may have ${maxImages} images at most, got ${images.length}`)
   return { messages, images }
+}
+
+/** Calls of an earlier turn, as the model wrote them. */
+function callsText(value: unknown, name: string): string {
+  if (!Array.isArray(value)) return bad(`${name} must be a list`)
+  const texts = value.map((call: unknown, i) => {
+    const { function: given } = isJsonObject(call) ? call : {}
+    if (!isJsonObject(given) || typeof given.name !== 'string') {
+      return bad(`${name}[${i}] must have a function with a name`)
+    }
+    const { name: called, arguments: own = '{}' } = given
+    return toolText({
+      name: called,
+      arguments: typeof own === 'string' ? own : JSON.stringify(own),
+    })
+  })
+  return texts.join('\n')
+}
+
+function joinedText(said: string, calls: string): string {
+  return said === '' ? calls : `${said}\n${calls}`
 }
 
 /** Nothing is fetched: a server that opens addresses for its clients opens those of its own network too. */

@@ -13,11 +13,16 @@ import {
 import { P2RError, refuse } from '../errors.js'
 import { loadImage } from '../image.js'
 import { type ChatPrompt, chatPrompt } from '../models/qwen3_vl/chat.js'
-import type { Qwen3VLGenerateArgs } from '../models/qwen3_vl/generate.js'
+import type {
+  GeneratedToken,
+  Qwen3VLGenerateArgs,
+  TokenLogProb,
+} from '../models/qwen3_vl/generate.js'
 import { Qwen3VL } from '../models/qwen3_vl/model.js'
 import { StopTexts } from '../models/qwen3_vl/stop.js'
 import type { Qwen3VLTokenizer } from '../models/qwen3_vl/tokens.js'
 import { type ChatCompletionRequest, RequestError, readRequest } from './requests.js'
+import { type CalledTool, ToolTexts } from './tool_texts.js'
 
 /** Options of serveModel. */
 export interface ServeOptions {
@@ -108,10 +113,12 @@ const op = 'serveModel'
 
 /**
  * Serves a model by the OpenAI chat API, as vLLM does: POST /v1/chat/completions, GET /v1/models and /health. Images
- * are data URLs; `n`, `seed`, `stop`, `logprobs`, streaming with usage, and of vLLM's fields `top_k`, `min_p`,
- * `repetition_penalty`, `ignore_eos`, `return_token_ids`, `return_tokens_as_token_ids` and `chat_template_kwargs`.
- * Sampling that a request leaves out is the checkpoint's. Fields that would change an answer and are not supported
- * (tools, penalties of frequency, response formats) are status 400. Requests at once are computed together.
+ * are data URLs; `n`, `seed`, `stop`, `logprobs`, `top_logprobs`, `logit_bias`, penalties, streaming with usage, and of
+ * vLLM's fields `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`, `return_token_ids`, `return_tokens_as_token_ids`
+ * and `chat_template_kwargs`. `tools` are told by the checkpoint's template, and calls of them are read from the text as
+ * vLLM's parser 'hermes' does. Sampling that a request leaves out is the checkpoint's. Fields that would change an
+ * answer and are not supported (response formats, calls that are forced) are status 400. Requests at once are computed
+ * together.
  *
  * @throws P2RError ERR_VALUE for anything but a model, and for options; ERR_IO where the address cannot be listened on;
  *   as `Qwen3VL.tokenizer`.
@@ -154,7 +161,7 @@ export async function serveModel(model: Qwen3VL, options: ServeOptions = {}): Pr
 type Settings = Required<Omit<ServeOptions, 'apiKey'>> & { apiKey: string | undefined }
 
 function settingsOf(options: ServeOptions): Settings {
-  checkArguments(options, optionNames, op, 'options')
+  options = checkArguments(options, optionNames, op, 'options')
   const {
     name = 'qwen3-vl',
     host = '127.0.0.1',
@@ -369,17 +376,14 @@ class Service {
       stopTokens: asked.ignoreEos ? [] : stopTokens,
       stop: asked.stop,
       logProbs: asked.logProbs,
+      topLogProbs: asked.topLogProbs,
       ...(this.#settings.logProbsMode === 'raw_logprobs' && { logProbsTemperature: 1 }),
       signal,
     }
   }
 }
 
-interface Token {
-  token: number
-  logProb?: number
-  finishReason?: 'stop' | 'length'
-}
+type Token = Omit<GeneratedToken, 'prompt' | 'index'>
 
 /** What a request is answered with, at once or chunk by chunk. */
 class Reply {
@@ -389,11 +393,13 @@ class Reply {
   readonly #head: { id: string; created: number; model: string }
   readonly #choices: {
     text: string
+    calls: object[]
     tokens: number[]
     logProbs: object[]
     finishReason: string | null
     stream: ReturnType<Qwen3VLTokenizer['stream']>
     stop: StopTexts
+    tools: ToolTexts
   }[]
 
   constructor(
@@ -408,29 +414,51 @@ class Reply {
     this.#head = { id: `chatcmpl-${randomUUID()}`, created: Math.floor(Date.now() / 1000), model }
     this.#choices = Array.from({ length: asked.n }, () => ({
       text: '',
+      calls: [],
       tokens: [],
       logProbs: [],
       finishReason: null,
       stream: tokenizer.stream(),
       stop: new StopTexts(asked.stop),
+      tools: new ToolTexts(),
     }))
   }
 
   /** Adds a token of a choice; the chunk that tells of it, unless there is nothing to tell. */
-  push(index: number, { token, logProb, finishReason }: Token): object | undefined {
+  push(index: number, { token, logProb, topLogProbs, finishReason }: Token): object | undefined {
     const choice = this.#choices[index]!
-    const { logProbs, tokenIds } = this.#asked
+    const { logProbs, tokenIds, toolCalls } = this.#asked
     let text = choice.stop.push(choice.stream.push(token))
     if (finishReason) text += choice.stop.push(choice.stream.end()) + choice.stop.end()
+    let calls: CalledTool[] = []
+    if (toolCalls) {
+      ;({ text, calls } = choice.tools.push(text))
+      if (finishReason) {
+        const rest = choice.tools.end()
+        text += rest.text
+        calls.push(...rest.calls)
+      }
+    }
+    const called = calls.map((call, i) => ({
+      index: choice.calls.length + i,
+      id: `chatcmpl-tool-${randomUUID()}`,
+      type: 'function',
+      function: call,
+    }))
     choice.text += text
+    choice.calls.push(...called.map(({ index: _, ...call }) => call))
     choice.tokens.push(token)
-    choice.finishReason = finishReason ?? null
-    const entry = logProbs ? this.#logProb(token, logProb!) : undefined
+    choice.finishReason =
+      finishReason === 'stop' && choice.calls.length ? 'tool_calls' : (finishReason ?? null)
+    const entry = logProbs ? this.#entry(token, logProb!, topLogProbs) : undefined
     if (entry) choice.logProbs.push(entry)
-    if (text === '' && !finishReason && !logProbs && !tokenIds) return undefined
+    if (text === '' && !calls.length && !finishReason && !logProbs && !tokenIds) return undefined
     return this.#chunk({
       index,
-      delta: text === '' ? {} : { content: text },
+      delta: {
+        ...(text !== '' && { content: text }),
+        ...(called.length && { tool_calls: called }),
+      },
       logprobs: entry ? { content: [entry] } : null,
       finish_reason: choice.finishReason,
       ...(tokenIds && { token_ids: [token] }),
@@ -462,7 +490,12 @@ class Reply {
       object: 'chat.completion',
       choices: this.#choices.map((choice, index) => ({
         index,
-        message: { role: 'assistant', content: choice.text, refusal: null },
+        message: {
+          role: 'assistant',
+          content: choice.text === '' && choice.calls.length ? null : choice.text,
+          refusal: null,
+          ...(choice.calls.length && { tool_calls: choice.calls }),
+        },
         logprobs: logProbs ? { content: choice.logProbs } : null,
         finish_reason: choice.finishReason,
         ...(tokenIds && { token_ids: choice.tokens }),
@@ -482,15 +515,17 @@ class Reply {
     return { prompt_tokens: prompt, completion_tokens: made, total_tokens: prompt + made }
   }
 
-  #logProb(token: number, logprob: number): object {
-    const { bytes } = this.#tokenizer.bytesOf(token)
-    const text = new TextDecoder().decode(bytes)
-    return {
-      token: this.#asked.tokensAsIds ? `token_id:${token}` : text,
-      logprob,
-      bytes: [...bytes],
-      top_logprobs: [],
+  #entry(token: number, logProb: number, top: readonly TokenLogProb[] = []): object {
+    const of = ({ token, logProb }: TokenLogProb): object => {
+      const { bytes } = this.#tokenizer.bytesOf(token)
+      return {
+        token: this.#asked.tokensAsIds ? `token_id:${token}` : new TextDecoder().decode(bytes),
+        // JSON has no -Infinity.
+        logprob: Math.max(logProb, -9999),
+        bytes: [...bytes],
+      }
     }
+    return { ...of({ token, logProb }), top_logprobs: top.map(of) }
   }
 }
 

@@ -17,6 +17,7 @@ import {
   checkFunction,
   checkReceiver,
   checkString,
+  choice,
   describeValue,
   isJsonObject,
   isObject,
@@ -27,6 +28,13 @@ import { composite } from '../composite.js'
 import { checkDevice, type Device } from '../device.js'
 import { checkFloatDType, type FloatDType, isFloatDType } from '../dtype.js'
 import { refuse } from '../errors.js'
+import {
+  type CheckpointOption,
+  checkpoints,
+  Gradients,
+  type TrainableOption,
+  trainableOf,
+} from '../gradients.js'
 import { checkGrids, type Grid } from '../grid.js'
 import { attention, attentionMass } from '../ops/attention.js'
 import { add } from '../ops/elementwise.js'
@@ -34,10 +42,20 @@ import { gelu } from '../ops/gelu.js'
 import { layerNorm } from '../ops/layer_norm.js'
 import { linear } from '../ops/linear.js'
 import { visionPositions } from '../ops/positions.js'
-import { visionRotary } from '../ops/rotary.js'
-
+import { type RotaryTables, visionRotary } from '../ops/rotary.js'
 import { holds, scope } from '../scope.js'
-import { type Held, handleOf, held, type Tensor } from '../tensor.js'
+import { disposeAll, type Held, handleOf, held, type Tensor } from '../tensor.js'
+import {
+  type AttentionRecord,
+  type BlockRecord,
+  type MergerRecord,
+  type MlpRecord,
+  type NormRecord,
+  type TowerGradients,
+  type TowerParts,
+  type TowerRecord,
+  towerBackward,
+} from './tower_backward.js'
 
 /** The sizes of a vision tower, from its config.json. */
 export interface VisionTowerConfig {
@@ -72,11 +90,8 @@ export interface VisionTowerOptions {
   onProgress?: (done: number, of: number) => void
 }
 
-/** The arguments of VisionTower's `encode`. */
-export interface EncodeArgs<
-  H extends boolean = boolean,
-  M extends readonly number[] | undefined = readonly number[] | undefined,
-> {
+/** The patches of images or videos. */
+export interface Patches {
   /**
    * [T, 3 · temporalPatchSize · patchSize²], as the function pixelValues makes them; rounded to the tower's type
    * where they have another.
@@ -84,6 +99,13 @@ export interface EncodeArgs<
   pixelValues: Tensor<FloatDType>
   /** The patches [t, h, w] of each image or video, T = Σ t·h·w in all; h and w are multiples of mergeSize. */
   gridThw: readonly Grid[]
+}
+
+/** The arguments of VisionTower's `encode`. */
+export interface EncodeArgs<
+  H extends boolean = boolean,
+  M extends readonly number[] | undefined = readonly number[] | undefined,
+> extends Patches {
   /**
    * Whether to return every block's state too, as `hidden`.
    * @default false
@@ -124,13 +146,79 @@ export type VisionEncoding<
   (boolean extends H ? Partial<EncodedStates> : H extends true ? EncodedStates : unknown) &
   (undefined extends M ? (M extends undefined ? unknown : Partial<EncodedMass>) : EncodedMass)
 
-const optionNames: Names<VisionTowerOptions> = { dtype: true, onProgress: true }
-const encodeNames: Names<EncodeArgs> = {
-  pixelValues: true,
-  gridThw: true,
-  hiddenStates: true,
-  massOf: true,
+/** The arguments of VisionTower's `record`. */
+export interface RecordPatchesArgs extends Patches, CheckpointOption, TrainableOption {
+  /**
+   * Whether the gradient of the patches is wanted.
+   * @default false
+   */
+  inputs?: boolean
 }
+
+/** The gradients of an encoding's results, and where those of the weights are added. */
+export interface VisionRecordBackwardArgs {
+  /**
+   * As `merged` in shape and type.
+   * @default 0
+   */
+  dMerged?: Tensor
+  /**
+   * One for each of `deepstack`, as it in shape and type.
+   * @default 0
+   */
+  dDeepstack?: readonly Tensor[]
+  /**
+   * By the names of `parameters()`, f32, in the weights' shapes: the gradients are added to these tensors, and the
+   * results are new handles on the same storage.
+   * @default new tensors
+   */
+  into?: Readonly<Record<string, Tensor>>
+}
+
+/** The arguments of VisionTower's `backward`. */
+export interface VisionTowerBackwardArgs extends RecordPatchesArgs, VisionRecordBackwardArgs {}
+
+/** What a backward pass of the tower returns. */
+export interface VisionGradients {
+  /** Of the weights that are trained, by the names of `parameters()` and in their shapes. */
+  gradients: Record<string, Tensor<'f32'>>
+  /** As the patches in shape, of the tower's type; where `inputs` is true. */
+  dPixels?: Tensor
+}
+
+/** What a pass through the tower keeps. */
+type Keep = 'all' | 'inputs' | undefined
+
+interface ForwardOptions {
+  hidden?: boolean
+  massOf?: readonly number[]
+  keep?: Keep
+}
+
+/** @internal The results of a pass through the tower. */
+export interface TowerPass {
+  merged: Tensor
+  deepstack: Tensor[]
+  hidden: Tensor[]
+  masses: Map<number, Tensor>
+  record: TowerRecord | undefined
+}
+
+const optionNames: Names<VisionTowerOptions> = { dtype: true, onProgress: true }
+const patchNames: Names<Patches> = { pixelValues: true, gridThw: true }
+const encodeNames: Names<EncodeArgs> = { ...patchNames, hiddenStates: true, massOf: true }
+const recordNames: Names<RecordPatchesArgs> = {
+  ...patchNames,
+  checkpoint: true,
+  trainable: true,
+  inputs: true,
+}
+const recordBackwardNames: Names<VisionRecordBackwardArgs> = {
+  dMerged: true,
+  dDeepstack: true,
+  into: true,
+}
+const backwardNames: Names<VisionTowerBackwardArgs> = { ...recordNames, ...recordBackwardNames }
 
 type Weights = Record<string, Tensor>
 type Activation = 'none' | 'tanh'
@@ -169,6 +257,8 @@ export class VisionTower implements Disposable {
   /** In which its weights are held and its activations computed. */
   readonly dtype: FloatDType
   readonly #weights: Weights
+  /** The weights in Hugging Face's shapes. */
+  readonly #parameters: ReadonlyMap<string, Tensor>
   readonly #activation: Activation
 
   private constructor(
@@ -185,7 +275,16 @@ export class VisionTower implements Disposable {
     this.device = device
     this.dtype = dtype
     this.#weights = weights
-    Object.defineProperty(this, holds, { value: () => Object.values(weights) })
+    const { patchSize, temporalPatchSize } = config
+    const patch = weights['patch_embed.proj.weight']!.reshape([
+      config.hiddenSize,
+      3,
+      temporalPatchSize,
+      patchSize,
+      patchSize,
+    ])
+    this.#parameters = new Map(Object.entries({ ...weights, 'patch_embed.proj.weight': patch }))
+    Object.defineProperty(this, holds, { value: () => [...Object.values(weights), patch] })
     this.#activation = activation
   }
 
@@ -204,7 +303,7 @@ export class VisionTower implements Disposable {
   ): Promise<VisionTower> {
     checkString(path, 'path', opName)
     checkDevice(device, opName)
-    checkArguments(options, optionNames, opName)
+    options = checkArguments(options, optionNames, opName)
     const { dtype, onProgress } = options
     if (dtype !== undefined) checkFloatDType(dtype, 'dtype', opName)
     if (onProgress !== undefined) checkFunction(onProgress, 'onProgress', opName)
@@ -262,21 +361,10 @@ export class VisionTower implements Disposable {
     a: EncodeArgs<H, M>,
   ): Held<VisionEncoding<H, M>> {
     checkReceiver(isObject(this) && #weights in this, 'VisionTower', opName)
-    checkArguments(a, encodeNames, opName)
-    const { depth, hiddenSize, heads, headDim, patchSize, temporalPatchSize, mergeSize } =
-      this.config
-    handleOf(a.pixelValues, 'pixelValues', opName)
+    a = checkArguments(a, encodeNames, opName)
+    const { depth } = this.config
+    const grids = this.#checkPatches(a)
     if (a.hiddenStates !== undefined) checkBoolean(a.hiddenStates, 'hiddenStates', opName)
-    const grids = checkGrids(a.gridThw, mergeSize, opName)
-    const patches = grids.reduce((n, [t, h, w]) => n + t * h * w, 0)
-    const inputs = 3 * temporalPatchSize * patchSize ** 2
-    const { shape } = a.pixelValues
-    if (shape.length !== 2 || shape[0] !== patches || shape[1] !== inputs)
-      refuse(
-        'ERR_SHAPE',
-        opName,
-        `pixelValues must be [${patches}, ${inputs}] for these grids, got [${shape.join(', ')}]`,
-      )
     const massOf: readonly number[] = checkArray(a.massOf ?? [], 'massOf', opName)
     for (const layer of massOf)
       if (!Number.isInteger(layer) || layer < 0 || layer >= depth)
@@ -288,45 +376,10 @@ export class VisionTower implements Disposable {
 
     return composite(opName, () => {
       const parts = scope(() => {
-        const hidden: Tensor[] = []
-        const deepstack: Tensor[] = []
-        const masses = new Map<number, Tensor>()
-        const rotary = visionRotary({ gridThw: grids, headDim, mergeSize, device: this.device })
-        const cuSeqlens = frames(grids)
-        let x = scope(() => {
-          const pixels =
-            a.pixelValues.dtype === this.dtype ? a.pixelValues : a.pixelValues.cast(this.dtype)
-          const table = this.#weight('pos_embed.weight')
-          const positions = visionPositions({ table, gridThw: grids, mergeSize })
-          return add({ x: this.#linear('patch_embed.proj', pixels), y: positions })
+        const { merged, deepstack, hidden, masses } = this.#forward(a.pixelValues, grids, {
+          hidden: a.hiddenStates ?? false,
+          massOf,
         })
-        if (a.hiddenStates) hidden.push(x)
-        for (let i = 0; i < depth; i++) {
-          const block = `blocks.${i}`
-          const input = x
-          const middle = scope(() => {
-            const qkv = this.#linear(
-              `${block}.attn.qkv`,
-              this.#norm(`${block}.norm1`, input),
-            ).reshape([patches, 3, heads, headDim])
-            const { out, lse } = attention({ qkv, rotary, cuSeqlens })
-            const mass = massOf.includes(i)
-              ? attentionMass({ qkv, rotary, lse, cuSeqlens })
-              : undefined
-            if (mass) masses.set(i, mass)
-            const flat = out.reshape([patches, hiddenSize])
-            return { mass, x: add({ x: input, y: this.#linear(`${block}.attn.proj`, flat) }) }
-          }).x
-          if (!a.hiddenStates) input.dispose()
-          x = scope(() =>
-            add({ x: middle, y: this.#mlp(`${block}.mlp`, this.#norm(`${block}.norm2`, middle)) }),
-          )
-          middle.dispose()
-          if (a.hiddenStates) hidden.push(x)
-          const merger = this.config.deepstack.indexOf(i)
-          if (merger >= 0) deepstack[merger] = this.#merge(`deepstack_merger_list.${merger}`, x)
-        }
-        const merged = this.#merge('merger', x)
         return {
           merged,
           deepstack,
@@ -338,14 +391,173 @@ export class VisionTower implements Disposable {
     })
   }
 
+  /**
+   * Encodes patches as `encode` does, to the same bits, and keeps what the gradients need.
+   *
+   * @throws P2RError as `encode`; ERR_VALUE for the options.
+   */
+  record(a: RecordPatchesArgs): VisionRecord {
+    checkReceiver(isObject(this) && #weights in this, 'VisionTower', opName)
+    a = checkArguments(a, recordNames, opName)
+    const grids = this.#checkPatches(a)
+    const checkpoint = choice(a.checkpoint ?? 'none', checkpoints, 'checkpoint', opName)
+    if (a.inputs !== undefined) checkBoolean(a.inputs, 'inputs', opName)
+    const trained = trainableOf(this.#parameters.keys(), a.trainable, opName)
+    return composite(opName, () =>
+      scope(() => {
+        const keep = checkpoint === 'none' ? 'all' : 'inputs'
+        const pass = this.#forward(a.pixelValues, grids, { keep })
+        return new VisionRecord(construct, this, pass, trained, a.inputs ?? false)
+      }),
+    )
+  }
+
+  /**
+   * The gradients of `encode` with respect to all weights, from those of its results.
+   *
+   * @returns `gradients` by the names of `parameters()`, f32; and `dPixels` where `inputs` is true.
+   * @throws P2RError as `record` and `VisionRecord.backward`.
+   */
+  backward(a: VisionTowerBackwardArgs): Held<VisionGradients> {
+    checkReceiver(isObject(this) && #weights in this, 'VisionTower', opName)
+    a = checkArguments(a, backwardNames, opName)
+    const { dMerged, dDeepstack, into, ...rest } = a
+    const record = this.record(rest)
+    try {
+      return record.backward({
+        ...(dMerged && { dMerged }),
+        ...(dDeepstack && { dDeepstack }),
+        ...(into && { into }),
+      })
+    } finally {
+      record.dispose()
+    }
+  }
+
+  /**
+   * The weights, by Hugging Face's names without prefix and in their shapes. They are the tower's own: what is written
+   * to them changes it, and they are disposed with it.
+   */
+  parameters(): Map<string, Tensor> {
+    checkReceiver(isObject(this) && #weights in this, 'VisionTower', 'parameters')
+    return new Map(this.#parameters)
+  }
+
+  /** @internal A pass whose backward the language model calls. */
+  pass(pixelValues: Tensor, grids: readonly Grid[], keep?: Keep): TowerPass {
+    checkReceiver(isObject(this) && #weights in this, 'VisionTower', 'pass')
+    return this.#forward(pixelValues, grids, { keep })
+  }
+
+  /** @internal Adds the gradients of a recorded pass, and returns that of its pixels. */
+  passBackward(record: TowerRecord, d: TowerGradients, gradients: Gradients): Tensor {
+    checkReceiver(isObject(this) && #weights in this, 'VisionTower', 'passBackward')
+    const parts: TowerParts = {
+      weight: (name) => this.#weight(name),
+      activation: this.#activation,
+      mergeSize: this.config.mergeSize,
+      deepstack: this.config.deepstack,
+      block: (i, input, { rotary, cuSeqlens }) => {
+        const first = this.#attend(i, input, rotary, cuSeqlens)
+        const second = this.#feed(i, first.x)
+        return { input, attention: first.record, ...second.record }
+      },
+      merger: (name, input) => this.#merge(name, input).record,
+    }
+    return towerBackward(parts, record, d, gradients)
+  }
+
   /** Frees the weights. A second call does nothing. */
   dispose(): void {
     checkReceiver(isObject(this) && #weights in this, 'VisionTower', 'dispose')
-    for (const tensor of Object.values(this.#weights)) tensor.dispose()
+    for (const tensor of [...Object.values(this.#weights), ...this.#parameters.values()])
+      tensor.dispose()
   }
 
   [Symbol.dispose](): void {
     this.dispose()
+  }
+
+  #checkPatches({ pixelValues, gridThw }: Patches): readonly Grid[] {
+    const { patchSize, temporalPatchSize, mergeSize } = this.config
+    handleOf(pixelValues, 'pixelValues', opName)
+    const grids = checkGrids(gridThw, mergeSize, opName)
+    const patches = grids.reduce((n, [t, h, w]) => n + t * h * w, 0)
+    const inputs = 3 * temporalPatchSize * patchSize ** 2
+    const { shape } = pixelValues
+    if (shape.length !== 2 || shape[0] !== patches || shape[1] !== inputs)
+      refuse(
+        'ERR_SHAPE',
+        opName,
+        `pixelValues must be [${patches}, ${inputs}] for these grids, got [${shape.join(', ')}]`,
+      )
+    return grids
+  }
+
+  /** In a scope of the caller's. */
+  #forward(
+    pixelValues: Tensor,
+    grids: readonly Grid[],
+    { hidden: wantsHidden = false, massOf = [], keep }: ForwardOptions,
+  ): TowerPass {
+    const { depth, headDim, mergeSize, deepstack: after } = this.config
+    const hidden: Tensor[] = []
+    const deepstack: Tensor[] = []
+    const masses = new Map<number, Tensor>()
+    const rotary = visionRotary({ gridThw: grids, headDim, mergeSize, device: this.device })
+    const cuSeqlens = frames(grids)
+    // A handle of its own, which outlives the caller's.
+    const pixels =
+      pixelValues.dtype === this.dtype
+        ? pixelValues.reshape(pixelValues.shape)
+        : pixelValues.cast(this.dtype)
+    const blocks: BlockRecord[] = []
+    const mergers = new Map<string, MergerRecord>()
+    const merge = (name: string, input: Tensor): Tensor => {
+      const { out, record } = scope(() => {
+        const made = this.#merge(name, input)
+        return keep === 'all' ? made : { out: made.out, record: { input } }
+      })
+      mergers.set(name, record)
+      return out
+    }
+    let x = scope(() => {
+      const table = this.#weight('pos_embed.weight')
+      const positions = visionPositions({ table, gridThw: grids, mergeSize })
+      return add({ x: this.#linear('patch_embed.proj', pixels), y: positions })
+    })
+    if (!keep) pixels.dispose()
+    if (wantsHidden) hidden.push(x)
+    for (let i = 0; i < depth; i++) {
+      const input = x
+      const first = scope(() => {
+        const made = this.#attend(i, input, rotary, cuSeqlens)
+        const { qkv, lse } = made.record
+        if (massOf.includes(i)) masses.set(i, attentionMass({ qkv, rotary, lse, cuSeqlens }))
+        return {
+          ...(keep === 'all' ? made : { x: made.x, record: undefined }),
+          mass: masses.get(i),
+        }
+      })
+      const second = scope(() => {
+        const made = this.#feed(i, first.x)
+        return keep === 'all' ? made : { x: made.x, record: undefined }
+      })
+      x = second.x
+      if (first.record && second.record)
+        blocks.push({ input, attention: first.record, ...second.record })
+      else {
+        if (keep) blocks.push({ input })
+        first.x.dispose()
+      }
+      if (!wantsHidden && !keep) input.dispose()
+      if (wantsHidden) hidden.push(x)
+      const merger = after.indexOf(i)
+      if (merger >= 0) deepstack[merger] = merge(`deepstack_merger_list.${merger}`, x)
+    }
+    const merged = merge('merger', x)
+    const record = keep && { pixels, grids, rotary, cuSeqlens, blocks, mergers }
+    return { merged, deepstack, hidden, masses, record }
   }
 
   #weight(name: string): Tensor {
@@ -356,29 +568,164 @@ export class VisionTower implements Disposable {
     return linear({ x, weight: this.#weight(`${name}.weight`), bias: this.#weight(`${name}.bias`) })
   }
 
-  #norm(name: string, x: Tensor): Tensor {
+  #norm(name: string, x: Tensor): NormRecord {
     const weight = this.#weight(`${name}.weight`)
-    return layerNorm({ x, weight, bias: this.#weight(`${name}.bias`) }).out
+    const { out, stats } = layerNorm({ x, weight, bias: this.#weight(`${name}.bias`) })
+    return { x, out, stats }
   }
 
-  #mlp(name: string, x: Tensor): Tensor {
-    const fc1 = this.#linear(`${name}.linear_fc1`, x)
-    return this.#linear(`${name}.linear_fc2`, gelu({ x: fc1, approximate: this.#activation }))
+  /** The first half of a block. */
+  #attend(
+    i: number,
+    input: Tensor,
+    rotary: RotaryTables,
+    cuSeqlens: readonly number[],
+  ): { x: Tensor; record: AttentionRecord } {
+    const { hiddenSize, heads, headDim } = this.config
+    const patches = input.shape[0]!
+    const norm = this.#norm(`blocks.${i}.norm1`, input)
+    const qkv = this.#linear(`blocks.${i}.attn.qkv`, norm.out).reshape([patches, 3, heads, headDim])
+    const { out, lse } = attention({ qkv, rotary, cuSeqlens })
+    const flat = out.reshape([patches, hiddenSize])
+    const x = add({ x: input, y: this.#linear(`blocks.${i}.attn.proj`, flat) })
+    return { x, record: { norm, qkv, out, lse } }
+  }
+
+  /** The second half of a block. */
+  #feed(i: number, middle: Tensor): { x: Tensor; record: { norm: NormRecord; mlp: MlpRecord } } {
+    const norm = this.#norm(`blocks.${i}.norm2`, middle)
+    const { out, record } = this.#mlp(`blocks.${i}.mlp`, norm.out, this.#activation)
+    return { x: add({ x: middle, y: out }), record: { norm, mlp: record } }
+  }
+
+  #mlp(name: string, x: Tensor, approximate: Activation): { out: Tensor; record: MlpRecord } {
+    const inner = this.#linear(`${name}.linear_fc1`, x)
+    const out = this.#linear(`${name}.linear_fc2`, gelu({ x: inner, approximate }))
+    return { out, record: { x, inner } }
   }
 
   /** Concatenates mergeSize x mergeSize neighbours and applies the merger's MLP, with the exact GELU. */
-  #merge(name: string, x: Tensor): Tensor {
-    return scope(() => {
-      const width = this.config.hiddenSize * this.config.mergeSize ** 2
-      const joined = (y: Tensor): Tensor => y.reshape([y.size / width, width])
-      const y =
-        name === 'merger'
-          ? joined(this.#norm(`${name}.norm`, x))
-          : this.#norm(`${name}.norm`, joined(x))
-      const fc1 = this.#linear(`${name}.linear_fc1`, y)
-      return this.#linear(`${name}.linear_fc2`, gelu({ x: fc1 }))
+  #merge(name: string, input: Tensor): { out: Tensor; record: Required<MergerRecord> } {
+    const width = this.config.hiddenSize * this.config.mergeSize ** 2
+    const joined = (y: Tensor): Tensor => y.reshape([y.size / width, width])
+    const norm = this.#norm(`${name}.norm`, name === 'merger' ? input : joined(input))
+    const { out, record } = this.#mlp(name, joined(norm.out), 'none')
+    return { out, record: { input, norm, mlp: record } }
+  }
+}
+
+/**
+ * An encoding by VisionTower's `record`, with what its gradients need. `dispose` frees all of it.
+ *
+ * @example
+ * ```js
+ * import { openDevice, VisionTower } from 'p2r-kernels'
+ *
+ * const device = openDevice('cpu')
+ * const tower = await VisionTower.load('P2R-4B', device) // a checkpoint's folder
+ * const record = tower.record({ pixelValues: device.zeros([64, 1536]), gridThw: [[1, 8, 8]] })
+ * const { gradients } = record.backward({ dMerged: device.zeros(record.merged.shape, tower.dtype) })
+ * console.log(gradients['merger.norm.bias'].shape) // [ 16 ]
+ * record.dispose()
+ * tower.dispose()
+ * device.dispose()
+ * ```
+ */
+export class VisionRecord implements Disposable {
+  /** As `encode` returns it. */
+  readonly merged: Tensor
+  /** As `encode` returns it. */
+  readonly deepstack: readonly Tensor[]
+  readonly #tower: VisionTower
+  readonly #trained: ReadonlySet<string>
+  readonly #inputs: boolean
+  #record: TowerRecord | undefined
+
+  /** @internal */
+  constructor(
+    key: typeof construct,
+    tower: VisionTower,
+    pass: TowerPass,
+    trained: ReadonlySet<string>,
+    inputs: boolean,
+  ) {
+    if (key !== construct)
+      refuse('ERR_VALUE', opName, 'a VisionRecord is made by VisionTower.record()')
+    this.merged = pass.merged
+    this.deepstack = pass.deepstack
+    this.#tower = tower
+    this.#record = pass.record
+    this.#trained = trained
+    this.#inputs = inputs
+    Object.defineProperty(this, holds, { value: () => [this.#record] })
+  }
+
+  /**
+   * The gradients of the weights, from those of the results. It uses up what was kept, and can be called once.
+   *
+   * @throws P2RError ERR_SHAPE, ERR_DTYPE, ERR_DEVICE for tensors that do not fit; ERR_VALUE for names in `into` that
+   *   are no weights, and for a second call; ERR_MEMORY; ERR_DISPOSED.
+   */
+  backward(a: VisionRecordBackwardArgs): Held<VisionGradients> {
+    checkReceiver(isObject(this) && #record in this, 'VisionRecord', 'backward')
+    a = checkArguments(a, recordBackwardNames, opName)
+    const weights = this.#tower.parameters()
+    const check = (d: Tensor, like: Tensor, name: string): void => {
+      handleOf(d, name, opName)
+      if (String(d.shape) !== String(like.shape))
+        refuse(
+          'ERR_SHAPE',
+          opName,
+          `${name} must be [${like.shape.join(', ')}], got [${d.shape.join(', ')}]`,
+        )
+      if (d.dtype !== like.dtype)
+        refuse('ERR_DTYPE', opName, `${name} must be ${like.dtype}, got ${d.dtype}`)
+    }
+    if (a.dMerged !== undefined) check(a.dMerged, this.merged, 'dMerged')
+    const dDeepstack = checkArray(a.dDeepstack ?? [], 'dDeepstack', opName)
+    if (a.dDeepstack !== undefined && dDeepstack.length !== this.deepstack.length)
+      refuse(
+        'ERR_VALUE',
+        opName,
+        `dDeepstack must hold ${this.deepstack.length} tensors, got ${dDeepstack.length}`,
+      )
+    for (const [i, d] of dDeepstack.entries()) check(d, this.deepstack[i]!, `dDeepstack[${i}]`)
+    return composite(opName, () => {
+      const parts = scope(() => {
+        const gradients = Gradients.of(weights, this.#trained, a.into, opName)
+        const record = this.#record
+        if (!record)
+          refuse('ERR_VALUE', opName, 'the record is used up: backward can be called once')
+        this.#record = undefined
+        try {
+          const d = { merged: a.dMerged, deepstack: dDeepstack }
+          const dPixels = this.#tower.passBackward(record, d, gradients)
+          const all = gradients.all(weights)
+          return { gradients: all, ...(this.#inputs && { dPixels }) }
+        } finally {
+          disposeAll(record)
+        }
+      })
+      return held(parts, Object.values(parts.gradients))
     })
   }
+
+  /** Frees the results and what was kept. A second call does nothing. */
+  dispose(): void {
+    checkReceiver(isObject(this) && #record in this, 'VisionRecord', 'dispose')
+    disposeAll([this.merged, this.deepstack, this.#record])
+    this.#record = undefined
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+}
+
+/** @internal The shapes of the weights that a folder's config.json describes, by their names. */
+export async function towerShapes(folder: string): Promise<Map<string, number[]>> {
+  const path = join(folder, 'config.json')
+  return shapesOf(readConfig(await readJson(path, opName), path))
 }
 
 /** cuSeqlens of the frames: each is a sequence of its own. */

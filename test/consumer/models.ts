@@ -14,6 +14,7 @@ import {
   type PackedTokens,
   type Policy,
   Qwen3VL,
+  type Qwen3VLCache,
   type Qwen3VLConfig,
   type Qwen3VLForwardArgs,
   type Qwen3VLGenerateArgs,
@@ -29,6 +30,7 @@ import {
   type ServeOptions,
   serveModel,
   type Tensor,
+  type TokenLogProb,
   type Vision,
 } from 'p2r-kernels'
 
@@ -63,6 +65,8 @@ export function passes(model: Qwen3VL, images: Vision): Tensor[] {
   const plain = model.forward(packed).logits
   // @ts-expect-error it was not wanted
   const missing = model.forward({ ...packed, want: ['final'] }).logits
+  const cache: Qwen3VLCache = { kv: model.kvCache(512), sequences: [0] }
+  model.forward({ ...packed, cache }).dispose()
   const scored: Qwen3VLLogProbsArgs = { ...packed, temperature: 0.5 }
   const { logProbs, entropy }: Qwen3VLLogProbs = model.logProbs(scored)
   return [plain, missing, logProbs, entropy, ...(some.hiddenStates ?? [])]
@@ -82,6 +86,8 @@ export async function texts(model: Qwen3VL, images: Vision): Promise<number[]> {
   const tokens: number[] = all.flatMap((one) => one.tokens)
   for await (const step of model.stream(a)) {
     const one: GeneratedToken = step
+    const top: TokenLogProb[] | undefined = one.topLogProbs
+    if (top) tokens.push(...top.map(({ token }) => token))
     tokens.push(one.token)
   }
   return tokens

@@ -115,9 +115,18 @@ export const planted = [
   {
     bug: 'attention: keys past the end have a probability above 0 where the scale is 0',
     file: 'cuda/attention/mma_forward.cu',
-    search: 'if (j * 8 + e % 2 >= valid) s[i][j][e] = 0;',
+    search: 'if (!sees(i, j, e)) s[i][j][e] = 0;',
     replace: ';',
     cases: /^attention/,
+    variant: 'plain',
+  },
+  {
+    bug: 'attention: values that a query does not see, times 0, are added to its own',
+    file: 'cuda/attention/mma.cuh',
+    compile: 'cuda/attention/mma_forward.cu',
+    search: 'if (!found) return;',
+    replace: 'return;',
+    cases: /^causal-attention-unseen/,
     variant: 'plain',
   },
   {
@@ -181,7 +190,8 @@ export const planted = [
   },
   {
     bug: 'attention: views that begin between multiples of 16 bytes are not copied',
-    file: 'cuda/attention/attention.cu',
+    file: 'cuda/attention/attention.cuh',
+    compile: 'cuda/attention/attention.cu',
     search: 'if (!copy_.as<void>()) return;',
     replace: 'return;',
     cases: /^attention-views/,

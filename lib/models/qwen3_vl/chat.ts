@@ -4,7 +4,7 @@ import { scope } from '../../scope.js'
 import { imageSize, type Tensor } from '../../tensor.js'
 import type { Qwen3VL } from './model.js'
 import type { Vision } from './prompt.js'
-import type { ChatMessage, Qwen3VLTokenizer } from './tokens.js'
+import type { ChatMessage, ChatOptions, Qwen3VLTokenizer } from './tokens.js'
 
 /** A prompt whose patches are freed with it. */
 export interface ChatPrompt extends Disposable {
@@ -50,6 +50,15 @@ export function patchesOf(
   })
 }
 
+/** The beginning of a conversation whose tokens are known, up to the end of what a message says. */
+export interface KnownTokens {
+  tokens: readonly number[]
+  /** The message's place. */
+  message: number
+  /** How many of the images are in it. */
+  images: number
+}
+
 /** The tokens of a conversation whose image parts are these images, in their order. */
 export function chatPrompt(
   model: Qwen3VL,
@@ -58,6 +67,7 @@ export function chatPrompt(
     messages: readonly ChatMessage[]
     images: readonly Tensor<'u8'>[]
     template?: Readonly<Record<string, unknown>>
+    known?: KnownTokens | undefined
   },
   op: string,
 ): ChatPrompt {
@@ -66,14 +76,28 @@ export function chatPrompt(
   try {
     const { mergeSize } = model.tower.config
     const counts = images?.gridThw.map(([t, h, w]) => (t * h * w) / mergeSize ** 2) ?? []
-    const { template } = a
-    const tokens = tokenizer.encodeChat(a.messages, {
-      images: counts,
-      ...(template && { template }),
-    })
+    const { template, known } = a
+    const options = { images: counts, ...(template && { template }) }
+    const tokens =
+      (known && continued(tokenizer, a.messages, known, options)) ??
+      tokenizer.encodeChat(a.messages, options)
     return { tokens, ...(images && { images }), [Symbol.dispose]: dispose }
   } catch (error) {
     dispose()
     throw error
   }
+}
+
+function continued(
+  tokenizer: Qwen3VLTokenizer,
+  messages: readonly ChatMessage[],
+  { tokens, message, images }: KnownTokens,
+  options: ChatOptions & { images: readonly number[] },
+): number[] | undefined {
+  const rest = tokenizer.encodeAfter(messages, message, {
+    ...options,
+    images: options.images.slice(images),
+  })
+  // The token that ended the message is the first of what the template puts behind it.
+  return rest && [...tokens, ...(rest[0] === tokens.at(-1) ? rest.slice(1) : rest)]
 }

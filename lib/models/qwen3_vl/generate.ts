@@ -10,6 +10,7 @@ import {
   checkPositive,
   checkText,
   describeValue,
+  isObject,
   type Names,
 } from '../../arguments.js'
 import { refuse } from '../../errors.js'
@@ -17,7 +18,7 @@ import type { Ints } from '../../tensor.js'
 import type { VisionTower } from '../../vision/tower.js'
 import type { Qwen3VLConfig, Qwen3VLSampling } from './config.js'
 import { checkPacked, checkTokens, type Vision } from './prompt.js'
-import { contentSeed, type Job } from './scheduler.js'
+import { contentSeed, type Job, type Sampling } from './scheduler.js'
 import { StopTexts } from './stop.js'
 import type { Qwen3VLTokenizer } from './tokens.js'
 
@@ -65,6 +66,21 @@ export interface SamplingOptions {
    * @default 0: all
    */
   minP?: number
+  /**
+   * Subtracted from the logits of tokens that the continuation has; the prompt's do not count.
+   * @default 0
+   */
+  presencePenalty?: number
+  /**
+   * Subtracted from the logits of tokens as often as the continuation has them.
+   * @default 0
+   */
+  frequencyPenalty?: number
+  /**
+   * Added to the logits of tokens, by their ids: -Infinity forbids one.
+   * @default none
+   */
+  logitBias?: Readonly<Record<number, number>>
 }
 
 /** The arguments of Qwen3VL's `generate`. */
@@ -95,10 +111,15 @@ export interface Qwen3VLGenerateArgs extends SamplingOptions {
    */
   stop?: readonly string[]
   /**
-   * Whether log-probabilities are wanted, which take another pass of the head over each token.
+   * Whether log-probabilities are wanted.
    * @default true
    */
   logProbs?: boolean
+  /**
+   * How many of the most probable tokens are told in each place, from 0 to 64; needs `logProbs`.
+   * @default 0
+   */
+  topLogProbs?: number
   /**
    * Of what temperature the log-probabilities are; greater than 0.
    * @default that of sampling, or 1 where that is 0
@@ -117,8 +138,18 @@ export interface Generated {
    * `logProbs` of the whole sequence. Empty where they are not wanted.
    */
   logProbs: number[]
+  /** In each place the most probable tokens, by falling log-probability; absent where they are not wanted. */
+  topLogProbs?: TokenLogProb[][]
   /** Whether a stop token or text ended it, or `maxTokens`. */
   finishReason: 'stop' | 'length'
+}
+
+/** A token that could have been drawn. */
+export interface TokenLogProb {
+  /** Its id. */
+  token: number
+  /** As of `Generated`. */
+  logProb: number
 }
 
 /** A step of a continuation, from Qwen3VL's `stream`. */
@@ -131,6 +162,8 @@ export interface GeneratedToken {
   token: number
   /** As of `Generated`; undefined where they are not wanted. */
   logProb?: number
+  /** The most probable tokens in this place, where they are wanted. */
+  topLogProbs?: TokenLogProb[]
   /** With the last token: why it is that. */
   finishReason?: 'stop' | 'length'
 }
@@ -142,6 +175,9 @@ export const samplingNames: Names<SamplingOptions> = {
   topK: true,
   topP: true,
   minP: true,
+  presencePenalty: true,
+  frequencyPenalty: true,
+  logitBias: true,
 }
 const generateNames: Names<Qwen3VLGenerateArgs> = {
   ...samplingNames,
@@ -152,6 +188,7 @@ const generateNames: Names<Qwen3VLGenerateArgs> = {
   stopTokens: true,
   stop: true,
   logProbs: true,
+  topLogProbs: true,
   logProbsTemperature: true,
   signal: true,
 }
@@ -162,7 +199,7 @@ export function jobsOf(
   model: { config: Qwen3VLConfig; tower: VisionTower; sampling: Qwen3VLSampling },
   op: string,
 ): { jobs: Job[]; stop: readonly string[] } {
-  checkArguments(a, generateNames, op)
+  a = checkArguments(a, generateNames, op)
   const { config, tower } = model
   const n = checkIntegerWithin(a.n ?? 1, 1, 2 ** 16, 'n', op)
   const maxTokens = checkPositive(a.maxTokens, 'maxTokens', op)
@@ -174,8 +211,10 @@ export function jobsOf(
   stop.forEach((text, i) => {
     checkText(text, `stop[${i}]`, op)
   })
-  const sampling = checkSamplingOptions(a, op)
-  const logProbs = checkBoolean(a.logProbs ?? true, 'logProbs', op) ? 'end' : 'none'
+  const sampling = checkSamplingOptions(a, op, config.vocabSize)
+  const logProbs = checkBoolean(a.logProbs ?? true, 'logProbs', op)
+  const topLogProbs = checkIntegerWithin(a.topLogProbs ?? 0, 0, 64, 'topLogProbs', op)
+  if (topLogProbs && !logProbs) refuse('ERR_VALUE', op, 'topLogProbs needs logProbs')
   const scale = a.logProbsTemperature ?? (sampling.temperature || 1)
   if (!(checkNonNegative(scale, 'logProbsTemperature', op) > 0))
     refuse('ERR_VALUE', op, 'logProbsTemperature must be greater than 0, got 0')
@@ -214,6 +253,7 @@ export function jobsOf(
       seed: contentSeed(seed, ids, repeat),
       stopTokens,
       logProbs,
+      topLogProbs: Math.min(topLogProbs, config.vocabSize),
       logProbsTemperature: scale,
       signal,
     }
@@ -221,7 +261,12 @@ export function jobsOf(
   return { jobs, stop }
 }
 
-export function checkSamplingOptions(a: SamplingOptions, op: string): Required<SamplingOptions> {
+/** vocabSize: of the model, where it is known. */
+export function checkSamplingOptions(
+  a: SamplingOptions,
+  op: string,
+  vocabSize: number = 2 ** 31,
+): Sampling {
   const { temperature = 1, topK = 0, topP = 1, minP = 0, repetitionPenalty = 1 } = a
   checkNonNegative(temperature, 'temperature', op)
   checkInteger(topK, 0, 'topK', op)
@@ -241,7 +286,30 @@ export function checkSamplingOptions(a: SamplingOptions, op: string): Required<S
       op,
       `repetitionPenalty must be a number greater than 0, got ${describeValue(repetitionPenalty)}`,
     )
-  return { temperature, topK, topP, minP, repetitionPenalty }
+  const { presencePenalty = 0, frequencyPenalty = 0, logitBias = {} } = a
+  for (const [name, value] of Object.entries({ presencePenalty, frequencyPenalty }))
+    if (!Number.isFinite(value))
+      refuse('ERR_VALUE', op, `${name} must be a finite number, got ${describeValue(value)}`)
+  if (!isObject(logitBias) || Array.isArray(logitBias))
+    refuse('ERR_VALUE', op, `logitBias must be an object, got ${describeValue(logitBias)}`)
+  const bias = Object.entries(logitBias).map(([key, value]) => {
+    const token = Number(key)
+    if (!Number.isInteger(token) || token < 0 || token >= vocabSize)
+      refuse('ERR_VALUE', op, `logitBias has '${key}', which is no token id below ${vocabSize}`)
+    if (typeof value !== 'number' || !(value < Number.POSITIVE_INFINITY))
+      refuse('ERR_VALUE', op, `logitBias[${key}] must be a number, got ${describeValue(value)}`)
+    return [token, value] as const
+  })
+  return {
+    temperature,
+    topK,
+    topP,
+    minP,
+    repetitionPenalty,
+    presencePenalty,
+    frequencyPenalty,
+    logitBias: new Map(bias),
+  }
 }
 
 /** What ends a continuation whose text has one of the stop texts. */
@@ -279,9 +347,8 @@ export async function* streamed(
     return {
       ...job,
       signal: left.signal,
-      logProbs: job.logProbs === 'none' ? 'none' : 'step',
       onStep(rollouts) {
-        rollouts.forEach(({ tokens, logProbs, done, finishReason }, index) => {
+        rollouts.forEach(({ tokens, logProbs, topLogProbs, done, finishReason }, index) => {
           for (; told[index]! < tokens.length; told[index]!++) {
             const at = told[index]!
             const logProb = logProbs[at]
@@ -290,6 +357,7 @@ export async function* streamed(
               index,
               token: tokens[at]!,
               ...(logProb !== undefined && { logProb }),
+              ...(topLogProbs && { topLogProbs: topLogProbs[at]! }),
               ...(done && at === tokens.length - 1 && { finishReason }),
             })
           }

@@ -21,7 +21,13 @@ import { checkDevice, type Device } from '../../device.js'
 import { checkFloatDType, type FloatDType } from '../../dtype.js'
 import { refuse } from '../../errors.js'
 import { attention } from '../../ops/attention.js'
-import { KvCache } from '../../ops/cached_attention.js'
+import {
+  cachedAttention,
+  checkKvCache,
+  KvCache,
+  type Shift,
+  sequenceShifts,
+} from '../../ops/cached_attention.js'
 import { gatherRows } from '../../ops/rows.js'
 import { holds, scope } from '../../scope.js'
 import { type Held, held, type Ints, type Tensor } from '../../tensor.js'
@@ -43,9 +49,33 @@ import {
   stopper,
   streamed,
 } from './generate.js'
-import { checkPacked, type Packed, type PackedTokens, packedNames, place } from './prompt.js'
+import {
+  checkLength,
+  checkPacked,
+  featuresOf,
+  type Packed,
+  type PackedTokens,
+  packedNames,
+  place,
+} from './prompt.js'
+import {
+  backwardNames,
+  checkScoring,
+  logProbsNames,
+  type ModelParts,
+  type Qwen3VLBackwardArgs,
+  type Qwen3VLGradients,
+  type Qwen3VLLogProbsArgs,
+  type Qwen3VLRecord,
+  type Qwen3VLRecordArgs,
+  type RecordedModel,
+  recordNames,
+  recordOf,
+  score,
+  towerPrefix,
+} from './record.js'
 import { type Job, Scheduler } from './scheduler.js'
-import { type Qwen3VLTokenizer, tokenizerOf } from './tokens.js'
+import { type Qwen3VLTokenizer, tokenizerOf, undrawnIds } from './tokens.js'
 import { loadText, storedType, type TextWeights, textName, textShapes } from './weights.js'
 
 /** Options of Qwen3VL.load. */
@@ -84,10 +114,24 @@ export interface Qwen3VLForwardArgs<W extends Qwen3VLWant = Qwen3VLWant> extends
    */
   want?: readonly W[]
   /**
+   * Sequences of a cache, which these tokens continue: a long prompt in parts, one token after another, forks. An image
+   * or a video stands whole in one part. On the CPU the results are the bits of one pass over all tokens.
+   * @default none: sequences begin
+   */
+  cache?: Qwen3VLCache
+  /**
    * Of which tokens logits are made, by their places in `tokens`; a token's logits predict the one after it.
    * @default all
    */
   rows?: Ints
+}
+
+/** Sequences of a cache that a pass continues. */
+export interface Qwen3VLCache {
+  /** With the model's layers, key heads, head dimension and type; made by `Qwen3VL.kvCache` or by hand. */
+  kv: KvCache
+  /** A sequence of the cache for each of `cuSeqlens`, each once. */
+  sequences: Ints
 }
 
 /** The results of Qwen3VL's `forward`, those that were wanted; of T tokens, H wide, V in the vocabulary. */
@@ -100,25 +144,21 @@ export interface Qwen3VLResults {
   logits: Tensor
 }
 
-/** The arguments of Qwen3VL's `logProbs`. */
-export interface Qwen3VLLogProbsArgs extends PackedTokens {
-  /**
-   * Divides the logits; greater than 0.
-   * @default 1
-   */
-  temperature?: number
-}
-
 /** The results of Qwen3VL's `logProbs`. */
 export interface Qwen3VLLogProbs {
-  /** f32 [T], in nats: of each token, given those before it in its sequence; 0 for a sequence's first. */
+  /** f32 [N], in nats: of each target, given the tokens before it; 0 for one that has none. */
   logProbs: Tensor<'f32'>
-  /** f32 [T], in nats: of the distribution that each token is of; 0 for a sequence's first. */
+  /** f32 [N], in nats: of the distribution that each target is of; 0 for one that has no token before it. */
   entropy: Tensor<'f32'>
 }
 
-const forwardNames: Names<Qwen3VLForwardArgs> = { ...packedNames, want: true, rows: true }
-const logProbsNames: Names<Qwen3VLLogProbsArgs> = { ...packedNames, temperature: true }
+const forwardNames: Names<Qwen3VLForwardArgs> = {
+  ...packedNames,
+  cache: true,
+  want: true,
+  rows: true,
+}
+const cacheNames: Names<Qwen3VLCache> = { kv: true, sequences: true }
 const optionNames: Names<Qwen3VLOptions> = {
   dtype: true,
   quantize: true,
@@ -130,6 +170,13 @@ const opName = 'Qwen3VL'
 const pageSize = 16
 const construct = Symbol('construct')
 
+/** A pass that continues sequences of a cache. */
+interface Continued {
+  kv: KvCache
+  sequences: number[]
+  commit: () => void
+}
+
 /** What a model is made of. */
 interface Parts {
   folder: string
@@ -140,6 +187,7 @@ interface Parts {
   imageRules: Qwen3VLImageRules
   tower: VisionTower
   weights: TextWeights
+  undrawn: readonly number[]
   cacheTokens: number
 }
 
@@ -175,6 +223,7 @@ export class Qwen3VL implements Disposable {
   readonly #scheduler: Scheduler
   readonly #folder: string
   #tokenizer: Promise<Qwen3VLTokenizer> | undefined
+  #parameters: ReadonlyMap<string, Tensor> | undefined
 
   private constructor(key: typeof construct, parts: Parts) {
     if (key !== construct) refuse('ERR_VALUE', opName, 'a Qwen3VL is made by Qwen3VL.load()')
@@ -186,17 +235,15 @@ export class Qwen3VL implements Disposable {
     this.tower = parts.tower
     const tensors = (): Iterable<unknown> => [parts.tower, ...this.#decoder.weights()]
     Object.defineProperty(this, holds, { value: tensors })
-    this.#decoder = new Decoder(parts.config, parts.device, parts.weights)
+    this.#decoder = new Decoder(parts.config, parts.device, parts.weights, parts.undrawn)
     this.#folder = parts.folder
-    const { config, device, dtype, cacheTokens, tower } = parts
-    const { layers, kvHeads, headDim } = config
-    const pages = Math.ceil(cacheTokens / pageSize)
+    const { config, cacheTokens, tower } = parts
     this.#scheduler = new Scheduler({
       op: opName,
       decoder: this.#decoder,
-      place: (prompt) => place(prompt, tower, config),
-      cache: () => new KvCache(device, { layers, kvHeads, headDim, pages, pageSize, dtype }),
-      cacheTokens: pages * pageSize,
+      place: (prompt) => place(prompt, config, (vision) => featuresOf(tower, vision)),
+      cache: () => this.kvCache(cacheTokens),
+      cacheTokens: Math.ceil(cacheTokens / pageSize) * pageSize,
     })
   }
 
@@ -214,7 +261,7 @@ export class Qwen3VL implements Disposable {
   ): Promise<Qwen3VL> {
     checkString(folder, 'folder', opName)
     checkDevice(device, opName)
-    checkArguments(options, optionNames, opName, 'options')
+    options = checkArguments(options, optionNames, opName, 'options')
     const { dtype, quantize, cacheTokens, onProgress } = options
     if (quantize !== undefined && quantize !== 8 && quantize !== 4)
       refuse('ERR_VALUE', opName, `quantize must be 8 or 4, got ${describeValue(quantize)}`)
@@ -225,6 +272,7 @@ export class Qwen3VL implements Disposable {
     const config = await readConfig(folder, opName)
     const sampling = await readSampling(folder, config.vocabSize, opName)
     const imageRules = await readImageRules(folder, opName)
+    const undrawn = await undrawnIds(folder, config)
     const wanted = textShapes(config)
     const stored = await listWeights(opName, folder, (name) => textName(name, wanted))
     const textBytes = bytesOf(stored)
@@ -243,7 +291,7 @@ export class Qwen3VL implements Disposable {
         onProgress?.(towerBytes + done, towerBytes + textBytes),
       )
       const sizes = { dtype: type, cacheTokens: cacheTokens ?? defaultCache(config, type, device) }
-      const read = { config, sampling, imageRules }
+      const read = { config, sampling, imageRules, undrawn }
       return new Qwen3VL(construct, { folder, device, ...read, tower, weights, ...sizes })
     } catch (error) {
       tower.dispose()
@@ -268,25 +316,28 @@ export class Qwen3VL implements Disposable {
   /**
    * The states and logits of packed sequences, each computed by itself.
    *
-   * @throws P2RError ERR_VALUE for tokens outside the vocabulary, sequences beyond the model's context, and images or
-   *   videos that are not those of the placeholders; ERR_SHAPE, ERR_DTYPE, ERR_DEVICE for patches that do not fit;
-   *   ERR_MEMORY; ERR_DISPOSED.
+   * @throws P2RError ERR_VALUE for tokens outside the vocabulary, sequences beyond the model's context, images or
+   *   videos that are not those of the placeholders, and a cache of another model; ERR_SHAPE, ERR_DTYPE, ERR_DEVICE for
+   *   patches and caches that do not fit; ERR_MEMORY, also where the cache is full, which then has what it had before;
+   *   ERR_DISPOSED.
    */
   forward<W extends Qwen3VLWant = 'logits'>(
     a: Qwen3VLForwardArgs<W>,
   ): Held<Pick<Qwen3VLResults, W>> {
     checkReceiver(isObject(this) && #decoder in this, 'Qwen3VL', opName)
-    checkArguments(a, forwardNames, opName)
+    a = checkArguments(a, forwardNames, opName)
     const want = checkArray<Qwen3VLWant>(a.want ?? ['logits'], 'want', opName)
     want.forEach((one, i) => {
       choice(one, wants, `want[${i}]`, opName)
     })
     const packed = checkPacked(a, this.config, this.tower, opName)
+    const cached = a.cache && this.#continued(a.cache, packed)
     const rows = a.rows === undefined ? undefined : hostInts(a.rows, 'rows', opName)
     return composite(opName, () =>
       held(
         scope(() => {
-          const { final, hidden } = this.#run(packed, want.includes('hiddenStates'))
+          const { final, hidden } = this.#run(packed, want.includes('hiddenStates'), cached)
+          cached?.commit()
           const parts: Partial<Qwen3VLResults> = {}
           if (want.includes('hiddenStates')) parts.hiddenStates = hidden
           if (want.includes('final')) parts.final = final
@@ -308,21 +359,57 @@ export class Qwen3VL implements Disposable {
    */
   logProbs(a: Qwen3VLLogProbsArgs): Held<Qwen3VLLogProbs> {
     checkReceiver(isObject(this) && #decoder in this, 'Qwen3VL', opName)
-    checkArguments(a, logProbsNames, opName)
-    const packed = checkPacked(a, this.config, this.tower, opName)
+    a = checkArguments(a, logProbsNames, opName)
+    const scoring = checkScoring(a, this.#parts, opName)
     return composite(opName, () =>
       held(
         scope(() => {
-          const { final } = this.#run(packed, false)
-          // Token t is predicted by row t - 1; a sequence's first by none.
-          const before = packed.tokens.map((_, t) => Math.max(0, t - 1))
-          const targets = packed.tokens.slice()
-          for (const first of packed.cuSeqlens) if (first < targets.length) targets[first] = -100
-          const states = gatherRows({ x: final, index: before })
-          return this.#decoder.logProbs(states, targets, a.temperature ?? 1)
+          const { logProbs, entropy } = score(this.#parts, scoring)
+          return { logProbs, entropy }
         }),
       ),
     )
+  }
+
+  /**
+   * Log-probabilities as `logProbs` has them, to the bit, with what their gradients need.
+   *
+   * @throws P2RError as `logProbs`; ERR_VALUE for a quantized model, which has no gradients.
+   */
+  record(a: Qwen3VLRecordArgs): Qwen3VLRecord {
+    checkReceiver(isObject(this) && #decoder in this, 'Qwen3VL', opName)
+    a = checkArguments(a, recordNames, opName)
+    return recordOf(this.#recorded(), a)
+  }
+
+  /**
+   * The gradients of Σ dLogProbs · logProbs (and dEntropy · entropy) with respect to all weights.
+   *
+   * @returns `gradients` by the names of `parameters()`, f32; and `dInputs` and `dPixels` where `inputs` is true.
+   * @throws P2RError as `record` and `Qwen3VLRecord.backward`.
+   */
+  backward(a: Qwen3VLBackwardArgs): Held<Qwen3VLGradients> {
+    checkReceiver(isObject(this) && #decoder in this, 'Qwen3VL', opName)
+    a = checkArguments(a, backwardNames, opName)
+    const { dLogProbs, dEntropy, into, ...rest } = a
+    const record = recordOf(this.#recorded(), rest)
+    try {
+      return record.backward({ dLogProbs, ...(dEntropy && { dEntropy }), ...(into && { into }) })
+    } finally {
+      record.dispose()
+    }
+  }
+
+  /**
+   * The weights by Hugging Face's names and in their shapes; a tied head is the embedding. They are the model's own:
+   * what is written to them changes it, and they are disposed with it. A quantized model has only those that are not.
+   */
+  parameters(): Map<string, Tensor> {
+    checkReceiver(isObject(this) && #decoder in this, 'Qwen3VL', 'parameters')
+    const visual = [...this.tower.parameters()].map(
+      ([name, weight]) => [towerPrefix + name, weight] as const,
+    )
+    return new Map([...this.#decoder.parameters(), ...visual])
   }
 
   /**
@@ -372,13 +459,106 @@ export class Qwen3VL implements Disposable {
     }
   }
 
-  #run(packed: Packed, hiddenStates: boolean): { final: Tensor; hidden: Tensor[] } {
+  get #parts(): ModelParts {
+    return { config: this.config, tower: this.tower, decoder: this.#decoder }
+  }
+
+  #recorded(): RecordedModel {
+    if (this.#decoder.quantized)
+      refuse('ERR_VALUE', opName, 'the weights are quantized, and have no gradients')
+    this.#parameters ??= this.parameters()
+    return { parts: this.#parts, parameters: this.#parameters }
+  }
+
+  /**
+   * Keys and values of sequences that continue in passes, of the model's sizes: for `forward`'s `cache`.
+   *
+   * @throws P2RError ERR_VALUE for a number of tokens that is none; ERR_MEMORY; ERR_DISPOSED.
+   */
+  kvCache(tokens: number): KvCache {
+    checkReceiver(isObject(this) && #decoder in this, 'Qwen3VL', 'kvCache')
+    checkIntegerWithin(tokens, 1, 2 ** 24, 'tokens', opName)
+    const { layers, kvHeads, headDim } = this.config
+    const pages = Math.ceil(tokens / pageSize)
+    return new KvCache(this.device, {
+      layers,
+      kvHeads,
+      headDim,
+      pages,
+      pageSize,
+      dtype: this.dtype,
+    })
+  }
+
+  /** Moves a pass's positions behind those of the sequences that it continues. */
+  #continued(cache: Qwen3VLCache, packed: Packed): Continued {
+    checkArguments(cache, cacheNames, opName, 'cache')
+    const kv = checkKvCache(cache.kv, 'cache.kv', opName)
+    const sequences = [...hostInts(cache.sequences, 'cache.sequences', opName)]
+    const { layers, maxPositions } = this.config
+    if (kv.layers !== layers || kv.dtype !== this.dtype)
+      refuse(
+        'ERR_VALUE',
+        opName,
+        `cache.kv must have ${layers} layers of ${this.dtype}, as the model, got ${kv.layers} of ${kv.dtype}`,
+      )
+    const { tokens, cuSeqlens, positions } = packed
+    if (sequences.length !== cuSeqlens.length - 1)
+      refuse(
+        'ERR_VALUE',
+        opName,
+        `cache.sequences must be as many as those of cuSeqlens, ${cuSeqlens.length - 1}, got ${sequences.length}`,
+      )
+    const added = sequences.map((sequence, s): Shift[] => {
+      const [first, end] = [cuSeqlens[s]!, cuSeqlens[s + 1]!]
+      const shifts = sequenceShifts(kv, sequence, `cache.sequences[${s}]`, opName)
+      const length = kv.length(sequence)
+      checkLength(length + end - first, maxPositions, `sequence ${sequence} of the cache`, opName)
+      let shift = shifts.at(-1)?.shift ?? 0
+      const start = length + shift
+      const made: Shift[] = []
+      for (let t = first; t < end; t++) {
+        for (let axis = 0; axis < 3; axis++) positions[axis * tokens.length + t]! += start
+        const isText = tokens[t] !== this.config.imageToken && tokens[t] !== this.config.videoToken
+        const place = length + t - first
+        if (!isText || positions[t]! - place === shift) continue
+        shift = positions[t]! - place
+        made.push({ from: place, shift })
+      }
+      // What follows an image at the end stands where the next token would.
+      const next = length + end - first
+      const last = start + packed.deltas[s]! - length
+      if (end > first && last !== shift) made.push({ from: next, shift: last })
+      return made
+    })
+    return {
+      kv,
+      sequences,
+      commit: () => {
+        for (const [s, sequence] of sequences.entries())
+          sequenceShifts(kv, sequence, `cache.sequences[${s}]`, opName, added[s])
+      },
+    }
+  }
+
+  #run(
+    packed: Packed,
+    hiddenStates: boolean,
+    cached?: Continued,
+  ): { final: Tensor; hidden: Tensor[] } {
     const { tokens, cuSeqlens, positions } = packed
     return this.#decoder.run({
       tokens,
       positions,
-      attend: (_, q, k, v) => attention({ q, k, v, cuSeqlens, causal: true }).out,
-      placements: place(packed, this.tower, this.config),
+      attend: (layer, q, k, v) =>
+        cached
+          ? cachedAttention({
+              ...{ q, k, v, cuSeqlens, layer },
+              cache: cached.kv,
+              sequences: cached.sequences,
+            })
+          : attention({ q, k, v, cuSeqlens, causal: true }),
+      placements: place(packed, this.config, (vision) => featuresOf(this.tower, vision)),
       hiddenStates,
     })
   }

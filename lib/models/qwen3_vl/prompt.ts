@@ -112,7 +112,7 @@ function checkVision(
   op: string,
 ): Vision | undefined {
   if (vision === undefined) return undefined
-  checkArguments(vision, visionNames, op, name)
+  vision = checkArguments(vision, visionNames, op, name)
   const { pixelValues, gridThw } = vision
   handleOf(pixelValues, `${name}.pixelValues`, op)
   const { mergeSize, patchSize, temporalPatchSize } = tower.config
@@ -129,19 +129,23 @@ function checkVision(
   return { pixelValues, gridThw: grids }
 }
 
-/** What the tower makes of the images and videos, and the rows of tokens that it stands in for. */
-export function place(packed: Packed, tower: VisionTower, config: Qwen3VLConfig): Placement[] {
-  const encode = (vision: Vision | undefined): Features | undefined => {
-    if (!vision) return undefined
-    const { pixelValues, gridThw } = vision
-    return scope(() => {
-      const { merged, deepstack } = tower.encode({ pixelValues, gridThw })
-      return { merged, deepstack }
-    })
-  }
+/** What a tower makes of images or videos. */
+export function featuresOf(tower: VisionTower, { pixelValues, gridThw }: Vision): Features {
+  return scope(() => {
+    const { merged, deepstack } = tower.encode({ pixelValues, gridThw })
+    return { merged, deepstack }
+  })
+}
+
+/** What `encode` makes of the images and videos, and the rows of tokens that it stands in for. */
+export function place(
+  packed: Packed,
+  config: Qwen3VLConfig,
+  encode: (vision: Vision) => Features,
+): Placement[] {
   const kinds = new Map([
-    [config.imageToken, { features: encode(packed.images), from: 0 }],
-    [config.videoToken, { features: encode(packed.videos), from: 0 }],
+    [config.imageToken, { features: packed.images && encode(packed.images), from: 0 }],
+    [config.videoToken, { features: packed.videos && encode(packed.videos), from: 0 }],
   ])
   const { tokens } = packed
   const placements: Placement[] = []

@@ -8,14 +8,15 @@
  * on, the youngest gives its pages back and is computed again later.
  *
  * A lane's results do not depend on the others: kernels compute a row's bits from its own sequence alone, and the
- * random numbers of a draw follow from the request, not from the batch. Log-probabilities are computed by the kernel of
- * `logProbs`, from the final states that are kept until enough have come together.
+ * random numbers of a draw follow from the request, not from the batch. Log-probabilities are those of the logits that
+ * the draw is from, before anything is masked or biased, and on the CPU the bits of the head without logits.
  */
 import { type AbortSignalLike, onAbort } from '../../abort.js'
 import { composite } from '../../composite.js'
 import { P2RError, refuse } from '../../errors.js'
 import { cachedAttention, type KvCache } from '../../ops/cached_attention.js'
-import { gatherRows } from '../../ops/rows.js'
+import { tokenLogProbs } from '../../ops/log_probs.js'
+import { gatherRows, scatterAddRows } from '../../ops/rows.js'
 import { sampleTokens } from '../../ops/sampling.js'
 import { scope, unscoped } from '../../scope.js'
 import type { Tensor } from '../../tensor.js'
@@ -29,12 +30,16 @@ export interface Sampling {
   topP: number
   minP: number
   repetitionPenalty: number
+  presencePenalty: number
+  frequencyPenalty: number
+  logitBias: ReadonlyMap<number, number>
 }
 
 /** One continuation of a prompt. */
 export interface Rollout {
   tokens: number[]
   logProbs: number[]
+  topLogProbs?: { token: number; logProb: number }[][]
   finishReason: 'stop' | 'length'
 }
 
@@ -54,8 +59,9 @@ export interface Job {
   /** Two words, from which the random numbers of all draws follow. */
   seed: readonly [number, number]
   stopTokens: ReadonlySet<number>
-  /** 'end': they are there when the job is done; 'step': with each token. */
-  logProbs: 'none' | 'end' | 'step'
+  logProbs: boolean
+  /** How many of the most probable tokens are told in each place. */
+  topLogProbs: number
   logProbsTemperature: number
   signal?: AbortSignalLike | undefined
   /** Called for each token; true ends its continuation. */
@@ -78,9 +84,6 @@ interface Model {
 const chunk = 512
 /** Lanes at once. */
 const maxLanes = 256
-/** States that wait for their log-probabilities. */
-const maxStates = 256
-
 class Running {
   readonly job: Job
   readonly rollouts: RolloutSoFar[]
@@ -95,6 +98,7 @@ class Running {
     this.rollouts = Array.from({ length: job.n }, () => ({
       tokens: [],
       logProbs: [],
+      ...(job.topLogProbs > 0 && { topLogProbs: [] }),
       finishReason: 'length',
       done: false,
     }))
@@ -111,14 +115,11 @@ interface Lane {
   cached: number
 }
 
-/** A drawn token's final state, until its log-probability is computed. */
-interface State {
-  rollout: Rollout
-  at: number
-  token: number
-  states: Tensor
+/** A rollout's next token, from a row of the step's logits. */
+interface Draw {
+  lane: Lane
   row: number
-  temperature: number
+  state: number
 }
 
 export class Scheduler {
@@ -126,7 +127,6 @@ export class Scheduler {
   #cache: KvCache | undefined
   #waiting: Lane[] = []
   #lanes: Lane[] = []
-  #states: State[] = []
   #looping = false
   #disposed = false
 
@@ -249,78 +249,95 @@ export class Scheduler {
       return lane.sequence
     })
     const whole = batch.filter(({ lane, count }) => lane.cached + count === lane.tokens.length)
-    const { final, logits } = composite(op, () =>
+    const { final, ...rows } = composite(op, () =>
       scope(() => {
         const made = decoder.run({
           ...pass,
           attend: (layer, q, k, v) =>
-            cachedAttention({ q, k, v, cuSeqlens: pass.cuSeqlens, cache, layer, sequences }).out,
+            cachedAttention({ q, k, v, cuSeqlens: pass.cuSeqlens, cache, layer, sequences }),
         })
-        return {
-          final: made.final,
-          logits: whole.length ? decoder.drawable(made.final) : undefined,
-        }
+        return { final: made.final, ...(whole.length && decoder.drawable(made.final)) }
       }),
     )
     try {
       for (const { lane, count } of batch) lane.cached += count
-      const draws = whole.flatMap(({ lane }, state) =>
+      const draws = whole.flatMap(({ lane }, state): Draw[] =>
         lane.row === undefined
           ? lane.running.rollouts.map((_, row) => ({ lane, row, state }))
           : [{ lane, row: lane.row, state }],
       )
       // The read of no states waits for the step all the same, so that the queue does not fill up.
-      if (!logits) await final.slice(0, 0).read()
-      else await this.#draw(draws, logits, final)
+      if (!rows.logits) await final.slice(0, 0).read()
+      else await this.#draw(draws, rows.logits, rows.drawable!)
     } finally {
-      logits?.dispose()
-      if (!this.#states.some(({ states }) => states === final)) final.dispose()
+      for (const tensor of [final, rows.logits, rows.drawable]) tensor?.dispose()
     }
-    await this.#settle(whole.map(({ lane }) => lane))
+    this.#settle(whole.map(({ lane }) => lane))
   }
 
   /** Draws a token for each rollout from its row of the logits. */
   async #draw(
-    draws: readonly { lane: Lane; row: number; state: number }[],
-    logits: Tensor,
-    final: Tensor,
+    draws: readonly Draw[],
+    logits: Tensor<'f32'>,
+    drawable: Tensor<'f32'>,
   ): Promise<void> {
-    const tokens = scope(() => {
+    const reads = scope(() => {
       const index = draws.map(({ state }) => state)
       const isAll = index.length === logits.shape[0] && index.every((row, i) => row === i)
-      const each = <K extends keyof Sampling>(name: K): number[] =>
-        draws.map(({ lane }) => lane.running.job.sampling[name])
-      const repetitionPenalty = each('repetitionPenalty')
+      const rowsOf = (x: Tensor<'f32'>) => (isAll ? x : gatherRows({ x, index }))
+      const jobs = draws.map(({ lane }) => lane.running.job)
+      const repetitionPenalty = jobs.map(({ sampling }) => sampling.repetitionPenalty)
       const isPenalised = repetitionPenalty.some((penalty) => penalty !== 1)
-      return sampleTokens({
-        logits: isAll ? logits : gatherRows({ x: logits, index }),
+      const { tokens } = sampleTokens({
+        logits: biased(rowsOf(drawable), draws),
         seeds: draws.map(({ lane, row }) => {
           const { job, rollouts } = lane.running
           return seedOf(job.seed, row, rollouts[row]!.tokens.length)
         }),
-        temperature: each('temperature'),
-        topK: each('topK'),
-        topP: each('topP'),
-        minP: each('minP'),
+        temperature: jobs.map(({ sampling }) => sampling.temperature),
+        topK: jobs.map(({ sampling }) => sampling.topK),
+        topP: jobs.map(({ sampling }) => sampling.topP),
+        minP: jobs.map(({ sampling }) => sampling.minP),
         ...(isPenalised && { repetitionPenalty, history: draws.map(({ lane }) => lane.tokens) }),
-      }).tokens
+      })
+      // Reading a row of logits again costs next to nothing beside making it.
+      const scored = jobs.filter(({ logProbs }) => logProbs)
+      const temperatures = [...new Set(scored.map((job) => job.logProbsTemperature))]
+      const unbiased = temperatures.length ? rowsOf(logits) : undefined
+      const known = temperatures.map((temperature) => {
+        const of = { logits: unbiased!, targets: tokens, temperature }
+        const { logProbs, stats } = tokenLogProbs(of)
+        return { logProbs: logProbs.read(), stats: stats.read() }
+      })
+      const whole = draws.map(({ state }, i) =>
+        jobs[i]!.topLogProbs ? logits.slice(state, state + 1).read() : undefined,
+      )
+      return { tokens: tokens.read(), temperatures, known, whole }
     })
-    let ids: Int32Array
-    try {
-      ids = await tokens.read()
-    } finally {
-      tokens.dispose()
-    }
-    draws.forEach(({ lane, row, state }, i) => {
+    const [ids, logProbs, stats, whole] = await Promise.all([
+      reads.tokens,
+      Promise.all(reads.known.map((one) => one.logProbs)),
+      Promise.all(reads.known.map((one) => one.stats)),
+      Promise.all(reads.whole),
+    ])
+    draws.forEach(({ lane, row }, i) => {
       const { job, rollouts, ended } = lane.running
       const rollout = rollouts[row]!
       // Its request may have ended meanwhile.
       if (rollout.done || ended) return
       const token = ids[i]!
-      const at = rollout.tokens.push(token) - 1
-      if (job.logProbs !== 'none') {
-        const { logProbsTemperature: temperature } = job
-        this.#states.push({ rollout, at, token, states: final, row: state, temperature })
+      rollout.tokens.push(token)
+      if (job.logProbs) {
+        const of = reads.temperatures.indexOf(job.logProbsTemperature)
+        const logProb = logProbs[of]![i]!
+        rollout.logProbs.push(logProb)
+        const [maximum, logSum] = stats[of]!.subarray(2 * i, 2 * i + 2)
+        rollout.topLogProbs?.push(
+          largest(whole[i]!, job.topLogProbs).map(({ at, value }) => ({
+            token: at,
+            logProb: at === token ? logProb : value / job.logProbsTemperature - maximum! - logSum!,
+          })),
+        )
       }
       const stopped = job.onToken?.(row, token) === true || job.stopTokens.has(token)
       rollout.done = stopped || rollout.tokens.length === job.maxTokens
@@ -329,7 +346,7 @@ export class Scheduler {
   }
 
   /** After a step: prompts become rollouts, those that are done give back their pages. */
-  async #settle(lanes: readonly Lane[]): Promise<void> {
+  #settle(lanes: readonly Lane[]): void {
     for (const lane of lanes) {
       // One whose request has ended meanwhile is not there any more.
       const at = this.#lanes.indexOf(lane)
@@ -345,8 +362,6 @@ export class Scheduler {
     }
     const jobs = new Set(lanes.map(({ running }) => running))
     const isDone = ({ rollouts }: Running): boolean => rollouts.every(({ done }) => done)
-    const due = [...jobs].some((running) => isDone(running) || running.job.logProbs === 'step')
-    if (due || this.#states.length >= maxStates) await this.#flush()
     for (const running of jobs) {
       running.job.onStep?.(running.rollouts)
       if (isDone(running)) this.#end(running)
@@ -368,46 +383,6 @@ export class Scheduler {
     })
   }
 
-  /** The log-probabilities of the drawn tokens whose states were kept. */
-  async #flush(): Promise<void> {
-    const all = this.#states
-    this.#states = []
-    const { decoder } = this.#model
-    const steps = [...new Set(all.map(({ states }) => states))]
-    try {
-      const reads = scope(() => {
-        const starts = new Map<Tensor, number>()
-        let rows = 0
-        for (const step of steps) {
-          starts.set(step, rows)
-          rows += step.shape[0]!
-        }
-        if (!rows) return []
-        const [first] = steps
-        const joined = first!.device.zeros([rows, first!.shape[1]!], first!.dtype)
-        for (const step of steps) {
-          const start = starts.get(step)!
-          joined.slice(start, start + step.shape[0]!).copyFrom(step)
-        }
-        const groups = groupedBy(all, ({ temperature }) => temperature)
-        return [...groups].map(([temperature, group]) => {
-          const index = group.map(({ states, row }) => starts.get(states)! + row)
-          const targets = Int32Array.from(group, ({ token }) => token)
-          const states = gatherRows({ x: joined, index })
-          return { group, read: decoder.logProbs(states, targets, temperature).logProbs.read() }
-        })
-      })
-      for (const { group, read } of reads) {
-        const values = await read
-        group.forEach(({ rollout, at }, i) => {
-          rollout.logProbs[at] = values[i]!
-        })
-      }
-    } finally {
-      for (const step of steps) step.dispose()
-    }
-  }
-
   /** Settles a request: with its rollouts, or, where there is a reason, without. */
   #end(running: Running, ...reasons: unknown[]): void {
     if (running.ended) return
@@ -420,25 +395,9 @@ export class Scheduler {
     for (const { merged, deepstack } of features)
       for (const tensor of [merged, ...deepstack]) tensor.dispose()
     running.placements = []
-    if (reasons.length) this.#dropStates(running)
     const { resolve, reject } = running.settle
     if (reasons.length) reject(reasons[0])
-    else
-      resolve(
-        running.rollouts.map(({ tokens, logProbs, finishReason }) => ({
-          tokens,
-          logProbs,
-          finishReason,
-        })),
-      )
-  }
-
-  #dropStates({ rollouts }: Running): void {
-    const own = new Set<Rollout>(rollouts)
-    const kept = this.#states.filter(({ rollout }) => !own.has(rollout))
-    const needed = new Set(kept.map(({ states }) => states))
-    for (const { states } of this.#states) if (!needed.has(states)) states.dispose()
-    this.#states = kept
+    else resolve(running.rollouts.map(({ done: _, ...rollout }) => rollout))
   }
 
   #release(lane: Lane): void {
@@ -448,13 +407,44 @@ export class Scheduler {
   }
 }
 
-function groupedBy<T, K>(list: readonly T[], keyOf: (item: T) => K): Map<K, T[]> {
-  const groups = new Map<K, T[]>()
-  for (const item of list) {
-    const key = keyOf(item)
-    groups.set(key, [...(groups.get(key) ?? []), item])
-  }
-  return groups
+/** Logits with the rollouts' biases, and penalties of the tokens that they have already. */
+function biased(logits: Tensor<'f32'>, draws: readonly Draw[]): Tensor<'f32'> {
+  const vocabulary = logits.shape[1]!
+  const index: number[] = []
+  const values: number[] = []
+  draws.forEach(({ lane, row }, i) => {
+    const { job, rollouts } = lane.running
+    const { presencePenalty, frequencyPenalty, logitBias } = job.sampling
+    const own = new Map(logitBias)
+    const subtract = (token: number, by: number): void =>
+      void own.set(token, (own.get(token) ?? 0) - by)
+    if (presencePenalty || frequencyPenalty) {
+      const { tokens } = rollouts[row]!
+      for (const token of tokens) subtract(token, frequencyPenalty)
+      for (const token of new Set(tokens)) subtract(token, presencePenalty)
+    }
+    for (const [token, value] of own) {
+      index.push(i * vocabulary + token)
+      values.push(value)
+    }
+  })
+  if (!index.length) return logits
+  const flat = logits.reshape([logits.shape[0]! * vocabulary, 1])
+  const y = logits.device.tensor(values, [values.length, 1])
+  return scatterAddRows({ x: flat, y, index }).reshape(logits.shape)
+}
+
+/** The k largest of some values, by falling value and of equals by rising place. */
+function largest(values: Float32Array, k: number): { at: number; value: number }[] {
+  const found: { at: number; value: number }[] = []
+  values.forEach((value, at) => {
+    if (found.length === k && !(value > found[k - 1]!.value)) return
+    let place = found.length
+    while (place > 0 && found[place - 1]!.value < value) place--
+    found.splice(place, 0, { at, value })
+    if (found.length > k) found.pop()
+  })
+  return found
 }
 
 /** The free pages that as many more tokens of a lane take. */

@@ -157,23 +157,57 @@ export class Qwen3VLTokenizer {
   encodeChat(messages: readonly ChatMessage[], options: ChatOptions = {}): number[] {
     checkReceiver(isObject(this) && #added in this, op, 'encodeChat')
     checkMessages(messages)
-    checkArguments(options, optionNames, op, 'options')
+    options = checkArguments(options, optionNames, op, 'options')
     const { images = [], videos = [] } = options
+    const { text, mark } = this.#rendered(messages, options)
+    return this.#expand(this.#encodePieces(text, mark), images, videos)
+  }
+
+  /**
+   * @internal The tokens of a conversation after what one of its turns says, whose own tokens are known. The options
+   * have the images and videos of later messages alone. Undefined where the template does not show the turn.
+   */
+  encodeAfter(
+    messages: readonly ChatMessage[],
+    turn: number,
+    options: ChatOptions,
+  ): number[] | undefined {
+    checkReceiver(isObject(this) && #added in this, op, 'encodeAfter')
+    const { images = [], videos = [] } = options
+    // It is cut out of the text again, with what is before it.
+    let said = '\u{e002}'
+    while (JSON.stringify(messages).includes(said)) said += '\u{e003}'
+    const shown = messages.map((message, i) =>
+      i === turn ? { ...message, content: said } : message,
+    )
+    const { text, mark } = this.#rendered(shown, options)
+    const at = text.indexOf(said)
+    if (at < 0) return undefined
+    return this.#expand(this.#encodePieces(text.slice(at + said.length), mark), images, videos)
+  }
+
+  /** The template's text, and the mark that cuts the control tokens in what people typed. */
+  #rendered(
+    messages: readonly ChatMessage[],
+    options: ChatOptions,
+  ): { text: string; mark: string } {
+    const { videos = [] } = options
     const texts = messages.flatMap(({ content }) =>
       typeof content === 'string'
         ? [content]
         : content.flatMap((part) => (part.type === 'text' ? [part.text] : [])),
     )
-    const mark = markFor(texts)
+    const { template = {} } = options
+    const mark = markFor([...texts, JSON.stringify(template)])
     const marked = messages.map((message) => this.#marked(message, mark))
-    let text = this.#render(marked, options)
+    const variables = this.#markedValue(template, mark) as Record<string, unknown>
+    let text = this.#render(marked, { ...options, template: variables })
     let video = 0
     text = text.replaceAll(names.visionStart + names.video + names.visionEnd, (whole) => {
       const frames = videos[video++]
       return frames ? frames.seconds.map((at) => `<${tenths(at)} seconds>${whole}`).join('') : whole
     })
-    const ids = this.#encodePieces(text, mark)
-    return this.#expand(ids, images, videos)
+    return { text, mark }
   }
 
   /** The text of tokens, without special ones; bytes that are no UTF-8 become U+FFFD. */
@@ -189,6 +223,13 @@ export class Qwen3VLTokenizer {
   stream(): TextStream {
     checkReceiver(isObject(this) && #added in this, op, 'stream')
     return new TextStream((token) => this.bytesOf(token))
+  }
+
+  /** @internal The ids below a vocabulary's size that have no token. */
+  unknownIds(vocabSize: number): number[] {
+    checkReceiver(isObject(this) && #added in this, op, 'unknownIds')
+    const all = Array.from({ length: vocabSize }, (_, id) => id)
+    return all.filter((id) => !this.#added.has(id) && this.#tokenizer.id_to_token(id) === undefined)
   }
 
   /** @internal The bytes that a token stands for; of special ones, and of ids without a token, none. */
@@ -212,6 +253,18 @@ export class Qwen3VLTokenizer {
       return { type: 'text', text: cut(part.text, control, mark) + end }
     })
     return { role, content: parts }
+  }
+
+  /** What the template shows of its variables, such as descriptions of tools, is text too. */
+  #markedValue(value: unknown, mark: string): unknown {
+    if (typeof value === 'string') return cut(value, this.#control, mark)
+    if (Array.isArray(value)) return value.map((one) => this.#markedValue(one, mark))
+    if (!isJsonObject(value)) return value
+    const entries = Object.entries(value).map(([key, one]) => [
+      cut(key, this.#control, mark),
+      this.#markedValue(one, mark),
+    ])
+    return Object.fromEntries(entries)
   }
 
   #encodePieces(text: string, mark: string): number[] {
@@ -256,6 +309,21 @@ export async function tokenizerOf(
     : await load(given ?? (await readJson(path, op)), path)
   checkIds(tokenizer, config, given === undefined ? path : 'tokenizer')
   return new Qwen3VLTokenizer(construct, tokenizer, await templateOf(folder))
+}
+
+/**
+ * The ids that a model never draws: placeholders, behind which only an image or a video can stand, and those that the
+ * folder's tokenizer.json, where there is one, has no token for.
+ */
+export async function undrawnIds(folder: string, config: Qwen3VLConfig): Promise<number[]> {
+  const { vocabSize, imageToken, videoToken } = config
+  const json = await ifThere(readJson(join(folder, 'tokenizer.json'), op))
+  const { model, added_tokens: added } = isJsonObject(json) ? json : {}
+  if (!isJsonObject(model) || !isJsonObject(model.vocab)) return [imageToken, videoToken]
+  const known = new Set<unknown>(Object.values(model.vocab))
+  if (Array.isArray(added)) for (const token of added) known.add(token?.id)
+  const all = Array.from({ length: vocabSize }, (_, id) => id)
+  return all.filter((id) => id === imageToken || id === videoToken || !known.has(id))
 }
 
 /** The decoded text of tokens that come one by one. */
@@ -330,8 +398,7 @@ export function tenths(seconds: number): string {
 }
 
 function checkMessages(messages: readonly ChatMessage[]): void {
-  checkArray(messages, 'messages', op)
-  messages.forEach((message, i) => {
+  checkArray(messages, 'messages', op).forEach((message, i) => {
     if (!isJsonObject(message))
       refuse('ERR_VALUE', op, `messages[${i}] must be an object, got ${describeValue(message)}`)
     choice(message.role, roles, `messages[${i}].role`, op)
