@@ -41,6 +41,9 @@ export const QUESTIONS = COLOURS.length
 
 const BACKGROUNDS = 16
 const STROKES = 60
+/** In pixels. */
+const SHORTEST_STROKE = 12
+const LONGEST_STROKE = 40
 const FRAGMENTS = 24
 /** Minimum distance of needles in cells, so that no crop shows two. */
 const NEEDLE_DISTANCE = 3
@@ -66,7 +69,7 @@ interface Background {
   blocks: Uint16Array
 }
 
-/** An object's bounding box, half open. */
+/** A window of the canvas, half open. */
 interface Extent {
   x0: number
   y0: number
@@ -74,31 +77,21 @@ interface Extent {
   y1: number
 }
 
-interface Stroke extends Extent {
-  pen: number
-  value: number
-  /** The pen's upper left corner: x, y, x, y, ... */
-  path: Int16Array
-}
+/** Numbers of an object in a scene's lists, which begin with its bounding box: x0, y0, x1, y1. */
+const FIELDS = 8
 
-/** A digit, or a square cropped from one at (left, top). */
-interface Sprite extends Extent {
-  digit: number
-  left: number
-  top: number
-  tint: number
-}
-
+/** Objects are rows of integers: thousands of scenes as objects would keep the garbage collector busy. */
 export interface Scene {
   background: number
   rollX: number
   rollY: number
   mirrored: boolean
-  strokes: readonly Stroke[]
-  strokeExtents: Int16Array
-  /** The fragments and the needles. */
-  sprites: readonly Sprite[]
-  spriteExtents: Int16Array
+  /** Rows of: box (4), pen, intensity, first and last index into `paths`. */
+  strokes: Int32Array
+  /** The pen's upper left corners: x, y, x, y, ... */
+  paths: Int16Array
+  /** The fragments, then the needles: squares at (left, top) of a digit. Rows of: box (4), digit, left, top, tint. */
+  sprites: Int32Array
   /** In the order of COLOURS. */
   needles: readonly { cell: number; label: number }[]
 }
@@ -128,6 +121,7 @@ export class Canvases {
   readonly #backgrounds: Background[] = []
   readonly #scenes: Scene[] = []
   readonly #overviews: Overview[] = []
+  readonly #needleCrops: Uint8Array[] = []
   /** A canvas of (tint << 8 | intensity), 0 where no object is; cleared between calls. */
   readonly #layer = new Uint16Array(CANVAS * CANVAS)
   readonly #touched = new Int32Array(CANVAS * CANVAS)
@@ -136,7 +130,6 @@ export class Canvases {
   readonly #changes = new Int32Array(3 * OVERVIEW * OVERVIEW)
   readonly #isChanged = new Uint8Array(OVERVIEW * OVERVIEW)
   readonly #changedBlocks = new Int32Array(OVERVIEW * OVERVIEW)
-  #drawn = 0
 
   constructor(digits: Digits, seed: number, count: number) {
     this.#digits = digits
@@ -163,8 +156,16 @@ export class Canvases {
     return this.#overviews[index]
   }
 
-  /** A cell at full resolution: RGB bytes, 32 x 32. */
+  /** A cell at full resolution: RGB bytes, 32 x 32. Kept where it holds a needle, 3 KB each. */
   crop(index: number, cell: number): Uint8Array {
+    const needle = this.scene(index).needles.findIndex((other) => other.cell === cell)
+    if (needle < 0) return this.#renderCell(index, cell)
+    const at = QUESTIONS * index + needle
+    this.#needleCrops[at] ??= this.#renderCell(index, cell)
+    return this.#needleCrops[at]
+  }
+
+  #renderCell(index: number, cell: number): Uint8Array {
     const x = (cell % LATTICE) * CELL
     const y = Math.floor(cell / LATTICE) * CELL
     return this.#render(this.scene(index), { x0: x, y0: y, x1: x + CELL, y1: y + CELL })
@@ -202,19 +203,29 @@ export class Canvases {
   }
 
   #renderOverview(scene: Scene): Overview {
-    const background = this.#background(scene)
-    const [rollX, rollY] = [scene.rollX / BLOCK, scene.rollY / BLOCK]
-    // The bare background first: it is grey, and most blocks stay so.
-    const greys = this.#greys
     const pixels = new Uint8Array(3 * OVERVIEW * OVERVIEW)
     const cells = new Int32Array(3 * THUMBNAIL * THUMBNAIL)
+    // The bare background first: it is grey, and most blocks stay so.
+    this.#greyOverview(scene, pixels, cells)
+    const painted = this.#paint(scene, { x0: 0, y0: 0, x1: CANVAS, y1: CANVAS })
+    this.#applyChanges(this.#sumChanges(scene, painted), pixels, cells)
+    const thumbnail = new Uint8Array(cells.length)
+    for (let i = 0; i < cells.length; i++) thumbnail[i] = meanOf(cells[i] as number, CELL_SHIFT)
+    return { pixels, thumbnail }
+  }
+
+  /** The overview of the bare background, and the sums of its cells. */
+  #greyOverview(scene: Scene, pixels: Uint8Array, cells: Int32Array): void {
+    const { blocks } = this.#background(scene)
+    const [rollX, rollY] = [scene.rollX / BLOCK, scene.rollY / BLOCK]
+    // A mirrored block holds the same pixels as its source, so its sum is the same.
+    const [first, step] = scene.mirrored ? [OVERVIEW - 1 + rollX, -1] : [rollX, 1]
+    const greys = this.#greys
     let block = 0
     for (let y = 0; y < OVERVIEW; y++) {
       const row = ((y + rollY) & (OVERVIEW - 1)) * OVERVIEW
       for (let x = 0; x < OVERVIEW; x++, block++) {
-        // A mirrored block holds the same pixels as its source, so its sum is the same.
-        const column = ((scene.mirrored ? OVERVIEW - 1 - x : x) + rollX) & (OVERVIEW - 1)
-        const sum = background.blocks[row + column] as number
+        const sum = blocks[row + ((first + step * x) & (OVERVIEW - 1))] as number
         greys[block] = sum
         const grey = meanOf(sum, BLOCK_SHIFT)
         pixels[3 * block] = grey
@@ -223,29 +234,40 @@ export class Canvases {
         addToCell(cells, block, sum, sum, sum)
       }
     }
-    // What the objects change of each block's sums.
-    const changes = this.#changes
-    const painted = this.#paint(scene, { x0: 0, y0: 0, x1: CANVAS, y1: CANVAS })
+  }
+
+  /** Sums up what the painted objects change of each block, and clears the layer; returns the number of blocks. */
+  #sumChanges(scene: Scene, painted: number): number {
+    const background = this.#background(scene).pixels
+    const [layer, touched, changes] = [this.#layer, this.#touched, this.#changes]
+    const [isChanged, changedBlocks] = [this.#isChanged, this.#changedBlocks]
+    const { rollY } = scene
     let changed = 0
     for (let i = 0; i < painted; i++) {
-      const pixel = this.#touched[i] as number
-      const object = this.#layer[pixel] as number
-      this.#layer[pixel] = 0
+      const pixel = touched[i] as number
+      const object = layer[pixel] as number
+      layer[pixel] = 0
       const x = pixel & (CANVAS - 1)
       const y = pixel >> CANVAS_SHIFT
-      const row = ((y + scene.rollY) & (CANVAS - 1)) * CANVAS
-      const grey = background.pixels[row + sourceX(scene, x)] as number
+      const row = ((y + rollY) & (CANVAS - 1)) * CANVAS
+      const grey = background[row + sourceX(scene, x)] as number
       if ((object & 255) <= grey) continue
       const at = (y >> BLOCK_SHIFT) * OVERVIEW + (x >> BLOCK_SHIFT)
       const colour = 3 * object
-      if (this.#isChanged[at] === 0) {
-        this.#isChanged[at] = 1
-        this.#changedBlocks[changed++] = at
+      if (isChanged[at] === 0) {
+        isChanged[at] = 1
+        changedBlocks[changed++] = at
       }
       changes[3 * at] = (changes[3 * at] as number) + (RGB[colour] as number) - grey
       changes[3 * at + 1] = (changes[3 * at + 1] as number) + (RGB[colour + 1] as number) - grey
       changes[3 * at + 2] = (changes[3 * at + 2] as number) + (RGB[colour + 2] as number) - grey
     }
+    return changed
+  }
+
+  /** Adds the changes to the overview and to the sums of its cells, and clears them. */
+  #applyChanges(changed: number, pixels: Uint8Array, cells: Int32Array): void {
+    const [greys, changes, isChanged] = [this.#greys, this.#changes, this.#isChanged]
     for (let i = 0; i < changed; i++) {
       const at = this.#changedBlocks[i] as number
       const red = changes[3 * at] as number
@@ -256,50 +278,54 @@ export class Canvases {
       pixels[3 * at + 1] = meanOf(grey + green, BLOCK_SHIFT)
       pixels[3 * at + 2] = meanOf(grey + blue, BLOCK_SHIFT)
       addToCell(cells, at, red, green, blue)
-      this.#isChanged[at] = 0
-      changes.fill(0, 3 * at, 3 * at + 3)
+      isChanged[at] = 0
+      changes[3 * at] = 0
+      changes[3 * at + 1] = 0
+      changes[3 * at + 2] = 0
     }
-    const thumbnail = new Uint8Array(cells.length)
-    for (let i = 0; i < cells.length; i++) thumbnail[i] = meanOf(cells[i] as number, CELL_SHIFT)
-    return { pixels, thumbnail }
   }
 
   /** Draws the objects that intersect the window onto the layer; returns the number of pixels drawn. */
   #paint(scene: Scene, window: Extent): number {
-    this.#drawn = 0
-    for (const stroke of intersecting(scene.strokes, scene.strokeExtents, window)) {
-      const inside = within(stroke, window)
-      const { path, pen, value } = stroke
-      for (let i = 0; i < path.length; i += 2) {
-        const x = path[i] as number
-        const y = path[i + 1] as number
+    const [layer, touched, digits] = [this.#layer, this.#touched, this.#digits.pixels]
+    const { strokes, paths, sprites } = scene
+    let drawn = 0
+    // Each pixel is the maximum of the objects over it.
+    const put = (pixel: number, value: number, tint: number): void => {
+      const before = layer[pixel] as number
+      if (value <= (before & 255)) return
+      if (before === 0) touched[drawn++] = pixel
+      layer[pixel] = (tint << 8) | value
+    }
+    for (let at = 0; at < strokes.length; at += FIELDS) {
+      if (!intersects(strokes, at, window)) continue
+      const inside = isWithin(strokes, at, window)
+      const [pen, value] = [strokes[at + 4] as number, strokes[at + 5] as number]
+      const [from, to] = [strokes[at + 6] as number, strokes[at + 7] as number]
+      for (let i = from; i < to; i += 2) {
+        const x = paths[i] as number
+        const y = paths[i + 1] as number
         for (let dy = 0; dy < pen; dy++) {
           for (let dx = 0; dx < pen; dx++) {
-            if (inside || holds(window, x + dx, y + dy)) this.#put(x + dx, y + dy, value, 0)
+            if (inside || holds(window, x + dx, y + dy)) put((y + dy) * CANVAS + x + dx, value, 0)
           }
         }
       }
     }
-    for (const sprite of intersecting(scene.sprites, scene.spriteExtents, window)) {
-      const { x0, y0, digit, left, top, tint } = sprite
-      const [firstX, lastX] = [Math.max(x0, window.x0), Math.min(sprite.x1, window.x1)]
-      const [firstY, lastY] = [Math.max(y0, window.y0), Math.min(sprite.y1, window.y1)]
+    for (let at = 0; at < sprites.length; at += FIELDS) {
+      if (!intersects(sprites, at, window)) continue
+      const [x0, y0] = [sprites[at] as number, sprites[at + 1] as number]
+      const [x1, y1] = [sprites[at + 2] as number, sprites[at + 3] as number]
+      const [digit, left] = [sprites[at + 4] as number, sprites[at + 5] as number]
+      const [top, tint] = [sprites[at + 6] as number, sprites[at + 7] as number]
+      const [firstX, lastX] = [Math.max(x0, window.x0), Math.min(x1, window.x1)]
+      const [firstY, lastY] = [Math.max(y0, window.y0), Math.min(y1, window.y1)]
       for (let y = firstY; y < lastY; y++) {
         const row = (digit * DIGIT_SIDE + top + y - y0) * DIGIT_SIDE + left - x0
-        for (let x = firstX; x < lastX; x++) {
-          this.#put(x, y, this.#digits.pixels[row + x] as number, tint)
-        }
+        for (let x = firstX; x < lastX; x++) put(y * CANVAS + x, digits[row + x] as number, tint)
       }
     }
-    return this.#drawn
-  }
-
-  #put(x: number, y: number, value: number, tint: number): void {
-    const pixel = y * CANVAS + x
-    const before = this.#layer[pixel] as number
-    if (value <= (before & 255)) return
-    if (before === 0) this.#touched[this.#drawn++] = pixel
-    this.#layer[pixel] = (tint << 8) | value
+    return drawn
   }
 
   #wipe(touched: number): void {
@@ -312,29 +338,23 @@ function sourceX(scene: Scene, x: number): number {
   return ((scene.mirrored ? CANVAS - 1 - x : x) + scene.rollX) & (CANVAS - 1)
 }
 
-/** x0, y0, x1, y1 of each object: searched without touching the objects, which are all over memory. */
-function extentsOf(objects: readonly Extent[]): Int16Array {
-  return Int16Array.from(objects.flatMap(({ x0, y0, x1, y1 }) => [x0, y0, x1, y1]))
+/** Whether the box at `at` and the window have a pixel in common. */
+function intersects(objects: Int32Array, at: number, { x0, y0, x1, y1 }: Extent): boolean {
+  return (
+    (objects[at] as number) < x1 &&
+    (objects[at + 1] as number) < y1 &&
+    (objects[at + 2] as number) > x0 &&
+    (objects[at + 3] as number) > y0
+  )
 }
 
-/** The objects that intersect the window, in their order. */
-function intersecting<T>(objects: readonly T[], extents: Int16Array, window: Extent): T[] {
-  const found: T[] = []
-  for (let i = 0; i < objects.length; i++) {
-    if (
-      (extents[4 * i] as number) < window.x1 &&
-      (extents[4 * i + 1] as number) < window.y1 &&
-      (extents[4 * i + 2] as number) > window.x0 &&
-      (extents[4 * i + 3] as number) > window.y0
-    ) {
-      found.push(objects[i] as T)
-    }
-  }
-  return found
-}
-
-function within(a: Extent, window: Extent): boolean {
-  return a.x0 >= window.x0 && a.x1 <= window.x1 && a.y0 >= window.y0 && a.y1 <= window.y1
+function isWithin(objects: Int32Array, at: number, { x0, y0, x1, y1 }: Extent): boolean {
+  return (
+    (objects[at] as number) >= x0 &&
+    (objects[at + 1] as number) >= y0 &&
+    (objects[at + 2] as number) <= x1 &&
+    (objects[at + 3] as number) <= y1
+  )
 }
 
 function holds(window: Extent, x: number, y: number): boolean {
@@ -369,8 +389,19 @@ function makeScene(digits: Digits, rng: Rng): Scene {
     rollY: rng.below(OVERVIEW) * BLOCK,
     mirrored: rng.unit() < 0.5,
   }
-  const strokes = Array.from({ length: STROKES }, () => makeStroke(rng))
-  const sprites: Sprite[] = Array.from({ length: FRAGMENTS }, () => {
+  const strokes = new Int32Array(FIELDS * STROKES)
+  const longest = new Int16Array(2 * STROKES * LONGEST_STROKE)
+  let drawn = 0
+  for (let i = 0; i < STROKES; i++) drawn = drawStroke(rng, strokes, FIELDS * i, longest, drawn)
+
+  const sprites = new Int32Array(FIELDS * (FRAGMENTS + QUESTIONS))
+  const addSprite = (
+    index: number,
+    [x, y]: readonly [number, number],
+    side: number,
+    ...source: readonly [digit: number, left: number, top: number, tint: number]
+  ): void => sprites.set([x, y, x + side, y + side, ...source], FIELDS * index)
+  for (let i = 0; i < FRAGMENTS; i++) {
     const side = 8 + rng.below(4)
     const x = rng.below(CANVAS - side)
     const y = rng.below(CANVAS - side)
@@ -378,8 +409,8 @@ function makeScene(digits: Digits, rng: Rng): Scene {
     const left = 6 + rng.below(DIGIT_SIDE - 6 - side)
     const top = 6 + rng.below(DIGIT_SIDE - 6 - side)
     const tint = rng.below(PALETTE.length)
-    return { ...square(x, y, side), digit: rng.below(digits.count), left, top, tint }
-  })
+    addSprite(i, [x, y], side, rng.below(digits.count), left, top, tint)
+  }
   const cells: number[] = []
   while (cells.length < QUESTIONS) {
     const cell = rng.below(LATTICE * LATTICE)
@@ -389,15 +420,10 @@ function makeScene(digits: Digits, rng: Rng): Scene {
     const digit = rng.below(digits.count)
     const x = (cell % LATTICE) * CELL + rng.below(CELL - DIGIT_SIDE + 1)
     const y = Math.floor(cell / LATTICE) * CELL + rng.below(CELL - DIGIT_SIDE + 1)
-    sprites.push({ ...square(x, y, DIGIT_SIDE), digit, left: 0, top: 0, tint: colour + 1 })
+    addSprite(FRAGMENTS + colour, [x, y], DIGIT_SIDE, digit, 0, 0, colour + 1)
     return { cell, label: digits.labels[digit] as number }
   })
-  const extents = { strokeExtents: extentsOf(strokes), spriteExtents: extentsOf(sprites) }
-  return { ...scene, strokes, sprites, ...extents, needles }
-}
-
-function square(x: number, y: number, side: number): Extent {
-  return { x0: x, y0: y, x1: x + side, y1: y + side }
+  return { ...scene, strokes, paths: longest.slice(0, drawn), sprites, needles }
 }
 
 /** Chebyshev distance, in cells. */
@@ -406,31 +432,39 @@ function cellDistance(a: number, b: number): number {
   return Math.max(rows, Math.abs((a % LATTICE) - (b % LATTICE)))
 }
 
-function makeStroke(rng: Rng): Stroke {
+/** Draws a stroke into `paths` from `from` on and into the row at `at`; returns where its path ends. */
+function drawStroke(
+  rng: Rng,
+  strokes: Int32Array,
+  at: number,
+  paths: Int16Array,
+  from: number,
+): number {
   const MARGIN = 20
   let x = rng.between(MARGIN, CANVAS - MARGIN)
   let y = rng.between(MARGIN, CANVAS - MARGIN)
   let angle = rng.between(0, 2 * Math.PI)
-  const length = 12 + rng.below(29)
+  const length = SHORTEST_STROKE + rng.below(LONGEST_STROKE - SHORTEST_STROKE + 1)
   const pen = 2 + rng.below(2)
   const value = 105 + rng.below(95)
   const turn = 0.06 * rng.normal()
-  const path = new Int16Array(2 * length)
-  const extent = { x0: CANVAS, y0: CANVAS, x1: 0, y1: 0 }
-  for (let step = 0; step < length; step++) {
+  const to = from + 2 * length
+  let [x0, y0, x1, y1] = [CANVAS, CANVAS, 0, 0]
+  for (let i = from; i < to; i += 2) {
     const left = Math.floor(x)
     const top = Math.floor(y)
-    path[2 * step] = left
-    path[2 * step + 1] = top
-    extent.x0 = Math.min(extent.x0, left)
-    extent.y0 = Math.min(extent.y0, top)
-    extent.x1 = Math.max(extent.x1, left + pen)
-    extent.y1 = Math.max(extent.y1, top + pen)
+    paths[i] = left
+    paths[i + 1] = top
+    if (left < x0) x0 = left
+    if (left > x1) x1 = left
+    if (top < y0) y0 = top
+    if (top > y1) y1 = top
     x += Math.cos(angle)
     y += Math.sin(angle)
     angle += turn
   }
-  return { ...extent, pen, value, path }
+  strokes.set([x0, y0, x1 + pen, y1 + pen, pen, value, from, to], at)
+  return to
 }
 
 function makeBackground(rng: Rng): Background {
