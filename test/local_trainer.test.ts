@@ -11,6 +11,8 @@ import {
   type Tensor,
 } from 'p2r-kernels'
 import { afterAll, expect, test } from 'vitest'
+import type { RolloutBatch } from '../lib/p2r/rollouts.js'
+import { microBatches } from '../lib/train/micro_batches.js'
 import { readStored, writeModel } from './golden_model.js'
 import { relativeL2 } from './harness.js'
 import { writeTokenizer } from './tiny_tokenizer.js'
@@ -156,6 +158,63 @@ test.each([
   expect(roles[0]!.errors).toBe(8)
   expect(applied).toBe(false)
   expect(await weightsOf(trainer)).toEqual(before)
+})
+
+test('a gradient that is not finite leaves weights and moments as they were', async () => {
+  // The KL term is 0 in a phase's first step; in its second one its gradient leaves f32's range.
+  using trainer = await load({
+    schedule: { perceiver: 2, reasoner: 1 },
+    loss: { klCoef: 3e38, klClamp: false },
+  })
+  expect(await trainer.step(samples)).toMatchObject({ applied: true })
+  const [before, path] = [await weightsOf(trainer), join(root, 'finite.safetensors')]
+  await trainer.saveState(path)
+  const { applied, gradNorm, roles } = await trainer.step(samples)
+  expect(roles[0]!.errors).toBe(0)
+  expect(Number.isFinite(gradNorm)).toBe(false)
+  expect(applied).toBe(false)
+  expect(await weightsOf(trainer)).toEqual(before)
+  const after = join(root, 'not-finite.safetensors')
+  await trainer.saveState(after)
+  const [own, other] = [path, after].map((at) => readStored(readFileSync(at)))
+  expect(other!.header).toEqual(own!.header)
+  expect(Buffer.compare(other!.data, own!.data)).toBe(0)
+})
+
+test('completions that are empty, and failed ones, are in no pass', () => {
+  const request = { promptTokens: [5, 6, 7], images: [] }
+  const item = (tokens: number[], error?: Error) => ({
+    request,
+    completion: { text: '', tokens },
+    ...(error && { error }),
+  })
+  const of = (...items: object[]) => microBatches({ items } as unknown as RolloutBatch, 7, 'test')
+  const kept = [item([1, 2]), item([3]), item([4, 5])]
+  const [a, b, c] = kept as [object, object, object]
+  const failed = item([9], new Error('no'))
+  const made = of(item([]), a, failed, b, item([]), c, item([]))
+  expect(made).toEqual(of(a, b, c))
+  expect(made.map(({ from, to }) => [from, to])).toEqual([
+    [0, 3],
+    [3, 5],
+  ])
+  expect(of(item([]), failed)).toEqual([])
+})
+
+test('two threads give the bits of one', async () => {
+  const made = []
+  for (const threads of [1, 2]) {
+    using own = openDevice('cpu', { threads })
+    calls = 0
+    const images = samples.map(({ image }) => image.to(own))
+    using trainer = await LocalTrainer.load(folder, own, base)
+    for (let i = 0; i < 2; i++)
+      expect(
+        await trainer.step(samples.map((sample, at) => ({ ...sample, image: images[at]! }))),
+      ).toMatchObject({ applied: true })
+    made.push(await weightsOf(trainer))
+  }
+  expect(made[1]).toEqual(made[0])
 })
 
 test('wrong options are refused before a model is loaded', async () => {

@@ -1,7 +1,7 @@
 import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { type Device, Qwen3VL, type Tensor } from 'p2r-kernels'
+import { concat, type Device, type Grid, Qwen3VL, type Tensor } from 'p2r-kernels'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import {
   type GoldenModel,
@@ -165,6 +165,43 @@ onEveryBackend('Qwen3VL', (b) => {
         expect(values, name).toEqual(await again.gradients[name]!.read())
       }
       expect(from.dInputs!.shape).toEqual([shared.tokens.length, model.config.hiddenSize])
+    })
+
+    test('a shared prompt with images is as its copies', async () => {
+      // Two images, of which each copy has its own pixels.
+      const all = modelI32('m1_d32_gqa2_tied', 'input_ids')
+      const from = modelI32('m1_d32_gqa2_tied', 'cu_seqlens')[2]!
+      const shown = [...all.subarray(from, from + modelI32('m1_d32_gqa2_tied', 'prompt_lens')[2]!)]
+      const { images } = visionOf(b.device, 'm1_d32_gqa2_tied', 'images', [2, 3])
+      const { pixelValues, gridThw } = images!
+      expect(gridThw).toHaveLength(2)
+      const own = completions.filter(({ length }) => length > 0)
+      const shared = { tokens: [...shown], cuSeqlens: [0, shown.length], targets: [] as number[] }
+      const copies = { tokens: [] as number[], cuSeqlens: [0], targets: [] as number[] }
+      for (const completion of own) {
+        copies.tokens.push(...shown)
+        for (const packed of [shared, copies]) {
+          for (const token of completion) packed.targets.push(packed.tokens.push(token) - 1)
+          packed.cuSeqlens.push(packed.tokens.length)
+        }
+      }
+      const dLogProbs = tensor(weights)
+      using one = model.record({ ...shared, images: images!, prefixOf: [-1, ...own.map(() => 0)] })
+      using many = model.record({
+        ...copies,
+        images: {
+          pixelValues: concat({ tensors: own.map(() => pixelValues) }),
+          gridThw: own.flatMap(() => [...(gridThw as Grid[])]),
+        },
+      })
+      expect(relativeL2(await one.logProbs.read(), await many.logProbs.read())).toBeLessThan(1e-6)
+      using of = one.backward({ dLogProbs })
+      using expected = many.backward({ dLogProbs })
+      for (const [name, gradient] of Object.entries(of.gradients)) {
+        const values = await gradient.read()
+        expect(norm(values), name).toBeGreaterThan(0)
+        expect(relativeL2(values, await expected.gradients[name]!.read()), name).toBeLessThan(1e-5)
+      }
     })
 
     test('gradients are added to what is given, and only those that are trained are made', async () => {
