@@ -71,8 +71,9 @@ test('trains it, goes on where it stopped, and gives a checkpoint that answers',
     run(
       ...['train', 'train.jsonl', '--model', 'tiny', '--out', out, '--steps', steps],
       ...['--batch', '1', '--group', '2', '--stages', 'alternating', '--lr', '1e-3', ...sizes],
+      ...['--validate', 'train.jsonl', '--validate-every', '2'],
     )
-  const lines = (out: string): unknown[] =>
+  const lines = (out: string): { validation?: { questions: number } }[] =>
     readFileSync(join(folder, out, 'metrics.jsonl'), 'utf8')
       .trim()
       .split('\n')
@@ -84,6 +85,19 @@ test('trains it, goes on where it stopped, and gives a checkpoint that answers',
   expect((await train('parts', '3')).err).toMatch(/Goes on after 2 steps/)
   expect(lines('parts')).toEqual(lines('once'))
   expect(lines('once')).toHaveLength(3)
+  // Every second step is validated, and the last.
+  expect(lines('once').map(({ validation }) => validation?.questions)).toEqual([undefined, 2, 2])
+  const page = readFileSync(join(folder, 'once/index.html'), 'utf8')
+  expect(page).toContain('<h1>Training of tiny</h1>')
+  expect(page).toContain('3 of 3 steps')
+  const curves = ['Reward', 'Validation', 'KL', 'Entropy', 'Length', 'Cut off', 'Faults', 'Speed']
+  for (const title of curves) expect(page).toMatch(new RegExp(`aria-label="${title}: [^"]*\\d`))
+  // The last step was the perceiver's: one question, whose options are shown as text.
+  expect(page.match(/<article>/g)).toHaveLength(1)
+  expect(page).toContain(question)
+  expect(page).toMatch(/<img src="data:image\/jpeg;base64,/)
+  // Nothing is requested, and nothing runs.
+  expect(page).not.toMatch(/https?:|<script|<link rel="stylesheet/)
   const trained = (out: string) => readFileSync(join(folder, out, 'model/model.safetensors'))
   expect(trained('parts').equals(trained('once'))).toBe(true)
   const { code, err } = await run('evaluate', 'train.jsonl', '--model', join('once', 'model'))

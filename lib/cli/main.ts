@@ -211,7 +211,10 @@ program
   .description('trains a checkpoint by PRA-GRPO here; run it again to resume')
   .argument('<data>', 'a question a line, as of evaluate, answered by a letter or a number')
   .requiredOption('--model <folder>', "a Qwen3-VL checkpoint's folder")
-  .requiredOption('--out <folder>', "of the run's state, metrics.jsonl and the trained model")
+  .requiredOption(
+    '--out <folder>',
+    "of the run's state, metrics.jsonl, index.html and the trained model",
+  )
   .option('--steps <n>', 'updates', integerFrom(1), 100)
   .option('--batch <n>', 'questions a step', integerFrom(1), 64)
   .option('--group <n>', 'rollouts a question', integerFrom(2), 8)
@@ -238,6 +241,8 @@ program
   .option('--max-pixels <n>', 'of the image and of each region', integerFrom(1), 4096 * 32 * 32)
   .option('--min-pixels <n>', 'likewise', integerFrom(1), 16 * 32 * 32)
   .option('--save-every <n>', 'steps between saved states', integerFrom(1), 10)
+  .option('--validate <file>', 'questions that are answered with the weights of some steps')
+  .option('--validate-every <n>', 'after so many steps, and the last', integerFrom(1), 10)
   .option('--seed <n>', 'of all random numbers', integerFrom(0), 0)
   .addOption(formOption())
   .addOption(deviceOption())

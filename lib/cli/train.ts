@@ -1,12 +1,18 @@
 import { existsSync } from 'node:fs'
 import { appendFile, mkdir, rm } from 'node:fs/promises'
-import { join } from 'node:path'
+import { basename, join, resolve } from 'node:path'
 import { SingleBar } from 'cli-progress'
-import { openDevice } from '../device.js'
+import { type Device, openDevice } from '../device.js'
 import { readText, replaceFile } from '../files.js'
-import { loadImage } from '../image.js'
+import { encodeImage, loadImage } from '../image.js'
+import { cropResample } from '../ops/crop_resample.js'
+import { evaluate } from '../p2r/evaluate.js'
+import { LocalPolicy } from '../p2r/local.js'
+import { Perceiver } from '../p2r/perceiver.js'
 import type { AnswerForm } from '../p2r/prompts.js'
-import type { Sample } from '../p2r/rollouts.js'
+import { Reasoner } from '../p2r/reasoner.js'
+import type { RolloutBatch, Sample } from '../p2r/rollouts.js'
+import type { Tensor } from '../tensor.js'
 import {
   LocalTrainer,
   type LocalTrainerOptions,
@@ -15,7 +21,17 @@ import {
 import { randomFrom } from '../train/random.js'
 import { imageIn } from './benchmarks.js'
 import { type Row, readRows } from './questions.js'
+import { type MetricsLine, runPage, type ShownRollout, type Validation } from './run_page.js'
 import { UsageError } from './usage.js'
+
+/** Questions of a step whose rollouts the page shows. */
+const mostShown = 6
+/** The longer side of their images, in pixels. */
+const thumbnailSide = 480
+const faults = {
+  overlap: 'Boxes overlap too much.',
+  label: 'A box has no label of its own.',
+} as const
 
 export interface TrainCommandOptions {
   model: string
@@ -35,6 +51,8 @@ export interface TrainCommandOptions {
   maxPixels: number
   minPixels: number
   saveEvery: number
+  validate?: string
+  validateEvery: number
   seed: number
   form: AnswerForm
   device?: string
@@ -42,11 +60,8 @@ export interface TrainCommandOptions {
 
 /** Trains a checkpoint on a file of questions; returns the exit code. */
 export async function trainCommand(data: string, options: TrainCommandOptions): Promise<number> {
-  const rows: Row[] = []
-  for await (const row of readRows(data, options.form)) rows.push(row)
-  if (!rows.length) throw new UsageError(`${data} holds no questions`)
-  const free = rows.find(({ form }) => form === 'free_form')
-  if (free) throw new UsageError(`${data}:${free.line} is of free form, which train cannot judge`)
+  const rows = await rowsOf(data, options)
+  const validation = options.validate === undefined ? [] : await rowsOf(options.validate, options)
   const { out, steps, batch, seed } = options
   await mkdir(out, { recursive: true })
   const [state, metrics] = [join(out, 'state.safetensors'), join(out, 'metrics.jsonl')]
@@ -58,6 +73,16 @@ export async function trainCommand(data: string, options: TrainCommandOptions): 
   if (trainer.steps) console.error(`Goes on after ${trainer.steps} steps of ${state}.`)
   // Steps after the last saved state are made again.
   await keepSteps(metrics, trainer.steps)
+  const lines = await linesOf(metrics)
+  const page = join(out, 'index.html')
+  let rollouts: ShownRollout[] = []
+  const save = async (): Promise<void> => {
+    await trainer.saveState(state)
+    // Without a step of this run the page that is there is that of the same lines, with rollouts.
+    if (!rollouts.length && existsSync(page)) return
+    const title = basename(resolve(options.model))
+    await replaceFile(page, [Buffer.from(runPage({ title, steps, lines, rollouts }))])
+  }
 
   const stop = new AbortController()
   const interrupt = (): void => {
@@ -72,12 +97,7 @@ export async function trainCommand(data: string, options: TrainCommandOptions): 
   try {
     while (trainer.steps < steps && !stop.signal.aborted) {
       const own = rowsOfStep(rows, trainer.steps, batch, seed)
-      const images = await Promise.all(
-        own.map(async ({ image }) => {
-          const source = typeof image === 'string' || image instanceof Uint8Array
-          return loadImage(source ? image : await imageIn(image), device)
-        }),
-      )
+      const images = await Promise.all(own.map((row) => imageOf(row, device)))
       try {
         const samples = own.map(
           ({ question, truth, form }, i): Sample => ({
@@ -87,13 +107,26 @@ export async function trainCommand(data: string, options: TrainCommandOptions): 
             answerForm: form,
           }),
         )
-        const made = await trainer.step(samples, { signal: stop.signal })
+        const shownNow: ShownRollout[] = []
+        const made: MetricsLine = await trainer.step(samples, {
+          signal: stop.signal,
+          onBatch: async (batch) => {
+            shownNow.push(...(await rolloutsOf(batch, own, images)))
+          },
+        })
+        rollouts = shownNow
+        const due = trainer.steps % options.validateEvery === 0 || trainer.steps === steps
+        if (validation.length && due) {
+          const judged = await validate(trainer, validation, options, stop.signal)
+          if (judged) made.validation = judged
+        }
+        lines.push(made)
         await appendFile(metrics, `${JSON.stringify(made)}\n`)
         bar.update(trainer.steps, shown(made))
       } finally {
         for (const image of images) image.dispose()
       }
-      if (trainer.steps % options.saveEvery === 0) await trainer.saveState(state)
+      if (trainer.steps % options.saveEvery === 0) await save()
     }
   } catch (error) {
     if (!stop.signal.aborted) throw error
@@ -101,7 +134,7 @@ export async function trainCommand(data: string, options: TrainCommandOptions): 
     bar.stop()
     process.off('SIGINT', interrupt)
   }
-  await trainer.saveState(state)
+  await save()
   if (stop.signal.aborted) {
     console.error(
       `Stopped after ${trainer.steps} of ${steps} steps; run the same command to resume.`,
@@ -112,6 +145,101 @@ export async function trainCommand(data: string, options: TrainCommandOptions): 
   await trainer.save(folder)
   console.log(folder)
   return 0
+}
+
+async function rowsOf(data: string, { form }: TrainCommandOptions): Promise<Row[]> {
+  const rows: Row[] = []
+  for await (const row of readRows(data, form)) rows.push(row)
+  if (!rows.length) throw new UsageError(`${data} holds no questions`)
+  const free = rows.find(({ form }) => form === 'free_form')
+  if (free) throw new UsageError(`${data}:${free.line} is of free form, which train cannot judge`)
+  return rows
+}
+
+async function imageOf({ image }: Row, device: Device): Promise<Tensor<'u8'>> {
+  const source = typeof image === 'string' || image instanceof Uint8Array
+  return loadImage(source ? image : await imageIn(image), device)
+}
+
+/** Both roles' answers by the current weights, greedy; undefined where it was told to stop. */
+async function validate(
+  { model }: LocalTrainer,
+  rows: readonly Row[],
+  { maxTokens, maxPixels, minPixels }: TrainCommandOptions,
+  signal: AbortSignal,
+): Promise<Validation | undefined> {
+  const policy = new LocalPolicy(model)
+  let [correct, failed] = [0, 0]
+  try {
+    for await (const { reward, error } of evaluate({
+      perceiver: new Perceiver(policy, { temperature: 0, maxTokens, maxPixels, minPixels }),
+      reasoner: new Reasoner(policy, { temperature: 0, maxTokens }),
+      questions: rows.map((row) => ({
+        question: row.question,
+        answerForm: row.form,
+        truth: row.truth,
+        load: () => imageOf(row, model.device),
+      })),
+      signal,
+    })) {
+      correct += reward ?? 0
+      if (error) failed++
+    }
+  } catch (error) {
+    // A step that is made keeps its line.
+    if (!signal.aborted) throw error
+    return undefined
+  }
+  return { accuracy: correct / rows.length, questions: rows.length, failed }
+}
+
+/** The first rollout of each of the first questions, as the page shows them. */
+async function rolloutsOf(
+  { role, items }: RolloutBatch,
+  rows: readonly Row[],
+  images: readonly Tensor<'u8'>[],
+): Promise<ShownRollout[]> {
+  const first = [...new Map([...items].reverse().map((item) => [item.sample, item])).values()]
+  first.sort((a, b) => a.sample - b.sample)
+  const shown: ShownRollout[] = []
+  for (const { sample, completion, evidence, ...item } of first.slice(0, mostShown)) {
+    const { question, truth } = rows[sample]!
+    const { counterpart, answer, reward, error } = item
+    const fault = item.fault && faults[item.fault]
+    shown.push({
+      role,
+      question,
+      truth,
+      image: await thumbnail(evidence?.annotated ?? images[sample]!),
+      output: completion.text,
+      ...(counterpart !== undefined && { counterpart }),
+      ...(answer !== undefined && { answer }),
+      ...(!error && { reward }),
+      ...(error ? { fault: error.message } : fault && { fault }),
+    })
+  }
+  return shown
+}
+
+/** A data URL of the image, made smaller. */
+async function thumbnail(image: Tensor<'u8'>): Promise<string> {
+  const [height, width] = image.shape as [number, number, number]
+  const scale = Math.min(1, thumbnailSide / Math.max(height, width))
+  const size = (side: number): number => Math.max(1, Math.round(side * scale))
+  const region = { box: [0, 0, width, height] as const, height: size(height), width: size(width) }
+  const [small] = cropResample({ image, regions: [region] })
+  try {
+    const jpeg = await encodeImage(small!, { format: 'jpeg', quality: 75 })
+    return `data:image/jpeg;base64,${Buffer.from(jpeg).toString('base64')}`
+  } finally {
+    small!.dispose()
+  }
+}
+
+async function linesOf(metrics: string): Promise<MetricsLine[]> {
+  if (!existsSync(metrics)) return []
+  const text = (await readText(metrics)).trim()
+  return text ? text.split('\n').map((line) => JSON.parse(line)) : []
 }
 
 function trainerOptions(options: TrainCommandOptions): LocalTrainerOptions {
