@@ -26,6 +26,7 @@ import { quickSamples, serving, servingReport, thoroughSamples } from './serving
 import { startup, startupReport } from './startup.js'
 import { comparisonReport, impossibleReport, report } from './table.js'
 import { predictions } from './targets.js'
+import { trainingPasses, trainingReport } from './training.js'
 
 const here = dirname(fileURLToPath(import.meta.url))
 const root = dirname(dirname(here))
@@ -63,7 +64,7 @@ const program = new Command('p2r-kernels bench')
   )
   .argument(
     '[op...]',
-    `of ${[...stems, ...Object.keys(groups)].join(', ')}; all, in the order of their names, unless given; or serving, startup or qwen3_vl by itself`,
+    `of ${[...stems, ...Object.keys(groups)].join(', ')}; all, in the order of their names, unless given; or serving, startup, qwen3_vl or training by itself`,
   )
   .option('--device <id>', "'cpu', 'cuda', 'cuda:1'; as openDevice chooses unless given")
   .option(
@@ -207,6 +208,14 @@ if (program.args.length === 1 && program.args[0] === 'qwen3_vl') {
       `${JSON.stringify({ threads, qwen3_vl: rates, notes }, undefined, 2)}\n`,
     )
   console.log([modelReport(rates, threads), ...notes].join('\n'))
+  process.exit()
+}
+if (program.args.length === 1 && program.args[0] === 'training') {
+  const { threads, passes } = await trainingPasses(root, progress, options.quick ? 1 : 3)
+  progress('')
+  if (options.json !== undefined)
+    writeFileSync(options.json, `${JSON.stringify({ threads, training: passes }, undefined, 2)}\n`)
+  console.log(trainingReport(passes, threads))
   process.exit()
 }
 function read(file: string): Results {

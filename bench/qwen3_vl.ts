@@ -143,10 +143,25 @@ export function limitOf({ bytes, flops, count }: Cost, { read, bf16 }: Ceilings)
   return count / Math.max(bytes / (read ?? Number.POSITIVE_INFINITY), bf16 ? flops / bf16 : 0)
 }
 
+/** A share of the model: so many of its layers, the same share of its vocabulary, and a tower of one block. */
+export function sliceOf(layers: number): typeof config {
+  const { num_hidden_layers: all, vocab_size: ids } = config.text_config
+  const vocabulary = Math.ceil((ids * layers) / all)
+  return {
+    ...config,
+    image_token_id: vocabulary - 1,
+    video_token_id: vocabulary - 2,
+    vision_start_token_id: vocabulary - 3,
+    vision_end_token_id: vocabulary - 4,
+    text_config: { ...config.text_config, vocab_size: vocabulary, num_hidden_layers: layers },
+    vision_config: { ...config.vision_config, depth: 1, deepstack_visual_indexes: [0] },
+  }
+}
+
 /** A checkpoint's folder with random weights; as sharp as trained ones are not needed. */
-export async function writeCheckpoint(folder: string): Promise<void> {
+export async function writeCheckpoint(folder: string, sizes = config): Promise<void> {
   mkdirSync(folder, { recursive: true })
-  writeFileSync(join(folder, 'config.json'), JSON.stringify(config))
+  writeFileSync(join(folder, 'config.json'), JSON.stringify(sizes))
   const shapes = new Map([
     ...[...textShapes(await readConfig(folder, 'bench'))].map(
       ([name, shape]) => [`model.language_model.${name}`, shape] as const,

@@ -50,6 +50,7 @@ import {
   verdictTable,
 } from '../dist/bench/table.js'
 import { judged, outcome, predictions, sameCase } from '../dist/bench/targets.js'
+import { packed, trainingReport } from '../dist/bench/training.js'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const predicted = predictions(root)
@@ -712,6 +713,33 @@ describe('the model', () => {
     const all = [...new Set(work.map(nameOf))]
     expect(all).toHaveLength(work.length)
   })
+})
+
+test('training: a prompt stands once for its completions, or before each of them', () => {
+  const small = { prompt: 3, completions: 2, length: 2 }
+  const [once, each] = [packed(small, true), packed(small, false)]
+  const { tokens } = once
+  const [shown, a, b] = [tokens.slice(0, 3), tokens.slice(3, 5), tokens.slice(5)]
+  expect(once).toMatchObject({
+    cuSeqlens: [0, 3, 5, 7],
+    targets: [3, 4, 5, 6],
+    prefixOf: [-1, 0, 0],
+  })
+  expect(each).toEqual({
+    tokens: [...shown, ...a, ...shown, ...b],
+    cuSeqlens: [0, 5, 10],
+    targets: [3, 4, 8, 9],
+    prefixOf: [-1, -1],
+  })
+  const row = { tokens: 7, ms: 500, peakBytes: 2 ** 30 }
+  const text = trainingReport(
+    [
+      { ...row, work: 'prompt once' },
+      { ...row, work: 'prompt in each', ms: 2000 },
+    ],
+    2,
+  )
+  expect(text).toMatch(/2 threads.*\n.*\nprompt once +7 +0\.50 +4\.00 +1\.00\n.* 2\.00 +1\.00/)
 })
 
 test('startup: import and first device are timed in processes of their own', () => {
