@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { adamW, type Checkpoint, grpoStep, Qwen3VL, type Tensor } from 'p2r-kernels'
 import { afterAll, describe, expect, test } from 'vitest'
-import { modelJson, writeModel } from './golden_model.js'
+import { modelI32, modelJson, visionOf, writeModel } from './golden_model.js'
 import { onEveryBackend } from './harness.js'
 import { textLogProbs, weightsOf } from './qwen3_vl_oracle.js'
 
@@ -179,42 +179,61 @@ onEveryBackend('training', (b) => {
   }, 60_000)
 
   describe('the memory of a step', () => {
-    const config = modelJson(name, 'config.json').text_config
+    const config = modelJson(name, 'config.json')
     const tokens = 400
     const sequence = {
       tokens: Array.from({ length: tokens }, (_, t) => (t * 37) % 500),
       cuSeqlens: [0, tokens],
     }
 
+    /** The sequences of one and of two images. */
+    function shown() {
+      const ends = modelI32(name, 'cu_seqlens')
+      const rows = modelI32(name, 'input_ids').slice(ends[1]!, ends[3]!)
+      const cuSeqlens = [0, ends[2]! - ends[1]!, ends[3]! - ends[1]!]
+      return { tokens: [...rows], cuSeqlens, ...visionOf(b.device, name, 'images', [1, 3]) }
+    }
+
+    type Part = 'text' | 'vision'
+    const parts = {
+      text: { prefix: 'model.language_model.layers', depth: 'num_hidden_layers', layers: 3 },
+      vision: { prefix: 'model.visual.blocks', depth: 'depth', layers: 3 },
+    } as const
+
     /** A model of more layers: those of the reference again and again. */
-    function deep(layers: number): string {
+    function deep(part: Part, layers: number): string {
+      const { prefix, depth, layers: own } = parts[part]
       const copies: Record<string, string> = {}
-      const own = config.num_hidden_layers
-      const parts = Object.keys(modelJson(name, 'meta.json').grad_summary).filter((each) =>
-        each.startsWith('model.language_model.layers.0.'),
-      )
-      for (let i = own; i < layers; i++)
-        for (const part of parts) {
-          const of = (layer: number) => part.replace('layers.0.', `layers.${layer}.`)
-          copies[of(i)] = of(i % own)
-        }
-      return writeModel(join(root, `deep-${layers}`), name, {
+      for (const weight of Object.keys(modelJson(name, 'meta.json').grad_summary))
+        if (weight.startsWith(`${prefix}.0.`))
+          for (let i = own; i < layers; i++) {
+            const of = (layer: number) => weight.replace(`${prefix}.0.`, `${prefix}.${layer}.`)
+            copies[of(i)] = of(i % own)
+          }
+      return writeModel(join(root, `deep-${part}-${layers}`), name, {
         copies,
         config: (json: Record<string, unknown>) => {
-          json.text_config = { ...config, num_hidden_layers: layers }
+          json[`${part}_config`] = { ...config[`${part}_config`], [depth]: layers }
         },
       })
     }
 
     /** The most bytes that a step holds beside the model. Its one gradient is that of the first layer's norm. */
-    async function peakOf(layers: number, dtype: 'f32' | 'bf16', checkpoint: Checkpoint) {
-      using model = await Qwen3VL.load(deep(layers), b.device, { dtype })
-      using dLogProbs = tensor(wave(tokens, 1))
-      const trainable = (weight: string) => weight.endsWith('layers.0.input_layernorm.weight')
+    async function peakOf(
+      part: Part,
+      layers: number,
+      dtype: 'f32' | 'bf16',
+      checkpoint: Checkpoint,
+    ) {
+      using model = await Qwen3VL.load(deep(part, layers), b.device, { dtype })
+      const norm = part === 'text' ? 'layers.0.input_layernorm.weight' : 'blocks.0.norm1.weight'
+      const trainable = (weight: string) => weight.endsWith(norm)
+      const packed = part === 'text' ? sequence : shown()
+      using dLogProbs = tensor(wave(packed.tokens.length, 1))
       await b.device.synchronize()
       b.device.resetPeak()
       const { liveBytes } = b.device.memory()
-      using made = model.backward({ ...sequence, dLogProbs, checkpoint, trainable })
+      using made = model.backward({ ...packed, dLogProbs, checkpoint, trainable })
       await Object.values(made.gradients)[0]!.read()
       return b.device.memory().peakBytes - liveBytes
     }
@@ -228,13 +247,37 @@ onEveryBackend('training', (b) => {
       'checkpoint %s in %s: each layer adds what docs/training.md says',
       async (checkpoint, dtype) => {
         const size = dtype === 'f32' ? 4 : 2
-        const { hidden_size: h, intermediate_size: f, head_dim: d } = config
-        const { num_attention_heads: heads, num_key_value_heads: kvHeads } = config
+        const { hidden_size: h, intermediate_size: f, head_dim: d } = config.text_config
+        const { num_attention_heads: heads, num_key_value_heads: kvHeads } = config.text_config
         const activations =
           size * (4 * h + 4 * (heads + kvHeads) * d + 2 * f) + 4 * (2 + 2 * heads + kvHeads)
         const layer = tokens * (checkpoint === 'none' ? activations : size * h)
-        const [few, many] = [await peakOf(3, dtype, checkpoint), await peakOf(9, dtype, checkpoint)]
+        const [few, many] = [
+          await peakOf('text', 3, dtype, checkpoint),
+          await peakOf('text', 9, dtype, checkpoint),
+        ]
         expect(many - few).toBe(6 * layer)
+      },
+    )
+
+    test.each([
+      ['none', 'f32'],
+      ['none', 'bf16'],
+      ['block', 'f32'],
+      ['block', 'bf16'],
+    ] as const)(
+      'checkpoint %s in %s: each block of the tower does, too',
+      async (checkpoint, dtype) => {
+        const size = dtype === 'f32' ? 4 : 2
+        const { hidden_size: h, intermediate_size: f, num_heads: heads } = config.vision_config
+        const activations = size * (8 * h + f) + 4 * (4 + heads)
+        const { pixelValues } = shown().images!
+        const block = pixelValues.shape[0]! * (checkpoint === 'none' ? activations : size * h)
+        const [few, many] = [
+          await peakOf('vision', 3, dtype, checkpoint),
+          await peakOf('vision', 9, dtype, checkpoint),
+        ]
+        expect(many - few).toBe(6 * block)
       },
     )
   })
