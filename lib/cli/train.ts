@@ -94,7 +94,21 @@ export async function trainCommand(data: string, options: TrainCommandOptions): 
   const format = '{bar} {value}/{total} steps  {role} reward {reward}  {eta_formatted} left'
   const bar = new SingleBar({ format, barsize: 24, hideCursor: true })
   bar.start(steps, trainer.steps, { role: trainer.role, reward: '-' })
+  const due = (): boolean =>
+    validation.length > 0 &&
+    (trainer.steps % options.validateEvery === 0 || trainer.steps === steps)
+  const validateNow = async (line: MetricsLine): Promise<void> => {
+    const judged = await validate(trainer, validation, options, stop.signal)
+    if (judged) line.validation = judged
+  }
   try {
+    // A Ctrl-C may have come during the last step's validation.
+    const last = lines.at(-1)
+    if (last && !last.validation && due()) {
+      await validateNow(last)
+      const text = lines.map((line) => `${JSON.stringify(line)}\n`).join('')
+      await replaceFile(metrics, [Buffer.from(text)])
+    }
     while (trainer.steps < steps && !stop.signal.aborted) {
       const own = rowsOfStep(rows, trainer.steps, batch, seed)
       const images = await Promise.all(own.map((row) => imageOf(row, device)))
@@ -115,11 +129,7 @@ export async function trainCommand(data: string, options: TrainCommandOptions): 
           },
         })
         rollouts = shownNow
-        const due = trainer.steps % options.validateEvery === 0 || trainer.steps === steps
-        if (validation.length && due) {
-          const judged = await validate(trainer, validation, options, stop.signal)
-          if (judged) made.validation = judged
-        }
+        if (due()) await validateNow(made)
         lines.push(made)
         await appendFile(metrics, `${JSON.stringify(made)}\n`)
         bar.update(trainer.steps, shown(made))
