@@ -385,7 +385,7 @@ async function runParts(
       const failed: string[] = []
       for (const name of soaked) {
         const { out, failure } = await runModule('soak', [name, amount.rounds], {
-          nodeArgs: ['--expose-gc'],
+          nodeArgs: ['--expose-gc', '--max-semi-space-size=1'],
         })
         if (failure === undefined) results.slopes.push(JSON.parse(out))
         else failed.push(`${name}: ${failure}`)

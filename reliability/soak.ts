@@ -10,7 +10,7 @@ import { Gen } from './gen.js'
 export interface Slope {
   name: string
   rounds: number
-  /** Bytes of the process that each round added, by least squares over the second half. */
+  /** Bytes in use by the process that each round added, by least squares over the second half. */
   bytesPerRound: number
   /** Bytes that the device held at the end beyond those of the beginning. */
   liveBytes: number
@@ -105,8 +105,13 @@ export async function slopeOf(name: FunctionName, rounds: number): Promise<Slope
       await resultOf(name, functions[name](new Gen(device, round % 97, folder)))
     })
     if (round % Math.ceil(rounds / 40) === 0) {
+      // Objects' native halves are freed where the event loop turns, which operations without results never wait for.
+      await new Promise(setImmediate)
       globalThis.gc?.()
-      points.push([round, process.memoryUsage.rss()])
+      await new Promise(setImmediate)
+      const { rss, heapTotal, heapUsed } = process.memoryUsage()
+      // The engine doubles its young generation when it likes: what it holds counts, not its room.
+      points.push([round, rss - heapTotal + heapUsed])
     }
   }
   await device.synchronize()
