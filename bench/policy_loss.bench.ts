@@ -8,6 +8,14 @@ const length = 1024
 const tokens = sequences * length
 const cuSeqlens = evenly(sequences, length)
 
+/** Another policy's log-probabilities of the same tokens: their logits against all others are moved by noise. */
+function moved(logProbs: Float32Array, noise: Float32Array): Float32Array {
+  return logProbs.map((x, t) => {
+    const logit = x - Math.log(-Math.expm1(x)) + noise[t]!
+    return -Math.log1p(Math.exp(-logit))
+  })
+}
+
 /** Without a reference policy. Log-probabilities and mask in, the gradient out. */
 function loss(
   name: string,
@@ -22,8 +30,7 @@ function loss(
     cached,
     inputs(seed) {
       const logProbs = normals(tokens, seed, 0.5).map((x) => -Math.abs(x))
-      const noise = normals(tokens, seed + 2, 0.1)
-      const old = onPolicy ? undefined : logProbs.map((x, t) => x + noise[t]!)
+      const old = onPolicy ? undefined : moved(logProbs, normals(tokens, seed + 2, 0.1))
       const advantages = normals(sequences, seed + 1)
       const uniform = uniforms(seed)
       const mask = Uint8Array.from({ length: tokens }, () => (uniform() < 0.9 ? 1 : 0))
@@ -54,8 +61,7 @@ function klPenalty(): Workload {
     traffic: { read: inputBytes, write: sequences * 4 },
     inputs(seed) {
       const logProbs = normals(tokens, seed, 0.5).map((x) => -Math.abs(x))
-      const noise = normals(tokens, seed + 2, 0.1)
-      const reference = logProbs.map((x, t) => x + noise[t]!)
+      const reference = moved(logProbs, normals(tokens, seed + 2, 0.1))
       const rewards = normals(sequences, seed + 1)
       return {
         byteLength: inputBytes,

@@ -33,6 +33,8 @@ struct DivergenceRow {
 constexpr int64_t kDivergenceRun = 4096;
 
 // A run of tokens within one sequence; absent inputs are null. ops/policy_loss.h has the formulas.
+constexpr int kMaxLanes = 16;  // of a vector of f32, on any instruction set
+
 struct PolicyRun {
   const float *log_probs, *old_log_probs, *ref_log_probs, *entropy, *importance, *advantages;
   const uint8_t* mask;
@@ -49,11 +51,10 @@ struct PolicyRun {
   float tau_positive, tau_negative;
   float phi_positive, phi_negative;  // vespo's weights of the sequence
   // clip_cov and kl_cov: the batch's means; which covariances are candidates, whose places in the
-  // run are listed; whether the tokens of this run are chosen, and then there is no list.
+  // run are listed; whether the tokens of this run are chosen, and then there is no list, and the
+  // sum of policy terms is what that changes.
   float mean_advantage, mean_log_prob, cov_low, cov_high, cov_kl;
-  int64_t cov_seed, first_token;  // clip_cov: of the batch, and of the run in it
-  uint32_t least_key;             // of a candidate's random_key
-  int32_t* candidates;
+  int32_t* candidates;  // room for n + kMaxLanes
   int64_t* candidate_count;
   bool chosen;
   float least_entropy;  // of a token with a policy term; -inf: none

@@ -6,7 +6,6 @@
 #include "cpu/simd/simd.h"
 #include "cpu/simd/tokens.h"
 #include "cpu/simd/vec.h"
-#include "ops/random_key.h"
 
 namespace p2r::cpu::P2R_ISA {
 
@@ -74,55 +73,33 @@ inline Lanes far_in_tv(const PolicyRun& run, vf negated_advantage, vf log_p, vf 
   return less(most, larger * (ratio * sign - sign));
 }
 
-// dppo_kl's verdict over at most kPartial tokens, and their ratios: in two loops of a few dozen
-// instructions each, through the first-level cache.
-struct Region {
-  float ratio[kPartial], larger[kPartial], rest[kPartial];
-  Lanes outside[kPartial / W];
-};
-
-// With x = (1 - q + 1e-8) / (1 - p + 1e-8) or its inverse, which is at least 1 in the advantage's
-// direction: D = (1 - q) ln x - q d where p rises, all of which times r needs no q = p / r; and
-// D = -q d - (1 - q) ln x where it falls. 1 less the larger of p and q does not cancel, nor does
-// that of the smaller, which adds their difference.
-template <bool extras>
-void measure_kl(const PolicyRun& run, Advantage advantage, int64_t begin, int64_t end,
-                Region& region) {
+// Whether dppo_kl excludes a token, by D and its threshold times r where the advantage raises p,
+// which needs no q = p / r. With x = (1 - q + 1e-8) / (1 - p + 1e-8) or its inverse, which is at
+// least 1 in the advantage's direction: D = (1 - q) ln x - q d where p rises and -q d - (1 - q) ln
+// x where it falls. 1 less the larger of p and q does not cancel, nor does that of the smaller,
+// which adds their difference.
+//
+// An exponential, a logarithm and a division, which few tokens need: D <= (p - q)^2 / (p (1 - p)),
+// its chi-squared divergence, and p (1 - log p) <= 1, so D <= (1 - 1/r)^2 / -log p. A token for
+// which that is below the threshold, by 2 % for the sake of rounding, stays, as does one that moves
+// the other way.
+inline Lanes far_in_kl(const PolicyRun& run, vf negated_advantage, vf log_p, vf log_q, vf ratio,
+                       Lanes unclamped) {
   const vf one = set1(1), none = {};
-  const auto negated_of = [&](int64_t i, int n) {
-    return extras && run.advantages ? -load_floats(run.advantages + i, n) : advantage.negated;
-  };
-  const auto for_each = [&](auto f) {
-    int64_t i = begin;
-    for (; i + W <= end; i += W) f(i, W);
-    if (i < end) f(i, (int)(end - i));
-  };
-  for_each([&](int64_t i, int n) {
-    const vf log_p = load_floats(run.log_probs + i, n);
-    const vf log_q = run.old_log_probs ? load_floats(run.old_log_probs + i, n) : log_p;
-    const Exp2Parts power = exp2_parts(clamp(log_p - log_q, -20, 20), kLog2e);
-    store(region.ratio + (i - begin), power.scale * power.excess + power.scale);
-    const Lanes raises = less(negated_of(i, n), none);
-    const Exp2Parts e = exp2_parts<true>(log_larger(raises, log_p, log_q), kLog2e);
-    store(region.larger + (i - begin), e.scale * e.excess + e.scale);
-    store(region.rest + (i - begin), (one - e.scale) - e.scale * e.excess);
-  });
-  for_each([&](int64_t i, int n) {
-    const vf ratio = loadf(region.ratio + (i - begin));
-    const vf larger = loadf(region.larger + (i - begin));
-    const vf log_p = load_floats(run.log_probs + i, n);
-    const vf log_q = run.old_log_probs ? load_floats(run.old_log_probs + i, n) : log_p;
-    const Lanes raises = less(negated_of(i, n), none);
-    const vf times = select(raises, ratio, one), sign = select(raises, one, -one);
-    const vf moved = larger * (ratio * sign - sign);
-    const vf least = (loadf(region.rest + (i - begin)) + 1e-8f) * times, most = least + moved;
-    const vf x = most / least;
-    const vf chosen = larger * vmin(set1(20), log_p - log_q);
-    const vf divergence = select(raises, most, -least) * log_from_1(x) - chosen;
-    const vf threshold = select(raises, set1(run.clip_high), set1(run.clip_low)) * times;
-    region.outside[(i - begin) / W] =
-        less(threshold, divergence) & less(none, moved) & less(none, x);
-  });
+  const Lanes raises = less(negated_advantage, none);
+  const vf sign = select(raises, one, -one);
+  const vf threshold = select(raises, set1(run.clip_high), set1(run.clip_low));
+  const vf away = ratio * sign - sign;
+  const vf enough = threshold * ratio * ratio * (log_p * -0.98f);
+  const Lanes open = less(none, away) & ~(unclamped & less(away * away, enough));
+  if (lanes(open) == 0) return open;
+  const Exp2Parts e = exp2_parts<true>(log_larger(raises, log_p, log_q), kLog2e);
+  const vf larger = e.scale * e.excess + e.scale, times = select(raises, ratio, one);
+  const vf least = ((one - e.scale) - e.scale * e.excess + 1e-8f) * times;
+  const vf most = least + larger * away, x = most / least;
+  const vf divergence =
+      select(raises, most, -least) * log_from_1(x) - larger * vmin(set1(20), log_p - log_q);
+  return open & less(threshold * times, divergence) & less(none, x);
 }
 
 // The covariance of clip_cov and kl_cov without its mean over tokens.
@@ -130,17 +107,26 @@ inline vf covariance(const PolicyRun& run, vf negated_advantage, vf log_p) {
   return (-negated_advantage - run.mean_advantage) * (log_p - run.mean_log_prob);
 }
 
-inline void list_candidates(const PolicyRun& run, uint32_t left, int64_t i) {
-  for (; left; left &= left - 1)
-    run.candidates[(*run.candidate_count)++] = (int32_t)i + __builtin_ctz(left);
+// Some are in one vector of a dozen, at random: a branch would be mispredicted each time.
+inline void list_candidates(const PolicyRun& run, Lanes which, int64_t i, int64_t& count) {
+#if defined(__AVX512F__)
+  if (which == 0) return;
+  vi places;
+  for (int lane = 0; lane < W; ++lane) places[lane] = lane;
+  places += (int32_t)i;
+  _mm512_storeu_si512(run.candidates + count, _mm512_maskz_compress_epi32(which, (__m512i)places));
+  count += __builtin_popcount(which);
+#else
+  for (uint32_t left = lanes(which); left; left &= left - 1)
+    run.candidates[count++] = (int32_t)i + __builtin_ctz(left);
+#endif
 }
 
 // The n tokens from i on, at most W. Without `extras` the loss is the policy term alone, with one
-// advantage and a valid mask, and the loop has no branches but those for candidates. region:
-// dppo_kl's, of the tokens from begin on.
+// advantage and a valid mask, and the loop has no branches on data but dppo_kl's.
 template <Objective objective, bool extras>
 inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int n, Totals& total,
-                       int64_t begin, const Region& region) {
+                       int64_t& candidates) {
   const vf one = set1(1), none = {};
   const Lanes keep = load_kept(run.mask ? run.mask + i : nullptr, n);
 
@@ -154,8 +140,6 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
   vf ratio = one;
   if (sequence || objective == Objective::gmpo) {
     ratio = set1(run.sequence_ratio);
-  } else if (objective == Objective::dppo_kl) {
-    ratio = loadf(region.ratio + (i - begin));
   } else if (run.old_log_probs) {
     const Exp2Parts power = exp2_parts(d, kLog2e);
     ratio = power.scale * power.excess + power.scale;
@@ -184,7 +168,7 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
     policy.gradient = select(moves & ~clipped, unclipped, none);
   } else if (objective == Objective::dppo_tv || objective == Objective::dppo_kl) {
     const Lanes outside = objective == Objective::dppo_kl
-                              ? region.outside[(i - begin) / W]
+                              ? far_in_kl(run, advantage.negated, log_p, log_q, ratio, unclamped)
                               : far_in_tv(run, advantage.negated, log_p, log_q, ratio);
     const vf truncated = vmin(set1(run.delta), ratio);
     count(keep & outside, total.clipped);
@@ -203,35 +187,29 @@ inline void add_tokens(const PolicyRun& run, Advantage advantage, int64_t i, int
   } else if (objective == Objective::clip_cov) {
     const vf clipped_loss = advantage.negated * clamp(ratio, run.low, run.high);
     const vf own = advantage.negated * ratio;
-    const Lanes clipped = less(own, clipped_loss);
-    count(keep & clipped, total.clipped);
-    if (run.chosen) {
-      count(keep, total.dual_clipped);
+    const Lanes inside = not_less(own, clipped_loss);
+    count(keep & ~inside, total.clipped);
+    if (extras && run.chosen) {
+      policy.value = -vmax(clipped_loss, own);
     } else {
       policy.value = vmax(clipped_loss, own);
-      policy.gradient = select(unclamped & ~clipped, own, none);
+      policy.gradient = select(unclamped & inside, own, none);
       const vf cov = covariance(run, advantage.negated, log_p);
       const Lanes which =
-          keep & ~clipped & less(set1(run.cov_low), cov) & less(cov, set1(run.cov_high));
-      if (lanes(which) != 0) {
-        vu token;
-        for (int lane = 0; lane < W; ++lane) token[lane] = (uint32_t)lane;
-        const vu key = random_key(run.cov_seed, token + (uint32_t)(run.first_token + i));
-        list_candidates(run, lanes(which & not_less(key, vu{} + run.least_key)), i);
-      }
+          keep & inside & less(set1(run.cov_low), cov) & less(cov, set1(run.cov_high));
+      list_candidates(run, which, i, candidates);
     }
   } else if (objective == Objective::kl_cov) {
     policy.value = advantage.negated * ratio;
     policy.gradient = select(unclamped, policy.value, none);
-    if (run.chosen) {
-      count(keep, total.dual_clipped);
+    if (extras && run.chosen) {
       const vf away = select(less(none, d), one, select(less(d, none), -one, none));
-      policy.value += run.cov_kl * d * away;
+      policy.value = run.cov_kl * d * away;
       policy.gradient += select(unclamped, run.cov_kl * away, none);
     } else {
       const vf cov = covariance(run, advantage.negated, log_p);
       const Lanes below = less(cov, set1(run.cov_low)), number = equal(cov, cov);
-      list_candidates(run, lanes(keep & number & ~below), i);
+      list_candidates(run, keep & number & ~below, i, candidates);
     }
   } else if (objective == Objective::vespo) {
     const vf phi =
@@ -297,17 +275,14 @@ void tokens_of(const PolicyRun* pointer, double* sums) {
   const Advantage shared = advantage_of(run, set1(run.advantage));
   vd_half terms[kLossSums] = {};
   vi clipped = {}, dual_clipped = {};
+  int64_t candidates = 0;
   for (int64_t begin = 0; begin < run.n; begin += kPartial) {
     const int64_t end = run.n - begin < kPartial ? run.n : begin + kPartial;
     Totals total;
-    Region region;
-    if constexpr (objective == Objective::dppo_kl)
-      measure_kl<extras>(run, shared, begin, end, region);
     int64_t i = begin;
     for (; i + W <= end; i += W)
-      add_tokens<objective, extras>(run, shared, i, W, total, begin, region);
-    if (i < end)
-      add_tokens<objective, extras>(run, shared, i, (int)(end - i), total, begin, region);
+      add_tokens<objective, extras>(run, shared, i, W, total, candidates);
+    if (i < end) add_tokens<objective, extras>(run, shared, i, (int)(end - i), total, candidates);
     for (int k : {kPolicySum, kApproxKlSum, kRatioSum}) add_to(&terms[k], total.terms[k]);
     if (extras && run.kl != Kl::none) add_to(&terms[kKlSum], total.terms[kKlSum]);
     if (extras && run.entropy) add_to(&terms[kEntropySum], total.terms[kEntropySum]);
@@ -320,6 +295,7 @@ void tokens_of(const PolicyRun* pointer, double* sums) {
     counts[0] += clipped[lane];
     counts[1] += dual_clipped[lane];
   }
+  if (run.candidate_count) *run.candidate_count = candidates;
   sums[kClippedSum] = counts[0];
   sums[kDualClippedSum] = counts[1];
 }
@@ -364,6 +340,17 @@ void policy_run(const PolicyRun* run, double* sums) {
   }
 }
 
+double choose_token(const PolicyRun* run, int64_t i) {
+  const Advantage shared = advantage_of(*run, set1(run->advantage));
+  Totals total;
+  int64_t candidates = 0;
+  if (run->objective == Objective::clip_cov)
+    add_tokens<Objective::clip_cov, true>(*run, shared, i, 1, total, candidates);
+  else
+    add_tokens<Objective::kl_cov, true>(*run, shared, i, 1, total, candidates);
+  return total.terms[kPolicySum][0];
+}
+
 double sum_log_ratios(const PolicyRun* pointer) {
   const PolicyRun run = *pointer;
   vd_half total = {};
@@ -384,11 +371,14 @@ double sum_log_ratios(const PolicyRun* pointer) {
 
 double sum_kept(const float* x, const uint8_t* mask, int64_t n) {
   vd_half total = {};
-  for (int64_t i = 0; i < n; i += W) {
-    const int left = n - i < W ? (int)(n - i) : W;
-    const vi keep = load_marks(mask ? mask + i : nullptr, left) != 0;
-    add_to(&total, keep ? load_floats(x + i, left) : vf{});
-  }
+  const auto kept = [&](int64_t i, int left) {
+    return select(load_kept(mask ? mask + i : nullptr, left), load_floats(x + i, left), vf{});
+  };
+  int64_t i = 0;
+  // Four in f32: a conversion to f64 costs more than all else.
+  for (; i + 4 * W <= n; i += 4 * W)
+    add_to(&total, (kept(i, W) + kept(i + W, W)) + (kept(i + 2 * W, W) + kept(i + 3 * W, W)));
+  for (; i < n; i += W) add_to(&total, kept(i, n - i < W ? (int)(n - i) : W));
   return sum(total);
 }
 

@@ -45,9 +45,7 @@ inline void count(vi which, vi& total) { total = which ? total + 1 : total; }
 typedef __mmask16 Lanes;
 inline Lanes less(vf x, vf y) { return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_LT_OQ); }
 inline Lanes equal(vf x, vf y) { return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_EQ_OQ); }
-inline Lanes not_less(vu x, vu y) {
-  return _mm512_cmp_epu32_mask((__m512i)x, (__m512i)y, _MM_CMPINT_NLT);
-}
+inline Lanes not_less(vf x, vf y) { return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_NLT_UQ); }
 inline vf select(Lanes which, vf x, vf y) {
   return (vf)_mm512_mask_blend_ps(which, (__m512)y, (__m512)x);
 }
@@ -66,7 +64,7 @@ inline Lanes load_kept(const uint8_t* p, int n) {
 typedef vi Lanes;
 inline Lanes less(vf x, vf y) { return x < y; }
 inline Lanes equal(vf x, vf y) { return x == y; }
-inline Lanes not_less(vu x, vu y) { return x >= y; }
+inline Lanes not_less(vf x, vf y) { return ~(x < y); }
 inline vf select(Lanes which, vf x, vf y) { return which ? x : y; }
 inline Lanes load_kept(const uint8_t* p, int n) { return load_marks(p, n) != 0; }
 #endif
