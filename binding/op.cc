@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 
 #include "binding/device.h"
 
@@ -44,7 +45,9 @@ std::string one_of(DTypes dtypes) {
 
 std::string number_text(double x) {
   if (x == std::floor(x) && std::fabs(x) < 1e15) return std::to_string(static_cast<int64_t>(x));
-  return std::to_string(x);
+  char text[32];
+  std::snprintf(text, sizeof text, "%.9g", x);
+  return text;
 }
 
 std::string quoted_list(const std::vector<const char*>& names) {
