@@ -141,13 +141,14 @@ test('a rounded probability never claims certainty', () => {
   ])
 })
 
-test('no policy updates leave the warm start of a full run; few shorten it', () => {
-  const { warmStart } = SETTINGS
+test('few policy updates shorten the warm start, none that of the Reasoner alone', () => {
+  const { warmStart, firstLook } = SETTINGS
   const lengths = (updates: number) => schedule(updates).warmStart.map((phase) => phase.updates)
   expect(schedule(0).policy).toEqual([])
-  expect(lengths(0)).toEqual([warmStart.perceiver, warmStart.reasoner])
-  expect(lengths(SETTINGS.updates)).toEqual(lengths(0))
-  expect(lengths(SETTINGS.updates / 2)).toEqual(lengths(0).map((n) => n / 2))
+  expect(lengths(0)).toEqual([warmStart.perceiver, firstLook * warmStart.reasoner])
+  const full = [warmStart.perceiver, warmStart.reasoner]
+  expect(lengths(SETTINGS.updates)).toEqual(full)
+  expect(lengths(SETTINGS.updates / 2)).toEqual(full.map((n) => n / 2))
 })
 
 /** A run of eight examples, one of which has a wrong box. */
@@ -211,7 +212,7 @@ test('the page of a backbone alone and that of a stopped run say so', async () =
   const { trained, ...rest } = exampleRun()
   const alone: Run = { ...rest, steps: 0, curve: [], examples: [] }
   const html = await page(alone, [])
-  expect(html).toContain('The backbone alone')
+  expect(html).toContain('A backbone alone')
   expect(html).toContain('no policy updates, and so no curve')
   expect(html).not.toContain('P2R</th>')
   expect(table(alone)).not.toContain('P2R')

@@ -65,7 +65,7 @@ const program = new Command('mini-p2r')
   .option(
     '--steps <n>',
     'policy updates in all; fewer than the default shorten the warm start in proportion, ' +
-      'but 0 trains the backbone alone: the whole warm start and no policy updates',
+      'and 0 is a first look in ten seconds: a backbone whose Reasoner saw 60 % of its warm start',
     integerFrom(0),
     SETTINGS.updates,
   )
@@ -87,7 +87,7 @@ const program = new Command('mini-p2r')
     `
 Examples, from the package's folder; npm needs the -- before options:
   npm run demo                                       a full run, one to two minutes
-  npm run demo -- --steps 0                          the backbone alone
+  npm run demo -- --steps 0                          a first look: a backbone alone
   npm run demo -- --image out/demo/canvas.png        with the weights of the last run`,
   )
   .showHelpAfterError('(npm run demo -- --help lists the options; npm needs the -- before them.)')
@@ -191,7 +191,10 @@ async function trainAndReport(system: System, options: Options, weights: string)
   await saveMetrics(run, join(out, 'metrics.json'))
   await savePage(system, asked, run, out)
   console.log(`\n${table(run)}\n`)
-  if (steps === 0) console.log('This is the backbone alone: nothing was trained by PRA-GRPO.')
+  if (steps === 0)
+    console.log(
+      'This is a backbone alone: a shortened warm start, and nothing trained by PRA-GRPO.',
+    )
   if (run.stopped) console.log('Stopped: later results are missing.')
   console.log(`Results and examples: ${join(out, 'index.html')}`)
 }

@@ -51,7 +51,7 @@ function summary({ seed, steps, phases, stopped, seconds, device }: Run): string
     .reduce((sum, { updates }) => sum + updates, 0)
   const training =
     steps === 0
-      ? 'The backbone alone: a supervised warm start without PRA-GRPO'
+      ? 'A backbone alone: a shortened supervised warm start without PRA-GRPO'
       : `A supervised warm start, then PRA-GRPO: ${made} policy updates${made < full ? `, where a full run makes ${full}` : ''}`
   const end = stopped ? ' The run was stopped early, so that results are missing.' : ''
   return `${training}. Seed ${seed}, ${escaped(device.name)} (${device.id}), ${Math.round(seconds)} seconds.${end}`

@@ -24,6 +24,8 @@ export const SETTINGS = {
   perceiverShare: 2 / 7,
   /** The Perceiver's is short, so that its hit rate starts low; it rises steeply after this. */
   warmStart: { perceiver: 68, reasoner: 800, lr: 2e-3 },
+  /** Of the Reasoner's warm start, in a run without policy updates: a first look in ten seconds. */
+  firstLook: 0.6,
   lr: { perceiver: 5e-4, reasoner: 7e-4 },
   /**
    * Below 1 the Perceiver's policy is sharper: of 1024 cells sampled uniformly hardly any contains the
@@ -56,16 +58,19 @@ export interface Step {
 
 /**
  * The phases in order. Fewer updates than a full run's shorten the warm start in proportion; none at
- * all leave the warm start whole, which trains the backbone of a full run.
+ * all shorten the Reasoner's alone: the Perceiver's hits come with its last steps.
  */
 export function schedule(updates: number): { warmStart: Phase[]; policy: Phase[] } {
-  const { warmStart, rounds, perceiverShare } = SETTINGS
-  const share = updates === 0 ? 1 : Math.min(1, updates / SETTINGS.updates)
+  const { warmStart, firstLook, rounds, perceiverShare } = SETTINGS
+  const share = (role: Role): number => {
+    if (updates > 0) return Math.min(1, updates / SETTINGS.updates)
+    return role === 'reasoner' ? firstLook : 1
+  }
   const warm = (role: Role): Phase => ({
     kind: 'warm start',
     role,
     round: 0,
-    updates: Math.max(1, Math.round(share * warmStart[role])),
+    updates: Math.max(1, Math.round(share(role) * warmStart[role])),
   })
   const total = { perceiver: Math.round(updates * perceiverShare), reasoner: 0 }
   total.reasoner = updates - total.perceiver
