@@ -48,6 +48,16 @@ export function visionOf(
   return visionAt(device, name, kind, first, count)
 }
 
+/** All sequences of the reference, with their images and videos. */
+export function packedOf(device: Device, name: GoldenModel) {
+  return {
+    tokens: modelI32(name, 'input_ids'),
+    cuSeqlens: modelI32(name, 'cu_seqlens'),
+    ...visionOf(device, name, 'images'),
+    ...visionOf(device, name, 'videos'),
+  }
+}
+
 /** `count` of all images or videos from `first` on. */
 export function visionAt(
   device: Device,

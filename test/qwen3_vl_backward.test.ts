@@ -10,6 +10,7 @@ import {
   modelHas,
   modelI32,
   modelJson,
+  packedOf,
   visionOf,
   writeModel,
 } from './golden_model.js'
@@ -18,15 +19,6 @@ import { expectRefusal, onEveryBackend, relativeL2 } from './harness.js'
 const root = mkdtempSync(join(tmpdir(), 'qwen3-vl-backward-'))
 afterAll(() => rmSync(root, { recursive: true, force: true }))
 for (const name of goldenModels) writeModel(join(root, name), name)
-
-function packedOf(device: Device, name: GoldenModel) {
-  return {
-    tokens: modelI32(name, 'input_ids'),
-    cuSeqlens: modelI32(name, 'cu_seqlens'),
-    ...visionOf(device, name, 'images'),
-    ...visionOf(device, name, 'videos'),
-  }
-}
 
 /** The reference's loss is -Σ g · logProbs. */
 const dLogProbsOf = (device: Device, name: GoldenModel): Tensor<'f32'> => {

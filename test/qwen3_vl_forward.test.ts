@@ -1,15 +1,15 @@
 import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { type Device, KvCache, Qwen3VL } from 'p2r-kernels'
+import { KvCache, Qwen3VL } from 'p2r-kernels'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import {
-  type GoldenModel,
   goldenModels,
   modelF32,
   modelHas,
   modelI32,
   modelJson,
+  packedOf,
   visionAt,
   visionOf,
   writeModel,
@@ -19,15 +19,6 @@ import { expectRefusal, onEveryBackend, Random, relativeL2 } from './harness.js'
 const root = mkdtempSync(join(tmpdir(), 'qwen3-vl-forward-'))
 afterAll(() => rmSync(root, { recursive: true, force: true }))
 for (const name of goldenModels) writeModel(join(root, name), name)
-
-function packedOf(device: Device, name: GoldenModel) {
-  return {
-    tokens: modelI32(name, 'input_ids'),
-    cuSeqlens: modelI32(name, 'cu_seqlens'),
-    ...visionOf(device, name, 'images'),
-    ...visionOf(device, name, 'videos'),
-  }
-}
 
 const largest = (a: Float32Array, b: Float32Array): number => {
   expect(a.length).toBe(b.length)

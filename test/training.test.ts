@@ -238,47 +238,32 @@ onEveryBackend('training', (b) => {
       return b.device.memory().peakBytes - liveBytes
     }
 
-    test.each([
+    describe.each([
       ['none', 'f32'],
       ['none', 'bf16'],
       ['block', 'f32'],
       ['block', 'bf16'],
-    ] as const)(
-      'checkpoint %s in %s: each layer adds what docs/training.md says',
-      async (checkpoint, dtype) => {
-        const size = dtype === 'f32' ? 4 : 2
+    ] as const)('checkpoint %s in %s', (checkpoint, dtype) => {
+      const size = dtype === 'f32' ? 4 : 2
+      const ofSixMore = async (part: Part): Promise<number> =>
+        (await peakOf(part, 9, dtype, checkpoint)) - (await peakOf(part, 3, dtype, checkpoint))
+
+      test('each layer adds what docs/training.md says', async () => {
         const { hidden_size: h, intermediate_size: f, head_dim: d } = config.text_config
         const { num_attention_heads: heads, num_key_value_heads: kvHeads } = config.text_config
         const activations =
           size * (4 * h + 4 * (heads + kvHeads) * d + 2 * f) + 4 * (2 + 2 * heads + kvHeads)
-        const layer = tokens * (checkpoint === 'none' ? activations : size * h)
-        const [few, many] = [
-          await peakOf('text', 3, dtype, checkpoint),
-          await peakOf('text', 9, dtype, checkpoint),
-        ]
-        expect(many - few).toBe(6 * layer)
-      },
-    )
+        const token = checkpoint === 'none' ? activations : size * h
+        expect(await ofSixMore('text')).toBe(6 * tokens * token)
+      })
 
-    test.each([
-      ['none', 'f32'],
-      ['none', 'bf16'],
-      ['block', 'f32'],
-      ['block', 'bf16'],
-    ] as const)(
-      'checkpoint %s in %s: each block of the tower does, too',
-      async (checkpoint, dtype) => {
-        const size = dtype === 'f32' ? 4 : 2
+      test('each block of the tower does, too', async () => {
         const { hidden_size: h, intermediate_size: f, num_heads: heads } = config.vision_config
         const activations = size * (8 * h + f) + 4 * (4 + heads)
-        const { pixelValues } = shown().images!
-        const block = pixelValues.shape[0]! * (checkpoint === 'none' ? activations : size * h)
-        const [few, many] = [
-          await peakOf('vision', 3, dtype, checkpoint),
-          await peakOf('vision', 9, dtype, checkpoint),
-        ]
-        expect(many - few).toBe(6 * block)
-      },
-    )
+        const patch = checkpoint === 'none' ? activations : size * h
+        const patches = shown().images!.pixelValues.shape[0]!
+        expect(await ofSixMore('vision')).toBe(6 * patches * patch)
+      })
+    })
   })
 })

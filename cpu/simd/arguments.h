@@ -32,9 +32,9 @@ struct DivergenceRow {
 // Of one call of divergence_sums and mixture_sums, at most.
 constexpr int64_t kDivergenceRun = 4096;
 
-// A run of tokens within one sequence; absent inputs are null. ops/policy_loss.h has the formulas.
 constexpr int kMaxLanes = 16;  // of a vector of f32, on any instruction set
 
+// A run of tokens within one sequence; absent inputs are null. ops/policy_loss.h has the formulas.
 struct PolicyRun {
   const float *log_probs, *old_log_probs, *ref_log_probs, *entropy, *importance, *advantages;
   const uint8_t* mask;

@@ -24,7 +24,7 @@ export const SETTINGS = {
   perceiverShare: 2 / 7,
   /** The Perceiver's is short, so that its hit rate starts low; it rises steeply after this. */
   warmStart: { perceiver: 68, reasoner: 800, lr: 2e-3 },
-  /** Of the Reasoner's warm start, in a run without policy updates: a first look in ten seconds. */
+  /** Of the Reasoner's warm start, in a run without policy updates: a first look. */
   firstLook: 0.6,
   lr: { perceiver: 5e-4, reasoner: 7e-4 },
   /**
