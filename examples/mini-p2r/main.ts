@@ -65,7 +65,7 @@ const program = new Command('mini-p2r')
   .option(
     '--steps <n>',
     'policy updates in all; fewer than the default shorten the warm start in proportion, ' +
-      'and 0 is a first look in seconds: a backbone whose Reasoner saw 60 % of its warm start',
+      'and 0 is a first look in seconds: a backbone whose Reasoner saw half of its warm start',
     integerFrom(0),
     SETTINGS.updates,
   )

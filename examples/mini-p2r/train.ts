@@ -25,7 +25,7 @@ export const SETTINGS = {
   /** The Perceiver's is short, so that its hit rate starts low; it rises steeply after this. */
   warmStart: { perceiver: 68, reasoner: 800, lr: 2e-3 },
   /** Of the Reasoner's warm start, in a run without policy updates: a first look. */
-  firstLook: 0.6,
+  firstLook: 0.5,
   lr: { perceiver: 5e-4, reasoner: 7e-4 },
   /**
    * Below 1 the Perceiver's policy is sharper: of 1024 cells sampled uniformly hardly any contains the
