@@ -8,11 +8,11 @@
 // batch is read once more than for ppo, in the first loop, for the mean of its log-probabilities.
 //
 // Time of the objectives by ppo's on Zen 5, 512 x 1024 tokens in the cache, AVX-512 and AVX2, one
-// thread: dppo_tv 1.13, 1.15; dppo_kl 1.25, 1.24 where no token is near its bound, and up to 2.9, 2.5
-// where one in each vector is; gmpo 1.03, 0.95; vespo 1.05, 1.00; luspo 0.94, 0.87; clip_cov 1.36,
-// 1.11: 0.2 the mean, 0.1 candidates, of which one in 15 vectors has one, which no branch predictor
-// foresees, and 0.05 the 100 chosen tokens; kl_cov 1.00, 0.79. With two threads clip_cov is at 1.47,
-// 1.20 and kl_cov at 1.43, 1.05: what chooses among the candidates is serial.
+// thread: dppo_tv 1.13, 1.15; dppo_kl 1.25, 1.24 where no token is near its bound, and up
+// to 2.9, 2.5 where one in each vector is; gmpo 1.03, 0.95; vespo 1.05, 1.00; luspo 0.94, 0.87;
+// clip_cov 1.36, 1.11: 0.2 the mean, 0.1 candidates, of which one in 15 vectors has one, which no
+// branch predictor foresees, and 0.05 the 100 chosen tokens; kl_cov 1.00, 0.79. With two threads
+// clip_cov is at 1.47, 1.20 and kl_cov at 1.43, 1.05.
 #include "ops/policy_loss.h"
 
 #include <algorithm>
