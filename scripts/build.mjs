@@ -8,6 +8,7 @@ import { existsSync, rmSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { addonOptions, buildAddon, found, root, run } from './addon.mjs'
+import { bundle, importedByTests } from './bundle.mjs'
 import { addonKey, digest, upToDate } from './up_to_date.mjs'
 
 const { cuda, strict } = addonOptions(process.argv.slice(2))
@@ -17,7 +18,7 @@ const wanted =
   cuda !== 'auto' ? cuda : found('nvcc') && found('cmake') && (strict || hasGpu()) ? 'on' : 'off'
 const key = (kind, warnings) => addonKey('addon', kind, warnings, process.arch, root)
 const kinds = cuda === 'auto' && wanted === 'off' ? ['off', 'on'] : [wanted]
-upToDate(
+await upToDate(
   'addon',
   kinds.flatMap((kind) => (strict ? [true] : [false, true]).map((warnings) => key(kind, warnings))),
   ['build/Release/p2r_kernels.node'],
@@ -30,20 +31,25 @@ upToDate(
   },
 )
 
-upToDate(
+await upToDate(
   'typescript',
   [
     digest(
-      ['lib', 'examples', 'bench', 'reliability', 'tsconfig.json', 'package-lock.json'],
-      /(\.ts|\.json)$/,
+      [
+        ...['lib', 'examples', 'bench', 'reliability'],
+        ...['scripts/bundle.mjs', 'tsconfig.json', 'package-lock.json'],
+      ],
+      /(\.ts|\.mjs|\.json)$/,
       root,
+      importedByTests().sort(),
     ),
   ],
   ['dist/lib/index.js', 'dist/lib/index.d.ts'],
-  () => {
+  async () => {
     const require = createRequire(import.meta.url)
     const tsc = join(dirname(require.resolve('typescript/package.json')), 'bin/tsc')
     rmSync(join(root, 'dist'), { recursive: true, force: true })
     run(process.execPath, [tsc], 'the TypeScript does not compile')
+    await bundle()
   },
 )

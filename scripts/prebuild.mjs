@@ -78,7 +78,7 @@ function build(platform, base) {
  */
 export function prebuild(platform, { base = false } = {}) {
   const key = (kind) => addonKey('prebuild', platform, kind, root)
-  upToDate(
+  return upToDate(
     `prebuild-${platform}`,
     (base ? ['base', 'full'] : ['full']).map(key),
     [productOf(platform)],
@@ -96,6 +96,6 @@ if (resolve(process.argv[1] ?? '') === fileURLToPath(import.meta.url)) {
   for (const platform of wanted.length ? wanted : platforms) {
     const problem = prebuildProblem(platform)
     if (problem) fail(`${platform} cannot be made here: ${problem}`)
-    prebuild(platform, { base })
+    await prebuild(platform, { base })
   }
 }

@@ -36,12 +36,12 @@ export const addonKey = (...salt) =>
   digest(sources, /(\.(h|cpp|cc|cu|cuh|def)|CMakeLists\.txt|Makefile|glibc\.mjs)$/, ...salt)
 
 /** Runs step unless the stamp holds one of the keys; it holds the first of them afterwards. */
-export function upToDate(stamp, keys, products, step) {
+export async function upToDate(stamp, keys, products, step) {
   const file = join(root, 'build', `${stamp}.stamp`)
   const done = existsSync(file) && keys.includes(readFileSync(file, 'utf8'))
   if (done && products.every((p) => existsSync(join(root, p)))) return
   rmSync(file, { force: true })
-  step()
+  await step()
   mkdirSync(dirname(file), { recursive: true })
   writeFileSync(file, keys[0])
 }

@@ -73,8 +73,8 @@ let installing = 0
 
 beforeAll(async () => {
   if (notHere) return
-  prebuild(platform, { base: true })
-  if (!prebuildProblem('linux-arm64')) prebuild('linux-arm64', { base: true })
+  await prebuild(platform, { base: true })
+  if (!prebuildProblem('linux-arm64')) await prebuild('linux-arm64', { base: true })
   const { stdout } = await exec(
     process.execPath,
     [npmCli(), 'pack', '--json', '--ignore-scripts', '--pack-destination', folder],
@@ -217,6 +217,9 @@ suite(`the package${title}`, () => {
     expect(text).toMatch(/^ {2}p2r-kernels +1 +[\d.]+ +\d+ %/m)
   })
 
+  // A compiler cache where one is in use, as CMake has it by the same name.
+  const { CMAKE_CXX_COMPILER_LAUNCHER: launcher } = process.env
+  const cached = launcher ? { CXX: `${toolPath(launcher)} ${toolPath('c++')}` } : {}
   const tools = ['make', 'c++', 'as', 'ld', 'sh', 'mkdir', 'uname']
   const missing = tools.filter((tool) => !toolPath(tool))
   test.skipIf(missing.length)(
@@ -229,7 +232,7 @@ suite(`the package${title}`, () => {
       const command = join(project, 'node_modules/.bin/p2r-kernels')
       await exec(command, ['build'], {
         cwd: project,
-        env: { ...env, PATH: `${path}:${few}` },
+        env: { ...env, PATH: `${path}:${few}`, ...cached },
         maxBuffer: 1 << 26,
       })
       const made = join(installed, 'build/Release/p2r_kernels.node')

@@ -1,5 +1,5 @@
 import { createHash, randomUUID, timingSafeEqual } from 'node:crypto'
-import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http'
+import type { IncomingMessage, Server, ServerResponse } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import {
   checkArguments,
@@ -140,6 +140,8 @@ export async function serveModel(model: Qwen3VL, options: ServeOptions = {}): Pr
     refuse('ERR_VALUE', op, `model must be a Qwen3VL, got ${describeValue(model)}`)
   const settings = settingsOf(options)
   const service = new Service(model, await model.tokenizer(), settings)
+  // Loaded here: an import of the package should not wait for Node's HTTP.
+  const { createServer } = await import('node:http')
   const server = createServer((request, response) => void service.answer(request, response))
   await listen(server, settings.host, settings.port)
   const { address, family, port } = server.address() as AddressInfo
