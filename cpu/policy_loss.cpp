@@ -10,9 +10,9 @@
 // Time of the objectives by ppo's on Zen 5, 512 x 1024 tokens in the cache, AVX-512 and AVX2, one
 // thread: dppo_tv 1.13, 1.15; dppo_kl 1.25, 1.24 where no token is near its bound, and up
 // to 2.9, 2.5 where one in each vector is; gmpo 1.03, 0.95; vespo 1.05, 1.00; luspo 0.94, 0.87;
-// clip_cov 1.36, 1.11: 0.2 the mean, 0.1 candidates, of which one in 15 vectors has one, which no
-// branch predictor foresees, and 0.05 the 100 chosen tokens; kl_cov 1.00, 0.79. With two threads
-// clip_cov is at 1.47, 1.20 and kl_cov at 1.43, 1.05.
+// clip_cov 1.33 with AVX-512: 0.13 the mean, as fast as the cache is read, 0.05 candidates, of
+// which one in 15 vectors has one, which no branch predictor foresees, and 0.03 the 100 chosen
+// tokens; kl_cov 0.97. With two hyperthreads of one core clip_cov is at 1.35 and kl_cov at 1.24.
 #include "ops/policy_loss.h"
 
 #include <algorithm>
@@ -31,7 +31,8 @@ namespace p2r::cpu {
 
 namespace {
 
-constexpr int64_t kRunGrain = 4, kChosenGrain = 16;
+constexpr int64_t kRunGrain = 4, kChosenGrain = 64;
+constexpr int64_t kOffered = 256;  // ranks at once, at least
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Sequence {
@@ -50,15 +51,22 @@ struct Change {
   double policy;
 };
 
-// The highest `most` of the ranks that threads offer. `items` has room for 2 most + kLossRun.
+// The highest `most` of the ranks that threads offer. `items` has room for 2 most + kRanks.
 class Highest {
  public:
+  static constexpr int64_t kRanks = 2 * kLossRun;
+  // A thread's ranks that are not offered yet. They are offered some hundred at a time: threads
+  // that wait for each other at every run would lose more time than all of this takes.
+  struct Pending {
+    int64_t size;
+    uint64_t ranks[kRanks];
+  };
   Highest(uint64_t* items, int64_t most) : items_(items), most_(most) {}
-  void offer(const uint64_t* ranks, int64_t n) {
-    if (n == 0) return;
+  void offer(Pending& pending) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    std::copy(ranks, ranks + n, items_ + size_);
-    size_ += n;
+    std::copy(pending.ranks, pending.ranks + pending.size, items_ + size_);
+    size_ += pending.size;
+    pending.size = 0;
     if (size_ < 2 * most_) return;
     keep_highest(most_);
     least_key_.store(static_cast<uint32_t>(items_[most_ - 1] >> 32), std::memory_order_relaxed);
@@ -196,12 +204,11 @@ PolicyRun run_of(const PolicyLossArgs& a, const Batch& batch, const LossRun& run
 
 // A run of an objective of covariances, whose candidates are offered to `highest`.
 void run_and_offer(const PolicyLossArgs& a, const Simd& simd, const LossRun& run, PolicyRun& r,
-                   Highest& highest, double* sums) {
+                   Highest& highest, Highest::Pending& pending, double* sums) {
   const bool of_kl = a.objective == Objective::kl_cov;
   const uint32_t least_key = highest.least_key();
   int32_t candidates[kLossRun + kMaxLanes];
-  uint64_t ranks[kLossRun];
-  int64_t count = 0, n = 0;
+  int64_t count = 0;
   r.candidates = candidates;
   r.candidate_count = &count;
   if (of_kl) r.cov_low = least_key ? f32_of_bits(from_ordered_bits(least_key)) : -kInfinity;
@@ -213,9 +220,10 @@ void run_and_offer(const PolicyLossArgs& a, const Simd& simd, const LossRun& run
     const float covariance = (advantage - r.mean_advantage) * (r.log_probs[i] - r.mean_log_prob);
     const uint32_t key = of_kl ? ordered_bits(bits_of_f32(covariance))
                                : random_key(a.cov_seed, static_cast<uint32_t>(token));
-    if (key >= least_key) ranks[n++] = choice_rank(key, token);
+    pending.ranks[pending.size] = choice_rank(key, token);
+    pending.size += key >= least_key;
   }
-  highest.offer(ranks, n);
+  if (pending.size >= kOffered) highest.offer(pending);
 }
 
 }  // namespace
@@ -233,14 +241,16 @@ void policy_loss(const PolicyLossArgs& a, Device& device) {
   const bool by_entropy = a.top_entropy < 1;
   Scratch run_scratch = device.scratch(count * sizeof(RunSums));
   Scratch sequence_scratch = device.scratch(sequences * sizeof(Sequence));
-  Scratch rank_scratch =
-      device.scratch(most ? (2 * most + kLossRun) * static_cast<int64_t>(sizeof(uint64_t)) : 0);
+  Scratch rank_scratch = device.scratch(
+      most ? (2 * most + Highest::kRanks) * static_cast<int64_t>(sizeof(uint64_t)) : 0);
+  Scratch pending_scratch =
+      device.scratch(most ? cpu.threads() * static_cast<int64_t>(sizeof(Highest::Pending)) : 0);
   Scratch change_scratch = device.scratch(most * static_cast<int64_t>(sizeof(Change)));
   Scratch key_scratch = device.scratch(by_entropy ? all_tokens * 4 : 0);
   cpu.submit([=, &cpu, table = std::move(table), groups = std::move(groups),
               parts = run_scratch.as<RunSums>(), of = sequence_scratch.as<Sequence>(),
-              ranks = rank_scratch.as<uint64_t>(), changes = change_scratch.as<Change>(),
-              keys = key_scratch.as<uint32_t>()] {
+              ranks = rank_scratch.as<uint64_t>(), pending = pending_scratch.as<Highest::Pending>(),
+              changes = change_scratch.as<Change>(), keys = key_scratch.as<uint32_t>()] {
     cpu.parallel(count, kRunGrain, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) count_run(a, table.runs[i], cpu.simd(), parts[i]);
     });
@@ -296,17 +306,19 @@ void policy_loss(const PolicyLossArgs& a, Device& device) {
     }
     if (by_entropy) batch.least_entropy = least_entropy(a, keys);
     Highest highest(ranks, most);
-    cpu.parallel(count, kRunGrain, [&](int64_t begin, int64_t end, int) {
+    for (int thread = 0; most && thread < cpu.threads(); ++thread) pending[thread].size = 0;
+    cpu.parallel(count, kRunGrain, [&](int64_t begin, int64_t end, int thread) {
       for (int64_t i = begin; i < end; ++i) {
         const LossRun& run = table.runs[i];
         PolicyRun r = run_of(a, batch, run, of[run.sequence], parts[i].faulty);
         if (most)
-          run_and_offer(a, cpu.simd(), run, r, highest, parts[i].sums);
+          run_and_offer(a, cpu.simd(), run, r, highest, pending[thread], parts[i].sums);
         else
           cpu.simd().policy_run(&r, parts[i].sums);
       }
     });
     if (most && tokens > 0) {
+      for (int thread = 0; thread < cpu.threads(); ++thread) highest.offer(pending[thread]);
       const int64_t chosen = highest.keep_highest(chosen_of(a.cov_ratio, tokens));
       const auto token_of = [&](int64_t j) {
         return static_cast<int64_t>(0xFFFFFFFF - static_cast<uint32_t>(ranks[j]));

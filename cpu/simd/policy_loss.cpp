@@ -376,8 +376,11 @@ double sum_kept(const float* x, const uint8_t* mask, int64_t n) {
   };
   int64_t i = 0;
   // Four in f32: a conversion to f64 costs more than all else.
-  for (; i + 4 * W <= n; i += 4 * W)
+  for (; i + 4 * W <= n; i += 4 * W) {
+    // Further than the processor looks ahead: this loop is as fast as its loads.
+    for (int k = 0; k < 4 * W; k += 16) __builtin_prefetch(x + i + 1024 + k);
     add_to(&total, (kept(i, W) + kept(i + W, W)) + (kept(i + 2 * W, W) + kept(i + 3 * W, W)));
+  }
   for (; i < n; i += W) add_to(&total, kept(i, n - i < W ? (int)(n - i) : W));
   return sum(total);
 }
