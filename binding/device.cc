@@ -172,7 +172,8 @@ Napi::Value DeviceHandle::OpenShared(const Napi::CallbackInfo& info) {
       offset != static_cast<double>(static_cast<int64_t>(offset)) ||
       static_cast<int64_t>(offset) % static_cast<int64_t>(size_of(dtype)) != 0)
     throw Error(Code::value, "the tensor is not within the memory that its handle names");
-  auto storage = std::make_shared<Storage>(device, info[0].ToString(), static_cast<size_t>(bytes));
+  auto storage = std::make_shared<Storage>(device, info[0].ToString(), static_cast<size_t>(bytes),
+                                           info[5].ToBoolean());
   return TensorHandle::Make(info.Env(), storage, dtype, shape, static_cast<size_t>(offset));
 }
 

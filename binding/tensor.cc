@@ -22,9 +22,9 @@ Storage::Storage(std::shared_ptr<OpenDevice> d, size_t n) : device(std::move(d))
   data = device->device->allocate(n);
 }
 
-Storage::Storage(std::shared_ptr<OpenDevice> d, const std::string& name, size_t n)
+Storage::Storage(std::shared_ptr<OpenDevice> d, const std::string& name, size_t n, bool any_file)
     : device(std::move(d)), bytes(n), mapped(true) {
-  data = device->device->open_shared(name, n);
+  data = device->device->open_shared(name, n, any_file);
   device->device->adopt(n);
 }
 

@@ -15,7 +15,7 @@ namespace p2r::binding {
 struct Storage {
   Storage(std::shared_ptr<OpenDevice> device, size_t bytes);
   // Maps what another process shares under this name, from its first byte on.
-  Storage(std::shared_ptr<OpenDevice> device, const std::string& name, size_t bytes);
+  Storage(std::shared_ptr<OpenDevice> device, const std::string& name, size_t bytes, bool any_file);
   ~Storage();
   Storage(const Storage&) = delete;
 

@@ -68,7 +68,7 @@ CpuDevice::~CpuDevice() {
   thread_.join();
   release_everything();
   for (const auto& [block, bytes] : mapped_) host::unmap(block, bytes);
-  for (const std::string& path : shared_) host::remove(path);
+  for (const auto& [name, shared] : shared_) host::unshare(shared);
 }
 
 void CpuDevice::run() {
@@ -143,16 +143,17 @@ void CpuDevice::notify(Completion done) {
 }
 
 std::string CpuDevice::share(void*& block, size_t bytes, const std::string& path) {
-  void* mapped = host::create_file(path, bytes);
-  shared_.insert(path);
+  host::Shared shared;
+  void* mapped = host::share(bytes, path, shared);
+  shared_[shared.name] = shared;
   mapped_[mapped] = bytes;
   copy(mapped, block, bytes);
   block = mapped;
-  return path;
+  return shared.name;
 }
 
-void* CpuDevice::open_shared(const std::string& name, size_t bytes) {
-  void* mapped = host::open_file(name, bytes);
+void* CpuDevice::open_shared(const std::string& name, size_t bytes, bool any_file) {
+  void* mapped = host::open_shared(name, bytes, any_file);
   mapped_[mapped] = bytes;
   return mapped;
 }
@@ -165,7 +166,10 @@ void CpuDevice::close_shared(void* block) {
 }
 
 void CpuDevice::unshare(const std::string& name) {
-  if (shared_.erase(name)) host::remove(name);
+  const auto it = shared_.find(name);
+  if (it == shared_.end()) return;
+  host::unshare(it->second);
+  shared_.erase(it);
 }
 
 using Clock = std::chrono::steady_clock;

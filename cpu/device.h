@@ -18,9 +18,9 @@
 #include <mutex>
 #include <thread>
 #include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
+#include "cpu/host.h"
 #include "cpu/simd/simd.h"
 #include "cpu/threads.h"
 #include "ops/backend.h"
@@ -55,7 +55,7 @@ class CpuDevice final : public Device {
   void notify(Completion done) override;
   // Shared memory is mapped files; under /dev/shm they exist in memory only.
   std::string share(void*& block, size_t bytes, const std::string& path) override;
-  void* open_shared(const std::string& name, size_t bytes) override;
+  void* open_shared(const std::string& name, size_t bytes, bool any_file) override;
   void close_shared(void* block) override;
   void unshare(const std::string& name) override;
   std::shared_ptr<void> mark() override;
@@ -82,7 +82,7 @@ class CpuDevice final : public Device {
   std::atomic<uint64_t> queued_{0}, completed_{0};
   std::atomic<bool> stop_{false};
   std::unordered_map<void*, size_t> mapped_;
-  std::unordered_set<std::string> shared_;  // files of this device that other processes may open
+  std::unordered_map<std::string, host::Shared> shared_;  // by name
   std::thread thread_;
 };
 

@@ -18,10 +18,12 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <thread>
+#include <utility>
 
 #include "ops/error.h"
 
@@ -106,14 +108,14 @@ int thread_limit() { return hardware_threads(); }
 void* allocate(size_t alignment, size_t bytes) { return _aligned_malloc(bytes, alignment); }
 void release(void* block) { _aligned_free(block); }
 
-void* create_file(const std::string&, size_t) {
+void* share(size_t, const std::string&, Shared&) {
   throw Error(Code::device, "memory cannot be shared with other processes on Windows");
 }
-void* open_file(const std::string&, size_t) {
+void* open_shared(const std::string&, size_t, bool) {
   throw Error(Code::device, "memory of other processes cannot be opened on Windows");
 }
 void unmap(void*, size_t) {}
-void remove(const std::string&) {}
+void unshare(const Shared&) {}
 
 #else
 
@@ -131,11 +133,17 @@ namespace {
 
 struct OpenFile {
   OpenFile(const std::string& path, int flags, int mode = 0)
-      : number(open(path.c_str(), flags | O_CLOEXEC, mode)) {
-    if (number < 0) throw Error(Code::io, path + " could not be opened: " + std::strerror(errno));
+      : OpenFile(open(path.c_str(), flags | O_CLOEXEC, mode), path) {}
+  OpenFile(int opened, const std::string& what) : number(opened) {
+    if (number < 0) throw Error(Code::io, what + " could not be opened: " + std::strerror(errno));
   }
-  ~OpenFile() { close(number); }
-  const int number;
+  OpenFile(const OpenFile&) = delete;
+  ~OpenFile() {
+    if (number >= 0) close(number);
+  }
+  // The caller closes it.
+  int release() { return std::exchange(number, -1); }
+  int number;
 };
 
 // An empty file cannot be mapped; nothing reads the byte.
@@ -163,31 +171,116 @@ int set_length(const OpenFile& file, size_t bytes) {
 
 }  // namespace
 
-void* create_file(const std::string& path, size_t bytes) {
-  const OpenFile file(path, O_RDWR | O_CREAT | O_EXCL, 0600);
-  try {
-    if (const int e = set_length(file, bytes))
-      throw Error(Code::memory, "no room for " + std::to_string(bytes) + " bytes in " + path +
-                                    ": " + std::strerror(e));
-    return map(file, bytes);
-  } catch (...) {
-    remove(path);
-    throw;
-  }
+namespace {
+
+void* sized_map(const OpenFile& file, size_t bytes, const std::string& where) {
+  if (const int e = set_length(file, bytes))
+    throw Error(Code::memory, "no room for " + std::to_string(bytes) + " bytes in " + where + ": " +
+                                  std::strerror(e));
+  return map(file, bytes);
 }
 
-void* open_file(const std::string& path, size_t bytes) {
-  const OpenFile file(path, O_RDWR);
+#if defined(F_SEAL_SHRINK)
+
+constexpr const char* kSealedName = "p2r-kernels";
+// What the links in /proc/PID/fd lead to.
+constexpr const char* kSealedLink = "/memfd:p2r-kernels (deleted)";
+
+bool is_descriptor(const std::string& name) {
+  int pid = 0, file = 0, length = 0;
+  return std::sscanf(name.c_str(), "/proc/%d/fd/%d%n", &pid, &file, &length) == 2 &&
+         name == "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(file);
+}
+
+std::string link_of(const std::string& name) {
+  char target[64];
+  const ssize_t length = readlink(name.c_str(), target, sizeof target);
+  if (length < 0)
+    throw Error(Code::io, name + " could not be read (" + std::strerror(errno) +
+                              "): its handle was disposed, its process has ended, or it runs as "
+                              "another user or in another container");
+  return std::string(target, static_cast<size_t>(length));
+}
+
+void* open_sealed(const std::string& name, size_t bytes) {
+  const auto require = [&](bool ok) {
+    if (!ok) throw Error(Code::format, name + " is no memory that p2r-kernels shares");
+  };
+  // Before it is opened, since opening a device or a pipe may have effects.
+  require(link_of(name) == kSealedLink);
+  const OpenFile file(name, O_RDWR);
+  require(link_of("/proc/self/fd/" + std::to_string(file.number)) == kSealedLink);
+  const int seals = fcntl(file.number, F_GET_SEALS);
+  require(seals >= 0 && (seals & F_SEAL_SHRINK) != 0);
+  struct stat s;
+  require(fstat(file.number, &s) == 0);
+  if (static_cast<uint64_t>(s.st_size) != mapped_length(bytes))
+    throw Error(Code::format, name + " must have " + std::to_string(bytes) + " bytes, got " +
+                                  std::to_string(s.st_size));
+  return map(file, bytes);
+}
+
+#endif
+
+}  // namespace
+
+void* share(size_t bytes, const std::string& path, Shared& out) {
+  if (!path.empty()) {
+    const OpenFile file(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, 0600);
+    out.name = path;
+    try {
+      return sized_map(file, bytes, path);
+    } catch (...) {
+      unshare(out);
+      throw;
+    }
+  }
+#if defined(F_SEAL_SHRINK)
+  OpenFile file(memfd_create(kSealedName, MFD_CLOEXEC | MFD_ALLOW_SEALING), "memory to be shared");
+  fchmod(file.number, 0600);
+  void* block = sized_map(file, bytes, "memory");
+  if (fcntl(file.number, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+    const int e = errno;
+    unmap(block, bytes);
+    throw Error(Code::io, std::string("shared memory could not be sealed: ") + std::strerror(e));
+  }
+  out.file = file.release();
+  out.name = "/proc/" + std::to_string(getpid()) + "/fd/" + std::to_string(out.file);
+  return block;
+#else
+  throw Error(Code::device, "this system shares memory by files alone");
+#endif
+}
+
+void* open_shared(const std::string& name, size_t bytes, bool any_file) {
+  if (name.find('\0') != std::string::npos)
+    throw Error(Code::value, "a name of shared memory must not have characters of value 0");
+#if defined(F_SEAL_SHRINK)
+  if (is_descriptor(name)) return open_sealed(name, bytes);
+#endif
+  if (!any_file)
+    throw Error(Code::value,
+                name +
+                    " is a file, which its owner may shorten at any time, and that would end "
+                    "this process; { anyFile: true } opens it");
+  // Without waiting, should it be a pipe.
+  const OpenFile file(name, O_RDWR | O_NOFOLLOW | O_NONBLOCK);
   struct stat s;
   if (fstat(file.number, &s) != 0 || !S_ISREG(s.st_mode) ||
       static_cast<uint64_t>(s.st_size) < bytes)
-    throw Error(Code::format, path + " must be a file of at least " + std::to_string(bytes) +
+    throw Error(Code::format, name + " must be a file of at least " + std::to_string(bytes) +
                                   " bytes, got " + std::to_string(s.st_size));
   return map(file, bytes);
 }
 
 void unmap(void* block, size_t bytes) { munmap(block, mapped_length(bytes)); }
-void remove(const std::string& path) { unlink(path.c_str()); }
+
+void unshare(const Shared& shared) {
+  if (shared.file >= 0)
+    close(shared.file);
+  else
+    unlink(shared.name.c_str());
+}
 
 #endif
 

@@ -18,11 +18,19 @@ constexpr size_t kHugePage = size_t{2} << 20;
 void* allocate(size_t alignment, size_t bytes);
 void release(void* block);
 
-// A file of so many bytes, mapped to be shared with other processes: a new one, readable by its
-// owner alone, and one that is there and at least as long. Errors: Code::io, memory, format.
-void* create_file(const std::string& path, size_t bytes);
-void* open_file(const std::string& path, size_t bytes);
+// Memory that other processes map by its name.
+struct Shared {
+  std::string name;
+  int file = -1;  // held open, so that the name stays valid; -1 where the name is a path
+};
+// Maps new memory. Without a path it has no file, and is sealed: a process that reads memory which
+// another has shortened is ended (SIGBUS). Errors: Code::io, memory, device.
+void* share(size_t bytes, const std::string& path, Shared& out);
+// Maps what `share` gave in some process; with `any_file`, the regular file at the path `name`, of
+// `bytes` at least, which nobody may shorten. Errors: Code::io, memory, format, value.
+void* open_shared(const std::string& name, size_t bytes, bool any_file);
 void unmap(void* block, size_t bytes);
-void remove(const std::string& path);
+// From now on the name opens nothing.
+void unshare(const Shared& shared);
 
 }  // namespace p2r::cpu::host

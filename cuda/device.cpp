@@ -197,7 +197,7 @@ class CudaDevice final : public Device {
     return name;
   }
 
-  void* open_shared(const std::string& name, size_t) override {
+  void* open_shared(const std::string& name, size_t, bool) override {
     bind();
     cudaIpcMemHandle_t handle;
     if (name.size() != 2 * sizeof handle.reserved ||

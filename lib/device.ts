@@ -1,7 +1,7 @@
 import { checkArguments, checkString, describeValue, type Names } from './arguments.js'
 import { checkDType, type DType } from './dtype.js'
 import { P2RError, refuse } from './errors.js'
-import { type IpcDescription, openShared } from './ipc.js'
+import { type IpcDescription, type IpcOpenOptions, openShared } from './ipc.js'
 import { type DeviceHandle, native } from './native.js'
 import { defaultDType, type HostArray, hostData, type Tensor, wrap } from './tensor.js'
 
@@ -225,16 +225,18 @@ export class Device implements Disposable {
   /**
    * A tensor on memory that another process shares by `ipcHandle()`, or that PyTorch does (see
    * examples/exchange), without a copy. It must stay shared until this tensor is disposed and the work
-   * on it is done.
+   * on it is done. On the CPU only memory that cannot be shortened is opened, unless the options say otherwise.
    *
-   * @throws P2RError ERR_DEVICE for memory of the other backend, or that CUDA cannot open; ERR_IO and ERR_FORMAT
-   *   for a file that is missing or too short; ERR_VALUE for anything but a handle's fields.
+   * @throws P2RError ERR_DEVICE for memory of the other backend, or that CUDA cannot open; ERR_IO for what is gone or
+   *   cannot be seen; ERR_FORMAT for what is not such memory, or of another size; ERR_VALUE for anything but a handle's
+   *   fields, for other files without `anyFile`, and for options.
    */
   fromIpcHandle<D extends DType>(
     handle: IpcDescription & { dtype: D },
+    options: IpcOpenOptions = {},
   ): DType extends D ? Tensor : Tensor<D> {
     const own = checkDevice(this, 'fromIpcHandle', 'this')
-    return wrap(this, openShared(own.handle, own.info.backend, handle))
+    return wrap(this, openShared(own.handle, own.info.backend, handle, options))
   }
 
   /**

@@ -25,7 +25,7 @@ export {
   saveImage,
   type UrlLike,
 } from './image.js'
-export type { IpcDescription, IpcHandle } from './ipc.js'
+export type { IpcDescription, IpcHandle, IpcOpenOptions, IpcOptions } from './ipc.js'
 export type {
   Qwen3VLConfig,
   Qwen3VLImageRules,

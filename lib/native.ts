@@ -24,6 +24,7 @@ export interface TensorHandle {
   copyFrom(other: TensorHandle): void
   to(device: DeviceHandle | undefined): TensorHandle
   join(): void
+  /** On the CPU into a new file at `path`, or where that is '' into sealed memory. */
   share(path: string): Promise<[name: string, offset: number, bytes: number]>
   unshare(): void
   dispose(): void
@@ -41,6 +42,7 @@ export interface DeviceHandle {
     offset: number,
     shape: readonly number[],
     dtype: string,
+    anyFile: boolean,
   ): TensorHandle
   synchronize(): Promise<void>
   time(f: () => void): Promise<number>

@@ -3,7 +3,7 @@ import { checkArray, checkNumber, describeValue, hostMemory } from './arguments.
 import type { Device } from './device.js'
 import { checkDType, type DType, hostTypes } from './dtype.js'
 import { P2RError, refuse } from './errors.js'
-import { type IpcHandle, share } from './ipc.js'
+import { type IpcHandle, type IpcOptions, share } from './ipc.js'
 import { native, type TensorHandle, type TypedArray } from './native.js'
 import { holds, track, untrack } from './scope.js'
 
@@ -213,15 +213,15 @@ export class Tensor<out D extends DType = any> implements Disposable {
    * A handle by which another process opens this tensor's memory, so that each sees what the other
    * writes. Resolves when the queued work is done; the two processes must order later writes, for
    * example by `device.synchronize()` and a message. On CUDA it is an IPC handle; on the CPU the storage
-   * moves into a file in shared memory, with all of its views.
+   * moves into memory that can be shared, with all of its views; `file` is for one that is shared for the first time.
    *
    * @throws P2RError ERR_DEVICE where the platform cannot share CUDA memory; ERR_MEMORY or ERR_IO where there is
-   *   no space for the file. A fault of the tensor is thrown as by `read`.
+   *   no space for it; ERR_VALUE for options. A fault of the tensor is thrown as by `read`.
    */
-  async ipcHandle(): Promise<IpcHandle> {
+  async ipcHandle(options: IpcOptions = {}): Promise<IpcHandle> {
     const handle = handleOf(this, 'this', 'ipcHandle')
     const { shape, dtype } = this
-    return share(handle, { backend: this.device.info.backend, shape, dtype })
+    return share(handle, { backend: this.device.info.backend, shape, dtype }, options)
   }
 
   /** Releases the storage; a second call does nothing. Shape and dtype stay readable. */

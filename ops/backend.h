@@ -96,12 +96,12 @@ class Device : public Memory {
 
   // Memory shared with other processes; Code::device where the device has none.
   // Shares a block of `bytes` and returns the name for open_shared in the other process: CUDA's IPC
-  // handle in hexadecimal digits, or `path`, a file that the CPU maps. A block that cannot be
-  // shared in place is replaced by a copy that can, and the caller releases the old one, which work
-  // queued before may still use.
+  // handle in hexadecimal digits, or on the CPU `path`, a new file, and where that is empty the
+  // path of a descriptor of this process. A block that cannot be shared in place is replaced by a
+  // copy that can, and the caller releases the old one, which work queued before may still use.
   virtual std::string share(void*& block, size_t bytes, const std::string& path);
-  // Maps at least `bytes` that another process shares.
-  virtual void* open_shared(const std::string& name, size_t bytes);
+  // Maps at least `bytes` that another process shares; with `any_file` any file of the CPU's host.
+  virtual void* open_shared(const std::string& name, size_t bytes, bool any_file);
   // Unmaps what share put in a block's place or open_shared mapped, once the queue has finished
   // with it.
   virtual void close_shared(void* block);

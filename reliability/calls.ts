@@ -537,7 +537,18 @@ export const classes: Readonly<
       methods: {
         tensor: () => [Float32Array.from({ length: 6 }), [2, 3], g.maybe('bf16')],
         zeros: () => [[g.int(0, 5), 3], g.maybe('u8')],
-        fromIpcHandle: () => [{ kind: 'cpu', path: '/p2r-none', dtype: 'f32', shape: [1] }],
+        fromIpcHandle: () => [
+          {
+            backend: 'cpu',
+            name: g.maybe('/proc/self/fd/0') ?? '/p2r-none',
+            bytes: 4,
+            offset: 0,
+            dtype: 'f32',
+            shape: [1],
+            pid: 1,
+          },
+          { anyFile: false },
+        ],
         synchronize: () => [],
         time: () => [() => library.gelu({ x: g.f32([5]) })],
         memory: () => [],

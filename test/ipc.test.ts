@@ -1,7 +1,19 @@
 import { spawn, spawnSync } from 'node:child_process'
-import { existsSync, readdirSync, rmSync, statSync, truncateSync, writeFileSync } from 'node:fs'
+import { once } from 'node:events'
+import {
+  closeSync,
+  existsSync,
+  openSync,
+  readdirSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  truncateSync,
+  writeFileSync,
+} from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { createInterface } from 'node:readline'
 import { fileURLToPath } from 'node:url'
 import { add, type Device, gelu, openDevice, type Tensor, tokenLogProbs } from 'p2r-kernels'
 import { expect, test } from 'vitest'
@@ -144,32 +156,113 @@ onEveryBackend('memory shared between processes', (b) => {
 
 const cpu = () => openDevice('cpu')
 
-test('on the CPU: one file per handle, removed with the last of them or with the device', async () => {
-  const device = cpu()
+const linux = process.platform === 'linux'
+
+test.each(linux ? [false, true] : [true])(
+  'on the CPU (file: %s): one name for all handles, gone with the last of them or with the device',
+  async (file) => {
+    const device = cpu()
+    const tensor = device.tensor([1, 2, 3], [3])
+    const one = await tensor.ipcHandle({ file })
+    const two = await tensor.reshape([3, 1]).ipcHandle({ file })
+    expect(two.name).toBe(one.name)
+    expect(statSync(one.name).mode & 0o777).toBe(0o600)
+    using here = device.fromIpcHandle({ ...one, dtype: 'f32' }, { anyFile: file })
+    one.dispose()
+    expect(existsSync(two.name)).toBe(true)
+    two.dispose()
+    expect(existsSync(two.name)).toBe(false)
+    // Who has it open keeps it; a new handle is of new memory.
+    expect([...(await here.read())]).toEqual([1, 2, 3])
+    const again = await tensor.ipcHandle({ file })
+    tensor.write([4, 5, 6])
+    expect([...(await device.fromIpcHandle(again, { anyFile: file }).read())]).toEqual([4, 5, 6])
+    expect([...(await here.read())]).toEqual([1, 2, 3])
+    const empty = await device.zeros([0, 4]).ipcHandle({ file })
+    expect((await device.fromIpcHandle(empty, { anyFile: file }).read()).length).toBe(0)
+    device.dispose()
+    expect(existsSync(again.name)).toBe(false)
+    again.dispose()
+  },
+)
+
+test.runIf(linux)('on the CPU: nobody can shorten what is shared, nor enlarge it', async () => {
+  using device = cpu()
   const tensor = device.tensor([1, 2, 3], [3])
-  const one = await tensor.ipcHandle()
-  const two = await tensor.reshape([3, 1]).ipcHandle()
-  expect(two.name).toBe(one.name)
-  expect(statSync(one.name).mode & 0o777).toBe(0o600)
-  using here = device.fromIpcHandle({ ...one, dtype: 'f32' })
-  one.dispose()
-  expect(existsSync(two.name)).toBe(true)
-  two.dispose()
-  expect(existsSync(two.name)).toBe(false)
-  // Who has it open keeps it; a new handle is a new file.
-  expect([...(await here.read())]).toEqual([1, 2, 3])
-  const again = await tensor.ipcHandle()
-  expect(again.name).not.toBe(one.name)
-  tensor.write([4, 5, 6])
-  expect([...(await device.fromIpcHandle(again).read())]).toEqual([4, 5, 6])
-  const empty = await device.zeros([0, 4]).ipcHandle()
-  expect((await device.fromIpcHandle(empty).read()).length).toBe(0)
-  device.dispose()
-  expect(existsSync(again.name)).toBe(false)
-  again.dispose()
+  using handle = await tensor.ipcHandle()
+  expect(handle.name).toMatch(new RegExp(`^/proc/${process.pid}/fd/\\d+$`))
+  for (const length of [0, 11, 13]) expect(() => truncateSync(handle.name, length)).toThrow(/EPERM/)
+  expect([...(await device.fromIpcHandle(handle).read())]).toEqual([1, 2, 3])
+  // Nor is a descriptor of something else opened, whatever its name says.
+  const path = join(tmpdir(), `p2r-ipc-descriptor-${process.pid}`)
+  writeFileSync(path, new Uint8Array(12))
+  const other = openSync(path, 'r+')
+  try {
+    for (const name of [`/proc/${process.pid}/fd/${other}`, `/proc/self/fd/${other}`])
+      for (const anyFile of [false, true])
+        expect(() => device.fromIpcHandle({ ...handle, name }, { anyFile })).toThrow(
+          expect.objectContaining({ op: 'fromIpcHandle' }),
+        )
+  } finally {
+    closeSync(other)
+    rmSync(path)
+  }
 })
 
-test('on the CPU: missing files, files that are too short, and other paths', async () => {
+test.runIf(linux)('on the CPU: of a process that was killed nothing is left', async () => {
+  const code = `
+    import { openDevice } from '${library}'
+    const handle = await openDevice('cpu').tensor([1, 2], [2]).ipcHandle()
+    console.log(JSON.stringify(handle))
+    setInterval(() => {}, 1000)`
+  const child = spawn(process.execPath, ['--input-type=module', '-e', code], {
+    stdio: ['ignore', 'pipe', 'inherit'],
+  })
+  const [line] = await once(child.stdout, 'data')
+  const handle = JSON.parse(String(line))
+  using device = cpu()
+  using open = device.fromIpcHandle<'f32'>(handle)
+  const closed = once(child, 'close')
+  child.kill('SIGKILL')
+  await closed
+  expect([...(await open.read())]).toEqual([1, 2])
+  expectRefusal(
+    () => device.fromIpcHandle(handle),
+    'ERR_IO',
+    'fromIpcHandle',
+    /its process has ended/,
+  )
+})
+
+test.runIf(linux)(
+  'on the CPU: one memory is shared in one way, and options are checked',
+  async () => {
+    using device = cpu()
+    const tensor = device.tensor([1, 2, 3], [3])
+    const handle = await tensor.ipcHandle()
+    await expect(tensor.ipcHandle({ file: true })).rejects.toMatchObject({
+      code: 'ERR_VALUE',
+      message: expect.stringContaining('without a file'),
+    })
+    handle.dispose()
+    using file = await tensor.ipcHandle({ file: true })
+    expect(file.name).toMatch(/^\/dev\/shm\/p2r-kernels-/)
+    expectRefusal(() => device.fromIpcHandle(file), 'ERR_VALUE', 'fromIpcHandle', /anyFile: true/)
+    for (const options of [{ file: 1 }, { files: true }, null])
+      await expect(tensor.ipcHandle(options as never)).rejects.toMatchObject({
+        code: 'ERR_VALUE',
+        op: 'ipcHandle',
+      })
+    for (const options of [{ anyFile: 1 }, { anyfile: true }, null])
+      expectRefusal(
+        () => device.fromIpcHandle(file, options as never),
+        'ERR_VALUE',
+        'fromIpcHandle',
+      )
+  },
+)
+
+test('on the CPU: files by anyFile alone; missing, short, linked and special ones are refused', async () => {
   const device = cpu()
   const path = join(tmpdir(), `p2r-ipc-${process.pid}`)
   const description = {
@@ -182,13 +275,29 @@ test('on the CPU: missing files, files that are too short, and other paths', asy
     pid: 1,
   }
   const refused = (code: string, extra = {}) =>
-    expectRefusal(() => device.fromIpcHandle({ ...description, ...extra }), code, 'fromIpcHandle')
+    expectRefusal(
+      () => device.fromIpcHandle({ ...description, ...extra }, { anyFile: true }),
+      code,
+      'fromIpcHandle',
+    )
   refused('ERR_IO')
   writeFileSync(path, new Uint8Array(16))
-  device.fromIpcHandle(description).dispose()
+  device.fromIpcHandle(description, { anyFile: true }).dispose()
+  expectRefusal(() => device.fromIpcHandle(description), 'ERR_VALUE', 'fromIpcHandle', /anyFile/)
+  refused('ERR_VALUE', { name: `${path}\0.txt` })
+  const link = `${path}-link`
+  symlinkSync(path, link)
+  refused('ERR_IO', { name: link })
+  rmSync(link)
   truncateSync(path, 15)
   refused('ERR_FORMAT')
   refused('ERR_IO', { name: tmpdir() })
+  if (linux) {
+    const pipe = `${path}-pipe`
+    spawnSync('mkfifo', [pipe])
+    for (const name of [pipe, '/dev/zero']) refused('ERR_FORMAT', { name })
+    rmSync(pipe)
+  }
   rmSync(path)
   device.dispose()
 })
@@ -209,13 +318,23 @@ memory, close = tensors.open_memory(json.loads(sys.argv[1]))
 values = struct.unpack("<3f", memory)
 memory[:] = struct.pack("<3f", *[-x for x in values])
 memory.release()
-print(values)`
-  const { stdout, stderr } = spawnSync('python3', ['-c', code, JSON.stringify(handle)], {
-    encoding: 'utf8',
+print(values, flush=True)
+name, memory, _ = tensors.new_memory(12)
+memory[:] = struct.pack("<3f", 7, 8, 9)
+print(name, flush=True)
+sys.stdin.read()`
+  const child = spawn('python3', ['-c', code, JSON.stringify(handle)], {
+    stdio: ['pipe', 'pipe', 'inherit'],
   })
-  expect(stderr).toBe('')
-  expect(stdout.trim()).toBe('(1.0, 2.0, 3.0)')
+  const lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]()
+  expect((await lines.next()).value).toBe('(1.0, 2.0, 3.0)')
   expect([...(await tensor.read())]).toEqual([-1, -2, -3])
+  const { value: name } = await lines.next()
+  using theirs = device.fromIpcHandle({ ...handle, name, dtype: 'f32' })
+  expect([...(await theirs.read())]).toEqual([7, 8, 9])
+  const closed = once(child, 'close')
+  child.stdin.end()
+  expect(await closed).toEqual([0, null])
   device.dispose()
 })
 

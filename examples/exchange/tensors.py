@@ -1,9 +1,10 @@
 """Tensors shared with p2r-kernels in another process: the same memory, not a copy.
 
     tensor = open_tensor(json.loads(line))    # what tensor.ipcHandle() gave, as JSON
-    handle = share_tensor(tensor, path)       # for device.fromIpcHandle(handle)
+    handle, tensor, close = share_tensor(tensor)    # for device.fromIpcHandle(handle)
 
-On CUDA this is cudaIpcMemHandle_t through the driver's own functions, on the CPU a file under /dev/shm.
+On CUDA this is cudaIpcMemHandle_t through the driver's own functions, on the CPU memory without a file,
+sealed so that nobody can shorten it (Linux).
 The two processes order their work by themselves: before a message says that data is there, wait for
 it (torch.cuda.synchronize() here, `await device.synchronize()` there). Whoever shares must keep the
 memory until the other has closed it; `close` here is the counterpart of `dispose` there.
@@ -13,6 +14,7 @@ memory until the other has closed it; `close` here is the counterpart of `dispos
 Needs PyTorch for tensors; without it `open_memory` still gives the CPU's bytes.
 """
 import ctypes
+import fcntl
 import json
 import mmap
 import os
@@ -50,6 +52,16 @@ def open_memory(handle):
     start = handle["offset"]
     size = count(handle["shape"]) * WIDTHS[handle["dtype"]]
     return memoryview(mapped)[start : start + size], mapped.close
+
+
+def new_memory(size):
+    """The name of new memory that p2r-kernels opens, the memory, and the function that closes the name."""
+    file = os.memfd_create("p2r-kernels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.posix_fallocate(file, 0, max(size, 1))
+    add_seals, seal, shrink, grow = 1033, 1, 2, 4  # fcntl has names for these from Python 3.8 on some systems
+    fcntl.fcntl(file, add_seals, seal | shrink | grow)
+    mapped = mmap.mmap(file, max(size, 1))
+    return f"/proc/{os.getpid()}/fd/{file}", memoryview(mapped)[:size], lambda: os.close(file)
 
 
 class CudaMemory:
@@ -101,21 +113,21 @@ def open_tensor(handle):
     return tensor, lambda: check(cuda.cuIpcCloseMemHandle(base), "cuIpcCloseMemHandle")
 
 
-def share_tensor(tensor, path=None):
-    """The handle of a contiguous PyTorch tensor. On the CPU it is copied into a new file, whose
-    tensor is returned with the handle: write to that one."""
+def share_tensor(tensor):
+    """The handle of a contiguous PyTorch tensor, the tensor that shares its memory, and the function that
+    ends the sharing. On the CPU the tensor is copied into new memory: write to the one that is returned."""
     import torch
 
     names = {torch_dtype(name): name for name in WIDTHS}
     described = {"shape": list(tensor.shape), "dtype": names[tensor.dtype], "pid": os.getpid()}
     if tensor.device.type == "cpu":
         size = tensor.numel() * tensor.element_size()
-        with open(path, "xb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))
-        handle = {"backend": "cpu", "name": path, "bytes": size, "offset": 0, **described}
-        shared, _ = open_tensor(handle)
+        name, memory, close = new_memory(size)
+        handle = {"backend": "cpu", "name": name, "bytes": size, "offset": 0, **described}
+        flat = torch.frombuffer(memory, dtype=tensor.dtype) if size else torch.empty(0, dtype=tensor.dtype)
+        shared = flat.reshape(tensor.shape)
         shared.copy_(tensor)
-        return handle, shared
+        return handle, shared, close
     torch.cuda.synchronize()
     cuda = driver()
     # PyTorch cuts tensors out of larger allocations; a handle names the allocation.
@@ -133,7 +145,7 @@ def share_tensor(tensor, path=None):
         "offset": address.value - base.value,
         **described,
     }
-    return handle, tensor
+    return handle, tensor, lambda: None
 
 
 def main():

@@ -29,6 +29,8 @@ import {
   groundingRewards,
   type IpcDescription,
   type IpcHandle,
+  type IpcOpenOptions,
+  type IpcOptions,
   type Judged,
   type LoadRolloutsOptions,
   loadMetadata,
@@ -246,9 +248,11 @@ export function prompts(question: string): RolePrompt[] {
 }
 
 export async function share(tensor: Tensor, device: Device): Promise<Tensor[]> {
-  using handle: IpcHandle = await tensor.ipcHandle()
+  const how: IpcOptions = { file: true }
+  const opening: IpcOpenOptions = { anyFile: how.file === true }
+  using handle: IpcHandle = await tensor.ipcHandle(how)
   const description: IpcDescription = JSON.parse(JSON.stringify(handle))
   const { format } = await loadMetadata('b.safetensors')
   const prompts: Prompts = defaultPrompts
-  return prompts.system === format ? [] : [device.fromIpcHandle(description)]
+  return prompts.system === format ? [] : [device.fromIpcHandle(description, opening)]
 }
