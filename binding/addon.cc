@@ -55,6 +55,30 @@ void begin_composite(const Napi::CallbackInfo& info) {
 }
 void end_composite(const Napi::CallbackInfo& info) { State::of(info.Env()).composites.pop_back(); }
 
+// A scope whose work can be withdrawn, by a number: opens one, has the calls that come belong to it
+// (0: to none), withdraws its work, and forgets it.
+Napi::Value open_abort(const Napi::CallbackInfo& info) {
+  State& state = State::of(info.Env());
+  uint32_t number = 1;
+  while (state.abort_scopes.contains(number)) ++number;
+  state.abort_scopes.try_emplace(number);
+  return Napi::Number::New(info.Env(), number);
+}
+AbortScope* abort_scope(const Napi::CallbackInfo& info) {
+  State& state = State::of(info.Env());
+  const auto it = state.abort_scopes.find(info[0].ToNumber().Uint32Value());
+  return it == state.abort_scopes.end() ? nullptr : &it->second;
+}
+void abort_by(const Napi::CallbackInfo& info) { State::of(info.Env()).abort = abort_scope(info); }
+void abort_work(const Napi::CallbackInfo& info) {
+  if (AbortScope* scope = abort_scope(info)) *scope->requested = true;
+}
+void close_abort(const Napi::CallbackInfo& info) {
+  State& state = State::of(info.Env());
+  if (state.abort == abort_scope(info)) state.abort = nullptr;
+  state.abort_scopes.erase(info[0].ToNumber().Uint32Value());
+}
+
 // (folder, work, calls, absolute, relative, ofLargest): writes the next `calls` CPU calls of at
 // most that much work into the folder as cases (ops/recording.h); '' ends recording.
 void record(const Napi::CallbackInfo& info) {
@@ -103,6 +127,10 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("cudaStatus", Napi::Function::New(env, cuda));
   exports.Set("beginComposite", Napi::Function::New(env, begin_composite));
   exports.Set("endComposite", Napi::Function::New(env, end_composite));
+  exports.Set("openAbort", Napi::Function::New(env, open_abort));
+  exports.Set("abortBy", Napi::Function::New(env, abort_by));
+  exports.Set("abort", Napi::Function::New(env, abort_work));
+  exports.Set("closeAbort", Napi::Function::New(env, close_abort));
   exports.Set("ceilings", Napi::Function::New(env, ceilings));
   exports.Set("record", Napi::Function::New(env, record));
   Napi::Object ops = Napi::Object::New(env);

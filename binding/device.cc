@@ -49,6 +49,17 @@ OpenOptions parse_options(const Napi::Value& value) {
       throw Error(Code::value, "simd must be avx512, avx2, neon or scalar");
     o.simd = name;
   }
+  if (const Napi::Value v = object.Get("maxQueuedBytes"); !v.IsUndefined()) {
+    o.max_queued_bytes = v.IsNumber() ? v.As<Napi::Number>().DoubleValue() : 0;
+    if (!(o.max_queued_bytes >= 1 && o.max_queued_bytes <= 9007199254740991.0))
+      throw Error(Code::value, "maxQueuedBytes must be a number from 1 to 2^53 - 1");
+  }
+  if (const Napi::Value v = object.Get("whenFull"); !v.IsUndefined()) {
+    const std::string how = v.IsString() ? v.ToString().Utf8Value() : "";
+    if (how != "wait" && how != "throw")
+      throw Error(Code::value, "whenFull must be 'wait' or 'throw'");
+    o.throw_when_full = how == "throw";
+  }
   auto feature = [&](const char* name) {
     const Napi::Value v = object.Get(name);
     if (!v.IsUndefined() && !v.IsBoolean())
@@ -108,7 +119,12 @@ DeviceHandle::DeviceHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<De
   napi_type_tag_object(info.Env(), info.This(), &kTag);
   try {
     device_ = std::make_shared<OpenDevice>(State::of(info.Env()).open);
-    device_->device = open_named(info[0].ToString(), parse_options(info[1]));
+    const OpenOptions options = parse_options(info[1]);
+    device_->device = open_named(info[0].ToString(), options);
+    const auto memory = static_cast<double>(device_->device->info().memory_bytes);
+    device_->max_queued_bytes =
+        static_cast<size_t>(options.max_queued_bytes ? options.max_queued_bytes : memory / 2);
+    device_->throw_when_full = options.throw_when_full;
   } catch (...) {
     throw convert(info.Env(), "openDevice");
   }
@@ -117,7 +133,7 @@ DeviceHandle::DeviceHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<De
 void DeviceHandle::Finalize(Napi::BasicEnv env) {
   // Tensors may outlive the device's handle: the last of them closes the device.
   if (device_ && device_.use_count() == 1) {
-    device_->close();
+    device_->abandon();
     device_->account(env);
   }
   device_.reset();

@@ -70,6 +70,8 @@ void Call::name(const char* public_name) {
 
 Call::~Call() {
   if (finished_) return;
+  // The call threw while it queued its work.
+  if (aborted_ && device_->device) device_->device->abort_by({});
   // The call threw: its fault cannot be raised, and its results have no other owner.
   if (fault_ && fault_->sequence == UINT64_MAX) fault_->sequence = 0;
   for (const Napi::Object& result : results_)
@@ -291,6 +293,7 @@ Out Call::result(DType dtype, const Shape& shape) {
   Out out;
   out.dtype = dtype;
   out.shape = shape;
+  device_->reserve(out.bytes());
   auto storage = std::make_shared<Storage>(device_, out.bytes());
   out.data = storage->data;
   results_.push_back(TensorHandle::Make(env(), storage, dtype, shape));
@@ -302,6 +305,19 @@ void Call::begin() {
   check_open();
   if (results_.empty()) check_overlap();
   if (!device_->pending.empty()) device_->settle();
+}
+
+void Call::abort_by(AbortScope& scope) {
+  for (const auto& fault : scope.faults)
+    if (fault->queue == device_.get()) aborted_ = fault;
+  if (!aborted_) {
+    aborted_ = std::make_shared<Fault>();
+    aborted_->op = "scopeAsync";
+    aborted_->queue = device_.get();
+    aborted_->parts.push_back({std::make_shared<uint64_t>(0), {Invalid::aborted}});
+    scope.faults.push_back(aborted_);
+  }
+  device_->device->abort_by({scope.requested, aborted_->parts[0].word});
 }
 
 FaultFlag Call::fault_flag(const FaultSource& source) {
@@ -387,9 +403,16 @@ Napi::Value Call::finish(const std::shared_ptr<Case>& recorded) {
   for (const Argument& a : arguments_)
     for (const auto& f : a.storage->faults) include(f);
   if (fault_) include(fault_);
+  if (aborted_) {
+    aborted_->sequence = device_->device->queued();
+    include(aborted_);
+  }
   for (const Argument& a : arguments_)
     if (a.written) a.storage->faults = faults;
-  for (const auto& storage : held_) storage->faults = faults;
+  for (const auto& storage : held_) {
+    storage->faults = faults;
+    device_->queue(storage);
+  }
   finished_ = true;
 
   if (results_.empty()) return env().Undefined();

@@ -107,7 +107,10 @@ class Call {
     if (recording() && work_of(args) <= recording_limit()) recorded = record_before(collect(args));
     std::shared_ptr<Trace> trace;
     if (debug() != Debug::off) trace = trace_before(collect(args));
+    AbortScope* scope = State::of(env()).abort;
+    if (scope) abort_by(*scope);
     (device_->device->kernels().*function)(args, *device_->device);
+    if (scope) device_->device->abort_by({});
     if (trace) Trace::finish(trace, *device_->device);
     return finish(recorded);
   }
@@ -123,6 +126,8 @@ class Call {
   // What is written shares no memory with any other argument: threads read and write in any order.
   void check_overlap() const;
   void begin();
+  // What is queued from now on can be withdrawn.
+  void abort_by(AbortScope& scope);
   FaultFlag fault_flag(const FaultSource& source);
   Debug debug() const;
   std::shared_ptr<Trace> trace_before(std::vector<Field> fields);
@@ -151,6 +156,7 @@ class Call {
   std::vector<std::shared_ptr<Storage>> held_;  // storage of the results, during the call
   std::shared_ptr<Fault> fault_;
   std::shared_ptr<uint64_t> fault_word_;  // this call's part of it
+  std::shared_ptr<Fault> aborted_;        // that of the scope that can be aborted
 };
 
 }  // namespace p2r::binding

@@ -1,5 +1,9 @@
 #include "binding/state.h"
 
+#include <algorithm>
+
+#include "binding/tensor.h"
+
 namespace p2r::binding {
 
 void OpenDevice::settle() {
@@ -16,20 +20,58 @@ void OpenDevice::settle() {
   pending = std::move(later);
 }
 
+void OpenDevice::forget_done() {
+  const uint64_t done = device->completed();
+  std::erase_if(queued_, [&](const Queued& q) {
+    const bool gone = q.sequence <= done || q.storage.expired();
+    if (gone) queued_bytes_ -= q.bytes;
+    return gone;
+  });
+  most_queued_ = std::max<size_t>(1024, 2 * queued_.size());
+}
+
+void OpenDevice::reserve(size_t bytes) {
+  const auto full = [&] {
+    return !queued_.empty() && queued_bytes_ > max_queued_bytes - std::min(bytes, max_queued_bytes);
+  };
+  if (!full()) return;
+  forget_done();
+  for (; full(); forget_done()) {
+    if (throw_when_full)
+      throw Error(Code::memory, "results of " + std::to_string(queued_bytes_) +
+                                    " bytes are queued; with " + std::to_string(bytes) +
+                                    " more they would exceed maxQueuedBytes");
+    device->wait(queued_.front().sequence);
+  }
+}
+
+void OpenDevice::queue(const std::shared_ptr<Storage>& result) {
+  if (queued_.size() >= most_queued_) forget_done();
+  queued_.push_back({device->queued(), result, result->bytes});
+  queued_bytes_ += result->bytes;
+}
+
 OpenDevice::OpenDevice(std::shared_ptr<Registry> registry) : registry_(std::move(registry)) {
   registry_->insert(this);
 }
 
 OpenDevice::~OpenDevice() {
-  close();
+  abandon();  // nobody holds a tensor of it
   registry_->erase(this);
 }
 
 void OpenDevice::close() {
+  queued_.clear();
+  queued_bytes_ = 0;
   device.reset();  // drains the queue, so that faults of its last work are raised
   for (std::shared_ptr<Fault>& fault : pending)
     if (fault->raised()) raised.push_back(std::move(fault));
   pending.clear();
+}
+
+void OpenDevice::abandon() {
+  if (device) device->abandon();
+  close();
 }
 
 void OpenDevice::account(Napi::BasicEnv env) {
@@ -84,7 +126,7 @@ void State::when_done(const std::shared_ptr<OpenDevice>& device, OnDone f) {
 void State::close_all() {
   if (closed_) return;
   closed_ = true;
-  for (OpenDevice* device : *open) device->close();
+  for (OpenDevice* device : *open) device->abandon();
   channel_.Release();
 }
 

@@ -4,9 +4,12 @@
 #pragma once
 #include <napi.h>
 
+#include <atomic>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
@@ -30,6 +33,7 @@ constexpr uint64_t kVersionTag = version_tag(P2R_TEXT_OF(P2R_VERSION));
 #undef P2R_TEXT
 
 struct OpenDevice;
+struct Storage;
 using Registry = std::unordered_set<OpenDevice*>;
 
 // An open device with the state that only the JavaScript side needs.
@@ -38,16 +42,26 @@ struct OpenDevice {
   ~OpenDevice();
 
   std::unique_ptr<Device> device;  // null once disposed
+  size_t max_queued_bytes = SIZE_MAX;
+  bool throw_when_full = false;
   std::vector<std::shared_ptr<Fault>>
       pending;                                 // of work that is not known to be done, oldest first
   std::vector<std::shared_ptr<Fault>> raised;  // for synchronize() to report, once each
   std::string lost;                            // why the device is unusable; empty: it is not
+
+  // Waits or throws where results of `bytes` more than OpenOptions::max_queued_bytes would be
+  // queued.
+  void reserve(size_t bytes);
+  // A result belongs to the work that is queued by now.
+  void queue(const std::shared_ptr<Storage>& result);
 
   // Moves pending faults of finished work to `raised`, or drops them if they are clean; drops what
   // was reported.
   void settle();
   // Drains the queue and frees the device.
   void close();
+  // Frees the device; work that has not begun is left out.
+  void abandon();
   // Reports to V8 how much memory the device has reserved, in large steps: V8 may collect garbage
   // for some milliseconds at every report, while the work just queued runs. Memory that is released
   // and allocated again does not change what is reserved; tensors left to the garbage collector
@@ -55,8 +69,16 @@ struct OpenDevice {
   void account(Napi::BasicEnv env);
 
  private:
+  struct Queued {
+    uint64_t sequence;
+    std::weak_ptr<Storage> storage;  // memory that was given back is used again by later work
+    size_t bytes;
+  };
+  void forget_done();
   std::shared_ptr<Registry> registry_;
   int64_t reported_ = 0;
+  std::vector<Queued> queued_;  // oldest first; some may be done
+  size_t queued_bytes_ = 0, most_queued_ = 1024;
 };
 
 // Several operations that are one to the caller: their errors and faults carry its name.
@@ -64,6 +86,12 @@ struct Composite {
   std::string name;
   std::shared_ptr<Fault> fault;
   OpenDevice* device = nullptr;
+};
+
+// A scope whose work can be withdrawn, with its fault on each device that was used in it.
+struct AbortScope {
+  std::shared_ptr<std::atomic<bool>> requested = std::make_shared<std::atomic<bool>>(false);
+  std::vector<std::shared_ptr<Fault>> faults;
 };
 
 // Where the next CPU calls are recorded as cases for the kernel twin.
@@ -89,6 +117,8 @@ class State {
   Napi::FunctionReference error_class, device_class, tensor_class;
   std::shared_ptr<Registry> open = std::make_shared<Registry>();
   std::vector<Composite> composites;
+  std::unordered_map<uint32_t, AbortScope> abort_scopes;
+  AbortScope* abort = nullptr;  // of the calls that come
   Recording record;
   const Debug debug = debug_level();
 

@@ -73,7 +73,7 @@ CpuDevice::~CpuDevice() {
 
 void CpuDevice::run() {
   for (;;) {
-    std::function<void()> work;
+    Work work;
     spin_wait([&] { return stop_ || queued_.load(std::memory_order_relaxed) != completed(); });
     {
       std::unique_lock lock(mutex_);
@@ -83,8 +83,11 @@ void CpuDevice::run() {
       queue_.pop_front();
       if (queue_.size() == kQueueLimit - 1) space_.notify_one();
     }
-    work();
-    work = nullptr;
+    if (work.abort.requested && *work.abort.requested)
+      raise({work.abort.word.get()}, 0, 0);
+    else
+      work.run();
+    work = {};
     completed_.fetch_add(1, std::memory_order_release);
   }
 }
@@ -93,10 +96,21 @@ void CpuDevice::submit(std::function<void()> work) {
   {
     std::unique_lock lock(mutex_);
     space_.wait(lock, [&] { return queue_.size() < kQueueLimit; });
-    queue_.push_back(std::move(work));
+    queue_.push_back({std::move(work), abort_});
     ++queued_;
   }
   wake_.notify_one();
+}
+
+void CpuDevice::abandon() {
+  std::deque<Work> left_out;
+  const std::lock_guard lock(mutex_);
+  left_out.swap(queue_);
+}
+
+void CpuDevice::wait(uint64_t sequence) {
+  while (!spin_wait([&] { return completed() >= sequence; }))
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
 }
 
 void CpuDevice::launch(int64_t items, int64_t grain, ThreadPool::Body f) {

@@ -61,6 +61,9 @@ class CpuDevice final : public Device {
   std::shared_ptr<void> mark() override;
   double elapsed(const std::shared_ptr<void>& from, const std::shared_ptr<void>& to) override;
   std::shared_ptr<uint64_t> new_fault_word() override { return std::make_shared<uint64_t>(0); }
+  void abort_by(const Abort& abort) override { abort_ = abort; }
+  void abandon() override;
+  void wait(uint64_t sequence) override;
   uint64_t completed() const override { return completed_.load(std::memory_order_acquire); }
   uint64_t queued() const override { return queued_; }
 
@@ -70,6 +73,10 @@ class CpuDevice final : public Device {
   void drain() override;
 
  private:
+  struct Work {
+    std::function<void()> run;
+    Abort abort;
+  };
   void run();
 
   DeviceInfo info_;
@@ -78,7 +85,8 @@ class CpuDevice final : public Device {
   ThreadPool pool_;
   std::mutex mutex_;
   std::condition_variable wake_, space_;
-  std::deque<std::function<void()>> queue_;
+  std::deque<Work> queue_;
+  Abort abort_;  // of the work that is queued next
   std::atomic<uint64_t> queued_{0}, completed_{0};
   std::atomic<bool> stop_{false};
   std::unordered_map<void*, size_t> mapped_;

@@ -245,6 +245,7 @@ class CudaDevice final : public Device {
     return {words_->take(), [words = words_](uint64_t* w) { words->give_back(w); }};
   }
 
+  void wait(uint64_t) override { drain(); }
   uint64_t completed() const override { return completed_.load(std::memory_order_acquire); }
   uint64_t queued() const override { return queued_; }
 

@@ -42,6 +42,21 @@ export interface OpenOptions {
   simd?: 'avx512' | 'avx2' | 'neon' | 'scalar'
   /** CPU: extensions to use or leave unused, for tests and measurements. */
   features?: CpuFeatures
+  /**
+   * Bytes of results that may wait for their computation. An operation that would queue more waits or throws, as
+   * `whenFull` says; one alone is always queued. Neither what is computed counts (that is `memory().liveBytes`) nor what
+   * was disposed, whose memory later results take.
+   *
+   * @default half of the device's memory
+   */
+  maxQueuedBytes?: number
+  /**
+   * Past `maxQueuedBytes`: 'wait' blocks the calling thread until enough is computed; 'throw' is ERR_MEMORY, and nothing
+   * is queued.
+   *
+   * @default 'wait'
+   */
+  whenFull?: 'wait' | 'throw'
 }
 
 /** Optional extensions of AVX-512. */
@@ -80,7 +95,13 @@ export interface MemoryUse {
   reservedBytes: number
 }
 
-const openNames: Names<OpenOptions> = { threads: true, simd: true, features: true }
+const openNames: Names<OpenOptions> = {
+  threads: true,
+  simd: true,
+  features: true,
+  maxQueuedBytes: true,
+  whenFull: true,
+}
 const featureNames: Names<CpuFeatures> = { bf16: true, vnni: true }
 
 /**
@@ -277,7 +298,10 @@ export class Device implements Disposable {
     checkDevice(this, 'resetPeak', 'this').handle.resetPeak()
   }
 
-  /** Drains the queue and disposes the device's tensors; a second call does nothing. */
+  /**
+   * Computes what is queued and disposes the device's tensors; a second call does nothing. What need not be computed is
+   * left out where its `scopeAsync` is aborted first, or its process or worker thread ends.
+   */
   dispose(): void {
     checkDevice(this, 'dispose', 'this').handle.dispose()
   }

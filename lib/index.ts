@@ -358,7 +358,7 @@ export {
   zoomTool,
 } from './p2r/zoom.js'
 export { type LoadTensorsOptions, loadMetadata, loadTensors, saveTensors } from './safetensors.js'
-export { scope, scopeAsync } from './scope.js'
+export { type ScopeOptions, scope, scopeAsync } from './scope.js'
 export { type ModelServer, type ServeOptions, serveModel } from './serve/server.js'
 export type { Held, HostArray, HostOf, Ints, Tensor } from './tensor.js'
 export type { LearningRateOptions } from './train/learning_rate.js'

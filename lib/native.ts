@@ -67,6 +67,13 @@ export interface Native {
     bytes: number,
     rounds: number,
   ): { fma: number; bf16?: number; read: number; copy: number; update: number }
+  /** A scope whose queued work can be withdrawn, as a number from 1 on. */
+  openAbort(): number
+  /** The calls that come belong to this scope; 0: to none. */
+  abortBy(scope: number): void
+  /** Leaves out the scope's work that has not begun. */
+  abort(scope: number): void
+  closeAbort(scope: number): void
   beginComposite(name: string): void
   endComposite(): void
   /**
@@ -87,6 +94,14 @@ export interface Native {
 
 let loaded: Native | undefined
 
+/** What the addon must know of the scopes that can be aborted, before each call while there are any (lib/scope.ts). */
+export const abortScopes = {
+  /** How many there are. */
+  open: 0,
+  /** That of the current scope, as `Native.openAbort` gave it; 0 for none. */
+  current: (): number => 0,
+}
+
 /** The addon, loaded at the first device call so that importing the package never throws. */
 export function native(): Native {
   if (!loaded) {
@@ -94,6 +109,7 @@ export function native(): Native {
     addon.initialize(P2RError)
     loaded = addon
   }
+  if (abortScopes.open > 0) loaded.abortBy(abortScopes.current())
   return loaded
 }
 

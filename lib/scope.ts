@@ -1,17 +1,30 @@
 import { AsyncLocalStorage } from 'node:async_hooks'
-import { checkFunction } from './arguments.js'
+import { type AbortSignalLike, checkSignal, onAbort } from './abort.js'
+import { checkArguments, checkFunction, type Names } from './arguments.js'
+import { abortScopes, native } from './native.js'
 
 interface Disposes {
   dispose(): void
 }
 
-const scopes = new AsyncLocalStorage<Set<Disposes>>()
+interface Scope {
+  /** What it disposes at its end. */
+  made: Set<Disposes>
+  /** Those that can abort it: its own, and those around it. */
+  signals: readonly AbortSignalLike[]
+  /** By which the addon knows it; 0 where nothing can abort it. */
+  abort: number
+}
+
+const scopes = new AsyncLocalStorage<Scope>()
 const owners = new WeakMap<Disposes, Set<Disposes>>()
 
 /** Registers what the current scope, if any, disposes at its end. */
 export function track(tensor: Disposes): void {
-  own(tensor, scopes.getStore())
+  own(tensor, scopes.getStore()?.made)
 }
+
+abortScopes.current = () => scopes.getStore()?.abort ?? 0
 
 /** Forgets a disposed tensor, so that a scope around a long loop does not grow. */
 export function untrack(tensor: Disposes): void {
@@ -25,7 +38,7 @@ function own(tensor: Disposes, scope: Set<Disposes> | undefined): void {
 }
 
 function release(made: Set<Disposes>, result: unknown): void {
-  const outer = scopes.getStore()
+  const outer = scopes.getStore()?.made
   const seen = new Set<unknown>()
   const keep = (value: unknown): void => {
     if (typeof value !== 'object' || value === null || seen.has(value)) return
@@ -74,19 +87,35 @@ export function heldBy(value: object): Iterable<unknown> {
 export function scope<R>(f: () => R): R {
   checkFunction(f, 'f', 'scope')
   const made = new Set<Disposes>()
+  const { signals = [], abort = 0 } = scopes.getStore() ?? {}
   let result: R | undefined
   try {
-    result = scopes.run(made, f)
+    result = scopes.run({ made, signals, abort }, f)
     return result
   } finally {
     release(made, result)
   }
 }
 
+/** How an asynchronous scope can end early. */
+export interface ScopeOptions {
+  /**
+   * Once it aborts, `scopeAsync` rejects with its reason as soon as f has settled, and disposes all that was made.
+   * On the CPU the operations that f queued and that have not begun are left out: a tensor that one of
+   * them would have written is unusable, and its `read` rejects. On CUDA they are computed.
+   *
+   * @default none
+   */
+  signal?: AbortSignalLike
+}
+
+const optionNames: Names<ScopeOptions> = { signal: true }
+
 /**
  * As `scope`, for an asynchronous function: tensors made across its awaits are included.
  *
- * @throws P2RError ERR_VALUE for anything but a function. An error of f is thrown as it is.
+ * @throws P2RError ERR_VALUE for anything but a function, and for options. An error of f is thrown as it is; after an
+ *   abort the signal's reason is.
  * @example
  * ```js
  * import { openDevice, scopeAsync } from 'p2r-kernels'
@@ -97,14 +126,32 @@ export function scope<R>(f: () => R): R {
  * device.dispose()
  * ```
  */
-export async function scopeAsync<R>(f: () => Promise<R>): Promise<R> {
-  checkFunction(f, 'f', 'scopeAsync')
+export async function scopeAsync<R>(f: () => Promise<R>, options: ScopeOptions = {}): Promise<R> {
+  const op = 'scopeAsync'
+  checkFunction(f, 'f', op)
+  const own = checkSignal(checkArguments(options, optionNames, op, 'options').signal, op)
+  own?.throwIfAborted()
   const made = new Set<Disposes>()
+  const outer = scopes.getStore()
+  const signals = own ? [own, ...(outer?.signals ?? [])] : (outer?.signals ?? [])
+  const abort = own ? native().openAbort() : (outer?.abort ?? 0)
+  const forget = own ? signals.map((signal) => onAbort(signal, () => native().abort(abort))) : []
+  if (own) abortScopes.open++
   let result: R | undefined
   try {
-    result = await scopes.run(made, f)
+    const settled = await scopes.run({ made, signals, abort }, f)
+    own?.throwIfAborted()
+    result = settled
     return result
+  } catch (error) {
+    own?.throwIfAborted()
+    throw error
   } finally {
+    if (own) {
+      for (const each of forget) each()
+      native().closeAbort(abort)
+      if (--abortScopes.open === 0) native().abortBy(0)
+    }
     release(made, result)
   }
 }

@@ -2,6 +2,7 @@
 // each line of ops.def. An operation's function runs on the calling thread: it allocates scratch,
 // enqueues work and returns. binding/ has checked the arguments before.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -71,6 +72,17 @@ struct OpenOptions {
   int threads = 0;           // 0: from affinity and cgroup
   std::string simd;          // "": the best
   int bf16 = -1, vnni = -1;  // -1: what the CPU has
+  // Bytes of results whose work is queued and not done, at most: past it the caller waits for the
+  // queue, or is refused. 0: half of the device's memory.
+  double max_queued_bytes = 0;
+  bool throw_when_full = false;
+};
+
+// By which queued work is withdrawn: work that has not begun when `requested` becomes true is left
+// out, and raises a fault in `word`, so that nobody takes what it did not write for a result.
+struct Abort {
+  std::shared_ptr<std::atomic<bool>> requested;
+  std::shared_ptr<uint64_t> word;
 };
 
 class Device : public Memory {
@@ -111,6 +123,14 @@ class Device : public Memory {
   // Records an event in the queue; milliseconds between two events that have been reached.
   virtual std::shared_ptr<void> mark() = 0;
   virtual double elapsed(const std::shared_ptr<void>& from, const std::shared_ptr<void>& to) = 0;
+
+  // Work queued from now on can be withdrawn by this, or by nothing. A device whose queue cannot be
+  // changed computes it all.
+  virtual void abort_by(const Abort&) {}
+  // Leaves out all work that has not begun. For the end of whoever could see its results.
+  virtual void abandon() {}
+  // Blocks until work number `sequence` is done, or all.
+  virtual void wait(uint64_t sequence) = 0;
 
   // A word of 0 that kernels can raise a fault in and the host can read.
   virtual std::shared_ptr<uint64_t> new_fault_word() = 0;

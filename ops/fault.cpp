@@ -46,6 +46,8 @@ std::string describe_fault(const FaultSource& source, uint64_t word) {
       return entry("rewards") + " = " + number_text(real) + " is not finite";
     case Invalid::weight:
       return entry("weight") + " holds " + number_text(real) + ": nothing that can be quantised";
+    case Invalid::aborted:
+      return "its scope was aborted before this was computed";
     default:
       return entry("logits") + " holds " +
              (real < 0 ? "nothing but -infinity" : number_text(real)) + ": nothing can be drawn";

@@ -12,10 +12,11 @@
 
 namespace p2r {
 
-enum class Invalid : uint8_t { target, shard_target, reward, logits, weight };
+enum class Invalid : uint8_t { target, shard_target, reward, logits, weight, aborted };
 
-// What an operation may find at fault besides a mask. extent: V of targets, K of rewards [B, K],
-// whose sequences are B; an index of B K and beyond is that of a baseline.
+// What an operation may find at fault besides a mask, or that it was left out (aborted). extent: V
+// of targets, K of rewards [B, K], whose sequences are B; an index of B K and beyond is that of a
+// baseline.
 struct FaultSource {
   Invalid what = Invalid::target;
   int64_t extent = 0;

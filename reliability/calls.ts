@@ -383,7 +383,7 @@ export const functions: Readonly<Record<FunctionName, (g: Gen) => Arguments>> = 
   normalizePatches: (g) => [
     { patches: g.u8([g.int(0, 4), 3 * 2 * 8 * 8]), dtype: g.maybe('bf16') },
   ],
-  openDevice: (g) => ['cpu', { threads: g.int(1, 3) }],
+  openDevice: (g) => ['cpu', { threads: g.int(1, 3), maxQueuedBytes: 2 ** 20, whenFull: 'throw' }],
   overlongPenalty: (g) => [{ length: g.int(0, 30), maxTokens: 20, buffer: 5 }],
   paperSettings: (g) => [{ samples: g.int(1, 99), batch: g.int(1, 9) }],
   parseBoxes: () => ['[{"bbox_2d": [1, 2, 3, 4], "label": "a"}]'],
@@ -479,7 +479,7 @@ export const functions: Readonly<Record<FunctionName, (g: Gen) => Arguments>> = 
   },
   scatterRowsBackward: (g) => [{ dOut: g.tensor([5, 3], g.float()), index: g.ints([0, 3]) }],
   scope: (g) => [() => g.f32([3])],
-  scopeAsync: (g) => [async () => g.f32([3])],
+  scopeAsync: (g) => [async () => g.f32([3]), { signal: new AbortController().signal }],
   serveModel: () => [undefined],
   smartResize: (g) => [g.int(50, 5000), g.int(50, 5000), { factor: g.maybe(28) }],
   split: (g) => [{ x: g.tensor([5, 3], g.pick(['f32', 'u8'])), sizes: g.ints([2, 3]) }],

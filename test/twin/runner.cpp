@@ -78,6 +78,7 @@ class TwinDevice final : public Device, public replay::Stage {
   void zero(void* d, size_t n) override { std::memset(d, 0, n); }
   void host(std::function<void()> f) override { f(); }
   void notify(Completion done) override { done(""); }
+  void wait(uint64_t) override {}
   std::shared_ptr<void> mark() override { return nullptr; }
   double elapsed(const std::shared_ptr<void>&, const std::shared_ptr<void>&) override { return 0; }
   std::shared_ptr<uint64_t> new_fault_word() override { return std::make_shared<uint64_t>(0); }
