@@ -11,6 +11,7 @@
 #include <windows.h>
 #else
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -22,6 +23,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <mutex>
+#include <set>
 #include <thread>
 #include <utility>
 
@@ -158,14 +161,43 @@ void* map(const OpenFile& file, size_t bytes) {
   return block;
 }
 
+// The files that this process shares. Node closes no environment at process.exit(), nor after an
+// exception that nothing caught, so they are unlinked when the process runs its exit handlers.
+struct SharedFiles {
+  std::mutex mutex;
+  std::set<std::string> names;
+  const pid_t process = getpid();
+
+  void unlink_all() {
+    if (getpid() != process) return;  // a fork's files are its parent's
+    std::lock_guard lock(mutex);
+    for (const std::string& name : names) unlink(name.c_str());
+    names.clear();
+  }
+};
+
+SharedFiles& shared_files() {
+  // Never destroyed: devices may be closed after the exit handlers of this library.
+  static SharedFiles* files = [] {
+    std::atexit([] { shared_files().unlink_all(); });
+    return new SharedFiles;
+  }();
+  return *files;
+}
+
 // Space is allocated now: without any left, writing to the mapping would raise SIGBUS. macOS can
-// only be told the length.
+// only be told the length. Signals, such as a profiler's, could interrupt the allocation (EINTR).
 int set_length(const OpenFile& file, size_t bytes) {
   const off_t length = static_cast<off_t>(mapped_length(bytes));
 #if defined(__APPLE__)
   return ftruncate(file.number, length) == 0 ? 0 : errno;
 #else
-  return posix_fallocate(file.number, 0, length);
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  const int error = posix_fallocate(file.number, 0, length);
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  return error;
 #endif
 }
 
@@ -226,7 +258,11 @@ void* open_sealed(const std::string& name, size_t bytes) {
 
 void* share(size_t bytes, const std::string& path, Shared& out) {
   if (!path.empty()) {
+    SharedFiles& files = shared_files();
+    std::unique_lock lock(files.mutex);
     const OpenFile file(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, 0600);
+    files.names.insert(path);
+    lock.unlock();
     out.name = path;
     try {
       return sized_map(file, bytes, path);
@@ -276,10 +312,13 @@ void* open_shared(const std::string& name, size_t bytes, bool any_file) {
 void unmap(void* block, size_t bytes) { munmap(block, mapped_length(bytes)); }
 
 void unshare(const Shared& shared) {
-  if (shared.file >= 0)
+  if (shared.file >= 0) {
     close(shared.file);
-  else
-    unlink(shared.name.c_str());
+    return;
+  }
+  SharedFiles& files = shared_files();
+  std::lock_guard lock(files.mutex);
+  if (files.names.erase(shared.name)) unlink(shared.name.c_str());
 }
 
 #endif

@@ -33,9 +33,9 @@ export interface IpcOptions {
   /**
    * Whether in a new file under /dev/shm, which only its owner may open, instead of in memory without a file (default
    * false on Linux; elsewhere there are files alone, in the system's folder for temporary ones). For processes
-   * that cannot see each other's /proc, such as those of two containers with a common /dev/shm. A
-   * process that is killed leaves its files, and one that shortens such a file ends all others that use it, so a reader
-   * must say `anyFile`.
+   * that cannot see each other's /proc, such as those of two containers with a common /dev/shm. The file is removed
+   * with the handle, and when the process exits, by an exception too; a process that a signal ends leaves its files. One
+   * that shortens such a file ends all others that use it, so a reader must say `anyFile`.
    */
   file?: boolean
 }
@@ -52,7 +52,8 @@ export interface IpcOpenOptions {
 
 /**
  * By which other processes open a tensor's memory. Until the handle is disposed, the memory is neither
- * moved, freed nor reused, even if the tensor is disposed. Of a process that ends nothing is left.
+ * moved, freed nor reused, even if the tensor is disposed. When its process ends nothing is left, but for the files of
+ * one that a signal ends.
  */
 export interface IpcHandle extends IpcDescription, Disposable {
   /**

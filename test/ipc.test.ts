@@ -234,6 +234,32 @@ test.runIf(linux)('on the CPU: of a process that was killed nothing is left', as
   )
 })
 
+test.each([
+  ['its last work', 0, ''],
+  ['process.exit()', 0, 'process.exit()'],
+  ['process.exit() before the handle is there', 0, 'open(); process.exit()'],
+  ['an exception', 1, 'throw new Error("on purpose")'],
+])('on the CPU: a process that %s ends leaves no file', (_, status, end) => {
+  const code = `
+    import { readdirSync } from 'node:fs'
+    import { dirname } from 'node:path'
+    import { openDevice } from '${library}'
+    const open = () => openDevice('cpu').tensor([1, 2], [2]).ipcHandle({ file: true })
+    const { name } = await open()
+    process.on('exit', () => {
+      const own = readdirSync(dirname(name)).filter((file) => file.startsWith('p2r-kernels-' + process.pid + '-'))
+      console.log(JSON.stringify([dirname(name), ...own]))
+    })
+    ${end}`
+  const ended = spawnSync(process.execPath, ['--input-type=module', '-e', code], {
+    encoding: 'utf8',
+  })
+  expect(ended.status).toBe(status)
+  const [folder, ...names] = JSON.parse(ended.stdout)
+  expect(names).toHaveLength(end.startsWith('open') ? 2 : 1)
+  for (const name of names) expect(existsSync(join(folder, name))).toBe(false)
+})
+
 test.runIf(linux)(
   'on the CPU: one memory is shared in one way, and options are checked',
   async () => {
