@@ -256,6 +256,44 @@ function formatOf(bytes: Uint8Array): string | undefined {
   return /^(?:.{4})*(?:avif|avis)/s.test(brands) ? 'avif' : undefined
 }
 
+/** The longest side that AVIF can have: a grid of 256 frames, each of 65536 pixels. */
+const longestAvifSide = 2 ** 24
+
+/**
+ * Whether an AVIF file claims a side that no AVIF image has, by its size ('ispe') or its crop ('clap'). Beyond 10^8
+ * libvips prints a message of GLib's on standard error, which nothing in sharp turns off.
+ */
+function hasImpossibleSide(file: Uint8Array): boolean {
+  const bytes = Buffer.from(file.buffer, file.byteOffset, file.byteLength)
+  let start = 0
+  while (start + 8 <= bytes.length) {
+    // A length of 0 reaches to the end of the file; with 1 the length is in the 8 bytes after the type.
+    let length = bytes.readUInt32BE(start) || bytes.length
+    if (length === 1 && start + 16 <= bytes.length)
+      length = Number(bytes.readBigUInt64BE(start + 8))
+    if (length < 8) return false
+    const box = bytes.subarray(start, start + length)
+    // Compressed pixels may hold anything. In other boxes order and depth are the decoder's matter.
+    if (box.toString('latin1', 4, 8) !== 'mdat' && namesImpossibleSide(box)) return true
+    start += length
+  }
+  return false
+}
+
+function namesImpossibleSide(box: Buffer): boolean {
+  for (const type of ['ispe', 'clap'])
+    for (let at = box.indexOf(type, 4); at >= 0; at = box.indexOf(type, at + 4)) {
+      const body = at + (box.readUInt32BE(at - 4) === 1 ? 12 : 4)
+      if (body + (type === 'ispe' ? 12 : 16) > box.length) continue
+      const int = (i: number): number => box.readInt32BE(body + 4 * i)
+      // After its version, ispe has two sides; clap begins with two fractions.
+      const sides =
+        type === 'ispe' ? [int(1) >>> 0, int(2) >>> 0] : [int(0) / int(1), int(2) / int(3)]
+      if (sides.some((side) => Math.abs(side) > longestAvifSide)) return true
+    }
+  return false
+}
+
 async function decode(
   { name, read }: Input,
   a: Required<Pick<LoadImageOptions, 'autoOrient' | 'grey16' | 'maxPixels'>>,
@@ -274,6 +312,8 @@ async function decode(
     }
   const format = formatOf(bytes)
   if (!format) reject('must be JPEG, PNG, WebP, GIF, TIFF, AVIF or BMP')
+  if (format === 'avif' && hasImpossibleSide(bytes))
+    reject(`claims a side of more than ${longestAvifSide} pixels, which no AVIF image has`)
   const sharp = await codec(op)
   const input: SharpOptions = {
     limitInputPixels: false,

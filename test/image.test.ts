@@ -1,3 +1,4 @@
+import { spawnSync } from 'node:child_process'
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -510,6 +511,57 @@ describe('loadImage', () => {
     await refusesToLoad(png, 'ERR_VALUE', /grey16/, { grey16: 'low' })
     await refusesToLoad(7 as never, 'ERR_VALUE', /path or bytes/)
     await refused(loadImage(png, {} as never), 'ERR_VALUE', 'loadImage', /Device/)
+  })
+
+  test('an AVIF with a side that libvips would print about is refused in silence', async () => {
+    const whole = await raw(rgb, 3).avif().toBuffer()
+    const sized = (offset: number, side: number): Buffer => {
+      const bytes = Buffer.from(whole)
+      bytes.writeUInt32BE(side, bytes.indexOf('ispe') + offset)
+      return bytes
+    }
+    // In place of the box of bit depths one that crops, of 40 bytes.
+    const pixi = whole.indexOf('pixi') - 4
+    const more = 40 - whole.readUInt32BE(pixi)
+    const cropped = (...fractions: number[]): Buffer => {
+      const clap = Buffer.alloc(40)
+      clap.writeUInt32BE(40)
+      clap.write('clap', 4)
+      for (const [i, value] of fractions.entries()) clap.writeInt32BE(value, 8 + 4 * i)
+      const bytes = Buffer.concat([whole.subarray(0, pixi), clap, whole.subarray(pixi + 40 - more)])
+      for (const type of ['meta', 'iprp', 'ipco']) {
+        const at = whole.indexOf(type) - 4
+        bytes.writeUInt32BE(whole.readUInt32BE(at) + more, at)
+      }
+      // Where the pixels begin, in the box of items' places.
+      const place = Buffer.alloc(4)
+      place.writeUInt32BE(whole.indexOf('mdat') + 4)
+      const at = whole.indexOf(place, whole.indexOf('iloc'))
+      bytes.writeUInt32BE(whole.readUInt32BE(at) + more, at)
+      return bytes
+    }
+    expect((await loadImage(cropped(20, 1, 10, 1, 0, 1, 0, 1), device)).shape).toEqual([10, 20, 3])
+    const broken = [
+      sized(8, 822083584),
+      sized(12, 1879048209),
+      sized(8, 2 ** 32 - 1),
+      cropped(2e8, 1, 10, 1, 0, 1, 0, 1),
+      cropped(10, 1, -2e8, -1, 0, 1, 0, 1),
+    ]
+    // The message goes to the process's own standard error, past Node.
+    const code = `
+      import { loadImage, openDevice } from '${new URL('../dist/lib/index.js', import.meta.url).href}'
+      const device = openDevice('cpu')
+      for (const text of JSON.parse(process.argv[1]))
+        await loadImage(Buffer.from(text, 'base64'), device).catch((e) => console.log(e.code, e.message))`
+    const texts = JSON.stringify(broken.map((bytes) => bytes.toString('base64')))
+    const child = spawnSync(process.execPath, ['--input-type=module', '-e', code, texts], {
+      encoding: 'utf8',
+    })
+    expect(child.stderr).toBe('')
+    const lines = child.stdout.trim().split('\n')
+    expect(lines).toHaveLength(broken.length)
+    for (const line of lines) expect(line).toMatch(/^ERR_FORMAT .*claims a side/)
   })
 
   test('an abort rejects with its reason', async () => {
