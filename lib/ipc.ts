@@ -81,7 +81,11 @@ export async function share(
   const held = tensor.reshape(what.shape)
   try {
     const path = join(folder, `p2r-kernels-${process.pid}-${randomUUID()}`)
-    const [name, offset, bytes] = await held.share(file ? path : '')
+    const [name, offset, bytes] = await held.share(file ? path : '').catch((error) => {
+      // The tensor has a fault: it is shared all the same until this.
+      if (!held.disposed) held.unshare()
+      throw error
+    })
     if (what.backend === 'cpu' && file !== ownFile.test(name)) {
       held.unshare()
       const how = file ? 'without a file' : 'in a file'

@@ -158,6 +158,13 @@ const cpu = () => openDevice('cpu')
 
 const linux = process.platform === 'linux'
 
+/** What this process has in the folders of shared files. */
+function ownFiles(): string[] {
+  const own = new RegExp(`^p2r-kernels-${process.pid}-`)
+  const folders = ['/dev/shm', tmpdir()].filter((folder) => existsSync(folder))
+  return folders.flatMap((folder) => readdirSync(folder).filter((name) => own.test(name)))
+}
+
 test.each(linux ? [false, true] : [true])(
   'on the CPU (file: %s): one name for all handles, gone with the last of them or with the device',
   async (file) => {
@@ -288,6 +295,15 @@ test.runIf(linux)(
   },
 )
 
+test('on the CPU: a tensor with a fault leaves no file', async () => {
+  using device = cpu()
+  const logits = device.zeros([2, 5])
+  const { logProbs } = tokenLogProbs({ logits, targets: device.tensor(Int32Array.of(1, 9), [2]) })
+  await expect(logProbs.ipcHandle({ file: true })).rejects.toMatchObject({ op: 'tokenLogProbs' })
+  expect(ownFiles()).toEqual([])
+  await device.synchronize()
+})
+
 test('on the CPU: files by anyFile alone; missing, short, linked and special ones are refused', async () => {
   const device = cpu()
   const path = join(tmpdir(), `p2r-ipc-${process.pid}`)
@@ -364,11 +380,7 @@ sys.stdin.read()`
   device.dispose()
 })
 
-test('no file is left behind', () => {
-  const own = new RegExp(`^p2r-kernels-${process.pid}-`)
-  for (const folder of ['/dev/shm', tmpdir()])
-    if (existsSync(folder)) expect(readdirSync(folder).filter((name) => own.test(name))).toEqual([])
-})
+test('no file is left behind', () => expect(ownFiles()).toEqual([]))
 
 test('the example adds up both processes’ results', async () => {
   const device = cpu()
