@@ -15,21 +15,37 @@ namespace p2r::binding {
 
 namespace {
 
-// The one place where C++ exceptions of operations become JavaScript errors.
+// The one place where C++ exceptions of operations become JavaScript errors. Reading the arguments
+// allocates, and is inside: node-addon-api itself catches nothing of that.
 template <Napi::Value (*parse)(Call&)>
-Napi::Value enter(const Napi::CallbackInfo& info) {
-  const char* function = static_cast<const char*>(info.Data());
+napi_value enter(napi_env env, napi_callback_info raw) {
   std::string op;
   try {
-    Call call(info, function, op);
-    return parse(call);
+    try {
+      const Napi::CallbackInfo info(env, raw);
+      Call call(info, static_cast<const char*>(info.Data()), op);
+      return parse(call);
+    } catch (...) {
+      throw convert(env, op);
+    }
+  } catch (const Napi::Error& e) {
+    e.ThrowAsJavaScriptException();
+    return nullptr;
+  }
+}
+
+// Functions that are no operations.
+template <auto f>
+auto guarded(const Napi::CallbackInfo& info) {
+  try {
+    return f(info);
   } catch (...) {
-    throw convert(info.Env(), op);
+    throw convert(info.Env(), "");
   }
 }
 
 Napi::Value open_device(const Napi::CallbackInfo& info) {
-  return State::of(info.Env()).device_class.New({info[0], info[1]});
+  return construct(State::of(info.Env()).device_class, {info[0], info[1]});
 }
 
 Napi::Value devices(const Napi::CallbackInfo& info) {
@@ -122,10 +138,10 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("initialize", Napi::Function::New(env, [](const Napi::CallbackInfo& info) {
                 State::of(info.Env()).error_class = Napi::Persistent(info[0].As<Napi::Function>());
               }));
-  exports.Set("openDevice", Napi::Function::New(env, open_device));
-  exports.Set("devices", Napi::Function::New(env, devices));
-  exports.Set("cudaStatus", Napi::Function::New(env, cuda));
-  exports.Set("beginComposite", Napi::Function::New(env, begin_composite));
+  exports.Set("openDevice", Napi::Function::New(env, guarded<open_device>));
+  exports.Set("devices", Napi::Function::New(env, guarded<devices>));
+  exports.Set("cudaStatus", Napi::Function::New(env, guarded<cuda>));
+  exports.Set("beginComposite", Napi::Function::New(env, guarded<begin_composite>));
   exports.Set("endComposite", Napi::Function::New(env, end_composite));
   exports.Set("openAbort", Napi::Function::New(env, open_abort));
   exports.Set("abortBy", Napi::Function::New(env, abort_by));
@@ -134,9 +150,13 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("ceilings", Napi::Function::New(env, ceilings));
   exports.Set("record", Napi::Function::New(env, record));
   Napi::Object ops = Napi::Object::New(env);
-#define OP(family, function, Args)                                                  \
-  ops.Set(#function, Napi::Function::New(env, enter<&binding::function>, #function, \
-                                         const_cast<char*>(#function)));
+#define OP(family, function, Args)                                                    \
+  {                                                                                   \
+    napi_value made = nullptr;                                                        \
+    napi_create_function(env, #function, NAPI_AUTO_LENGTH, enter<&binding::function>, \
+                         const_cast<char*>(#function), &made);                        \
+    ops.Set(#function, made);                                                         \
+  }
 #include "ops/ops.def"
 #undef OP
   exports.Set("ops", ops);

@@ -1,3 +1,5 @@
+// The constructors of wrapped objects are called by node-addon-api, which allocates them.
+#define NODE_ADDON_API_CPP_EXCEPTIONS_ALL
 #include "binding/device.h"
 
 #include "binding/tensor.h"
@@ -127,6 +129,16 @@ DeviceHandle::DeviceHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<De
     device_->throw_when_full = options.throw_when_full;
   } catch (...) {
     throw convert(info.Env(), "openDevice");
+  }
+}
+
+Napi::Object construct(const Napi::FunctionReference& f,
+                       const std::initializer_list<napi_value>& arguments) {
+  try {
+    return f.New(arguments);
+  } catch (const Napi::Error& e) {
+    if (e.Message() == std::bad_alloc().what()) throw std::bad_alloc();
+    throw;
   }
 }
 

@@ -44,4 +44,9 @@ class DeviceHandle : public Napi::ObjectWrap<DeviceHandle> {
 
 Napi::Object describe(Napi::Env env, const DeviceInfo& info);
 
+// `new f(...)`, for wrapped objects. Throws std::bad_alloc also where there is no room for the
+// object itself, which node-addon-api makes, and reports through JavaScript.
+Napi::Object construct(const Napi::FunctionReference& f,
+                       const std::initializer_list<napi_value>& arguments);
+
 }  // namespace p2r::binding

@@ -296,8 +296,10 @@ Out Call::result(DType dtype, const Shape& shape) {
   device_->reserve(out.bytes());
   auto storage = std::make_shared<Storage>(device_, out.bytes());
   out.data = storage->data;
-  results_.push_back(TensorHandle::Make(env(), storage, dtype, shape));
-  held_.push_back(std::move(storage));
+  held_.push_back(storage);
+  // What is thrown from here on finds the result in its place, to give it back.
+  Napi::Object& result = results_.emplace_back();
+  result = TensorHandle::Make(env(), std::move(storage), dtype, shape);
   return out;
 }
 

@@ -1,3 +1,5 @@
+// The constructors of wrapped objects are called by node-addon-api, which allocates them.
+#define NODE_ADDON_API_CPP_EXCEPTIONS_ALL
 #include "binding/tensor.h"
 
 #include <algorithm>
@@ -32,8 +34,12 @@ Storage::~Storage() {
   if (!device->device) return;
   if (!shared.empty()) device->device->unshare(shared);
   if (mapped) {
-    device->device->close_shared(data);
     device->device->disown(bytes);
+    try {
+      device->device->close_shared(data);
+    } catch (...) {
+      // Without memory to queue that with, it stays mapped until the device is closed.
+    }
   } else {
     device->device->release(data);
   }
@@ -83,7 +89,7 @@ void TensorHandle::adopt(Napi::Env env, std::shared_ptr<Storage> storage, DType 
 
 Napi::Object TensorHandle::Make(Napi::Env env, std::shared_ptr<Storage> storage, DType dtype,
                                 const Shape& shape, size_t offset) {
-  Napi::Object object = State::of(env).tensor_class.New({});
+  Napi::Object object = construct(State::of(env).tensor_class, {});
   Unwrap(object)->adopt(env, std::move(storage), dtype, shape, offset);
   return object;
 }

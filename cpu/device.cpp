@@ -174,9 +174,8 @@ void* CpuDevice::open_shared(const std::string& name, size_t bytes, bool any_fil
 
 void CpuDevice::close_shared(void* block) {
   const auto it = mapped_.find(block);
-  const size_t bytes = it->second;
+  submit([block, bytes = it->second] { host::unmap(block, bytes); });
   mapped_.erase(it);
-  submit([block, bytes] { host::unmap(block, bytes); });
 }
 
 void CpuDevice::unshare(const std::string& name) {

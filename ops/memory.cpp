@@ -1,5 +1,6 @@
 #include "ops/memory.h"
 
+#include <new>
 #include <string>
 
 #include "ops/error.h"
@@ -34,7 +35,12 @@ void* Memory::allocate(size_t bytes) {
     if (!data)
       throw Error(Code::memory, "out of memory: " + std::to_string(bytes) + " bytes requested, " +
                                     std::to_string(live_) + " in use");
-    blocks_[data].capacity = capacity;
+    try {
+      blocks_[data].capacity = capacity;
+    } catch (...) {
+      raw_release(data);
+      throw;
+    }
     reserved_ += capacity;
   }
   blocks_[data].requested = bytes;
@@ -47,7 +53,12 @@ void Memory::release(void* data) {
   Block& block = blocks_.at(data);
   live_ -= block.requested;
   block.requested = 0;
-  free_.emplace(block.capacity, data);
+  try {
+    free_.emplace(block.capacity, data);
+  } catch (const std::bad_alloc&) {
+    // Destructors call this. Queued work may still use the block, so it stays until the device
+    // ends.
+  }
 }
 
 void Memory::adopt(size_t bytes) {
