@@ -4,6 +4,7 @@ import type { Backend, Benchmark, Workload } from './harness.js'
 import { attentionOnCuda } from './large/attention.js'
 import { attentions } from './peers/onnxruntime.js'
 import { attentionPeer } from './peers/pytorch.js'
+import type { Custom } from './shapes.js'
 
 interface Shape {
   batch: number
@@ -124,8 +125,8 @@ function causal(
   dtype: 'f32' | 'bf16',
   backward: boolean,
   options: Pick<Workload, 'slow' | 'backend'> = {},
+  [heads, kvHeads, headDim] = [16, 8, 128] as readonly [number, number, number],
 ): Workload {
-  const [heads, kvHeads, headDim] = [16, 8, 128]
   const width = dtype === 'f32' ? 4 : 2
   const bytes = (count: number): number => length * count * headDim * width
   return {
@@ -163,6 +164,24 @@ function causal(
   }
 }
 
+const custom: Custom<'B' | 'T' | 'H' | 'K' | 'D'> = {
+  letters: {
+    B: ['sequences', 1],
+    T: ['tokens of each', 1024],
+    H: ['heads', 16],
+    K: ['heads of keys, which divide H, in the causal rows', 8],
+    D: ['head dimension', 64],
+  },
+  dtypes: ['f32', 'bf16'],
+  workloads({ B, T, H, K, D }, type) {
+    const dtype = type === 'bf16' ? 'bf16' : 'f32'
+    const all = [false, true].map((backward) => workload(shape(B, T, H, D), backward, { dtype }))
+    // Those are of one sequence.
+    const masked = H % K === 0 && B === 1
+    return [...all, ...(masked ? [false, true].map((b) => causal(T, dtype, b, {}, [H, K, D])) : [])]
+  },
+}
+
 export default {
   op: 'attention',
   workloads: [
@@ -196,4 +215,5 @@ export default {
     ),
     workload(shape(4096, 64, 2, 80), true, { dtype: 'bf16', slow: true, backend: 'cuda' }),
   ],
+  custom,
 } satisfies Benchmark

@@ -1,11 +1,10 @@
 import { cachedAttention, KvCache } from 'p2r-kernels'
 import { type Block, evenly, normalBlock, tiled } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
+import type { Custom } from './shapes.js'
 
 /** Qwen3-VL-2B's. */
-const heads = 16
-const kvHeads = 8
-const headDim = 128
+const modelSizes = [16, 8, 128] as const
 const pageSize = 16
 
 /** One more token for each sequence of `length` tokens, which have all of them in common if `shared`. */
@@ -14,6 +13,7 @@ function decode(
   length: number,
   shared: boolean,
   options: Pick<Workload, 'slow' | 'backend'> = {},
+  [heads, kvHeads, headDim]: readonly [number, number, number] = modelSizes,
 ): Workload {
   const rowBytes = 2 * kvHeads * headDim * 2
   return {
@@ -78,6 +78,21 @@ function decode(
   }
 }
 
+const custom: Custom<'B' | 'T' | 'H' | 'K' | 'D'> = {
+  letters: {
+    B: ['sequences', 1],
+    T: ['cached tokens of each', 1500],
+    H: ['heads', modelSizes[0]],
+    K: ['heads of keys, which divide H', modelSizes[1]],
+    D: ['head dimension', modelSizes[2]],
+  },
+  dtypes: ['bf16'],
+  workloads: ({ B, T, H, K, D }) => [
+    decode(B, T, false, {}, [H, K, D]),
+    ...(B > 1 ? [decode(B, T, true, {}, [H, K, D])] : []),
+  ],
+}
+
 export default {
   op: 'cached_attention',
   workloads: [
@@ -86,4 +101,5 @@ export default {
     decode(8, 1500, true),
     decode(64, 4096, false, { slow: true, backend: 'cuda' }),
   ],
+  custom,
 } satisfies Benchmark

@@ -4,9 +4,9 @@ import type { Benchmark, Workload } from './harness.js'
 import { cropResampleOnCuda } from './large/crop_resample.js'
 import { pillowPatches, pillowResize } from './peers/pillow.js'
 import { type Cut, sharpPatches, sharpResize } from './peers/sharp.js'
+import type { Custom } from './shapes.js'
 
-const height = 4320
-const width = 7680
+const [height, width] = [4320, 7680]
 
 /** Crops of some 900 x 700 pixels, anywhere in the image. */
 function crops(n: number, size: { height: number; width: number }, seed: number): Cut[] {
@@ -20,7 +20,13 @@ function crops(n: number, size: { height: number; width: number }, seed: number)
   })
 }
 
-function workload(name: string, patches: boolean, cuts: (seed: number) => Cut[]): Workload {
+function workload(
+  name: string,
+  patches: boolean,
+  cuts: (seed: number) => Cut[],
+  size: readonly [number, number] = [height, width],
+): Workload {
+  const [height, width] = size
   const [example] = [cuts(1)]
   const source = example.reduce((n, { box }) => n + (box[2] - box[0]) * (box[3] - box[1]) * 3, 0)
   const pixels = example.reduce((n, cut) => n + cut.height * cut.width, 0)
@@ -76,6 +82,25 @@ function normalizing(dtype: 'f32' | 'bf16'): Workload {
 
 const to = (h: number, w: number) => ({ height: h, width: w })
 
+const custom: Custom<'H' | 'W' | 'h' | 'w'> = {
+  letters: {
+    H: ['height of the image', height],
+    W: ['width of it', width],
+    h: ['height of the result', 1056],
+    w: ['width of it', 1920],
+  },
+  dtypes: [],
+  workloads({ H, W, h, w }) {
+    const whole = (): Cut[] => [{ box: [0, 0, W, H], ...to(h, w) }]
+    const name = `${W}x${H} -> ${w}x${h}`
+    return [
+      workload(`${name} u8`, false, whole, [H, W]),
+      // Patches of 16, merged 2 x 2.
+      ...(h % 32 || w % 32 ? [] : [workload(`${name} f32 patches`, true, whole, [H, W])]),
+    ]
+  },
+}
+
 export default {
   op: 'crop_resample',
   workloads: [
@@ -89,4 +114,5 @@ export default {
     normalizing('bf16'),
     ...cropResampleOnCuda,
   ],
+  custom,
 } satisfies Benchmark

@@ -8,6 +8,7 @@ import {
 } from 'p2r-kernels'
 import { type Block, evenly, normalBlock, normals, tiled } from './data.js'
 import type { Backend, Benchmark, Workload } from './harness.js'
+import type { Custom } from './shapes.js'
 
 /** Both heads' logits in memory; with a gradient, the student's over them. */
 function logits(
@@ -118,6 +119,16 @@ function heads(
   }
 }
 
+const custom: Custom<'T' | 'V'> = {
+  letters: { T: ['rows', 128], V: ['vocabulary', 151_936] },
+  dtypes: ['f32'],
+  workloads: ({ T, V }) =>
+    (['reverse_kl', 'jsd'] as const).flatMap((objective) => [
+      logits(T, V, objective, false),
+      logits(T, V, objective, true),
+    ]),
+}
+
 export default {
   op: 'distillation',
   workloads: [
@@ -131,4 +142,5 @@ export default {
     heads(4096, 2560, 4096, 151_936, 'bf16', false, { backend: 'cuda' }),
     heads(4096, 2560, 4096, 151_936, 'bf16', true, { backend: 'cuda' }),
   ],
+  custom,
 } satisfies Benchmark

@@ -2,31 +2,48 @@ import { gelu, geluBackward } from 'p2r-kernels'
 import { normals } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
 import { geluLoop } from './peers/loops.js'
+import { type Custom, type Float, floats, standard, widths } from './shapes.js'
 
-const size = 1024 * 4304
-
-function workload(approximate: 'none' | 'tanh', backward: boolean): Workload {
+function workload(
+  [rows, channels]: readonly [number, number],
+  dtype: Float,
+  approximate: 'none' | 'tanh',
+  backward: boolean,
+): Workload {
+  const size = rows * channels
+  const bytes = size * widths[dtype]
   return {
-    name: `1024x4304 f32 ${approximate === 'none' ? 'erf' : 'tanh'} ${backward ? 'bwd' : 'fwd'}`,
-    traffic: { read: size * 4 * (backward ? 2 : 1), write: size * 4 },
+    name: `${rows}x${channels} ${dtype} ${approximate === 'none' ? 'erf' : 'tanh'} ${backward ? 'bwd' : 'fwd'}`,
+    traffic: { read: bytes * (backward ? 2 : 1), write: bytes },
     inputs(seed) {
       const x = normals(size, seed)
       const gradient = normals(size, seed + 1)
       return {
-        byteLength: size * 4 * (backward ? 2 : 1),
+        byteLength: bytes * (backward ? 2 : 1),
         load(device) {
-          const a = { x: device.tensor(x, [size]), approximate }
-          if (!backward) return { run: () => gelu(a), answer: () => gelu(a).read() }
-          const dOut = device.tensor(gradient, [size])
+          const a = { x: device.tensor(x, [size], dtype), approximate }
+          if (!backward) return { run: () => gelu(a), answer: () => gelu(a).toFloat32() }
+          const dOut = device.tensor(gradient, [size], dtype)
           return { run: () => geluBackward({ ...a, dOut }) }
         },
-        peers: backward || approximate === 'none' ? [] : [geluLoop(x)],
+        peers: backward || approximate === 'none' || dtype !== 'f32' ? [] : [geluLoop(x)],
       }
     },
   }
 }
 
+const custom: Custom<'T' | 'C'> = {
+  letters: { T: ['rows', 1024], C: ['columns', 4304] },
+  dtypes: floats,
+  workloads: ({ T, C }, dtype) => [
+    workload([T, C], dtype, 'none', false),
+    workload([T, C], dtype, 'tanh', false),
+    workload([T, C], dtype, 'tanh', true),
+  ],
+}
+
 export default {
   op: 'gelu',
-  workloads: [workload('none', false), workload('tanh', false), workload('tanh', true)],
+  workloads: standard(custom),
+  custom,
 } satisfies Benchmark

@@ -3,6 +3,7 @@ import { performance } from 'node:perf_hooks'
 import { type Device, scope } from 'p2r-kernels'
 import { Bench } from 'tinybench'
 import { better, type Ceilings, type Row } from './results.js'
+import type { Custom } from './shapes.js'
 import { quantiles } from './statistics.js'
 
 export type Backend = 'cpu' | 'cuda'
@@ -11,6 +12,8 @@ export type Backend = 'cpu' | 'cuda'
 export interface Benchmark {
   op: string
   workloads: readonly Workload[]
+  /** Makes rows of other sizes and types; absent where they mean nothing. */
+  custom?: Custom
 }
 
 /** A row's size in a series of rows, for the growth of time and memory with size. */

@@ -53,4 +53,5 @@ export {
   type Row,
   withShare,
 } from './results.js'
+export type { Custom } from './shapes.js'
 export { comparisonReport, report, table } from './table.js'

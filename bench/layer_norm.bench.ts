@@ -2,42 +2,53 @@ import { layerNorm, layerNormBackward } from 'p2r-kernels'
 import { normals } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
 import { layerNormalization } from './peers/onnxruntime.js'
+import { type Custom, type Float, floats, standard, widths } from './shapes.js'
 
-const rows = 4096
-const channels = 1152
-const size = rows * channels
 const eps = 1e-6
 
-function workload(backward: boolean): Workload {
+function workload(
+  [rows, channels]: readonly [number, number],
+  dtype: Float,
+  backward: boolean,
+): Workload {
+  const size = rows * channels
+  const bytes = size * widths[dtype]
   return {
-    name: `${rows}x${channels} f32 ${backward ? 'bwd' : 'fwd'}`,
-    traffic: { read: size * 4 * (backward ? 2 : 1), write: size * 4 },
+    name: `${rows}x${channels} ${dtype} ${backward ? 'bwd' : 'fwd'}`,
+    traffic: { read: bytes * (backward ? 2 : 1), write: bytes },
     inputs(seed) {
       const x = normals(size, seed)
       const weight = normals(channels, seed + 1)
       const bias = normals(channels, seed + 2)
       const gradient = normals(size, seed + 3)
       return {
-        byteLength: size * 4 * (backward ? 2 : 1),
+        byteLength: bytes * (backward ? 2 : 1),
         load(device) {
           const a = {
-            x: device.tensor(x, [rows, channels]),
-            weight: device.tensor(weight, [channels]),
+            x: device.tensor(x, [rows, channels], dtype),
+            weight: device.tensor(weight, [channels], dtype),
           }
-          const layer = { ...a, bias: device.tensor(bias, [channels]), eps }
+          const layer = { ...a, bias: device.tensor(bias, [channels], dtype), eps }
           if (!backward)
-            return { run: () => layerNorm(layer), answer: () => layerNorm(layer).out.read() }
+            return { run: () => layerNorm(layer), answer: () => layerNorm(layer).out.toFloat32() }
           const { stats } = layerNorm(layer)
-          const dOut = device.tensor(gradient, [rows, channels])
+          const dOut = device.tensor(gradient, [rows, channels], dtype)
           return { run: () => layerNormBackward({ ...a, dOut, stats }) }
         },
-        peers: backward ? [] : [layerNormalization(x, weight, bias, eps)],
+        peers: backward || dtype !== 'f32' ? [] : [layerNormalization(x, weight, bias, eps)],
       }
     },
   }
 }
 
+const custom: Custom<'T' | 'C'> = {
+  letters: { T: ['rows', 4096], C: ['channels', 1152] },
+  dtypes: floats,
+  workloads: ({ T, C }, dtype) => [workload([T, C], dtype, false), workload([T, C], dtype, true)],
+}
+
 export default {
   op: 'layer_norm',
-  workloads: [workload(false), workload(true)],
+  workloads: standard(custom),
+  custom,
 } satisfies Benchmark

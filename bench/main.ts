@@ -1,10 +1,10 @@
-// p2r-kernels bench, or npm run bench --, with [op...] [--device id] [--threads n,n] [--json FILE] [--html FILE] [--quick]
-//   [--scaling] [--baseline FILE]
+// p2r-kernels bench, or npm run bench --, with [op...] [--device id] [--threads n,n] [--shape T=n,H=n]
+//   [--dtype type] [--json FILE] [--html FILE] [--quick] [--scaling] [--baseline FILE]
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { dirname } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Command, InvalidArgumentError } from 'commander'
-import { kernels, openDevice } from 'p2r-kernels'
+import { kernels, openDevice, P2RError } from 'p2r-kernels'
 import { cpuCeilings, cudaCeilings, disturbances } from './ceilings.js'
 import { type Benchmark, type Effort, measure, quick, thorough } from './harness.js'
 import { installPeers, peerVersion } from './peers/install.js'
@@ -23,6 +23,7 @@ import {
 } from './results.js'
 import { scaling } from './scaling.js'
 import { quickSamples, serving, servingReport, thoroughSamples } from './serving.js'
+import { customWorkloads, parseShape } from './shapes.js'
 import { startup, startupReport } from './startup.js'
 import { comparisonReport, impossibleReport, report } from './table.js'
 import { predictions } from './targets.js'
@@ -34,6 +35,8 @@ const root = dirname(dirname(here))
 interface Options {
   device?: string
   threads?: number[]
+  shape?: Map<string, number>
+  dtype?: string
   json?: string
   quick: boolean
   peers: boolean
@@ -48,6 +51,14 @@ function threadList(text: string): number[] {
   if (!list.every((n) => Number.isInteger(n) && n > 0))
     throw new InvalidArgumentError('expected positive integers, as in 1,2')
   return list
+}
+
+function shapeOption(text: string): Map<string, number> {
+  try {
+    return parseShape(text)
+  } catch (error) {
+    throw new InvalidArgumentError((error as Error).message)
+  }
 }
 
 const stems = readdirSync(here)
@@ -72,6 +83,12 @@ const program = new Command('p2r-kernels bench')
     'CPU threads to measure with (1 and all; all with --quick)',
     threadList,
   )
+  .option(
+    '--shape <sizes>',
+    'rows of these sizes instead, as T=1024,H=16,D=72; an unknown letter lists those of the operation',
+    shapeOption,
+  )
+  .option('--dtype <type>', 'rows of this type instead, as bf16')
   .option('--json <file>', 'writes the results')
   .option('--html <file>', 'writes a report with plots')
   .option('--scaling', 'measures how time and memory grow with size', false)
@@ -82,6 +99,11 @@ const program = new Command('p2r-kernels bench')
   .parse()
 
 const options = program.opts<Options>()
+const ownRows = options.shape !== undefined || options.dtype !== undefined
+if (ownRows && (options.scaling || options.input !== undefined))
+  program.error('error: --shape and --dtype choose rows to measure: not with --scaling or --input')
+if (ownRows && program.args.length === 0)
+  program.error('error: --shape and --dtype need the name of an operation')
 
 const tty = process.stderr.isTTY
 function progress(what: string): void {
@@ -102,7 +124,18 @@ function named(names: readonly string[]): string[] {
 async function chosen(ops: readonly string[]): Promise<readonly Benchmark[]> {
   if (options.scaling) return scaling.filter(({ op }) => ops.includes(op))
   return Promise.all(
-    ops.map(async (op) => ((await import(`./${op}.bench.js`)) as { default: Benchmark }).default),
+    ops.map(async (op) => {
+      const all = ((await import(`./${op}.bench.js`)) as { default: Benchmark }).default
+      if (!ownRows) return all
+      try {
+        return {
+          ...all,
+          workloads: customWorkloads(all, options.shape ?? new Map(), options.dtype),
+        }
+      } catch (error) {
+        return program.error(`error: ${(error as Error).message}`)
+      }
+    }),
   )
 }
 
@@ -227,7 +260,17 @@ function read(file: string): Results {
 }
 // Checked before measuring, which may take an hour.
 const baseline = options.baseline === undefined ? undefined : read(options.baseline)
-const results = options.input === undefined ? await measured(program.args) : read(options.input)
+/** Sizes that an operation refuses, or a device that is not here, are answered by a sentence. */
+async function measuredOrRefused(): Promise<Results> {
+  try {
+    return await measured(program.args)
+  } catch (error) {
+    if (!(error instanceof P2RError)) throw error
+    progress('')
+    return program.error(`error: ${error.message}`)
+  }
+}
+const results = options.input === undefined ? await measuredOrRefused() : read(options.input)
 if (options.html !== undefined) {
   const { html } = await import('./html.js').catch((error: Error) =>
     program.error(`error: --html needs the packages vega and vega-lite: ${error.message}`),

@@ -1,15 +1,14 @@
 import { adamW, clipGradNorm } from 'p2r-kernels'
+import { mebi } from './cast.bench.js'
 import { normals } from './data.js'
-import type { Benchmark } from './harness.js'
+import type { Benchmark, Workload } from './harness.js'
+import { type Custom, standard } from './shapes.js'
 
-const size = 1 << 23
-const bytes = size * 4
-
-export default {
-  op: 'optimizer',
-  workloads: [
+function workloads(size: number): Workload[] {
+  const bytes = size * 4
+  return [
     {
-      name: 'adamW 8 Mi f32',
+      name: `adamW ${mebi(size)} f32`,
       // Parameter and both moments are read and written, the gradient is read.
       traffic: { read: 4 * bytes, write: 3 * bytes, inPlace: true },
       inputs: (seed) => ({
@@ -27,7 +26,7 @@ export default {
       }),
     },
     {
-      name: 'clipGradNorm 8 Mi f32, not clipped',
+      name: `clipGradNorm ${mebi(size)} f32, not clipped`,
       traffic: { read: bytes, write: 0 },
       inputs: (seed) => ({
         byteLength: bytes,
@@ -37,5 +36,17 @@ export default {
         },
       }),
     },
-  ],
+  ]
+}
+
+const custom: Custom<'N'> = {
+  letters: { N: ['elements', 1 << 23] },
+  dtypes: ['f32'],
+  workloads: ({ N }) => workloads(N),
+}
+
+export default {
+  op: 'optimizer',
+  workloads: standard(custom),
+  custom,
 } satisfies Benchmark

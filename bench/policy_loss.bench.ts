@@ -2,11 +2,9 @@ import { applyKlPenalty, type PolicyLossOptions, policyLoss } from 'p2r-kernels'
 import { evenly, normals, uniforms } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
 import { policyLossLoop } from './peers/loops.js'
+import { type Custom, standard } from './shapes.js'
 
-const sequences = 512
-const length = 1024
-const tokens = sequences * length
-const cuSeqlens = evenly(sequences, length)
+type Sizes = readonly [sequences: number, length: number]
 
 /** Another policy's log-probabilities of the same tokens: their logits against all others are moved by noise. */
 function moved(logProbs: Float32Array, noise: Float32Array): Float32Array {
@@ -18,11 +16,14 @@ function moved(logProbs: Float32Array, noise: Float32Array): Float32Array {
 
 /** Without a reference policy. Log-probabilities and mask in, the gradient out. */
 function loss(
+  [sequences, length]: Sizes,
   name: string,
   onPolicy: boolean,
   cached: boolean,
   objective: NonNullable<PolicyLossOptions['objective']> = 'ppo',
 ): Workload {
+  const tokens = sequences * length
+  const cuSeqlens = evenly(sequences, length)
   const inputBytes = tokens * (onPolicy ? 5 : 9)
   return {
     name: `${sequences}x${length} ${name}`,
@@ -54,7 +55,9 @@ function loss(
 }
 
 /** The KL of each sequence from a reference policy, off its reward. */
-function klPenalty(): Workload {
+function klPenalty([sequences, length]: Sizes): Workload {
+  const tokens = sequences * length
+  const cuSeqlens = evenly(sequences, length)
   const inputBytes = tokens * 8 + sequences * 4
   return {
     name: `${sequences}x${length} KL in the reward`,
@@ -80,14 +83,21 @@ function klPenalty(): Workload {
   }
 }
 
+const custom: Custom<'B' | 'T'> = {
+  letters: { B: ['sequences', 512], T: ['tokens of each', 1024] },
+  dtypes: ['f32'],
+  workloads: ({ B, T }) => [
+    loss([B, T], 'ppo, inputs in the cache', false, true),
+    loss([B, T], 'ppo, on-policy', true, false),
+    ...(['dppo_tv', 'dppo_kl', 'gmpo', 'vespo', 'luspo', 'clip_cov', 'kl_cov'] as const).map(
+      (objective) => loss([B, T], `${objective}, inputs in the cache`, false, true, objective),
+    ),
+    klPenalty([B, T]),
+  ],
+}
+
 export default {
   op: 'policy_loss',
-  workloads: [
-    loss('ppo, inputs in the cache', false, true),
-    loss('ppo, on-policy', true, false),
-    ...(['dppo_tv', 'dppo_kl', 'gmpo', 'vespo', 'luspo', 'clip_cov', 'kl_cov'] as const).map(
-      (objective) => loss(`${objective}, inputs in the cache`, false, true, objective),
-    ),
-    klPenalty(),
-  ],
+  workloads: standard(custom),
+  custom,
 } satisfies Benchmark

@@ -1,12 +1,14 @@
 import { linearLogProbs, quantize } from 'p2r-kernels'
 import { randomBf16 } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
+import type { Custom } from './shapes.js'
 
 // The linear layer of a quantised weight is among the rows of `linear`.
-const [features, channels] = [6144, 2048]
-const weights = features * channels
+type Sizes = readonly [features: number, channels: number]
+const sizes: Sizes = [6144, 2048]
 
-function workload(bits: 8 | 4, back: boolean): Workload {
+function workload(bits: 8 | 4, back: boolean, [features, channels] = sizes): Workload {
+  const weights = features * channels
   const quantized = (weights * (bits + 16 / 32)) / 8
   return {
     name: `${features}x${channels} ${back ? `int${bits} to f32` : `bf16 to int${bits}`}`,
@@ -32,6 +34,8 @@ function workload(bits: 8 | 4, back: boolean): Workload {
 
 /** The head of a model: its log-probabilities, without the logits. */
 function quantizedLinearLogProbs(rows: number): Workload {
+  const [features, channels] = sizes
+  const weights = features * channels
   const quantized = (weights * (8 + 16 / 32)) / 8
   return {
     name: `${rows} log-probabilities of ${features}x${channels} int8`,
@@ -52,6 +56,16 @@ function quantizedLinearLogProbs(rows: number): Workload {
   }
 }
 
+const custom: Custom<'F' | 'C'> = {
+  letters: { F: ['features', sizes[0]], C: ['channels, in blocks of 32', sizes[1]] },
+  dtypes: ['bf16'],
+  workloads: ({ F, C }) =>
+    ([8, 4] as const).flatMap((bits) => [
+      workload(bits, false, [F, C]),
+      workload(bits, true, [F, C]),
+    ]),
+}
+
 export default {
   op: 'quantize',
   workloads: [
@@ -61,4 +75,5 @@ export default {
     quantizedLinearLogProbs(1),
     quantizedLinearLogProbs(64),
   ],
+  custom,
 } satisfies Benchmark

@@ -1,14 +1,18 @@
 import { type RolloutCorrectionOptions, rolloutCorrection } from 'p2r-kernels'
 import { evenly, normals } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
+import { type Custom, standard } from './shapes.js'
 
-const sequences = 512
-const length = 1024
-const tokens = sequences * length
-const cuSeqlens = evenly(sequences, length)
+type Sizes = readonly [sequences: number, length: number]
 
 /** Two arrays of log-probabilities in, weights and mask out. */
-function correction(name: string, options: RolloutCorrectionOptions): Workload {
+function correction(
+  [sequences, length]: Sizes,
+  name: string,
+  options: RolloutCorrectionOptions,
+): Workload {
+  const tokens = sequences * length
+  const cuSeqlens = evenly(sequences, length)
   return {
     name: `${sequences}x${length} ${name}`,
     traffic: { read: tokens * 8, write: tokens * 5 },
@@ -36,13 +40,20 @@ function correction(name: string, options: RolloutCorrectionOptions): Workload {
   }
 }
 
-export default {
-  op: 'rollout_correction',
-  workloads: [
-    correction('truncated, inputs in the cache', {}),
-    correction('of sequences with rejection, inputs in the cache', {
+const custom: Custom<'B' | 'T'> = {
+  letters: { B: ['sequences', 512], T: ['tokens of each', 1024] },
+  dtypes: ['f32'],
+  workloads: ({ B, T }) => [
+    correction([B, T], 'truncated, inputs in the cache', {}),
+    correction([B, T], 'of sequences with rejection, inputs in the cache', {
       level: 'geometric',
       reject: [{ measure: 'k3', over: 'mean', high: 0.01 }],
     }),
   ],
+}
+
+export default {
+  op: 'rollout_correction',
+  workloads: standard(custom),
+  custom,
 } satisfies Benchmark

@@ -1,11 +1,11 @@
 import { applyRotary, mropeTables, visionRotary } from 'p2r-kernels'
 import { normals } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
+import { type Custom, type Float, floats, widths } from './shapes.js'
 
 const side = 64
 const [heads, headDim] = [16, 72]
 const tokens = side * side
-const size = tokens * heads * headDim
 const tables = 2 * tokens * headDim
 
 const bothTables = {
@@ -33,25 +33,44 @@ const multimodal = {
   }),
 } satisfies Workload
 
+/** Of a grid of patches. */
+function apply(
+  [down, across]: readonly [number, number],
+  heads: number,
+  headDim: number,
+  dtype: Float = 'f32',
+): Workload {
+  const tokens = down * across
+  const bytes = tokens * heads * headDim * widths[dtype]
+  return {
+    name: `apply ${tokens}x${heads}x${headDim} ${dtype}`,
+    traffic: { read: bytes + 4 * 2 * tokens * headDim, write: bytes },
+    inputs(seed) {
+      const data = normals(tokens * heads * headDim, seed)
+      return {
+        byteLength: bytes,
+        load(device) {
+          const { cos, sin } = visionRotary({ gridThw: [[1, down, across]], headDim, device })
+          const x = device.tensor(data, [tokens, heads, headDim], dtype)
+          return { run: () => applyRotary({ x, cos, sin }) }
+        },
+      }
+    },
+  }
+}
+
+const custom: Custom<'T' | 'H' | 'D'> = {
+  letters: {
+    T: ['tokens, a multiple of 4', tokens],
+    H: ['heads', heads],
+    D: ['head dimension, a multiple of 8', headDim],
+  },
+  dtypes: floats,
+  workloads: ({ T, H, D }, dtype) => [apply([2, T / 2], H, D, dtype)],
+}
+
 export default {
   op: 'rotary',
-  workloads: [
-    bothTables,
-    multimodal,
-    {
-      name: `apply ${tokens}x${heads}x${headDim} f32`,
-      traffic: { read: 4 * (size + tables), write: 4 * size },
-      inputs(seed) {
-        const data = normals(size, seed)
-        return {
-          byteLength: 4 * size,
-          load(device) {
-            const { cos, sin } = visionRotary({ gridThw: [[1, side, side]], headDim, device })
-            const x = device.tensor(data, [tokens, heads, headDim])
-            return { run: () => applyRotary({ x, cos, sin }) }
-          },
-        }
-      },
-    },
-  ],
+  workloads: [bothTables, multimodal, apply([side, side], heads, headDim)],
+  custom,
 } satisfies Benchmark

@@ -63,6 +63,18 @@ export function rate(row: Row): string {
 const shortest = (text: string, most: number): string =>
   text.length > most ? `${text.slice(0, most - 1)}…` : text
 
+/** Lines of at most 80 columns, broken between words; a longer word has a line of its own. */
+export function wrapped(text: string): string {
+  const lines: string[] = []
+  for (const word of text.split(' ')) {
+    const last = lines.at(-1)
+    if (last !== undefined && last.length + 1 + word.length <= 80)
+      lines.push(`${lines.pop()} ${word}`)
+    else lines.push(word)
+  }
+  return lines.join('\n')
+}
+
 /** The median, half of the middle half of the samples, the rate, and the share or the multiple of ours. */
 const heading = ['by', 'thr', 'median ms', '±', 'rate', 'of ceiling']
 
@@ -188,12 +200,12 @@ export function headingLines({ machine, versions, commit }: Results): string[] {
 }
 
 export function report(results: Results, predicted: Predictions): string {
-  const parts = [...headingLines(results), '']
+  const parts = [...headingLines(results).map(wrapped), '']
   if (results.ceilings.length) parts.push(ceilingTable(results.ceilings), '')
   parts.push(resultTable(results, (row) => judged(row, results, predicted.targets)))
   for (const table of [seriesTable(results.rows), verdictTable(results, predicted)])
     if (table) parts.push('', table)
-  if (results.notes.length) parts.push('', ...results.notes)
+  if (results.notes.length) parts.push('', ...results.notes.map(wrapped))
   return parts.join('\n')
 }
 
@@ -210,7 +222,7 @@ export function comparisonReport(c: Comparison, baseline: string): string {
       ]),
       3,
     )
-  const parts = [`Against ${baseline}: ${c.compared} rows compared.`, ...c.caveats]
+  const parts = [`Against ${baseline}: ${c.compared} rows compared.`, ...c.caveats.map(wrapped)]
   if (c.slower.length) parts.push(`Slower beyond the noise: ${c.slower.length}`, lines(c.slower))
   else parts.push('Nothing got slower beyond the noise.')
   if (c.faster.length) parts.push(`Faster beyond the noise: ${c.faster.length}`, lines(c.faster))

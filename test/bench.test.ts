@@ -36,6 +36,7 @@ import {
 import { scaling } from '../dist/bench/scaling.js'
 import { exponent, seriesOf } from '../dist/bench/series.js'
 import { serving, servingReport } from '../dist/bench/serving.js'
+import { customWorkloads, parseShape } from '../dist/bench/shapes.js'
 import { startupReport, startupTimes } from '../dist/bench/startup.js'
 import { quantile, quantiles, verdict } from '../dist/bench/statistics.js'
 import {
@@ -48,6 +49,7 @@ import {
   resultTable,
   seriesTable,
   verdictTable,
+  wrapped,
 } from '../dist/bench/table.js'
 import { judged, outcome, predictions, sameCase } from '../dist/bench/targets.js'
 import { packed, trainingReport } from '../dist/bench/training.js'
@@ -224,6 +226,13 @@ describe('tables', () => {
     expect(lines).toHaveLength(4)
     for (const line of lines) expect(line.length).toBeLessThanOrEqual(80)
   })
+})
+
+test('sentences are broken between words, at 80 columns', () => {
+  const text = `${'a word '.repeat(30)}${'x'.repeat(100)} end`
+  const lines = wrapped(text).split('\n')
+  expect(lines.map((line) => line.length)).toEqual([78, 76, 53, 100, 3])
+  expect(lines.join(' ')).toBe(text)
 })
 
 describe('a baseline', () => {
@@ -608,6 +617,106 @@ describe('the benchmarks', () => {
     expect(benchmark.workloads.some(({ slow }) => !slow)).toBe(true)
   })
 
+  /** Sizes of each family that every one of its rows takes, and that differ from each other. */
+  const small: Record<string, string> = {
+    advantages: 'B=3,G=4',
+    attention: 'B=1,T=10,H=4,K=2,D=8',
+    cached_attention: 'B=2,T=10,H=4,K=2,D=16',
+    cast: 'N=100',
+    crop_resample: 'H=40,W=50,h=32,w=64',
+    distillation: 'T=3,V=40',
+    draw_boxes: 'H=1000,W=1001',
+    elementwise: 'T=3,C=5',
+    gelu: 'T=3,C=5',
+    layer_norm: 'T=3,C=5',
+    linear: 'T=3,C=32,F=5',
+    linear_log_probs: 'T=128,C=8,V=40',
+    log_probs: 'T=3,V=40',
+    optimizer: 'N=100',
+    policy_loss: 'B=3,T=4',
+    positions: 'S=4,C=8,P=6',
+    quantize: 'F=5,C=64',
+    rearrange: 'T=3,H=5,D=7',
+    reduce: 'T=3,C=5',
+    rms_norm: 'T=3,C=8',
+    rollout_correction: 'B=3,T=4',
+    rotary: 'T=8,H=3,D=16',
+    rows: 'T=130,C=5',
+    sampling: 'T=3,V=40',
+    swiglu: 'T=3,C=8',
+  }
+
+  test.each(families)('%s runs in sizes and types that are given', async (family) => {
+    const { default: benchmark } = (await import(`../dist/bench/${family}.bench.js`)) as {
+      default: Benchmark
+    }
+    const shape = parseShape(small[family]!)
+    const { letters, dtypes } = benchmark.custom!
+    expect([...shape.keys()]).toEqual(Object.keys(letters))
+    for (const dtype of dtypes.length ? dtypes : [undefined]) {
+      const rows = customWorkloads(benchmark, shape, dtype)
+      expect(rows.length).toBeGreaterThan(0)
+      expect(new Set(rows.map(({ name }) => name)).size).toBe(rows.length)
+      for (const { inputs } of rows) {
+        const device = openDevice('cpu', { threads: 1 })
+        try {
+          const loaded = inputs(1).load(device)
+          loaded.before?.()
+          loaded.run()
+          await device.synchronize()
+        } finally {
+          device.dispose()
+        }
+      }
+    }
+  })
+
+  test('sizes and types that an operation does not have are refused with those it has', () => {
+    const made = (shape: string, dtype?: string) => () =>
+      customWorkloads(attentionBenchmark, parseShape(shape), dtype)
+    expect(made('T=8,X=1')).toThrow(
+      /^attention has no size 'X'; --shape takes B \(sequences, 1\), T \(.*, 1024\), .*D \(/,
+    )
+    expect(made('T=8', 'f16')).toThrow(
+      "attention is not measured in 'f16'; --dtype takes f32, bf16",
+    )
+    const { custom, ...fixed } = attentionBenchmark
+    expect(() => customWorkloads({ ...fixed, op: 'fixed' }, new Map(), 'f32')).toThrow(
+      /^fixed has fixed rows/,
+    )
+    const [row] = made('T=8,D=16', 'bf16')()
+    expect(row).toMatchObject({
+      name: '1x8x16x16 bf16 fwd',
+      products: 'bf16',
+      flops: 4 * 8 * 8 * 256,
+    })
+    expect(custom.dtypes).toEqual(['f32', 'bf16'])
+  })
+
+  test.each([
+    '',
+    'T',
+    'T=',
+    'T=0',
+    'T=-1',
+    'T=1.5',
+    'T=1e3',
+    'TT=1',
+    'T=1,',
+    '=1',
+    'T=99999999999999999',
+  ])("'%s' is no shape", (text) => {
+    expect(() => parseShape(text)).toThrow(/^expected letters with positive integers/)
+  })
+
+  test('a letter has one size', () => {
+    expect([...parseShape('T=1, H=2')]).toEqual([
+      ['T', 1],
+      ['H', 2],
+    ])
+    expect(() => parseShape('T=1,T=2')).toThrow('T is given twice')
+  })
+
   test('attention measures every kernel of a GPU by name', () => {
     const all = [
       ...readFileSync(`${root}/ops/kernel_choice.cpp`, 'utf8').matchAll(
@@ -657,6 +766,22 @@ test('the command measures a family and writes its rows to a file', () => {
     expect(op).toBe('advantages')
     expect(stdout).toContain(name)
   }
+})
+
+test.each([
+  [['gelu', '--shape', 'X=1'], /gelu has no size 'X'; --shape takes T \(rows, 1024\), C/],
+  [['gelu', '--dtype', 'i8'], /gelu is not measured in 'i8'; --dtype takes f32, f16, bf16/],
+  [['gelu', '--shape', 'T=x'], /expected letters with positive integers/],
+  [['--shape', 'T=1'], /--shape and --dtype need the name of an operation/],
+  [['gelu', '--dtype', 'f32', '--scaling'], /not with --scaling/],
+  [['rotary', '--shape', 'T=3', '--no-peers', '--quick'], /^error: \[\w+\] gridThw/],
+])('the command refuses %j in a sentence', (args, message) => {
+  const command = [`${root}/dist/bench/main.js`, ...args, '--device', 'cpu']
+  const { status, stdout, stderr } = spawnSync(process.execPath, command, { encoding: 'utf8' })
+  expect(status).toBe(1)
+  expect(stderr).toMatch(message)
+  expect(stderr).not.toMatch(/^\s+at /m)
+  expect(stdout).toBe('')
 })
 
 test('serving: every sample is requested, and the table has the throughput', async () => {
