@@ -72,6 +72,8 @@ export interface Loaded {
 export interface Peer {
   name: string
   slow?: boolean
+  /** The threads it uses whatever number it is given. */
+  threads?: number
   /** The backends it is compared with; only the CPU unless given. */
   backends?: readonly Backend[]
   /** How far its results may be from ours: by root mean square, relative to ours. */
@@ -138,6 +140,7 @@ export function distance(a: ArrayLike<number>, b: ArrayLike<number>): number {
 
 interface Contender {
   name: string
+  threads?: number
   once(): Promise<{ overriddenDuration: number; overriddenIterationCost: number }>
   close(): void
 }
@@ -206,6 +209,7 @@ export async function measure(
       implementation: contender.name,
       device: id,
       ...(threads === undefined ? {} : { threads }),
+      ...(contender.threads === undefined ? {} : { ownThreads: contender.threads }),
       ...(simd === undefined || contender !== own ? {} : { simd }),
       ...(limits ? { limits } : {}),
       ...quantiles(samples.get(contender)!),
@@ -302,6 +306,7 @@ async function theirs(
   let times = 1
   return {
     name: peer.name,
+    ...(peer.threads === undefined ? {} : { threads: peer.threads }),
     async once() {
       const run = runs[next++ % runs.length]!
       const start = performance.now()

@@ -7,6 +7,7 @@ import { Command, InvalidArgumentError } from 'commander'
 import { kernels, openDevice, P2RError } from 'p2r-kernels'
 import { cpuCeilings, cudaCeilings, disturbances } from './ceilings.js'
 import { type Benchmark, type Effort, measure, quick, thorough } from './harness.js'
+import { html } from './html.js'
 import { installPeers, peerVersion } from './peers/install.js'
 import { pythonVersions, stopPython } from './peers/python.js'
 import { modelRates, modelReport } from './qwen3_vl.js'
@@ -90,7 +91,7 @@ const program = new Command('p2r-kernels bench')
   )
   .option('--dtype <type>', 'rows of this type instead, as bf16')
   .option('--json <file>', 'writes the results')
-  .option('--html <file>', 'writes a report with plots')
+  .option('--html <file>', 'writes a report with plots, tables that sort, and a filter')
   .option('--scaling', 'measures how time and memory grow with size', false)
   .option('--quick', 'fewer samples, fewer cases', false)
   .option('--no-peers', 'measures only this package, and installs nothing')
@@ -272,10 +273,7 @@ async function measuredOrRefused(): Promise<Results> {
 }
 const results = options.input === undefined ? await measuredOrRefused() : read(options.input)
 if (options.html !== undefined) {
-  const { html } = await import('./html.js').catch((error: Error) =>
-    program.error(`error: --html needs the packages vega and vega-lite: ${error.message}`),
-  )
-  writeFileSync(options.html, await html(results, predicted))
+  writeFileSync(options.html, html(results, predicted))
 }
 console.log(report(results, predicted))
 if (baseline) console.log(`\n${comparisonReport(compare(baseline, results), options.baseline!)}`)

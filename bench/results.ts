@@ -56,7 +56,10 @@ export interface Row extends Quantiles {
   case: string
   implementation: string
   device: string
+  /** Those of the device that it is compared on. */
   threads?: number
+  /** Those that a peer uses whatever it is given. */
+  ownThreads?: number
   simd?: string
   flops?: number
   products?: 'f32' | 'bf16'
@@ -69,6 +72,11 @@ export interface Row extends Quantiles {
   /** The least time that the ceilings allow over the median, and the ceiling that sets it. */
   share?: number
   ceiling?: CeilingKind
+}
+
+/** The threads that a row was computed by. */
+export function threadsOf({ ownThreads, threads }: Row): number | undefined {
+  return ownThreads ?? threads
 }
 
 /** The ceilings that a row is held to. */

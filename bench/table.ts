@@ -8,6 +8,7 @@ import {
   ceilingKinds,
   type Results,
   type Row,
+  threadsOf,
 } from './results.js'
 import { exponent, seriesOf } from './series.js'
 import {
@@ -99,7 +100,7 @@ export function resultTable(
       row.share === undefined ? '' : `${(row.share * 100).toFixed(0)} % ${row.ceiling ?? ''}`
     return [
       `  ${shortest(row.implementation, 24)}`,
-      row.threads === undefined ? '' : String(row.threads),
+      String(threadsOf(row) ?? ''),
       milliseconds(row.median),
       `${((50 * (row.p75 - row.p25)) / row.median).toFixed(0)} %`,
       rate(row),

@@ -123,15 +123,25 @@ export function outcome({ ratio }: Verdict): string {
   return ratio === undefined ? 'not measured' : ratio >= 1 ? 'met' : 'missed'
 }
 
+/** The least milliseconds that a row's products and bytes need at the ceilings. */
+export function atCeilings(row: Row, results: Results): { products?: number; memory?: number } {
+  const limits = limitsOf(row, results.ceilings)
+  if (!limits) return {}
+  const peak = row.products === 'bf16' ? (limits.bf16 ?? limits.fma) : limits.fma
+  const kind = memoryKind(row.traffic, limits)
+  return {
+    ...(row.flops && peak ? { products: (row.flops / peak) * 1e3 } : {}),
+    ...(kind ? { memory: (bytesOf(row) / limits[kind]!) * 1e3 } : {}),
+  }
+}
+
 /** Where the time of a row went: what its ceilings account for, and the rest. */
 export function whereTimeWent(row: Row, results: Results): string {
-  const limits = limitsOf(row, results.ceilings)
-  if (!limits || row.share === undefined) return 'no ceiling was measured'
+  if (row.share === undefined) return 'no ceiling was measured'
+  const { products, memory } = atCeilings(row, results)
   const parts: string[] = []
-  const peak = row.products === 'bf16' ? (limits.bf16 ?? limits.fma) : limits.fma
-  if (row.flops && peak) parts.push(`products ${((row.flops / peak) * 1e3).toPrecision(3)} ms`)
-  const kind = memoryKind(row.traffic, limits)
-  if (kind) parts.push(`memory ${((bytesOf(row) / limits[kind]!) * 1e3).toPrecision(3)} ms`)
+  if (products !== undefined) parts.push(`products ${products.toPrecision(3)} ms`)
+  if (memory !== undefined) parts.push(`memory ${memory.toPrecision(3)} ms`)
   const ceilings = `${row.median.toPrecision(3)} ms: ${parts.join(', ')} at the ceilings`
   const rest = row.median * (1 - row.share)
   return rest > 0 ? `${ceilings}; beyond the larger, ${rest.toPrecision(3)} ms` : ceilings

@@ -7,6 +7,7 @@ import { fileURLToPath } from 'node:url'
 import { expect, test } from 'vitest'
 import { html } from '../dist/bench/html.js'
 import { documents, newest, performance, resultsIn, withTables } from '../dist/bench/performance.js'
+import { short, ticks } from '../dist/bench/plot.js'
 import { emptyResults, type Results, type Row, withShare } from '../dist/bench/results.js'
 import { predictions } from '../dist/bench/targets.js'
 
@@ -52,21 +53,96 @@ function example(): Results {
   return { ...emptyResults(root, 'a processor', false), ceilings, rows, notes }
 }
 
-test('the report draws four kinds of plots and fetches nothing', async () => {
-  const page = await html(example(), predicted)
-  expect(page.match(/<svg/g)).toHaveLength(4)
-  expect(page).not.toMatch(/<script|\bsrc=|@import|url\((?!#|&quot;#)|href="(?!data:)/)
+/** The first table under a heading, by row and cell. */
+function tableOf(page: string, title: string): string[][] {
+  const section = page.slice(page.indexOf(`<h2>${title}`))
+  const body = section.slice(section.indexOf('<tbody>'), section.indexOf('</tbody>'))
+  return body.split('</tr>').flatMap((line) => {
+    const cells = [...line.matchAll(/<td[^>]*>(.*?)<\/td>/g)].map(([, cell]) => {
+      return cell!.replaceAll(/<[^>]*>/g, '')
+    })
+    return cells.length ? [cells] : []
+  })
+}
+
+test('the report draws three plots and fetches nothing', () => {
+  const page = html(example(), predicted)
+  expect(page.match(/<svg/g)).toHaveLength(3)
+  expect(page).not.toMatch(/<script |\bsrc=|@import|url\((?!#|&quot;#)|href="(?!data:)/)
   for (const title of ['Against the best peer', 'Roofline', 'Shares', 'Growth', 'Predictions'])
     expect(page).toContain(`<h2>${title}`)
   expect(page).toContain('time ~ size^2.00')
   expect(page).toContain('memory ~ size^1.00')
   expect(page).toContain('x1.15 of onnxruntime MultiHeadAttention')
   expect(page).toContain('slow &lt;b&gt;')
-  expect(page).not.toContain('NaN')
+  expect(page.slice(0, page.indexOf('<script>'))).not.toMatch(/NaN|Infinity|undefined/)
+  expect(page.match(/<input type="checkbox" value="(attention|log_probs)"/g)).toHaveLength(2)
 })
 
-test('without ceilings, peers and series it has the rows only', async () => {
-  const page = await html({ ...example(), ceilings: [], rows: [row({})] }, predicted)
+test('time and ratio have columns of their own, numbers are sorted by value', () => {
+  const page = html(example(), predicted)
+  expect(tableOf(page, 'Against')).toEqual([
+    ['log_probs', '256x151936 f32 fwd', '13.0', 'slow &lt;b&gt;', '40.0', 'x3.08', ''],
+    [
+      'attention',
+      '1x1024x16x64 f32 fwd',
+      '13.0',
+      'onnxruntime MultiHeadAttention',
+      '17.0',
+      'x1.31',
+      '',
+    ],
+  ])
+  expect(tableOf(page, 'Predictions')[0]).toEqual([
+    'attention',
+    '1x1024x16x64 f32 fwd',
+    'x1.15 of onnxruntime MultiHeadAttention',
+    'x1.31',
+    'met',
+    '114 %',
+    '13.0',
+    '9.15',
+    '0.240',
+  ])
+  expect(page).toContain('<td class="n" data-value="13">13.0</td>')
+  expect(page).toContain('<tr data-op="log_probs" class="missed">')
+})
+
+test('a share above what the ceiling allows is shown as it is, and no rest of the time below nothing', () => {
+  const results = example()
+  const [first] = results.rows
+  results.rows[0] = { ...first!, share: 1.47 }
+  const page = html(results, predicted)
+  expect(tableOf(page, 'Shares')[0]!.slice(0, 4)).toEqual([
+    'attention',
+    '1x1024x16x64 f32 fwd',
+    '13.0',
+    '147 %',
+  ])
+  // The bar is as long as the scale, which has 100 % at 68 %.
+  expect(page).toContain(
+    '<b class="slow" style="left:0.0%;width:100.0%"></b><i style="left:68.0%">',
+  )
+  expect(page).not.toMatch(/beyond the larger|>-\d/)
+})
+
+test('a peer has the threads that it used', () => {
+  const results = example()
+  results.rows[1] = { ...results.rows[1]!, ownThreads: 1 }
+  const rows = tableOf(html(results, predicted), 'All rows')
+  expect(rows.slice(0, 2).map((cells) => cells[3])).toEqual(['2', '1'])
+  expect(rows[1]![7]).toBe('x1.31')
+})
+
+test('ticks are round numbers, as many as fit', () => {
+  expect(ticks(0.9, 45, 8)).toEqual([1, 2, 5, 10, 20])
+  expect(ticks(0.9, 45, 4)).toEqual([1, 3, 10, 30])
+  expect(ticks(1, 1e6, 4)).toEqual([1, 100, 1e4, 1e6])
+  expect([0.05, 20, 3000, 4.25e7, 1e12].map(short)).toEqual(['0.05', '20', '3k', '42.5M', '1T'])
+})
+
+test('without ceilings, peers and series it has the rows only', () => {
+  const page = html({ ...example(), ceilings: [], rows: [row({})] }, predicted)
   expect(page).not.toContain('<svg')
   expect(page).toContain('<td>1x1024x16x64 f32 fwd</td>')
 })
@@ -99,13 +175,24 @@ test.skipIf(!browser)(
         expect(status, stderr).toBe(0)
         return { dom: stdout, errors: stderr.split('\n').filter((line) => /CONSOLE/.test(line)) }
       }
-      const page = await html(example(), predicted)
+      const page = html(example(), predicted)
       const { dom, errors } = seen(page)
       expect(errors).toEqual([])
-      expect(dom.match(/<svg/g)).toHaveLength(4)
+      expect(dom.match(/<svg/g)).toHaveLength(3)
       // That an error would have been seen.
       const broken = page.replace('</body>', '<script>console.error("planted")</script></body>')
       expect(seen(broken).errors).toEqual([expect.stringContaining('planted')])
+      // By the time of ours, then turned around; and one operation hidden.
+      const clicks = `<script>
+        const time = document.querySelectorAll('table')[2].querySelectorAll('th button')[6]
+        time.click(); time.click()
+        document.querySelector('.filter input[value=log_probs]').click()
+      </script></body>`
+      const used = seen(page.replace('</body>', () => clicks))
+      expect(used.errors).toEqual([])
+      expect(used.dom).toContain('aria-sort="ascending"')
+      expect(used.dom).toMatch(/<tr data-op="log_probs"[^>]* hidden/)
+      expect(used.dom).not.toMatch(/<tr data-op="attention"[^>]* hidden/)
     } finally {
       rmSync(folder, { recursive: true, force: true })
     }

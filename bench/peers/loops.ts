@@ -3,6 +3,7 @@ import type { Peer } from '../harness.js'
 
 const loop = (tolerance: number, run: () => ArrayLike<number>, slow = false): Peer => ({
   name: 'JavaScript, 1 thread',
+  threads: 1,
   slow,
   tolerance,
   open: async () => ({ run }),
