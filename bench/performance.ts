@@ -1,5 +1,5 @@
 // npm run docs: makes the tables of docs/performance.md, and the README's few rows of them, from the
-// newest results of each machine (bench/results/*.json) and from what was predicted.
+// newest results of each machine (bench/results/<machine>/<date>.json) and from what was predicted.
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -21,22 +21,30 @@ import {
 const start = '<!-- made by npm run docs -->'
 const end = '<!-- end -->'
 
-/** The newest results of each machine, by the name of the device, newest first. */
-export function newest(all: readonly Results[]): Results[] {
-  const out = new Map<string, Results>()
-  for (const results of all.toSorted((a, b) => (a.date < b.date ? 1 : -1))) {
-    const { device, cpus } = results.machine
-    const key = results.rows[0]?.device === 'cpu' ? `${device} ${cpus}` : device
-    if (!out.has(key)) out.set(key, results)
-  }
+/** The results of a machine. Its folder tells it from others, whose chips may report the same name. */
+export interface Measured {
+  folder: string
+  results: Results
+}
+
+/** The newest results of each machine, newest first. */
+export function newest(all: readonly Measured[]): Measured[] {
+  const out = new Map<string, Measured>()
+  for (const one of all.toSorted((a, b) => (a.results.date < b.results.date ? 1 : -1)))
+    if (!out.has(one.folder)) out.set(one.folder, one)
   return [...out.values()]
 }
 
-export function resultsIn(root: string): Results[] {
-  const folder = join(root, 'bench/results')
-  return readdirSync(folder)
-    .filter((name) => name.endsWith('.json') && name !== 'predictions.json')
-    .map((name) => parseResults(readFileSync(join(folder, name), 'utf8'), name))
+export function resultsIn(root: string): Measured[] {
+  const results = join(root, 'bench/results')
+  return readdirSync(results, { withFileTypes: true })
+    .filter((entry) => entry.isDirectory())
+    .flatMap(({ name: folder }) =>
+      readdirSync(join(results, folder)).map((name) => {
+        const text = readFileSync(join(results, folder, name), 'utf8')
+        return { folder, results: parseResults(text, `${folder}/${name}`) }
+      }),
+    )
 }
 
 const cell = (text: string): string => text.replaceAll('|', '\\|').replaceAll('*', '\\*')
@@ -80,29 +88,42 @@ function rowsOf({ op, case: pattern }: Target, { rows }: Results): Row[] {
   return own.filter(({ threads }) => (threads ?? 0) === most)
 }
 
-/** The tables, one for each machine with predictions or results. */
-export function performance(all: readonly Results[], { targets }: Predictions): string {
-  const latest = newest(all)
-  const onCpu = ({ rows }: Results) => rows[0]?.device === 'cpu'
+const onCpu = ({ rows }: Results): boolean => rows[0]?.device === 'cpu'
+
+/** A table for each machine that was measured, the newest first, then for each that was not yet. */
+export function performance(all: readonly Measured[], { targets }: Predictions): string {
   const kinds = [...new Set(targets.map(({ device }) => device))]
-  return kinds
-    .flatMap((kind) => {
-      const machines = latest.filter((results) =>
-        kind === 'cpu' ? onCpu(results) : results.machine.device.includes(kind),
-      )
+  const kindOf = (results: Results): string | undefined =>
+    kinds.find((kind) => (kind === 'cpu' ? onCpu(results) : results.machine.device.includes(kind)))
+  const machines = newest(all).flatMap((measured) => {
+    const kind = kindOf(measured.results)
+    return kind === undefined ? [] : [{ kind, measured }]
+  })
+  const missing = kinds.filter((kind) => !machines.some((machine) => machine.kind === kind))
+  return [...machines, ...missing.map((kind) => ({ kind, measured: undefined }))]
+    .map(({ kind, measured }) => {
       const mine = targets.filter(({ device }) => device === kind)
-      return (machines.length ? machines : [undefined]).map((results) => table(kind, mine, results))
+      return table(kind, mine, measured)
     })
     .join('\n\n')
 }
 
-function table(kind: string, targets: readonly Target[], results: Results | undefined): string {
+function table(kind: string, targets: readonly Target[], measured: Measured | undefined): string {
+  const results = measured?.results
+  const rows = targets.map((target) => ({ target, cells: cells(target, results) }))
+  const counted = (how: string): number =>
+    rows.filter(({ cells }) => cells.at(-1)!.startsWith(how)).length
+  const [met, missed] = [counted('met'), counted('missed')]
+  const about = measured
+    ? `, [all rows](../bench/results/${measured.folder}): of ${rows.length} predictions ${met} met, ` +
+      `${missed} missed, ${rows.length - met - missed} not measured`
+    : ''
   return [
-    `**${titleOf(kind, results)}**`,
+    `**${titleOf(kind, results)}**${about}`,
     '',
     '| Work | Predicted | Measured | Share | Best peer | |',
     '| --- | --- | --- | --- | --- | --- |',
-    ...targets.map((target) => line([workOf(target), reachOf(target), ...cells(target, results)])),
+    ...rows.map(({ target, cells }) => line([workOf(target), reachOf(target), ...cells])),
   ].join('\n')
 }
 
@@ -119,8 +140,8 @@ const workOf = ({ op, case: name }: Target): string => `${op} ${name}`
 const line = (all: readonly string[]): string => `| ${all.map(cell).join(' | ')} |`
 
 /** The README's rows: the first prediction of each operation, on the CPU that was measured last. */
-export function excerpt(all: readonly Results[], { targets }: Predictions): string {
-  const results = newest(all).find(({ rows }) => rows[0]?.device === 'cpu')
+export function excerpt(all: readonly Measured[], { targets }: Predictions): string {
+  const results = newest(all).find(({ results }) => onCpu(results))?.results
   const firsts = new Map<string, Target>()
   for (const target of targets)
     if (target.device === 'cpu' && !firsts.has(target.op)) firsts.set(target.op, target)

@@ -175,21 +175,17 @@ test.skipIf(!browser)(
         expect(status, stderr).toBe(0)
         return { dom: stdout, errors: stderr.split('\n').filter((line) => /CONSOLE/.test(line)) }
       }
-      const page = html(example(), predicted)
-      const { dom, errors } = seen(page)
-      expect(errors).toEqual([])
-      expect(dom.match(/<svg/g)).toHaveLength(3)
-      // That an error would have been seen.
-      const broken = page.replace('</body>', '<script>console.error("planted")</script></body>')
-      expect(seen(broken).errors).toEqual([expect.stringContaining('planted')])
-      // By the time of ours, then turned around; and one operation hidden.
+      // By the time of ours, then turned around; one operation hidden; and an error, which is the only one.
       const clicks = `<script>
         const time = document.querySelectorAll('table')[2].querySelectorAll('th button')[6]
         time.click(); time.click()
         document.querySelector('.filter input[value=log_probs]').click()
+        console.error('planted')
       </script></body>`
-      const used = seen(page.replace('</body>', () => clicks))
-      expect(used.errors).toEqual([])
+      const page = html(example(), predicted).replace('</body>', () => clicks)
+      const used = seen(page)
+      expect(used.errors).toEqual([expect.stringContaining('planted')])
+      expect(used.dom.match(/<svg/g)).toHaveLength(3)
       expect(used.dom).toContain('aria-sort="ascending"')
       expect(used.dom).toMatch(/<tr data-op="log_probs"[^>]* hidden/)
       expect(used.dom).not.toMatch(/<tr data-op="attention"[^>]* hidden/)
@@ -200,22 +196,30 @@ test.skipIf(!browser)(
 )
 
 test('the newest results of each machine count', () => {
-  const of = (device: string, date: string) => ({
-    ...emptyResults(root, device, false),
-    rows: [row({})],
-    date,
+  const of = (folder: string, date: string) => ({
+    folder,
+    results: { ...emptyResults(root, 'a chip of this name', false), rows: [row({})], date },
   })
-  const kept = newest([of('a', '2026-01-02'), of('b', '2026-01-01'), of('a', '2026-01-03')])
-  expect(kept.map(({ machine, date }) => [machine.device, date])).toEqual([
+  const all = [of('a', '2026-01-02'), of('b', '2026-01-01'), of('a', '2026-01-03')]
+  expect(newest(all).map(({ folder, results }) => [folder, results.date])).toEqual([
     ['a', '2026-01-03'],
     ['b', '2026-01-01'],
   ])
+  const titles = performance(all, predicted).match(/^\*\*.*$/gm)!
+  expect(titles.map((title) => title.match(/(?:results\/|^\*\*)(\w+)(?=\)|\*\*$)/)?.[1])).toEqual([
+    'a',
+    'b',
+    'H200',
+  ])
+  expect(titles[0]).toMatch(/of \d+ predictions 0 met, 0 missed, \d+ not measured$/)
 })
 
 test('a table has the measurement, its share, the best peer and the outcome', () => {
-  const tables = performance([example()], predicted)
+  const tables = performance([{ folder: 'chip', results: example() }], predicted)
   const cpu = tables.slice(0, tables.indexOf('**H200**')).split('\n')
-  expect(cpu[0]).toMatch(/^\*\*a processor, \d+ CPUs, \d{4}-\d\d-\d\d, commit/)
+  expect(cpu[0]).toMatch(
+    /^\*\*a processor, \d+ CPUs, \d{4}-\d\d-\d\d, commit .*\(\.\.\/bench\/results\/chip\): of 21 predictions 1 met, 1 missed, 19 not/,
+  )
   expect(cpu.find((line) => line.includes('1x1024x16x64 f32 fwd '))).toBe(
     '| attention 1x1024x16x64 f32 fwd | x1.15 of onnxruntime MultiHeadAttention | 13.0 ms | 70 % of fma | 17.0 ms, onnxruntime MultiHeadAttention | met (x1.31) |',
   )
@@ -239,7 +243,7 @@ test("a GPU's lengths share a line, which shows the worst of them", () => {
     return withShare(fields, [{ copy: 4.3e12, bf16: 790e12 }])
   }
   gpu.rows = [measured(15_376, 2.5), measured(62_500, 50)]
-  const line = performance([gpu], predicted)
+  const line = performance([{ folder: 'h200', results: gpu }], predicted)
     .split('\n')
     .find((l) => l.includes('1x\\*x16x72 bf16 fwd'))
   expect(line).toContain('| 2.50..50.0 ms | 46..55 % of bf16 |  | missed (360 TFLOP/s) |')
@@ -257,10 +261,12 @@ test.each(Object.entries(documents))(
   },
 )
 
-test('results are named by their machine and date', () => {
-  const names = readdirSync(join(root, 'bench/results')).filter((name) => name.endsWith('.json'))
-  for (const name of names.filter((n) => n !== 'predictions.json')) {
+test('results are in a folder of their machine, named by their date', () => {
+  const names = readdirSync(join(root, 'bench/results'), { recursive: true, encoding: 'utf8' })
+  const files = names.filter((name) => name.endsWith('.json') && name !== 'predictions.json')
+  expect(files.length).toBeGreaterThan(0)
+  for (const name of files) {
     const { date } = JSON.parse(readFileSync(join(root, 'bench/results', name), 'utf8'))
-    expect(name).toMatch(new RegExp(`^[\\w.-]+-${date.slice(0, 10)}\\.json$`))
+    expect(name).toMatch(new RegExp(`^[\\w.-]+[/\\\\]${date.slice(0, 10)}\\.json$`))
   }
 })
