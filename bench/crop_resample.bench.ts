@@ -2,6 +2,8 @@ import { cropResample, normalizePatches, pixelValues } from 'p2r-kernels'
 import { integers, picture, uniforms } from './data.js'
 import type { Benchmark, Workload } from './harness.js'
 import { cropResampleOnCuda } from './large/crop_resample.js'
+import { napiResize } from './peers/napi_image.js'
+import { opencvResize } from './peers/opencv.js'
 import { pillowPatches, pillowResize } from './peers/pillow.js'
 import { type Cut, sharpPatches, sharpResize } from './peers/sharp.js'
 import type { Custom } from './shapes.js'
@@ -51,9 +53,10 @@ function workload(
             },
           }
         },
-        peers: (patches ? [sharpPatches, pillowPatches] : [sharpResize, pillowResize]).map((peer) =>
-          peer(image, regions),
-        ),
+        peers: (patches
+          ? [sharpPatches, pillowPatches]
+          : [sharpResize, pillowResize, napiResize, opencvResize]
+        ).map((peer) => peer(image, regions)),
       }
     },
   }
