@@ -18,7 +18,8 @@ export interface Run {
   split: 'test' | 'validation'
   questions: number
   parameters: number
-  seconds: { warmStart: number; policy: number; all: number }
+  /** Of the wall, and of all cores. */
+  seconds: { warmStart: number; policy: number; all: number; cpu: number }
   warmStart: Scores
   trained: Scores
   /** On validation questions, by updates. */

@@ -56,7 +56,7 @@ export interface PolicySettings {
 
 const warmStart: WarmSettings = {
   steps: 1000,
-  untilBoxLoss: 3,
+  untilBoxLoss: 1.8,
   canvases: 32,
   crops: 48,
   lr: 2e-3,
@@ -64,7 +64,7 @@ const warmStart: WarmSettings = {
   detection: 3,
 }
 const policy: PolicySettings = {
-  updates: 360,
+  updates: 300,
   canvases: 22,
   group: 8,
   temperature: 0.5,

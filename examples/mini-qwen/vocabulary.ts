@@ -83,3 +83,42 @@ export function textOf(tokens: readonly number[]): string {
   const said = tokens.at(-1) === END ? tokens.slice(0, -1) : tokens
   return said.map((token) => WORDS[token]).join('')
 }
+
+const byLength = WORDS.map((word, id) => ({ word, id })).sort(
+  (a, b) => b.word.length - a.word.length,
+)
+
+/**
+ * The miniature's tokenizer, as LocalPolicy takes one: the longest word that fits. In Qwen3-VL's chat template an image
+ * and `questionText` are `imageTokens` and `questionTokens`.
+ */
+export const TOKENIZER = {
+  encode(text: string): { ids: number[] } {
+    const ids: number[] = []
+    for (let at = 0; at < text.length; ) {
+      const found = byLength.find(({ word }) => text.startsWith(word, at))
+      if (!found) throw new Error(`No word of the miniature begins '${text.slice(at)}'`)
+      ids.push(found.id)
+      at += found.word.length
+    }
+    return { ids }
+  },
+  /** In the printable alphabet of byte-level BPE. */
+  id_to_token: (id: number): string | undefined =>
+    WORDS[id]?.replaceAll(' ', '\u0120').replaceAll('\n', '\u010a'),
+  token_to_id: (token: string): number | undefined => ids.get(token),
+  get_added_tokens_decoder: (): Map<number, { content: string; special: boolean }> =>
+    new Map(
+      [END, VISION_START, VISION_END, IMAGE, VIDEO].map((id) => [
+        id,
+        { content: WORDS[id] as string, special: true },
+      ]),
+    ),
+}
+
+export function questionText(role: Role, colour: number): string {
+  return questionTokens(role, colour)
+    .slice(0, -1)
+    .map((token) => WORDS[token])
+    .join('')
+}
