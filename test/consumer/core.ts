@@ -66,11 +66,11 @@ export const read = <D extends DType>(x: Tensor<D>): Promise<HostOf<D>> => x.rea
 export const half: FloatDType = 'bf16'
 export const lengths: Ints = new Uint32Array(2)
 export const kept: Tensor = scope(() => openDevice().zeros([2]))
-const ending: ScopeOptions = { signal: AbortSignal.timeout(1000) }
-export const later: Promise<Tensor<'u8'>> = scopeAsync(
-  async () => openDevice('cpu', { maxQueuedBytes: 1e9, whenFull: 'wait' }).zeros([2], 'u8'),
-  ending,
-)
+export const later = (ending: ScopeOptions): Promise<Tensor<'u8'>> =>
+  scopeAsync(
+    async () => openDevice('cpu', { maxQueuedBytes: 1e9, whenFull: 'wait' }).zeros([2], 'u8'),
+    ending,
+  )
 
 export function free(parts: Held<{ out: Tensor; lse: Tensor }>): Tensor {
   using all = parts
