@@ -106,7 +106,7 @@ void TensorHandle::drop(Napi::BasicEnv env) {
   if (!storage_) return;
   const std::shared_ptr<OpenDevice> device = storage_->device;
   storage_.reset();
-  if (device.use_count() == 1) device->close();  // its handle was collected before
+  if (device.use_count() == 1) device->abandon();  // its handle was collected before
   device->account(env);
 }
 
