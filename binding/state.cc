@@ -114,12 +114,14 @@ void State::when_done(const std::shared_ptr<OpenDevice>& device, OnDone f) {
     if (!lost.empty()) device->lost = lost;
     f(env, lost);
   };
-  device->device->notify(
-      [channel = channel_, f = std::move(done)](const std::string& lost) mutable {
-        // If the ending environment refuses the call, its JavaScript references leak on purpose:
-        // this thread must not release them.
-        channel.NonBlockingCall(new Done{std::move(f), lost});
-      });
+  // Made here: on the device's thread nobody could be told that there is no memory.
+  auto made = std::make_shared<std::unique_ptr<Done>>(new Done{std::move(done), ""});
+  device->device->notify([channel = channel_, made](const std::string& lost) mutable {
+    (*made)->lost = lost;
+    // If the ending environment refuses the call, its JavaScript references leak on purpose: this
+    // thread must not release them.
+    channel.NonBlockingCall(made->release());
+  });
   if (waiting_++ == 0) channel_.Ref(env_);
 }
 
@@ -132,15 +134,19 @@ void State::close_all() {
 
 Napi::Error convert(Napi::Env env, const std::string& op) {
   try {
-    throw;
-  } catch (const Napi::Error& e) {
-    return e;
-  } catch (const Error& e) {
-    return make_error(env, e.code, op, e.what());
-  } catch (const std::bad_alloc&) {
+    try {
+      throw;
+    } catch (const Napi::Error& e) {
+      return e;
+    } catch (const Error& e) {
+      return make_error(env, e.code, op, e.what());
+    } catch (const std::bad_alloc&) {
+      throw;
+    } catch (const std::exception& e) {
+      return make_error(env, Code::native_, op, e.what());
+    }
+  } catch (const std::bad_alloc&) {  // of the call, or of the text of its error
     return make_error(env, Code::memory, op, "the host is out of memory");
-  } catch (const std::exception& e) {
-    return make_error(env, Code::native_, op, e.what());
   }
 }
 

@@ -162,8 +162,13 @@ export function scatterRowsBackward<D extends FloatDType>(
   const index = hostInts(a.index, 'index', op)
   return composite(op, () => {
     const { ops } = native()
-    const [dX, dY] = [ops.scatter_rows!(dOut, undefined, index), ops.gather_rows!(dOut, index)]
-    return held({ dX: wrap<D>(device, dX), dY: wrap<D>(device, dY) })
+    const dX = wrap<D>(device, ops.scatter_rows!(dOut, undefined, index))
+    try {
+      return held({ dX, dY: wrap<D>(device, ops.gather_rows!(dOut, index)) })
+    } catch (error) {
+      dX.dispose()
+      throw error
+    }
   })
 }
 
