@@ -10,7 +10,7 @@ CPPFLAGS += $(INCLUDES) -DNDEBUG -MMD -MP
 CXXFLAGS += -O3 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra
 
 NODE_API = -DP2R_VERSION=$(shell $(NODE) -p "require('./package.json').version") \
-  -DNAPI_VERSION=9 -DNODE_ADDON_API_CPP_EXCEPTIONS \
+  -DNAPI_VERSION=9 -DNODE_ADDON_API_CPP_EXCEPTIONS -DNODE_ADDON_API_CPP_EXCEPTIONS_ALL \
   -DNODE_ADDON_API_REQUIRE_BASIC_FINALIZERS -DNODE_API_SWALLOW_UNTHROWABLE_EXCEPTIONS
 SIMD = -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-maybe-uninitialized
 # As in CMakeLists.txt, where the reason is.

@@ -1,5 +1,3 @@
-// The constructors of wrapped objects are called by node-addon-api, which allocates them.
-#define NODE_ADDON_API_CPP_EXCEPTIONS_ALL
 #include "binding/tensor.h"
 
 #include <algorithm>
