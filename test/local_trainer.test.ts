@@ -160,6 +160,26 @@ test.each([
   expect(await weightsOf(trainer)).toEqual(before)
 })
 
+test('equal rewards and no other term leave weights and moments as they were', async () => {
+  using trainer = await load({
+    schedule: { perceiver: 0, reasoner: 1 },
+    verifier: async () => true,
+    loss: { klCoef: 0 },
+  })
+  const path = join(root, 'no-signal.safetensors')
+  await trainer.saveState(path)
+  const [before, state] = [await weightsOf(trainer), readStored(readFileSync(path)).data]
+  const { applied, gradNorm, roles } = await trainer.step(samples)
+  expect({ applied, gradNorm, errors: roles[0]!.errors }).toEqual({
+    applied: false,
+    gradNorm: 0,
+    errors: 0,
+  })
+  expect(await weightsOf(trainer)).toEqual(before)
+  await trainer.saveState(path)
+  expect(Buffer.compare(readStored(readFileSync(path)).data, state)).toBe(0)
+})
+
 test('a gradient that is not finite leaves weights and moments as they were', async () => {
   // The KL term is 0 in a phase's first step; in its second one its gradient leaves f32's range.
   using trainer = await load({

@@ -137,8 +137,8 @@ export interface TrainMetrics {
   /** The gradients' joint norm before clipping; 0 where there was nothing to train on. */
   gradNorm: number
   /**
-   * Whether the weights changed. Not where there was nothing to train on, or a gradient was not finite: weights and
-   * moments are then as before.
+   * Whether the weights changed. Not where there was nothing to train on, all gradients were 0 (equal rewards in every
+   * group, and no other term of the loss), or one was not finite: weights and moments are then as before.
    */
   applied: boolean
   /** Wall time, in seconds. */

@@ -115,7 +115,7 @@ export interface TrainedWeightsOptions extends OptimizerOptions {
 export interface Update {
   /** Of the gradients before clipping. */
   gradNorm: number
-  /** Whether the weights changed: not where a gradient is not finite. */
+  /** Whether the weights changed: not where all gradients are 0, or one is not finite. */
   applied: boolean
 }
 
@@ -201,7 +201,8 @@ export class TrainedWeights implements Disposable {
     })
     try {
       const gradNorm = await norm.item()
-      if (!Number.isFinite(gradNorm)) return { gradNorm, applied: false }
+      // Without a gradient AdamW would still decay the weights, and follow its first moments.
+      if (gradNorm === 0 || !Number.isFinite(gradNorm)) return { gradNorm, applied: false }
       const all = this.#parameters()
       const params = all.map(({ value }) => value)
       const moments = all.map((each) => each.moments)
