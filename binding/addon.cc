@@ -143,7 +143,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("cudaStatus", Napi::Function::New(env, guarded<cuda>));
   exports.Set("beginComposite", Napi::Function::New(env, guarded<begin_composite>));
   exports.Set("endComposite", Napi::Function::New(env, end_composite));
-  exports.Set("openAbort", Napi::Function::New(env, open_abort));
+  exports.Set("openAbort", Napi::Function::New(env, guarded<open_abort>));
   exports.Set("abortBy", Napi::Function::New(env, abort_by));
   exports.Set("abort", Napi::Function::New(env, abort_work));
   exports.Set("closeAbort", Napi::Function::New(env, close_abort));

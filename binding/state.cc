@@ -9,6 +9,7 @@ namespace p2r::binding {
 void OpenDevice::settle() {
   std::erase_if(raised, [](const std::shared_ptr<Fault>& fault) { return fault->reported; });
   if (!device) return;
+  forget_done();
   const uint64_t done = device->completed();
   std::vector<std::shared_ptr<Fault>> later;
   for (std::shared_ptr<Fault>& fault : pending) {
@@ -27,7 +28,7 @@ void OpenDevice::forget_done() {
     if (gone) queued_bytes_ -= q.bytes;
     return gone;
   });
-  most_queued_ = std::max<size_t>(1024, 2 * queued_.size());
+  most_queued_ = std::max<size_t>(16, 2 * queued_.size());
 }
 
 void OpenDevice::reserve(size_t bytes) {
@@ -115,7 +116,8 @@ void State::when_done(const std::shared_ptr<OpenDevice>& device, OnDone f) {
     f(env, lost);
   };
   // Made here: on the device's thread nobody could be told that there is no memory.
-  auto made = std::make_shared<std::unique_ptr<Done>>(new Done{std::move(done), ""});
+  auto made = std::make_shared<std::unique_ptr<Done>>();
+  made->reset(new Done{std::move(done), ""});
   device->device->notify([channel = channel_, made](const std::string& lost) mutable {
     (*made)->lost = lost;
     // If the ending environment refuses the call, its JavaScript references leak on purpose: this

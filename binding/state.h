@@ -78,7 +78,7 @@ struct OpenDevice {
   std::shared_ptr<Registry> registry_;
   int64_t reported_ = 0;
   std::vector<Queued> queued_;  // oldest first; some may be done
-  size_t queued_bytes_ = 0, most_queued_ = 1024;
+  size_t queued_bytes_ = 0, most_queued_ = 16;
 };
 
 // Several operations that are one to the caller: their errors and faults carry its name.

@@ -173,15 +173,20 @@ Napi::Value TensorHandle::Read(const Napi::CallbackInfo& info) {
   auto deferred = std::make_shared<Napi::Promise::Deferred>(env);
   auto held = std::make_shared<Napi::Reference<Napi::ArrayBuffer>>(Napi::Persistent(buffer));
   device->device->download(buffer.Data(), v.data, v.bytes());
-  State::of(env).when_done(device, [deferred, held, device, faults = storage_->faults](
-                                       Napi::Env env, const std::string& lost) {
-    try {
-      throw_faults(faults, lost, env, "read");
-      deferred->Resolve(env.Undefined());
-    } catch (const Napi::Error& e) {
-      deferred->Reject(e.Value());
-    }
-  });
+  try {
+    State::of(env).when_done(device, [deferred, held, device, faults = storage_->faults](
+                                         Napi::Env env, const std::string& lost) {
+      try {
+        throw_faults(faults, lost, env, "read");
+        deferred->Resolve(env.Undefined());
+      } catch (const Napi::Error& e) {
+        deferred->Reject(e.Value());
+      }
+    });
+  } catch (...) {
+    device->device->wait(device->device->queued());  // nothing holds the buffer from here on
+    throw;
+  }
   return deferred->Promise();
 }
 
@@ -300,30 +305,38 @@ Napi::Value TensorHandle::Share(const Napi::CallbackInfo& info) {
   ++storage->shares;
   // The handle is delivered once everything queued so far is done: another process may read at
   // once.
-  auto deferred = std::make_shared<Napi::Promise::Deferred>(info.Env());
-  State::of(info.Env())
-      .when_done(device, [deferred, device, name = storage->shared, offset = offset_,
-                          bytes = storage->bytes,
-                          faults = storage->faults](Napi::Env env, const std::string& lost) {
-        try {
-          throw_faults(faults, lost, env, "ipcHandle");
-          Napi::Array out = Napi::Array::New(env, 3);
-          out.Set(0u, name);
-          out.Set(1u, static_cast<double>(offset));
-          out.Set(2u, static_cast<double>(bytes));
-          deferred->Resolve(out);
-        } catch (const Napi::Error& e) {
-          deferred->Reject(e.Value());
-        }
-      });
-  return deferred->Promise();
+  try {
+    auto deferred = std::make_shared<Napi::Promise::Deferred>(info.Env());
+    State::of(info.Env())
+        .when_done(device, [deferred, device, name = storage->shared, offset = offset_,
+                            bytes = storage->bytes,
+                            faults = storage->faults](Napi::Env env, const std::string& lost) {
+          try {
+            throw_faults(faults, lost, env, "ipcHandle");
+            Napi::Array out = Napi::Array::New(env, 3);
+            out.Set(0u, name);
+            out.Set(1u, static_cast<double>(offset));
+            out.Set(2u, static_cast<double>(bytes));
+            deferred->Resolve(out);
+          } catch (const Napi::Error& e) {
+            deferred->Reject(e.Value());
+          }
+        });
+    return deferred->Promise();
+  } catch (...) {
+    unshare();
+    throw;
+  }
+}
+
+void TensorHandle::unshare() {
+  if (!storage_ || --storage_->shares > 0) return;
+  if (storage_->device->device) storage_->device->device->unshare(storage_->shared);
+  storage_->shared.clear();
 }
 
 Napi::Value TensorHandle::Unshare(const Napi::CallbackInfo& info) {
-  if (storage_ && --storage_->shares == 0) {
-    if (storage_->device->device) storage_->device->device->unshare(storage_->shared);
-    storage_->shared.clear();
-  }
+  unshare();
   return info.Env().Undefined();
 }
 

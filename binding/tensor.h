@@ -71,6 +71,8 @@ class TensorHandle : public Napi::ObjectWrap<TensorHandle> {
   Napi::Value GetDType(const Napi::CallbackInfo& info);
   Napi::Value GetDisposed(const Napi::CallbackInfo& info);
 
+  void unshare();
+
   std::shared_ptr<Storage> storage_;
   DType dtype_ = DType::f32;
   Shape shape_;

@@ -159,16 +159,29 @@ void CpuDevice::notify(Completion done) {
 std::string CpuDevice::share(void*& block, size_t bytes, const std::string& path) {
   host::Shared shared;
   void* mapped = host::share(bytes, path, shared);
-  shared_[shared.name] = shared;
-  mapped_[mapped] = bytes;
-  copy(mapped, block, bytes);
+  try {
+    shared_[shared.name] = shared;
+    mapped_[mapped] = bytes;
+    copy(mapped, block, bytes);
+  } catch (...) {
+    mapped_.erase(mapped);
+    host::unmap(mapped, bytes);
+    host::unshare(shared);
+    shared_.erase(shared.name);
+    throw;
+  }
   block = mapped;
-  return shared.name;
+  return std::move(shared.name);  // a copy could fail
 }
 
 void* CpuDevice::open_shared(const std::string& name, size_t bytes, bool any_file) {
   void* mapped = host::open_shared(name, bytes, any_file);
-  mapped_[mapped] = bytes;
+  try {
+    mapped_[mapped] = bytes;
+  } catch (...) {
+    host::unmap(mapped, bytes);
+    throw;
+  }
   return mapped;
 }
 

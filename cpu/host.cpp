@@ -274,6 +274,7 @@ void* share(size_t bytes, const std::string& path, Shared& out) {
 #if defined(F_SEAL_SHRINK)
   OpenFile file(memfd_create(kSealedName, MFD_CLOEXEC | MFD_ALLOW_SEALING), "memory to be shared");
   fchmod(file.number, 0600);
+  out.name = "/proc/" + std::to_string(getpid()) + "/fd/" + std::to_string(file.number);
   void* block = sized_map(file, bytes, "memory");
   if (fcntl(file.number, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
     const int e = errno;
@@ -281,7 +282,6 @@ void* share(size_t bytes, const std::string& path, Shared& out) {
     throw Error(Code::io, std::string("shared memory could not be sealed: ") + std::strerror(e));
   }
   out.file = file.release();
-  out.name = "/proc/" + std::to_string(getpid()) + "/fd/" + std::to_string(out.file);
   return block;
 #else
   throw Error(Code::device, "this system shares memory by files alone");

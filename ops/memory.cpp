@@ -1,7 +1,7 @@
 #include "ops/memory.h"
 
-#include <new>
 #include <string>
+#include <utility>
 
 #include "ops/error.h"
 
@@ -25,7 +25,7 @@ void* Memory::allocate(size_t bytes) {
   if (auto it = free_.lower_bound(capacity);
       it != free_.end() && it->first <= capacity + capacity / 4) {
     data = it->second;
-    free_.erase(it);
+    blocks_.at(data).entry = free_.extract(it);
   } else {
     data = raw_allocate(capacity);
     if (!data) {
@@ -36,14 +36,15 @@ void* Memory::allocate(size_t bytes) {
       throw Error(Code::memory, "out of memory: " + std::to_string(bytes) + " bytes requested, " +
                                     std::to_string(live_) + " in use");
     try {
-      blocks_[data].capacity = capacity;
+      blocks_[data].entry = free_.extract(free_.emplace(capacity, data));
     } catch (...) {
+      blocks_.erase(data);
       raw_release(data);
       throw;
     }
     reserved_ += capacity;
   }
-  blocks_[data].requested = bytes;
+  blocks_.at(data).requested = bytes;
   live_ += bytes;
   if (live_ > peak_) peak_ = live_;
   return data;
@@ -53,12 +54,7 @@ void Memory::release(void* data) {
   Block& block = blocks_.at(data);
   live_ -= block.requested;
   block.requested = 0;
-  try {
-    free_.emplace(block.capacity, data);
-  } catch (const std::bad_alloc&) {
-    // Destructors call this. Queued work may still use the block, so it stays until the device
-    // ends.
-  }
+  free_.insert(std::move(block.entry));
 }
 
 void Memory::adopt(size_t bytes) {

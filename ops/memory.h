@@ -42,11 +42,13 @@ class Memory {
   void release_everything();
 
  private:
+  using Free = std::multimap<size_t, void*>;  // by capacity
   struct Block {
-    size_t capacity = 0, requested = 0;
+    size_t requested = 0;
+    Free::node_type entry;  // of a block in use: giving it back needs no memory
   };
   std::unordered_map<void*, Block> blocks_;
-  std::multimap<size_t, void*> free_;  // by capacity
+  Free free_;
   size_t live_ = 0, peak_ = 0, reserved_ = 0;
 };
 

@@ -84,6 +84,27 @@ describe('no faults', () => {
   }, 180_000)
 })
 
+test.skipIf(process.platform !== 'linux')(
+  'every seventh allocation of a session fails',
+  async () => {
+    const library = join(folder, 'failing_allocations.node')
+    const at = (path: string) => fileURLToPath(new URL(path, import.meta.url))
+    const source = at('native/failing_allocations.cpp')
+    const include = `-I${at('../node_modules/node-api-headers/include')}`
+    const flags = ['-std=c++20', '-O2', '-shared', '-fPIC']
+    await promisify(execFile)('g++', [...flags, include, source, '-o', library])
+    const session = at('../dist/reliability/allocations.js')
+    const args = ['--expose-gc', session, library, '1', '0', '1', '7', folder, join(folder, 'at')]
+    const env = { ...process.env, LD_PRELOAD: library }
+    const { stdout } = await promisify(execFile)(process.execPath, args, { env })
+    const outcome = JSON.parse(stdout)
+    expect(outcome.faults).toEqual([])
+    expect(outcome.calls).toBeGreaterThan(110)
+    expect(outcome.refused).toBeGreaterThan(150)
+  },
+  60_000,
+)
+
 describe('what is a fault', () => {
   const count = { returned: 0, refused: 0 }
   const of = (run: () => unknown) => outcomeOf({ run }, [], device, count)
