@@ -3,13 +3,16 @@
 // before. The session has a call of every function and method that reliability/calls.ts lists, and the load of a model;
 // a call is made again for each of its allocations. The process is one of its own, started with the library of
 // test/native/failing_allocations.cpp before it; what ends it is found by the process above.
-import { openSync, writeSync } from 'node:fs'
+import { execFileSync } from 'node:child_process'
+import { mkdirSync, openSync, writeSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
 import * as library from 'p2r-kernels'
 import { type Device, openDevice, P2RError, type Tensor } from 'p2r-kernels'
 import { classes, functions } from './calls.js'
 import { Gen } from './gen.js'
+import { runModule } from './processes.js'
 
 export interface AllocationsOutcome {
   /** Calls of the session, and allocations that failed while they ran, on their thread. */
@@ -239,6 +242,37 @@ export async function failAllocations(
   }
   device.dispose()
   return outcome
+}
+
+/**
+ * A session in a process of its own, of which every `stride`th allocation fails (1: each). Linux, with g++ and the
+ * repository's sources.
+ */
+export async function allocationFailures(options: {
+  seed: number
+  stride: number
+  folder: string
+  /** A checkpoint's folder, which is loaded too. */
+  model?: string | undefined
+}): Promise<AllocationsOutcome> {
+  const { seed, stride, folder, model } = options
+  const root = fileURLToPath(new URL('../../', import.meta.url))
+  mkdirSync(folder, { recursive: true })
+  const library = join(folder, 'failing_allocations.node')
+  const include = `-I${createRequire(join(root, 'package.json'))('node-api-headers').include_dir}`
+  const flags = ['-std=c++20', '-O2', '-shared', '-fPIC', include]
+  const source = join(root, 'test/native/failing_allocations.cpp')
+  execFileSync('g++', [...flags, source, '-o', library])
+  const log = join(folder, 'at')
+  const args = [library, seed, 0, 1, stride, folder, log, ...(model === undefined ? [] : [model])]
+  const { out, failure } = await runModule('allocations', args, {
+    env: { LD_PRELOAD: library },
+    nodeArgs: ['--expose-gc'],
+    log,
+  })
+  return failure === undefined
+    ? (JSON.parse(out) as AllocationsOutcome)
+    : { calls: 0, failed: 0, refused: 0, faults: [failure] }
 }
 
 /** The process of a session: `node allocations.js LIBRARY SEED FIRST FROM STRIDE FOLDER LOG [MODEL]`. */

@@ -1,6 +1,6 @@
 /**
- * `npm run reliability`: hostile calls, broken files, interrupted writes, terminated workers, leaks and delays, in
- * figures. docs/reliability.md is made from the results.
+ * `npm run reliability`: hostile calls, broken files, interrupted writes, failed allocations, terminated workers, leaks
+ * and delays, in figures. docs/reliability.md is made from the results.
  */
 import { execFileSync, spawnSync } from 'node:child_process'
 import {
@@ -17,6 +17,7 @@ import { join, resolve } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { SingleBar } from 'cli-progress'
 import { Command, InvalidArgumentError, Option } from 'commander'
+import { allocationFailures } from './allocations.js'
 import { eventLoopDelays } from './event_loop.js'
 import { mutateFiles } from './files.js'
 import { batchSize, type FuzzOutcome } from './fuzz.js'
@@ -34,6 +35,7 @@ const parts = [
   'files',
   'text',
   'writers',
+  'allocations',
   'workers',
   'slopes',
   'soak',
@@ -50,6 +52,7 @@ const amounts = {
     mutations: 20_000,
     letters: 100_000,
     kills: 20,
+    stride: 1,
     terminations: 2000,
     rounds: 20_000,
     seconds: 3600,
@@ -62,6 +65,7 @@ const amounts = {
     mutations: 600,
     letters: 20_000,
     kills: 2,
+    stride: 7,
     terminations: 40,
     rounds: 400,
     seconds: 10,
@@ -366,6 +370,19 @@ async function runParts(
         'interrupted writes',
         `${full} on a full disk, ${killed} killed, ${readOnly} where nothing may be written`,
         results.writers.faults,
+      ) // prettier-ignore
+    } else if (part === 'allocations') {
+      results.allocations = await allocationFailures({
+        seed,
+        stride: amount.stride,
+        folder: join(temporary, 'allocations'),
+        model: await modelIn(join(temporary, 'model')),
+      }) // prettier-ignore
+      const { calls, failed, refused } = results.allocations
+      finish(
+        'failed allocations',
+        `${failed} in ${calls} calls, ${refused} refused`,
+        results.allocations.faults,
       ) // prettier-ignore
     } else if (part === 'workers') {
       const bar = progress(part, amount.terminations)

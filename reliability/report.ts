@@ -1,4 +1,6 @@
 // docs/reliability.md, from the results of a run.
+
+import type { AllocationsOutcome } from './allocations.js'
 import type { Delay } from './event_loop.js'
 import type { FilesOutcome } from './files.js'
 import type { FuzzOutcome } from './fuzz.js'
@@ -17,6 +19,7 @@ export interface Results {
   files?: FilesOutcome
   text?: Growth[]
   writers?: WritersOutcome
+  allocations?: AllocationsOutcome
   workers?: WorkersOutcome
   slopes?: Slope[]
   soak?: SoakOutcome
@@ -74,6 +77,11 @@ export function pageOf(r: Results): string {
     section(
       'Interrupted writes',
       `\`saveTensors\`, \`saveImage\` and \`saveRollouts\` over a file that is there already: ${r.writers.full} times with a disk that fills up in the middle, ${r.writers.killed} times in a process that was killed, ${r.writers.readOnly} times where nothing may be written. Afterwards the file was the old one or the new one, whole. ${faults(r.writers.faults)}`,
+    )
+  if (r.allocations)
+    section(
+      'Failed allocations',
+      `A session of ${r.allocations.calls} calls, among them one of each function and method, in which one allocation fails after another: those that the addon makes in C++ on the thread that calls, and the device's memory. ${count(r.allocations.failed)} failed; after ${count(r.allocations.refused)} of them the call was refused with ERR_MEMORY, after the others it did without. No call kept memory, and the device computed as before. Allocations on the device's own threads are not among them. ${faults(r.allocations.faults)}`,
     )
   if (r.workers)
     section(

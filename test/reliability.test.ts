@@ -8,6 +8,7 @@ import { promisify } from 'node:util'
 import * as library from 'p2r-kernels'
 import { openDevice, P2RError } from 'p2r-kernels'
 import { afterAll, describe, expect, test } from 'vitest'
+import { allocationFailures } from '../dist/reliability/allocations.js'
 import { functions } from '../dist/reliability/calls.js'
 import { outcomeOf } from '../dist/reliability/fuzz.js'
 import { Gen } from '../dist/reliability/gen.js'
@@ -87,17 +88,8 @@ describe('no faults', () => {
 test.skipIf(process.platform !== 'linux')(
   'every seventh allocation of a session fails',
   async () => {
-    const library = join(folder, 'failing_allocations.node')
-    const at = (path: string) => fileURLToPath(new URL(path, import.meta.url))
-    const source = at('native/failing_allocations.cpp')
-    const include = `-I${at('../node_modules/node-api-headers/include')}`
-    const flags = ['-std=c++20', '-O2', '-shared', '-fPIC']
-    await promisify(execFile)('g++', [...flags, include, source, '-o', library])
-    const session = at('../dist/reliability/allocations.js')
-    const args = ['--expose-gc', session, library, '1', '0', '1', '7', folder, join(folder, 'at')]
-    const env = { ...process.env, LD_PRELOAD: library }
-    const { stdout } = await promisify(execFile)(process.execPath, args, { env })
-    const outcome = JSON.parse(stdout)
+    const at = join(folder, 'allocations')
+    const outcome = await allocationFailures({ seed: 1, stride: 7, folder: at })
     expect(outcome.faults).toEqual([])
     expect(outcome.calls).toBeGreaterThan(110)
     expect(outcome.refused).toBeGreaterThan(150)

@@ -88,21 +88,25 @@ export async function loadText(
         `${folder}: '${name}' must be [${shape.join(', ')}], got [${tensor.shape.join(', ')}]`,
       )
     const converted = tensor.dtype === dtype ? tensor : tensor.cast(dtype)
-    if (bits && shape.length === 2 && name !== 'embed_tokens.weight') {
-      const quantized = quantize({ weight: converted, bits })
-      if (converted !== tensor) converted.dispose()
-      return quantized
-    }
     const [, mlp, half] = /^(.*\.mlp)\.(gate|up)_proj\.weight$/.exec(name) ?? []
-    if (mlp === undefined || bits) return converted
-    const [rows, columns] = shape as [number, number]
-    const whole = `${mlp}.gate_up_proj.weight`
-    fused[whole] ??= device.zeros([2 * rows, columns], dtype)
-    const from = half === 'gate' ? 0 : rows
-    const part = fused[whole].slice(from, from + rows)
-    part.copyFrom(converted)
-    if (converted !== tensor) converted.dispose()
-    return part
+    const quantized = bits && shape.length === 2 && name !== 'embed_tokens.weight'
+    if (!quantized && (mlp === undefined || bits)) return converted
+    let part: Tensor | undefined
+    try {
+      if (quantized) return quantize({ weight: converted, bits })
+      const [rows, columns] = shape as [number, number]
+      const whole = `${mlp}.gate_up_proj.weight`
+      fused[whole] ??= device.zeros([2 * rows, columns], dtype)
+      const from = half === 'gate' ? 0 : rows
+      part = fused[whole].slice(from, from + rows)
+      part.copyFrom(converted)
+      return part
+    } catch (error) {
+      part?.dispose()
+      throw error
+    } finally {
+      if (converted !== tensor) converted.dispose()
+    }
   }
   const weights: TextWeights = {}
   try {
