@@ -360,7 +360,9 @@ std::shared_ptr<Trace> Call::trace_before(std::vector<Field> fields) {
 
 bool Call::recording() const {
   const Recording& record = State::of(env()).record;
-  return !record.path.empty() && record.left > 0 && device_->device->info().backend == "cpu";
+  // What can be left out may not compute what would be recorded.
+  return !record.path.empty() && record.left > 0 && !State::of(env()).abort &&
+         device_->device->info().backend == "cpu";
 }
 
 double Call::recording_limit() const { return State::of(env()).record.work; }
